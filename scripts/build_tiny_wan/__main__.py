@@ -1,0 +1,78 @@
+"""Builds the small real Wan from nothing: `python scripts/build_tiny_wan`, about 2 hours on 2 cores.
+
+Stages, each of which needs the ones before it: `vae` and `text_encoder` (frozen parts of a diffusers folder in
+tests/assets/tiny_wan), `data` (drawn clips as parquet: 192 shipped in tests/assets/tiny_shapes, more in
+outputs/tiny_wan_data for the teacher), `teacher` (the transformer, trained and exported by this project's own commands).
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from data import write_data, write_pipeline_index
+from text_encoder import train_text_encoder
+from vae import train_vae
+
+ROOT = Path(__file__).resolve().parents[2]
+PIPELINE = ROOT / "tests/assets/tiny_wan"
+ASSETS = ROOT / "tests/assets/tiny_shapes"
+STAGES = ("vae", "text_encoder", "data", "teacher")
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What to build."""
+
+    stage: Literal["vae", "text_encoder", "data", "teacher", "all"] = "all"
+    """One stage, or all of them in order."""
+    minutes: float = 20.0
+    """Wall-clock minutes for the VAE; it needs 10 to be of use."""
+    num_clips: int = 2400
+    """Drawn clips for training the teacher, in outputs/tiny_wan_data (not committed)."""
+    num_shipped_clips: int = 192
+    """Drawn clips in tests/assets/tiny_shapes."""
+    num_threads: int = 2
+    """CPU threads."""
+    seed: int = 0
+    """Of weights and drawings. The VAE's budget is in minutes, so it is not bitwise reproducible."""
+
+
+def main(config: BuildConfig) -> None:
+    """Run the chosen stages."""
+    torch.set_num_threads(config.num_threads)
+    for stage in STAGES if config.stage == "all" else (config.stage,):
+        print(f"stage {stage}", flush=True)
+        _run_stage(stage, config)
+
+
+def _run_stage(stage: str, config: BuildConfig) -> None:
+    if stage == "vae":
+        train_vae(PIPELINE / "vae", minutes=config.minutes, seed=config.seed)
+    elif stage == "text_encoder":
+        train_text_encoder(PIPELINE, seed=config.seed)
+    elif stage == "data":
+        write_pipeline_index(PIPELINE)
+        write_data(
+            ASSETS,
+            PIPELINE,
+            ROOT / "outputs/tiny_wan_data",
+            num_shipped=config.num_shipped_clips,
+            num_local=config.num_clips,
+            seed=config.seed,
+        )
+    else:
+        _train_teacher()
+
+
+def _train_teacher() -> None:
+    """Train the transformer with the project's own trainer, then export it into the pipeline folder."""
+    config = ROOT / "train_configs/tiny_wan_teacher.toml"
+    subprocess.run([sys.executable, "-m", "titan_distill.train", "--job.config_file", str(config)], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BuildConfig))

@@ -1,0 +1,109 @@
+"""Stage `data`: the parquet files that the small Wan is trained on, and the folders' last parts.
+
+A clip is drawn, encoded with the VAE (posterior mean, normalised by the config's statistics) and stored in half
+precision with the embedding of its caption. Captions cycle through all training combinations and all templates, so each is seen
+equally often; held-out combinations appear in no file but the list of prompts for scoring.
+
+Legend: C latent channels, F latent frames, H and W latent pixels.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+from torch import Tensor
+
+from titan_distill.data.parquet import LatentRow, write_rows
+from titan_distill.data.synthetic import (
+    CAPTION_TEMPLATES,
+    FRAME_SIZE,
+    FRAMES_PER_SECOND,
+    NUM_FRAMES,
+    ShapesClip,
+    draw_clip,
+    held_out_prompts,
+    train_attributes,
+)
+from titan_distill.data.text import TextEncoder
+
+MAX_TOKENS = 64
+NUM_HELD_OUT_PROMPTS = 96
+FLOW_SHIFT = 3.0
+
+
+def write_data(assets: Path, pipeline: Path, local: Path, *, num_shipped: int, num_local: int, seed: int) -> None:
+    """Write `assets`/{latents,prompts}.parquet, `assets`/held_out_prompts.txt and `local`/latents.parquet."""
+    vae = AutoencoderKLWan.from_pretrained(pipeline / "vae", torch_dtype=torch.float32)
+    text = TextEncoder(pipeline)
+    write_rows(assets / "latents.parquet", _latent_rows(vae, text, num_shipped, seed))
+    write_rows(assets / "prompts.parquet", _prompt_rows(text))
+    prompts = [caption for caption, _ in held_out_prompts(NUM_HELD_OUT_PROMPTS)]
+    (assets / "held_out_prompts.txt").write_text("\n".join(prompts) + "\n")
+    write_rows(local / "latents.parquet", _latent_rows(vae, text, num_local, seed + 1))
+
+
+def write_pipeline_index(pipeline: Path) -> None:
+    """Write the scheduler's folder and model_index.json, with which diffusers' `WanPipeline` loads `pipeline`."""
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=FLOW_SHIFT
+    )
+    scheduler.save_pretrained(pipeline / "scheduler")
+    index = {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "ByT5Tokenizer"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    (pipeline / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _latent_rows(vae: AutoencoderKLWan, text: TextEncoder, num_rows: int, seed: int) -> Iterator[LatentRow]:
+    rng = np.random.default_rng(seed)
+    for i, (clip, template) in zip(range(num_rows), _shuffled_forever(rng), strict=False):
+        caption = clip.caption(template)
+        yield LatentRow(
+            id=f"shapes-{seed}-{i:05d}",
+            caption=caption,
+            text_embedding=text.embed(caption, MAX_TOKENS).half(),
+            vae_latent=_encode(vae, draw_clip(clip, rng)).half(),
+            file_name=f"drawn-{i:05d}",
+            width=FRAME_SIZE,
+            height=FRAME_SIZE,
+            num_frames=NUM_FRAMES,
+            duration_sec=NUM_FRAMES / FRAMES_PER_SECOND,
+            fps=FRAMES_PER_SECOND,
+        )
+
+
+def _prompt_rows(text: TextEncoder) -> Iterator[LatentRow]:
+    for i, (clip, template) in enumerate(_captioned_clips()):
+        caption = clip.caption(template)
+        embedding = text.embed(caption, MAX_TOKENS).half()
+        yield LatentRow(id=f"prompt-{i:03d}", caption=caption, text_embedding=embedding, media_type="text")
+
+
+def _captioned_clips() -> list[tuple[ShapesClip, int]]:
+    return list(itertools.product(train_attributes(), range(len(CAPTION_TEMPLATES))))
+
+
+def _shuffled_forever(rng: np.random.Generator) -> Iterator[tuple[ShapesClip, int]]:
+    while True:
+        pairs = _captioned_clips()
+        yield from (pairs[i] for i in rng.permutation(len(pairs)))
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKLWan, frames_THW3: np.ndarray) -> Tensor:
+    """Normalised latents [C, F, H, W] of uint8 frames."""
+    video_1CTHW = torch.from_numpy(frames_THW3).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    latent_CFHW = vae.encode(video_1CTHW).latent_dist.mean[0]
+    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    return (latent_CFHW - mean) / std

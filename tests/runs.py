@@ -1,0 +1,45 @@
+"""Helpers for tests that train for real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parent.parent
+TINY_WAN = REPOSITORY / "tests" / "assets" / "tiny_wan"
+TINY_SHAPES = REPOSITORY / "tests" / "assets" / "tiny_shapes"
+
+
+def tiny_argv(method: str, output: Path, *overrides: str) -> list[str]:
+    """Command line of a short run of the tiny Wan without validation; relative paths in configs start at the repository."""
+    return [
+        "--job.config_file", str(REPOSITORY / "train_configs" / f"tiny_wan_{method}.toml"),
+        "--job.output_dir", str(output),
+        "--training.steps", "8",
+        "--training.global_batch_size", "4",
+        "--training.local_batch_size", "4",
+        "--metrics.log_interval", "1",
+        "--validation.enabled", "false",
+        *overrides,
+    ]  # fmt: skip
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_ranks(num_ranks: int, command_lines: Sequence[Sequence[str]], folder: Path, timeout: float = 300) -> None:
+    """Runs the jobs one after another on ``num_ranks`` gloo ranks. Fails with their output if a rank fails."""
+    jobs = folder / "jobs.json"
+    jobs.write_text(json.dumps(command_lines))
+    script = REPOSITORY / "tests" / "distributed" / "run_many.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    done = subprocess.run(
+        [*torchrun, str(script), str(jobs)], cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

@@ -1,0 +1,24 @@
+"""Building real trainers on the toy family, for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import toy_family
+from titan_distill.config import load_config
+from titan_distill.parallelisms.mesh import World
+from titan_distill.train import assemble
+from titan_distill.trainer import Trainer
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def toy_trainer(folder: Path, method: str, *overrides: str, with_latents: bool = True) -> Trainer:
+    """A trainer as `train.main` assembles it, writing below `folder`."""
+    data = folder / "toy.parquet"
+    if not data.exists():
+        toy_family.write_data(data, with_latents=with_latents)
+    defaults = ["--job.config_file", str(ASSETS / f"toy_{method}.toml"), "--data.path", str(data)]
+    config = load_config([*defaults, "--job.output_dir", str(folder / "run"), *overrides])
+    return assemble(config, World(rank=0, size=1, device=torch.device("cpu")))

@@ -1,0 +1,449 @@
+"""The configuration: what loads, what is refused and in which words, and that the resolved file reads back."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from titan_distill.config import (
+    Config,
+    ConfigError,
+    DataParallel,
+    check_paths,
+    check_world,
+    help_text,
+    load_config,
+    to_dict,
+    to_toml,
+)
+from titan_distill.config_sections import RoleConfig
+from titan_distill.config_text import field_docs, field_types
+from titan_distill.dispatch import register_method, register_model
+from titan_distill.methods.base import TrainingMethod
+from titan_distill.models.base import ModelFamily
+
+
+@dataclass(frozen=True)
+class ProbeMethodConfig:
+    schedule: tuple[float, ...] = (1000.0, 500.0)
+    """Levels of the probe."""
+    ratio: int = 5
+    """Ratio of the probe."""
+    guidance: float | None = 3.0
+    """Guidance of the probe."""
+    api_key: str = ""
+    """A secret where none belongs."""
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Free table of the probe."""
+    tags: list[str] = dataclasses.field(default_factory=list)
+    """Labels of the probe."""
+    order: Literal[1, 2] = 1
+    """Order of the probe."""
+
+    def __post_init__(self) -> None:
+        if self.ratio < 1:
+            raise ValueError(f"ratio = {self.ratio} must be at least 1")
+
+
+@dataclass(frozen=True)
+class ProbePipelineConfig:
+    flow_shift: float = 1.0
+    """Shift of the probe."""
+    negative_prompt: str = ""
+    """Words of the probe."""
+
+
+@register_method("config_probe")
+class ProbeMethod(TrainingMethod):
+    config_class = ProbeMethodConfig
+    roles_required = {"teacher": False, "student": True}  # noqa: RUF012 - the base class declares it ClassVar
+
+
+@register_model("config_probe")
+class ProbeFamily(ModelFamily):
+    pipeline_config_class = ProbePipelineConfig
+
+    @classmethod
+    def validate(cls, config: Config) -> None:
+        if config.pipeline_config.flow_shift <= 0:
+            raise ValueError(f"pipeline_config.flow_shift = {config.pipeline_config.flow_shift} must be positive")
+
+
+VALID = """\
+[job]
+name = "probe"
+
+[recipe]
+method = "config_probe"
+family = "config_probe"
+
+[roles.teacher]
+path = "weights/teacher"
+trainable = false
+
+[roles.student]
+flavor = "tiny"
+trainable = true
+optimizer = { lr = 1e-4 }
+
+[method_config]
+ratio = 3
+
+[data]
+path = "data.parquet"
+
+[training]
+steps = 10
+global_batch_size = 8
+local_batch_size = 2
+
+[optimizer]
+lr = 1
+betas = [0, 0.9]
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Config]:
+    """Loads VALID after textual replacements, with overrides."""
+
+    def load_(*overrides: str, replace: dict[str, str] | None = None, append: str = "") -> Config:
+        text = VALID
+        for old, new in (replace or {}).items():
+            assert old in text
+            text = text.replace(old, new)
+        file = tmp_path / "x.toml"
+        file.write_text(text + append)
+        return load_config(["--job.config_file", str(file), *overrides])
+
+    return load_
+
+
+def sentence(load: Callable[..., Config], *overrides: str, **edits: Any) -> str:
+    """The one error, without the folder of the file."""
+    with pytest.raises(ConfigError) as caught:
+        load(*overrides, **edits)
+    assert len(str(caught.value).splitlines()) == 1
+    return re.sub(r"\S*/x\.toml", "x.toml", str(caught.value))
+
+
+def test_file_overrides_and_defaults(load: Callable[..., Config]) -> None:
+    config = load("--training.steps", "20", "--roles.student.flavor=1.3B", "--job.dry_run", "--training.steps", "30")
+    assert (config.training.steps, config.training.global_batch_size, config.training.gc_interval) == (30, 8, 50)
+    assert (config.roles["student"].flavor, config.roles["teacher"].path) == ("1.3B", "weights/teacher")
+    assert config.job.dry_run is True and config.job.output_folder == Path("outputs/probe")
+    assert type(config.optimizer.lr) is float and config.optimizer.betas == (0.0, 0.9)
+    assert config.method_config == ProbeMethodConfig(ratio=3)
+    assert config.pipeline_config == ProbePipelineConfig()
+
+
+@pytest.mark.parametrize(
+    ("argument", "read", "expected"),
+    [
+        ("--job.name=12", lambda c: c.job.name, "12"),
+        ("--job.name=a=b", lambda c: c.job.name, "a=b"),
+        ("--optimizer.betas=0.0,0.99", lambda c: c.optimizer.betas, (0.0, 0.99)),
+        ("--optimizer.betas=[0, 0.99]", lambda c: c.optimizer.betas, (0.0, 0.99)),
+        ("--job.imports=json,math", lambda c: c.job.imports, ("json", "math")),
+        ("--job.imports=", lambda c: c.job.imports, ()),
+        ('--method_config.tags=["a,b", "c"]', lambda c: c.method_config.tags, ["a,b", "c"]),
+        ("--method_config.guidance=none", lambda c: c.method_config.guidance, None),
+        ("--method_config.weights.left=2", lambda c: c.method_config.weights, {"left": 2.0}),
+        ("--method_config.order=2", lambda c: c.method_config.order, 2),
+        ("--compile.enabled=false", lambda c: c.compile.enabled, False),
+        ("--roles.student.optimizer.eps=1e-6", lambda c: c.roles["student"].optimizer.eps, 1e-6),
+        ("--pipeline_config.flow_shift=3", lambda c: c.pipeline_config.flow_shift, 3.0),
+    ],
+)
+def test_overrides_are_read_by_type(
+    load: Callable[..., Config], argument: str, read: Callable[[Config], Any], expected: Any
+) -> None:
+    value = read(load(argument))
+    assert value == expected and type(value) is type(expected)
+    if "=[" not in argument:
+        assert read(load(*argument.split("=", 1))) == expected
+
+
+def test_role_optimizer_is_laid_over_the_default(load: Callable[..., Config]) -> None:
+    config = load("--optimizer.weight_decay", "0.5")
+    student = config.optimizer_for("student")
+    assert (student.lr, student.weight_decay, student.betas) == (1e-4, 0.5, (0.0, 0.9))
+
+
+ERRORS = [
+    # (overrides, replacements in the file, what the sentence must contain)
+    (["--training.stepz", "5"], {}, ["command line: training.stepz", '"5"', "did you mean training.steps?"]),
+    ([], {"steps =": "stepz ="}, ["x.toml: training.stepz = 10 is not known", "did you mean training.steps?"]),
+    ([], {"flavor =": "flavour ="}, ['roles.student.flavour = "tiny"', "did you mean roles.student.flavor?"]),
+    ([], {"lr = 1e-4": "lrr = 1e-4"}, ["did you mean roles.student.optimizer.lr?"]),
+    ([], {"[training]": "[trainnig]"}, ["x.toml: [trainnig] is not known", "did you mean training?"]),
+    ([], {"steps = 10": "steps = 10\nweight_decay = 0.1"}, ["did you mean optimizer.weight_decay?"]),
+    ([], {"ratio = 3": "ration = 3"}, ["did you mean method_config.ratio?"]),
+    ([], {"steps = 10": 'steps = "10"'}, ['x.toml: training.steps = "10" must be an integer']),
+    ([], {"steps = 10": "steps = true"}, ["training.steps = true must be an integer"]),
+    ([], {"steps = 10": "steps = 10.0"}, ["training.steps = 10.0 must be an integer"]),
+    ([], {"steps = 10": "steps = 2024-01-01"}, ["training.steps = 2024-01-01 must be an integer"]),
+    ([], {"steps = 10": "steps = 0"}, ["x.toml: training.steps = 0 is out of range; choose at least 1"]),
+    ([], {"steps = 10": f"steps = {2**63}"}, ["fits into 64 bits"]),
+    (["--training.steps", "0"], {}, ["command line: training.steps = 0 is out of range"]),
+    (["--training.steps", "ten"], {}, ['command line: training.steps = "ten" must be an integer']),
+    (["--training.max_grad_norm", "nan"], {}, ["training.max_grad_norm", "must be a number"]),
+    (["--training.steps"], {}, ["command line: --training.steps needs a value"]),
+    (["--training.steps", "--job.dry_run"], {}, ["--training.steps needs a value"]),
+    (["--job.dry_run", "maybe"], {}, ['job.dry_run = "maybe" must be true or false']),
+    (["training.steps", "5"], {}, ["'training.steps' is not expected here"]),
+    (["--trainingz.x.y", "5"], {}, ["command line: [trainingz] is not known", "did you mean training?"]),
+    (["--training..steps", "5"], {}, ["is not expected here"]),
+    (["--training.steps.x", "5"], {}, ["--training.steps.x goes through training.steps, which is a value"]),
+    (["--training", "5"], {}, ['command line: training = "5" must be a table']),
+    (["--training.dtype", "bfloat"], {}, ['must be one of "float32", "bfloat16"; did you mean "bfloat16"?']),
+    ([], {"trainable = true": 'trainable = true\nattention = "vsa"'}, ['student.attention = "vsa" must be "dense"']),
+    (["--optimizer.betas", "0.9"], {}, ["has 1 items but must be a list of 2"]),
+    (["--optimizer.betas", "[0.9"], {}, ["must be a list of 2"]),
+    (["--optimizer.betas", "[0.9, 1]\nx = 1"], {}, ["must be a list of 2"]),
+    (["--optimizer.betas", "0.9,x"], {}, ['command line: optimizer.betas[1] = "x" must be a number']),
+    (["--optimizer.betas", "0.9,1"], {}, ["betas = (0.9, 1.0) is out of range; choose at least 0 and below 1"]),
+    (["--optimizer.lr", "inf"], {}, ["optimizer.lr = inf is out of range"]),
+    ([], {"lr = 1e-4": "lr = -1e-4"}, ["roles.student.optimizer.lr = -0.0001 is out of range; choose above 0"]),
+    ([], {'name = "probe"': ""}, ["x.toml: job.name is required but missing; set it to a string"]),
+    ([], {'name = "probe"': 'name = "a/b"'}, ["job.name = 'a/b'"]),
+    ([], {'method = "config_probe"': ""}, ["x.toml: recipe.method is required but missing"]),
+    ([], {"[data]": "", 'path = "data.parquet"': ""}, ["x.toml: data.path is required but missing"]),
+    ([], {"trainable = true": ""}, ["x.toml: roles.student.trainable is required but missing"]),
+    ([], {'method = "config_probe"': 'method = "config_prob"'}, ["recipe.method = 'config_prob'", "did you mean"]),
+    ([], {'family = "config_probe"': 'family = "wam"'}, ["x.toml: recipe.family = 'wam'"]),
+    ([], {"ratio = 3": "ratio = 0"}, ["x.toml: method_config.ratio = 0 must be at least 1"]),
+    (["--pipeline_config.flow_shift", "0"], {}, ["x.toml: pipeline_config.flow_shift = 0.0 must be positive"]),
+    (["--job.imports", "no_such_module"], {}, ["job.imports names 'no_such_module'"]),
+    (["--job.imports", "..os"], {}, ["job.imports has '..os', which is no module name"]),
+    ([], {'name = "probe"': 'name = "probe"\nconfig_file = "y.toml"'}, ["can only be given on the command line"]),
+    ([], {"trainable = false": "trainable = true"}, ["roles.teacher.trainable = true"]),
+    ([], {"roles.teacher": "roles.tutor"}, ["needs [roles.teacher]"]),
+    ([], {"roles.teacher": 'roles."a/b"'}, ["[roles.'a/b']", "letters, digits"]),
+    ([], {'flavor = "tiny"': ""}, ["x.toml: roles.student.path and flavor are both empty"]),
+    ([], {'path = "weights/teacher"': 'path = "a"\ninit_from = "b"'}, ["init_from = 'b' contradicts path = 'a'"]),
+    ([], {'path = "weights/teacher"': 'path = "a"\nflavor = "14B"'}, ["roles.teacher.flavor = '14B' contradicts path"]),
+    (["--roles.teacher.optimizer.lr", "1"], {}, ["roles.teacher.trainable = false", "without effect"]),
+    (["--training.local_batch_size", "3"], {}, ["global_batch_size = 8", "local_batch_size = 3; choose 6 or 9"]),
+    (["--parallelism.sequence", "2"], {}, ["parallelism.sequence = 2", "set it to 1"]),
+    (["--parallelism.tensor", "4"], {}, ["parallelism.tensor = 4", "set it to 1"]),
+    (["--parallelism.dp_shard", "0"], {}, ["parallelism.dp_shard = 0 is out of range"]),
+    (["--lr_scheduler.min_lr_ratio", "0.1"], {}, ["lr_scheduler.min_lr_ratio = 0.1 has no effect"]),
+    (["--ema.decay", "0.9", "--ema.role", "critic"], {}, ["'critic' is not a trained role; choose one of student"]),
+    (["--ema.decay", "1"], {}, ["ema.decay = 1.0 is out of range"]),
+    (["--profiling.enabled"], {}, ["= 13 is beyond training.steps = 10"]),
+    (["--validation.num_videos", "97"], {}, ["validation.num_videos = 97 is more than num_prompts = 96"]),
+    (["--job.name", "\udcff"], {}, ["not valid UTF-8"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "replace", "wanted"), ERRORS)
+def test_errors(load: Callable[..., Config], overrides: list[str], replace: dict[str, str], wanted: list[str]) -> None:
+    message = sentence(load, *overrides, replace=replace)
+    for part in wanted:
+        assert part in message
+
+
+def test_unreadable_files(load: Callable[..., Config], tmp_path: Path) -> None:
+    assert "is not valid TOML" in sentence(load, append="[x\n") and "line 31" in sentence(load, append="[x\n")
+    assert "is not valid TOML" in sentence(load, append="[job]\n")  # declared twice
+    assert "is not valid TOML" in sentence(load, append="a = " + "[" * 100_000)
+    assert "[training.a] is not known" in sentence(load, "--" + ".".join(["training", *"a" * 5000]), "1")
+    for argv in (["--job.config_file", str(tmp_path / "none.toml")], ["--job.config_file", str(tmp_path)]):
+        with pytest.raises(ConfigError, match=f"^{re.escape(argv[1])}: the file cannot be read: "):
+            load_config(argv)
+    with pytest.raises(ConfigError, match=r"--job\.config_file needs a value"):
+        load_config(["--job.config_file"])
+    with pytest.raises(ConfigError, match=r"^command line: job\.name is required"):
+        load_config([])
+
+
+def test_a_missing_import_inside_a_module_is_not_hidden(
+    load: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config_probe_broken.py").write_text("import no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        load("--job.imports", "config_probe_broken")
+
+
+def test_pipeline_config_from_a_file(load: Callable[..., Config], tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.toml"
+    file.write_text('flow_shift = 5\nnegative_prompt = "blurry"\n')
+    chosen = ["--pipeline_config_path", str(file)]
+    config = load(*chosen, "--pipeline_config.flow_shift", "7")
+    assert config.pipeline_config == ProbePipelineConfig(flow_shift=7.0, negative_prompt="blurry")
+    assert "contradicts [pipeline_config]" in sentence(load, *chosen, append="[pipeline_config]\n")
+    file.write_text("flow_shft = 5\n")
+    message = sentence(load, *chosen)
+    assert message.startswith(f"{file}: pipeline_config.flow_shft = 5") and "pipeline_config.flow_shift?" in message
+    file.unlink()
+    assert sentence(load, *chosen).startswith(f"{file}: the file cannot be read")
+
+
+def test_resolved_file_reads_back(load: Callable[..., Config], tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.toml"
+    file.write_text("flow_shift = 5\n")
+    odd = 'quote " backslash \\ newline \n delete \x7f snowman ☃ tab \t'
+    config = load(
+        *("--pipeline_config_path", str(file), "--pipeline_config.negative_prompt", odd, "--optimizer.lr", "1e-30"),
+        *("--training.max_grad_norm", "inf", "--method_config.guidance", "none", "--job.imports", "json"),
+        append='[method_config.weights]\n"a.b \\n" = 1\n',
+    )
+    resolved = tmp_path / "config.toml"
+    resolved.write_text(to_toml(config), encoding="utf-8")
+    again = load_config(["--job.config_file", str(resolved)])
+    assert again == config
+    assert again.method_config.weights == {"a.b \n": 1.0} and again.pipeline_config.negative_prompt == odd
+    assert to_toml(again) == to_toml(config)
+
+
+def test_secrets_are_redacted_everywhere(load: Callable[..., Config]) -> None:
+    config = load("--method_config.api_key", "hunter2", "--data.max_text_tokens", "77")
+    assert config.method_config.api_key == "hunter2"
+    assert "hunter2" not in to_toml(config) and "hunter2" not in str(to_dict(config))
+    assert to_dict(config)["method_config"]["api_key"] == "<redacted>"
+    assert to_dict(config)["data"]["max_text_tokens"] == 77
+    for key in ("metrics.wandb_api_key", "data.hf_token", "job.password"):
+        message = sentence(load, f"--{key}", "hunter2")
+        assert "hunter2" not in message and "is not known" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "expected"),
+    [
+        ([], 1, DataParallel(1, 1, 4)),
+        ([], 4, DataParallel(1, 4, 1)),
+        (["--parallelism.dp_replicate", "2"], 4, DataParallel(2, 2, 1)),
+        (["--parallelism.dp_shard", "2"], 2, DataParallel(1, 2, 2)),
+        (["--parallelism.dp_replicate", "3"], 8, "3 does not divide the number of ranks, 8; set it to 2 or 4"),
+        (["--parallelism.dp_shard", "3"], 4, "run has 4; set dp_shard to 4 or -1, or start 3 ranks"),
+        ([], 8, "= 2 × 8 = 16; set it to 16"),
+        ([], 3, "= 2 × 3 = 6; set it to 6 or 12"),
+    ],
+)
+def test_check_world(
+    load: Callable[..., Config], overrides: list[str], world_size: int, expected: DataParallel | str
+) -> None:
+    config = load(*overrides)
+    if isinstance(expected, DataParallel):
+        resolved = check_world(config, world_size)
+        assert resolved == expected and resolved.degree == world_size
+    else:
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            check_world(config, world_size)
+
+
+def test_check_paths_names_the_first_missing_one(
+    load: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def missing(*overrides: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            check_paths(load(*overrides))
+        return str(caught.value)
+
+    assert "roles.teacher.path = 'weights/teacher' is no existing folder" in missing()
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/teacher").write_text("a file")
+    assert "roles.teacher.path" in missing()
+    (tmp_path / "weights/teacher").unlink()
+    (tmp_path / "weights/teacher").mkdir()
+    assert "data.path = 'data.parquet'" in missing()
+    (tmp_path / "data.parquet").touch()
+    check_paths(load("--checkpoint.resume_from", "latest"))
+    assert "roles.student.init_from = 'absent'" in missing("--roles.student.init_from", "absent")
+    assert "validation.prompts = 'absent'" in missing("--validation.prompts", "absent")
+    check_paths(load("--validation.prompts", "absent", "--validation.enabled=false"))
+    assert "checkpoint.resume_from = 'absent'" in missing("--checkpoint.resume_from", "absent")
+
+
+def test_every_key_is_documented_and_in_the_help(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(VALID)
+    text = help_text(str(tmp_path / "x.toml"))
+    sections = {**field_types(Config), "roles.<name>": RoleConfig}
+    sections |= {"method_config": ProbeMethodConfig, "pipeline_config": ProbePipelineConfig}
+    for section, kind in sections.items():
+        for name, meaning in (field_docs(kind) if dataclasses.is_dataclass(kind) else {}).items():
+            assert meaning and f"{section}.{name}" in text and meaning.splitlines()[0] in text
+        if dataclasses.is_dataclass(kind):
+            assert set(field_docs(kind)) == set(field_types(kind))
+    assert '--roles.<name>.dtype: one of "auto", "float32", "bfloat16" (default "auto")' in text
+    assert "--training.steps: an integer (required)" in text
+    assert "--method_config.ratio" not in help_text(None) and "--training.steps" in help_text(None)
+    (tmp_path / "x.toml").write_text(VALID.replace("config_probe", "nothing"))
+    with pytest.raises(ConfigError, match=r"recipe\.method = 'nothing'"):
+        help_text(str(tmp_path / "x.toml"))
+
+
+def test_loading_does_not_need_a_process_group_or_a_gpu() -> None:
+    code = "import sys, titan_distill.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+VALUES = ["0", "-1", "1.5", "true", '"x"', '""', '"none"', "[]", "[1, 2]", "{}", "{a = 1}", "nan", "inf", "1979-05-27"]
+VALUES += ["0x" + "f" * 9000, '"' + "y" * 500 + '"', "[[[[]]]]", "'''\n'''", "07:32:00", "9223372036854775808"]
+LINES = VALID.splitlines()
+FUZZ = settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=4)
+
+
+@st.composite
+def changed_line(draw: st.DrawFn, line: str) -> str:
+    """The line with another value, key or neighbour's key, with stray characters, doubled, or gone."""
+    key, _, value = line.partition(" = ")
+    value, word = value or "1", draw(WORDS)
+    other = draw(st.sampled_from(LINES)).partition(" = ")[0]
+    choices = [f"{key} = {draw(st.sampled_from(VALUES))}", f"{key[:3]}{word} = {value}", f"{other} = {value}"]
+    return draw(st.sampled_from([*choices, f"{key}{word}{value}", f"{line}\n{line}", ""]))
+
+
+@st.composite
+def mutated_file(draw: st.DrawFn) -> str:
+    """VALID with up to three lines changed. The family's stays, because the default one takes seconds to import."""
+    lines = list(LINES)
+    indices = [index for index, line in enumerate(lines) if not line.startswith("family")]
+    for index in draw(st.lists(st.sampled_from(indices), min_size=1, max_size=3)):
+        lines[index] = draw(changed_line(lines[index]))
+    return "\n".join(lines)
+
+
+@FUZZ
+@given(text=mutated_file())
+def test_no_file_does_anything_but_load_or_say_one_sentence(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text(text, encoding="utf-8")
+    try:
+        config = load_config(["--job.config_file", str(file)])
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        file.write_text(to_toml(config), encoding="utf-8")
+        assert load_config(["--job.config_file", str(file)]) == config
+
+
+KEYS = ["training.steps", "roles.student.path", "roles", "roles.a.b.c", "optimizer.betas", "job.imports", "x"]
+ARGUMENTS = st.lists(st.one_of(st.sampled_from(KEYS).map("--{}".format), st.text(max_size=8)), max_size=6)
+
+
+@FUZZ
+@given(arguments=ARGUMENTS)
+def test_no_command_line_does_anything_but_load_or_say_one_sentence(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "x.toml").write_text(VALID)
+    try:
+        load_config(["--job.config_file", str(tmp_path / "x.toml"), *arguments])
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1

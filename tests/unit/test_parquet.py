@@ -1,0 +1,276 @@
+"""Parquet rows: what is written comes back, and every kind of damage is named."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from titan_distill.data import parquet
+from titan_distill.data.parquet import DTYPES, BadRowError, LatentRow, ParquetDataset, write_rows
+from titan_distill.data.summary import inspect
+
+
+def make_row(index: int, dtype: torch.dtype = torch.float32, **facts: Any) -> LatentRow:
+    generator = torch.Generator().manual_seed(index)
+    values = {
+        "id": f"row-{index}",
+        "caption": f"caption {index}",
+        "text_embedding": torch.randn(3 + index % 4, 8, generator=generator).to(dtype),
+        "vae_latent": torch.randn(4, 2, 3, 5, generator=generator).to(dtype),
+        "file_name": f"{index}.mp4",
+        "width": 40,
+        "height": 24,
+        "num_frames": 5,
+        "duration_sec": 0.625,
+        "fps": 8.0,
+    }
+    return LatentRow(**{**values, **facts})
+
+
+def assert_same(row: LatentRow, expected: LatentRow) -> None:
+    for name in LatentRow.__dataclass_fields__:
+        value, wanted = getattr(row, name), getattr(expected, name)
+        if isinstance(wanted, torch.Tensor):
+            assert value.dtype == wanted.dtype
+            assert torch.equal(value, wanted), name
+        else:
+            assert value == wanted, name
+
+
+def write_records(path: Path, records: list[dict[str, Any]], schema: pa.Schema = parquet.SCHEMA) -> None:
+    pq.write_table(pa.Table.from_pylist(records, schema), path, row_group_size=4)
+
+
+def records_of(path: Path) -> list[dict[str, Any]]:
+    return pq.ParquetFile(path).read().to_pylist()
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES.values()))
+def test_rows_come_back_bitwise_in_their_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    rows = [make_row(index, dtype) for index in range(5)]
+    assert write_rows(tmp_path / "a.parquet", iter(rows)) == 5
+    dataset = ParquetDataset(tmp_path / "a.parquet")
+    assert len(dataset) == 5
+    for index, row in enumerate(rows):
+        assert_same(dataset[index], row)
+
+
+def test_column_scheme_is_fastvideos(tmp_path: Path) -> None:
+    """A literal of the scheme: a row in it, written by plain pyarrow and numpy-style bytes, is read."""
+    record = {
+        "id": "v",
+        "vae_latent_bytes": b"\x00\x3c" * 2,  # float16 ones
+        "vae_latent_shape": [1, 1, 1, 2],
+        "vae_latent_dtype": "float16",
+        "text_embedding_bytes": b"\x80\x3f",  # a bfloat16 one: the upper half of float32's
+        "text_embedding_shape": [1, 1],
+        "text_embedding_dtype": "bfloat16",
+        "file_name": "v.mp4",
+        "caption": "c",
+        "media_type": "video",
+        "width": 16,
+        "height": 8,
+        "num_frames": 1,
+        "duration_sec": 0.5,
+        "fps": 2.0,
+    }
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "a.parquet")
+    row = ParquetDataset(tmp_path)[0]
+    assert row.vae_latent is not None
+    assert row.vae_latent.tolist() == [[[[1.0, 1.0]]]]
+    assert row.text_embedding.tolist() == [[1.0]]
+    assert (row.width, row.height, row.num_frames, row.duration_sec, row.fps) == (16, 8, 1, 0.5, 2.0)
+
+    write_rows(tmp_path / "b.parquet", [row])
+    assert records_of(tmp_path / "b.parquet") == [record]
+
+
+def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    write_rows(tmp_path / "b.parquet", [make_row(index) for index in range(40, 50)])
+    write_rows(tmp_path / "a.parquet", [make_row(index) for index in range(40)])
+    dataset = ParquetDataset(tmp_path)
+    assert [dataset[index].id for index in range(50)] == [f"row-{index}" for index in range(50)]
+    with pytest.raises(IndexError):
+        dataset.read(50)
+
+
+def test_row_groups_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def group_sizes() -> list[int]:
+        metadata = pq.ParquetFile(tmp_path / "a.parquet").metadata
+        return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+
+    write_rows(tmp_path / "a.parquet", (make_row(index) for index in range(70)))
+    assert group_sizes() == [32, 32, 6]
+    monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 1500)  # three rows of 480 bytes of latent and 96 to 192 of text
+    write_rows(tmp_path / "a.parquet", (make_row(index) for index in range(7)))
+    assert group_sizes() == [3, 3, 1]
+
+
+def test_cache_is_bounded_and_not_pickled(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.parquet", (make_row(index) for index in range(128)))
+    everything, one_group = ParquetDataset(tmp_path), ParquetDataset(tmp_path, cache_bytes=1)
+    for index in (0, 100, 40, 70, 1):
+        assert_same(one_group[index], make_row(index))
+        assert_same(everything[index], make_row(index))
+    assert len(everything._cache) == 4
+    assert len(one_group._cache) == 1
+    copy = pickle.loads(pickle.dumps(everything))
+    assert not copy._cache
+    assert_same(copy[100], make_row(100))
+
+
+def test_rows_are_consumed_lazily(tmp_path: Path) -> None:
+    """A failing source leaves neither the file nor a temporary, and an earlier file stays whole."""
+    write_rows(tmp_path / "a.parquet", [make_row(0)])
+
+    def failing_source() -> Any:
+        yield from (make_row(index) for index in range(40))
+        assert any("tmp" in path.name for path in tmp_path.iterdir()), "the first group is on disk by now"
+        raise RuntimeError("camera broke")
+
+    with pytest.raises(RuntimeError, match="camera broke"):
+        write_rows(tmp_path / "a.parquet", failing_source())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+    assert_same(ParquetDataset(tmp_path)[0], make_row(0))
+
+
+def test_text_only_rows(tmp_path: Path) -> None:
+    (tmp_path / "ours").mkdir()
+    write_rows(tmp_path / "ours" / "a.parquet", [make_row(0, vae_latent=None)])
+    assert ParquetDataset(tmp_path / "ours")[0].vae_latent is None
+
+    columns = ["caption", "text_embedding_bytes", "text_embedding_shape", "text_embedding_dtype"]
+    record = {name: records_of(tmp_path / "ours" / "a.parquet")[0][name] for name in columns}
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "b.parquet")
+    row = ParquetDataset(tmp_path / "b.parquet")[0]
+    assert row.vae_latent is None
+    assert row.caption == "caption 0"
+    assert torch.equal(row.text_embedding, make_row(0).text_embedding)
+
+
+def test_writer_refuses_what_the_reader_would(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    with pytest.raises(ValueError, match="'row-0': vae_latent has non-finite values"):
+        write_rows(file, [make_row(0, vae_latent=torch.full((1, 1, 1, 1), torch.inf))])
+    with pytest.raises(ValueError, match=r"text_embedding has dtype torch.float64: use one of float32"):
+        write_rows(file, [make_row(0, dtype=torch.float64, vae_latent=None)])
+    with pytest.raises(ValueError, match="no rows to write"):
+        write_rows(file, [])
+    assert not list(tmp_path.iterdir())
+
+
+FAULTS = {
+    "dtype": ({"vae_latent_dtype": "float64"}, "vae_latent_dtype is 'float64'"),
+    "shape and bytes": ({"vae_latent_shape": [4, 2, 3, 6]}, r"holds 480 bytes: \[4, 2, 3, 6\] in float32 takes 576"),
+    "dimensions": ({"text_embedding_shape": [24]}, r"text_embedding_shape is \[24\]: expected 2 positive sizes"),
+    "negative size": ({"vae_latent_shape": [-4, -2, 3, 5]}, "expected 4 positive sizes"),
+    "no shape": ({"vae_latent_shape": None}, "expected 4 positive sizes"),
+    "not finite": ({"vae_latent_bytes": b"\x00\x00\xc0\x7f" * 120}, "vae_latent has non-finite values"),
+    "nothing to learn from": ({"caption": "", "text_embedding_bytes": b""}, "no text embedding for caption ''"),
+}
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_bad_row_is_named_with_file_and_row(tmp_path: Path, fault: str) -> None:
+    damage, message = FAULTS[fault]
+    write_rows(tmp_path / "a.parquet", [make_row(0)] * 3)
+    write_rows(tmp_path / "good.parquet", [make_row(0)] * 7)
+    records = records_of(tmp_path / "good.parquet")
+    records[5].update(damage)
+    write_records(tmp_path / "b.parquet", records)
+    dataset = ParquetDataset(tmp_path)
+    assert_same(dataset[3 + 4], make_row(0))
+    with pytest.raises(BadRowError, match=rf"b\.parquet, row 5: .*{message}"):
+        dataset[3 + 5]
+
+
+def bad_dataset(folder: Path, bad: set[int], **options: Any) -> ParquetDataset:
+    write_rows(folder / "a.parquet", [make_row(index) for index in range(10)])
+    records = records_of(folder / "a.parquet")
+    for index in bad:
+        records[index]["vae_latent_dtype"] = "int8"
+    write_records(folder / "a.parquet", records)
+    return ParquetDataset(folder, **options)
+
+
+def test_bad_rows_are_replaced_by_the_next_good_one_up_to_the_cap(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = bad_dataset(tmp_path, {3, 4, 9}, max_bad_rows=3)
+    assert dataset[3].id == dataset[4].id == "row-5"
+    assert dataset[9].id == "row-0"
+    assert dataset[3].id == "row-5", "met again, a bad row is not counted again"
+    assert sorted(dataset.bad_rows) == [3, 4, 9]
+    assert caplog.text.count("a.parquet, row 9: vae_latent_dtype") == 1
+
+    strict = ParquetDataset(tmp_path, max_bad_rows=2)
+    assert strict[3].id == "row-5"
+    with pytest.raises(BadRowError, match="row 9"):
+        strict[9]
+
+
+def test_a_dataset_of_bad_rows_ends(tmp_path: Path) -> None:
+    dataset = bad_dataset(tmp_path, set(range(10)), max_bad_rows=100)
+    with pytest.raises(BadRowError, match=r"all 10 rows of .* are bad"):
+        dataset[7]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_truncated_file_is_named_in_one_sentence(tmp_path: Path, kept: float) -> None:
+    write_rows(tmp_path / "a.parquet", [make_row(index) for index in range(10)])
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(ValueError, match=r"a\.parquet is not a complete parquet file .*: remove it") as error:
+        ParquetDataset(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_flipped_bytes_in_a_row_group_are_bad_rows(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.parquet", [make_row(index) for index in range(40)])
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    column = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(1).column(1)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    (tmp_path / "a.parquet").write_bytes(data)
+    dataset = ParquetDataset(tmp_path)
+    assert_same(dataset[31], make_row(31))
+    with pytest.raises(BadRowError, match=r"a\.parquet, rows 32 to 39: unreadable"):
+        dataset[32]
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no dataset at .*absent"):
+        ParquetDataset(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"no \*\.parquet file in"):
+        ParquetDataset(tmp_path)
+    write_records(tmp_path / "a.parquet", [])
+    with pytest.raises(ValueError, match="holds no rows"):
+        ParquetDataset(tmp_path)
+
+
+@pytest.mark.parametrize("absent", ["caption", "text_embedding_shape", "vae_latent_dtype"])
+def test_missing_column_is_named(tmp_path: Path, absent: str) -> None:
+    write_rows(tmp_path / "a.parquet", [make_row(0)])
+    pq.write_table(pq.ParquetFile(tmp_path / "a.parquet").read().drop_columns([absent]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=rf"a\.parquet lacks the columns {absent}: a dataset has caption, "):
+        ParquetDataset(tmp_path)
+
+
+def test_summary_counts_everything_and_lists_bad_rows(tmp_path: Path) -> None:
+    bad_dataset(tmp_path, {3})
+    latents = torch.stack([make_row(index).vae_latent for index in range(10) if index != 3]).double()
+    summary = inspect(tmp_path)
+    assert (summary.num_files, summary.num_rows) == (1, 10)
+    assert summary.latents == {"[4, 2, 3, 5] float32": 9}
+    assert (min(summary.text_tokens), max(summary.text_tokens)) == (3, 6)
+    assert summary.latent_mean == pytest.approx(latents.mean().item(), abs=1e-12)
+    assert summary.latent_std == pytest.approx(latents.std(correction=0).item(), rel=1e-9)
+    assert [fault for fault in summary.bad_rows if "a.parquet, row 3" in fault] == summary.bad_rows != []
+    for line in ("10 rows in 1 file(s), 1 bad", "[4, 2, 3, 5] float32: 9 rows", "9 distinct captions", "row 3"):
+        assert line in str(summary)

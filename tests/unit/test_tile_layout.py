@@ -1,0 +1,70 @@
+"""Tile order: a permutation, whole tiles in runs, ragged edges, and a cache that training and planning can share."""
+
+import itertools
+
+import pytest
+import torch
+from titan_kernels import tile_layout
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+GRIDS = [(1, 1, 1), (4, 4, 4), (8, 4, 12), (5, 6, 6), (3, 5, 7), (9, 2, 11)]
+
+
+def tokens_by_tile(grid: tuple[int, int, int], tile: tuple[int, int, int]) -> list[list[int]]:
+    """The definition, literally: for each tile in raster order, its valid tokens in raster order."""
+    _, height, width = grid
+    tiles = []
+    for origin in itertools.product(*(range(0, size, step) for size, step in zip(grid, tile))):
+        spans = [range(first, min(first + step, size)) for first, step, size in zip(origin, tile, grid)]
+        tiles.append([(t * height + h) * width + w for t, h, w in itertools.product(*spans)])
+    return tiles
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("tile", [(4, 4, 4), (2, 3, 4)])
+def test_layout_follows_the_definition(grid, tile):
+    layout = tile_layout(grid, tile)
+    expected = tokens_by_tile(grid, tile)
+    assert layout.permutation.tolist() == list(itertools.chain.from_iterable(expected))
+    assert layout.length.tolist() == [len(tokens) for tokens in expected]
+    assert layout.start.tolist() == [0, *itertools.accumulate(len(tokens) for tokens in expected[:-1])]
+    assert (layout.num_tiles, layout.num_tokens) == (len(expected), sum(map(len, expected)))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_inverse_restores_raster_order(grid):
+    layout = tile_layout(grid)
+    raster = torch.randn(2, layout.num_tokens, 3)
+    assert torch.equal(raster[:, layout.permutation][:, layout.inverse], raster)
+
+
+def test_dtypes_are_the_kernels():
+    layout = tile_layout((5, 6, 6))
+    assert layout.permutation.dtype == layout.inverse.dtype == torch.int64
+    assert layout.start.dtype == layout.length.dtype == torch.int32
+
+
+def test_same_arguments_share_one_layout_per_device():
+    assert tile_layout((5, 6, 6)) is tile_layout([5, 6, 6], tile=(4, 4, 4), device=torch.device("cpu"))
+    meta = tile_layout((5, 6, 6), device="meta")
+    assert meta.permutation.is_meta and not tile_layout((5, 6, 6)).permutation.is_meta
+
+
+def test_a_layout_from_inference_mode_serves_training():
+    with torch.inference_mode():
+        layout = tile_layout((2, 3, 17))
+    x = torch.randn(1, layout.num_tokens, 2, requires_grad=True)
+    x.index_select(1, layout.permutation).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach())
+
+
+def test_fake_tensors_stay_out_of_the_cache():
+    with FakeTensorMode():
+        assert isinstance(tile_layout((2, 3, 19)).permutation, FakeTensor)
+    assert not isinstance(tile_layout((2, 3, 19)).permutation, FakeTensor)
+
+
+@pytest.mark.parametrize("grid, tile", [((0, 4, 4), (4, 4, 4)), ((4, 4), (4, 4, 4)), ((4, 4, 4), (4, -1, 4))])
+def test_impossible_sizes_are_refused(grid, tile):
+    with pytest.raises(ValueError, match="must be three positive sizes"):
+        tile_layout(grid, tile)

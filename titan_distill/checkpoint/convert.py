@@ -1,0 +1,170 @@
+"""From a training checkpoint to a folder that diffusers loads.
+
+Weights are read one tensor at a time, each put together from whatever shards hold it, and handed to the family's
+writer: no process group, no model, and no memory beyond what the writer keeps. The other parts of the pipeline (VAE,
+text encoder, tokenizer, scheduler) are copied as they are. The folder appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from titan_distill.checkpoint import storage
+from titan_distill.checkpoint.discovery import resolve
+from titan_distill.checkpoint.manifest import Manifest, TrainedRole, read_manifest, verify_hashes
+from titan_distill.checkpoint.state import ema_prefix, model_prefix
+
+WeightWriter = Callable[[Iterable[tuple[str, Tensor]], dict[str, Any], Path, torch.dtype | None], None]
+"""Writes (name, tensor) pairs and the architecture into a folder, in the family's format; no dtype means as they are."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+TRANSFORMER = "transformer"
+PIPELINE_INDEX = "model_index.json"
+
+
+def export(
+    checkpoint: Path,
+    role: str,
+    out: Path,
+    *,
+    write_weights: WeightWriter,
+    use_ema: bool,
+    dtype: str | None = None,
+    pipeline_folder: Path | None = None,
+) -> Path:
+    """Writes ``out/transformer``, a model card, and the parts of ``pipeline_folder``. Returns ``out``.
+
+    ``checkpoint`` may end in ``latest``. ``dtype`` is one of DTYPES, None keeps the stored precision (fp32). Raises
+    ValueError for a missing or damaged checkpoint, an unknown role, an EMA that was never kept, and an ``out`` that
+    exists.
+    """
+    checkpoint = resolve(checkpoint)
+    if out.exists():
+        raise ValueError(f"{out} exists already; remove it, or export to another folder")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; it must be one of {', '.join(DTYPES)}")
+    storage_dtype = DTYPES[dtype] if dtype is not None else None
+    parts = _pipeline_parts(pipeline_folder) if pipeline_folder is not None else []
+    manifest = read_manifest(checkpoint)
+    tensors = role_tensors(checkpoint, role, use_ema=use_ema)
+
+    temporary = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir(parents=True)
+    try:
+        for part in parts:
+            _copy(part, temporary / part.name)
+        write_weights(tensors, manifest.trained[role].architecture, temporary / TRANSFORMER, storage_dtype)
+        (temporary / "README.md").write_text(_model_card(checkpoint, manifest, role, use_ema=use_ema))
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return out
+
+
+def role_tensors(checkpoint: Path, role: str, *, use_ema: bool) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a role's transformer as full CPU tensors, one at a time, sorted by name.
+
+    Verifies the whole checkpoint first. Raises as ``export`` does, before the first tensor.
+    """
+    checkpoint = resolve(checkpoint)
+    manifest = read_manifest(checkpoint)
+    trained = trained_role(checkpoint, manifest, role)
+    if use_ema and not trained.has_ema:
+        raise ValueError(f"{checkpoint} has no EMA of {role!r}: set [ema] in the run, or ask for the raw weights")
+    verify_hashes(checkpoint, manifest)
+    metadata = storage.read_metadata(checkpoint)
+    return _read_one_by_one(checkpoint, metadata, _stored_names(metadata, role, use_ema))
+
+
+def trained_role(checkpoint: Path, manifest: Manifest, role: str) -> TrainedRole:
+    """What the manifest says of a trained role. Raises ValueError with the known roles for any other."""
+    if role in manifest.frozen:
+        raise ValueError(
+            f"role {role!r} is frozen, so {checkpoint} does not hold it; its weights are in "
+            f"{manifest.frozen[role].path or 'no folder'}"
+        )
+    if role not in manifest.trained:
+        raise ValueError(f"{checkpoint} has no role {role!r}; it has {', '.join(manifest.trained)}")
+    return manifest.trained[role]
+
+
+def _stored_names(metadata: Metadata, role: str, use_ema: bool) -> dict[str, str]:
+    """Name in the model -> name in the checkpoint. Buffers are not averaged: they come from the model in any case."""
+    stored = sorted(metadata.state_dict_metadata)
+    model, averaged = (
+        {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
+        for prefix in (model_prefix(role, TRANSFORMER), ema_prefix(role))
+    )
+    assert averaged.keys() <= model.keys(), "EMA and model disagree on parameter names"
+    return {**model, **averaged} if use_ema else model
+
+
+def _read_one_by_one(
+    checkpoint: Path, metadata: Metadata, stored_names: dict[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, stored_name in stored_names.items():
+        entry = metadata.state_dict_metadata[stored_name]
+        assert isinstance(entry, TensorStorageMetadata), f"{stored_name} is not a tensor"
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        storage.read({stored_name: tensor}, checkpoint, metadata)
+        yield name, tensor
+
+
+def _pipeline_parts(folder: Path) -> list[Path]:
+    """The index and the folders that it names, the transformer excepted; other files in the folder stay behind."""
+    index = folder / PIPELINE_INDEX
+    if not index.is_file():
+        raise ValueError(
+            f"{folder} is not a diffusers pipeline: it has no {PIPELINE_INDEX}; name a folder that has one"
+        )
+    names = [name for name in json.loads(index.read_text()) if name != TRANSFORMER and (folder / name).is_dir()]
+    return [index, *(folder / name for name in names)]
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
+def _model_card(checkpoint: Path, manifest: Manifest, role: str, *, use_ema: bool) -> str:
+    run_folder = checkpoint.parent.parent
+    config = run_folder / "config.toml"
+    config_text = config.read_text() if config.is_file() else "# not found beside the checkpoints"
+    return f"""---
+library_name: diffusers
+tags: [titan_distill, {manifest.family}]
+---
+
+# {run_folder.name}: {role}
+
+Exported by titan_distill from `{checkpoint.name}`. Where the folder has a `{PIPELINE_INDEX}`, diffusers'
+`DiffusionPipeline.from_pretrained` loads it; otherwise `{TRANSFORMER}/` belongs into a pipeline of the same family.
+
+| | |
+| --- | --- |
+| role | {role} |
+| weights | {"exponential moving average" if use_ema else "raw, as trained"} |
+| step | {manifest.step} |
+| updates of this role | {manifest.trained[role].num_updates} |
+| samples seen | {manifest.samples_seen} |
+| seed | {manifest.seed} |
+
+## Configuration of the run
+
+```toml
+{config_text.rstrip()}
+```
+"""

@@ -1,0 +1,84 @@
+"""Which checkpoints in a folder are usable, and which one a name means.
+
+A name alone proves nothing: a killed save leaves a folder behind. A step counts only when its name is anchored
+(``step-00000100``, no suffix) and its manifest is intact and every file has its size. Content hashes are left to
+loading.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from titan_distill.checkpoint.manifest import CheckpointDamaged, read_manifest, verify_sizes
+
+LATEST = "latest"
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_TEMPORARY_NAME = re.compile(r"step-\d{8,}\.tmp-.+")
+
+logger = logging.getLogger(__name__)
+
+
+def step_name(step: int) -> str:
+    """Folder name of a step."""
+    return f"step-{step:08d}"
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Everything in ``folder`` that is named like a checkpoint, newest first, complete or not."""
+    found = [path for path in _children(folder) if _STEP_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def temporary_folders(folder: Path) -> list[Path]:
+    """What saves that are under way, or that died, have left in ``folder``."""
+    return [path for path in _children(folder) if _TEMPORARY_NAME.fullmatch(path.name)]
+
+
+def complete_steps(folder: Path) -> Iterator[Path]:
+    """The complete checkpoints in ``folder``, newest first; warns about each incomplete one that it passes."""
+    for path in step_folders(folder):
+        try:
+            verify_sizes(path, read_manifest(path))
+        except CheckpointDamaged as damage:
+            logger.warning("Skipping an incomplete checkpoint: %s", damage)
+        else:
+            yield path
+
+
+def find_latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None when there has never been one.
+
+    Raises ValueError when there are checkpoints but none is complete: starting again at step 0 must be someone's
+    decision.
+    """
+    newest = next(complete_steps(folder), None)
+    if newest is None and (broken := step_folders(folder)):
+        raise ValueError(
+            f"none of the {len(broken)} checkpoints in {folder} is complete (each is named in a warning above); "
+            "delete them to start from step 0, or name another checkpoint"
+        )
+    return newest
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that ``path`` means: ``.../checkpoints/latest``, or one step's folder. Raises ValueError.
+
+    ``latest`` is an alias that is looked up here, not a link on disk, so it can't point to something incomplete.
+    """
+    if path.name == LATEST and not path.exists():
+        newest = find_latest(path.parent)
+        if newest is None:
+            raise ValueError(f"there is no checkpoint in {path.parent}; train first, or name another folder")
+        return newest
+    if not path.is_dir():
+        known = ", ".join(step.name for step in step_folders(path.parent)) or "no checkpoints"
+        raise ValueError(f"there is no checkpoint {path}; {path.parent} has {known}")
+    verify_sizes(path, read_manifest(path))
+    return path
+
+
+def _children(folder: Path) -> Iterator[Path]:
+    return folder.iterdir() if folder.is_dir() else iter(())

@@ -1,0 +1,69 @@
+"""Acting as one over several ranks: whatever fails on one rank is raised on every rank.
+
+A checkpoint is only as good as its worst shard, so every phase of a save or load ends in an agreement. It runs over a
+gloo group of its own: checkpoint traffic then never waits for NCCL kernels, nor mixes with the collectives of the
+training thread. Alone (no process group) the same calls run directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """All ranks of the run, or this process alone. Constructing it is collective when there are several."""
+
+    def __init__(self) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if distributed else None
+        self.rank = dist.get_rank() if distributed else 0
+        self.size = dist.get_world_size() if distributed else 1
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Runs ``work`` on every rank and returns this rank's result. ``work`` itself must not communicate.
+
+        Raises on every rank when it raised on any: user errors (ValueError) as they are, others as RuntimeError
+        naming the rank.
+        """
+        if self.group is None:
+            return work()
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        for reported in self._all_gather(failure and _portable(failure, self.rank)):
+            if reported is not None:
+                raise reported from failure
+        return cast(T, result)
+
+    def gather(self, work: Callable[[], T]) -> list[T]:
+        """``together``, but returns the results of all ranks, by rank, on each."""
+        return self._all_gather(self.together(work))
+
+    def on_rank_zero(self, work: Callable[[], T]) -> T:
+        """Runs ``work`` on rank 0 alone and returns its result on every rank; its failure is everyone's."""
+        return cast(T, self.gather(work if self.rank == 0 else _nothing)[0])
+
+    def _all_gather(self, value: Any) -> list[Any]:
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def _nothing() -> None:
+    return None
+
+
+def _portable(error: Exception, rank: int) -> Exception:
+    """An error that other ranks can unpickle."""
+    if isinstance(error, ValueError):
+        return error
+    return RuntimeError(f"rank {rank} failed with {type(error).__name__}: {error}")

@@ -1,0 +1,177 @@
+"""Which state a run has: the names under which it stands in a checkpoint, and how it gets back into the roles.
+
+    models/{role}/{module}        parameters and buffers
+    optimizers/{role}/{name}      moments and hyperparameters, by parameter name
+    schedulers/{role}/{name}      position and last learning rates
+    ema/{role}                    averaged weights, sharded like the weights
+    random/torch                  torch's CPU generator
+    train_state                   step, samples_seen, seed, num_updates by role
+
+Sharded tensors are DTensors, so any layout loads any other. Frozen roles are not here: the manifest names them. Noise
+is a function of seed, step and sample, so no generator state is needed for it; torch's own is kept for whatever else
+draws.
+
+An optimizer that has never stepped has no state and is left out. DCP's helper would give it one by stepping with zero
+gradients, which also counts as a step: saving a checkpoint would change Adam's bias correction, and so the training.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from titan_distill.roles import RoleHandle, RoleManager
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS = "train_state"
+_RANDOM = "random/torch"
+
+
+@dataclass
+class TrainState:
+    """Where a run is."""
+
+    step: int = 0
+    """Steps completed."""
+    samples_seen: int = 0
+    """Samples taken from the data, over all ranks; the data position."""
+    seed: int = 0
+    """Keys every random draw."""
+
+
+def model_prefix(role: str, module: str = "transformer") -> str:
+    """What the names of a module's tensors begin with."""
+    return f"models/{role}/{module}."
+
+
+def ema_prefix(role: str) -> str:
+    """What the names of a role's averaged weights begin with."""
+    return f"ema/{role}."
+
+
+def mesh_of(handle: RoleHandle) -> dict[str, int]:
+    """Mesh axis -> degree of the role's layout; empty when its parameters are plain tensors."""
+    for parameter in handle.transformer.parameters():
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            names = mesh.mesh_dim_names or tuple(f"axis{i}" for i in range(mesh.ndim))
+            return dict(zip(names, mesh.shape))
+    return {}
+
+
+def collect(roles: RoleManager, train_state: TrainState) -> dict[str, Any]:
+    """The state of all trainable roles, for DCP. Tensors are the live ones, not copies."""
+    state = _without_optimizers(roles, train_state)
+    for handle in roles.trainable:
+        for name, optimizer in handle.optimizers.items():
+            if handle.num_updates:
+                state[_optimizer_key(handle, name)] = get_optimizer_state_dict(_network(handle), optimizer)
+            else:
+                assert not optimizer.state, f"{handle.name} has optimizer state but num_updates is 0"
+    return state
+
+
+def template(roles: RoleManager, saved_names: Collection[str]) -> dict[str, Any]:
+    """State to read a checkpoint into, given the names it has: like ``collect``, with room for the optimizer state."""
+    state = _without_optimizers(roles, TrainState())
+    for handle in roles.trainable:
+        for name, optimizer in handle.optimizers.items():
+            key = _optimizer_key(handle, name)
+            if any(saved.startswith(f"{key}.") for saved in saved_names):
+                state[key] = _optimizer_template(handle, optimizer, f"{key}.state.", saved_names)
+            else:
+                assert not optimizer.state, "a checkpoint from before a role's first update needs fresh roles"
+    return state
+
+
+def restore(state: dict[str, Any], roles: RoleManager) -> TrainState:
+    """Puts a ``template`` that has been read back into the roles. Returns where the run was."""
+    for handle in roles.trainable:
+        for name, module in handle.modules.items():
+            set_model_state_dict(module, state[model_prefix(handle.name, name)[:-1]])
+        for name, optimizer in handle.optimizers.items():
+            if (saved := state.get(_optimizer_key(handle, name))) is not None:
+                _warn_of_kept_settings(handle, optimizer, saved["param_groups"])
+                # Not strict: a parameter that never had a gradient has no state, and must stay so.
+                options = StateDictOptions(strict=False)
+                set_optimizer_state_dict(_network(handle), optimizer, saved, options=options)
+        for name, scheduler in handle.schedulers.items():
+            scheduler.load_state_dict(state[_scheduler_key(handle, name)])
+        handle.num_updates = state[_PROGRESS]["num_updates"][handle.name]
+    torch.set_rng_state(state[_RANDOM])
+    progress = state[_PROGRESS]
+    return TrainState(progress["step"], progress["samples_seen"], progress["seed"])
+
+
+def _without_optimizers(roles: RoleManager, train_state: TrainState) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        _PROGRESS: {
+            "step": train_state.step,
+            "samples_seen": train_state.samples_seen,
+            "seed": train_state.seed,
+            "num_updates": {handle.name: handle.num_updates for handle in roles.trainable},
+        },
+        _RANDOM: torch.get_rng_state(),
+    }
+    for handle in roles.trainable:
+        for name, module in handle.modules.items():
+            state[model_prefix(handle.name, name)[:-1]] = get_model_state_dict(module)
+        for name, scheduler in handle.schedulers.items():
+            state[_scheduler_key(handle, name)] = scheduler.state_dict()
+        if handle.ema is not None:
+            state[ema_prefix(handle.name)[:-1]] = handle.ema.shadow
+    return state
+
+
+def _optimizer_template(
+    handle: RoleHandle, optimizer: Optimizer, prefix: str, saved_names: Collection[str]
+) -> dict[str, Any]:
+    full: dict[str, Any] = get_optimizer_state_dict(_network(handle), optimizer)
+    full["state"] = {
+        parameter: entries
+        for parameter, entries in full["state"].items()
+        if any(f"{prefix}{parameter}.{entry}" in saved_names for entry in entries)
+    }
+    return full
+
+
+def _warn_of_kept_settings(handle: RoleHandle, optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> None:
+    """Says so when the checkpoint overrides an optimizer setting that was changed in the configuration."""
+    for group, saved in zip(optimizer.param_groups, saved_groups):
+        for name in sorted(group.keys() & saved.keys() - {"params", "lr"}):
+            if group[name] != saved[name]:
+                logger.warning(
+                    "The optimizer of %s keeps %s = %s from the checkpoint; %s, as configured now, has no effect",
+                    handle.name,
+                    name,
+                    saved[name],
+                    group[name],
+                )
+
+
+def _optimizer_key(handle: RoleHandle, name: str) -> str:
+    return f"optimizers/{handle.name}/{name}"
+
+
+def _scheduler_key(handle: RoleHandle, name: str) -> str:
+    return f"schedulers/{handle.name}/{name}"
+
+
+def _network(handle: RoleHandle) -> nn.ModuleDict:
+    """All modules of a role as one, so that an optimizer over several of them names its parameters without clashes."""
+    return nn.ModuleDict(handle.modules)

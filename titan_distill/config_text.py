@@ -1,0 +1,186 @@
+"""What the configuration looks like to people: types in words, ``--help``, the resolved file, values in errors.
+
+Everything here reads the same two things: the annotations of the config dataclasses and the string literal under each
+field. Secrets never belong in a configuration (they come from the environment), but someone will write one there;
+whatever leaves the process is therefore redacted by the name of the key, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import re
+import textwrap
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+NO_VALUE = "none"
+"""How None is written: TOML has no null."""
+
+BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+_SECRET_KEY = re.compile(r"(api|access|private)_?key|passw|secret|credential|(^|_)(token|auth)$", re.IGNORECASE)
+_REDACTED = "<redacted>"
+
+
+# Schemas ------------------------------------------------------------------------------------------
+
+
+def field_types(kind: Any) -> dict[str, Any]:
+    """Name and resolved type of each field that a configuration can set."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields_of(kind)}
+
+
+def fields_of(kind: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass that a configuration can set."""
+    return [field for field in dataclasses.fields(kind) if field.init]
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether the field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def field_docs(kind: Any) -> dict[str, str]:
+    """The string literal under each field of a dataclass, read from its source."""
+    docs: dict[str, str] = {}
+    for cls in [base for base in reversed(kind.__mro__) if "__dataclass_fields__" in vars(base)]:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, literal in itertools.pairwise(definition.body):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if isinstance(literal, ast.Expr) and isinstance(literal.value, ast.Constant):
+                docs[field.target.id] = inspect.cleandoc(str(literal.value.value))
+    return docs
+
+
+# Words --------------------------------------------------------------------------------------------
+
+
+def describe(kind: Any) -> str:
+    """A type in words, for errors and help."""
+    if kind in SCALARS:
+        return SCALARS[kind]
+    if dataclasses.is_dataclass(kind) or get_origin(kind) is dict:
+        return "a table"
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(toml_value, options)) if len(options) > 1 else toml_value(options[0])
+    if types.NoneType in options:
+        return " or ".join(NO_VALUE if option is types.NoneType else describe(option) for option in options)
+    if get_origin(kind) is tuple and options[-1] is not Ellipsis:
+        return f"a list of {len(options)}: {', '.join(map(describe, options))}"
+    return f"a list, each item {describe(options[0])}"
+
+
+def schema_help(kind: Any, hints: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Lines of --help for all keys of ``kind``, single keys before tables: name, type, default, docstring of the field.
+
+    ``hints`` are its field types, where the caller may have put a dataclass in the place of Any.
+    """
+    docs = field_docs(kind)
+    for field in sorted(fields_of(kind), key=lambda field: _table_type(hints[field.name]) is not None):
+        key, table = f"{prefix}{field.name}", _table_type(hints[field.name])
+        if table is None:
+            default = "required" if is_required(field) else f"default {toml_value(_plain(_default(field), ''))}"
+            yield f"  --{key}: {describe(hints[field.name])} ({default})"
+            yield textwrap.indent(docs.get(field.name, ""), " " * 8)
+            continue
+        key = key if table is hints[field.name] else f"{key}.<name>"
+        yield from ("", f"[{key}] {docs.get(field.name, '')}")
+        if dataclasses.is_dataclass(table):
+            yield from schema_help(table, field_types(table), f"{key}.")
+        else:
+            yield "  Its keys follow from [recipe]; --help with --job.config_file FILE lists them."
+
+
+def _table_type(hint: Any) -> Any:
+    """The dataclass (or Any) behind a field that is a table or a table of such tables, else None."""
+    table = get_args(hint)[1] if get_origin(hint) is dict else hint
+    return table if dataclasses.is_dataclass(table) or table is Any else None
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def show(key: str, value: Any) -> str:
+    """``key = value`` on one line, short, and without secrets."""
+    if isinstance(value, dict):
+        return f"[{key}]"
+    if _SECRET_KEY.search(key.rpartition(".")[2].partition("[")[0]):
+        return f"{key} = {_REDACTED}"
+    if isinstance(value, list):
+        return f"{key} = [{len(value)} items]"
+    if isinstance(value, int) and value.bit_length() > 63:
+        return f"{key} = (an integer of {value.bit_length()} bits)"
+    shown = toml_value(value) if isinstance(value, (bool, int, float, str)) else str(value)
+    return f"{key} = {shown if len(shown) <= 80 else shown[:77] + '...'}"
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as nested dicts and lists of scalars; strings under secret-looking keys are redacted."""
+    plain: dict[str, Any] = _plain(config, "")
+    return plain
+
+
+def to_toml(config: Any) -> str:
+    """The resolved file: every key, secrets redacted. ``load_config`` reads an equal configuration back from it.
+
+    Fields that say where a configuration came from (``compare=False``) are left out: another file cannot repeat them.
+    """
+    return "\n".join(_toml_lines(_plain(config, "", skip_origins=True))).lstrip("\n") + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """A plain value as TOML, on one line; None becomes the string "none"."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_toml_key(name)} = {toml_value(item)}' for name, item in value.items())}}}"
+    quoted = json.dumps(NO_VALUE if value is None else value, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)
+
+
+def _toml_key(name: str) -> str:
+    return name if BARE_KEY.fullmatch(name) else toml_value(name)
+
+
+def _toml_lines(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    tables = {name: value for name, value in table.items() if isinstance(value, dict)}
+    if prefix and (not table or len(tables) < len(table)):
+        yield from ("", f"[{prefix}]")
+    for name, value in table.items():
+        if name not in tables:
+            yield f"{_toml_key(name)} = {toml_value(value)}"
+    for name, value in tables.items():
+        yield from _toml_lines(value, f"{prefix}.{_toml_key(name)}" if prefix else _toml_key(name))
+
+
+def _plain(value: Any, key: str, skip_origins: bool = False) -> Any:
+    if dataclasses.is_dataclass(value):
+        kept = [field.name for field in fields_of(value) if field.compare or not skip_origins]
+        return {name: _plain(getattr(value, name), _secret_or(key, name), skip_origins) for name in kept}
+    if isinstance(value, dict):
+        return {name: _plain(item, _secret_or(key, name), skip_origins) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item, key, skip_origins) for item in value]
+    return _REDACTED if isinstance(value, str) and value and _SECRET_KEY.search(key) else value
+
+
+def _secret_or(key: str, name: str) -> str:
+    """The key that decides about redaction: everything inside a secret table is secret."""
+    return key if _SECRET_KEY.search(key) else name

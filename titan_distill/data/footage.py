@@ -1,0 +1,141 @@
+"""Video files to clips: decode, resample in time, resize and crop, cut.
+
+Everything streams: a frame is decoded, resized at once and kept only until its clips are cut, so that an hour of 4K
+costs no more memory than a clip. Time is taken from the frames' timestamps, not from their count, which makes variable
+frame rates come out right. Pixels are taken to be square, and rotation metadata is honoured.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+
+_DURATION_TOLERANCE_SECONDS = 0.25
+
+
+class TimedFrame(NamedTuple):
+    """A decoded frame and the interval for which it is shown, in seconds."""
+
+    start: float
+    end: float
+    frame: av.VideoFrame
+
+
+class Clip(NamedTuple):
+    """Consecutive frames of one video."""
+
+    pixels: Tensor  # [T, 3, H, W] uint8 RGB
+    duration_seconds: float
+
+
+def read_clips(
+    path: Path, *, num_frames: int, stride: int, height: int, width: int, fps: float | None
+) -> Iterator[Clip]:
+    """Clips of `num_frames` frames that start every `stride` frames of the resampled video.
+
+    Args:
+        path: anything FFmpeg decodes.
+        num_frames: frames a clip, after resampling.
+        stride: frames between the starts of two clips; `num_frames` cuts without overlap.
+        height: pixels; the frame is scaled to cover height × width and its centre is cropped.
+        width: pixels.
+        fps: frames a second after resampling, by nearest timestamp; None keeps every frame.
+
+    Raises:
+        ValueError: the file can't be decoded, ends before its stated duration or is shorter than one clip.
+    """
+    frames = decode(path) if fps is None else resample(decode(path), fps)
+    window: deque[tuple[float, float, Tensor]] = deque(maxlen=num_frames)
+    count = 0
+    for count, (start, end, frame) in enumerate(frames, start=1):
+        window.append((start, end, _fit(frame, height, width)))
+        if count >= num_frames and (count - num_frames) % stride == 0:
+            duration = window[-1][1] - window[0][0]
+            yield Clip(torch.stack([pixels for _, _, pixels in window]), duration)
+    if count < num_frames:
+        rate = "" if fps is None else f" at {fps:g} frames a second"
+        raise ValueError(f"{path} has {count} frames{rate}, a clip takes {num_frames}: remove it or ask for less")
+
+
+def decode(path: Path) -> Iterator[TimedFrame]:
+    """All frames of the first video stream, in order of display.
+
+    Raises:
+        ValueError: not a video, damaged, or shorter than its header says.
+    """
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} has no video stream: remove it from the folder")
+            stream = container.streams.video[0]
+            interval = float(1 / (stream.average_rate or 25))
+            first = last = None
+            for frame in container.decode(stream):
+                start = frame.time if frame.time is not None else (last.end if last else 0.0)
+                duration = float(frame.duration * frame.time_base) if frame.duration else interval
+                last = TimedFrame(start, start + duration, frame)
+                first = first or last
+                yield last
+            decoded = last.end - first.start if first and last else 0.0
+            expected = _stated_duration(container, stream)
+    except av.FFmpegError as error:
+        raise ValueError(f"{path} can't be decoded ({error.strerror}): it is truncated or no video") from error
+    if decoded < expected - _DURATION_TOLERANCE_SECONDS:
+        raise ValueError(f"{path} is truncated: {decoded:.2f} of {expected:.2f} seconds could be decoded")
+
+
+def _stated_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """Seconds of video that the header promises, 0 where it does not say."""
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    # A container lasts as long as its longest stream, which may be the sound.
+    if container.duration is not None and len(container.streams) == 1:
+        return container.duration / av.time_base
+    return 0.0
+
+
+def resample(frames: Iterable[TimedFrame], fps: float) -> Iterator[TimedFrame]:
+    """For each instant k / fps after the first frame's start, the frame whose start is nearest to it.
+
+    Nearest, not "the one on screen": timestamps are rounded (Matroska counts milliseconds), and a frame that seems to
+    start a microsecond late must not be replaced by its predecessor.
+    """
+    tick = 0
+    origin: float | None = None
+    for frame, next_start in _with_next_start(frames):
+        origin = frame.start if origin is None else origin
+        while (instant := origin + tick / fps) < (frame.start + next_start) / 2:
+            yield TimedFrame(instant, instant + 1 / fps, frame.frame)
+            tick += 1
+
+
+def _with_next_start(frames: Iterable[TimedFrame]) -> Iterator[tuple[TimedFrame, float]]:
+    """Each frame with the start of its successor; the last one gives way to its own end."""
+    previous: TimedFrame | None = None
+    for frame in frames:
+        if previous:
+            yield previous, frame.start
+        previous = frame
+    if previous:
+        yield previous, previous.end
+
+
+def _fit(frame: av.VideoFrame, height: int, width: int) -> Tensor:
+    """Scale a frame to cover height × width and crop its centre: ``[3, height, width]`` uint8."""
+    upright = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
+    pixels_HWC = torch.from_numpy(np.ascontiguousarray(upright))
+    scale = max(height / pixels_HWC.shape[0], width / pixels_HWC.shape[1])
+    size = [max(height, round(scale * pixels_HWC.shape[0])), max(width, round(scale * pixels_HWC.shape[1]))]
+    scaled_CHW = interpolate(pixels_HWC.permute(2, 0, 1)[None].float(), size, mode="bicubic", antialias=True)[0]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return scaled_CHW[:, top : top + height, left : left + width].round().clamp(0, 255).to(torch.uint8)

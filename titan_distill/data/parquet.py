@@ -1,0 +1,288 @@
+"""Latents and text embeddings in parquet files, in FastVideo's column scheme.
+
+A tensor is three columns: ``<name>_bytes`` (raw little-endian values), ``<name>_shape`` (list of int64) and
+``<name>_dtype`` (``"float32"``, ``"float16"`` or ``"bfloat16"``), for ``vae_latent`` and ``text_embedding``. Beside
+them stand the caption and facts about the clip. A text-only row, for data-free distillation, leaves ``vae_latent`` out.
+
+Trade-offs. Training reads rows in random order, and parquet's smallest readable piece is a row group. So the writer
+keeps groups small (`MAX_GROUP_ROWS`, `MAX_GROUP_BYTES`), at the price of a little compression, and the reader keeps the
+groups it used last, up to ``cache_bytes``: a small dataset ends up in memory whole, a large one costs one group a row.
+Opening a folder reads only the footers. Every row is checked when it is read, not when the folder is opened, because
+checking means reading everything; `titan_distill.data.summary.inspect` does that in advance.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MAX_GROUP_ROWS = 32
+MAX_GROUP_BYTES = 16 * 2**20
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("vae_latent_bytes", pa.binary()),
+        ("vae_latent_shape", pa.list_(pa.int64())),
+        ("vae_latent_dtype", pa.string()),
+        ("text_embedding_bytes", pa.binary()),
+        ("text_embedding_shape", pa.list_(pa.int64())),
+        ("text_embedding_dtype", pa.string()),
+        ("file_name", pa.string()),
+        ("caption", pa.string()),
+        ("media_type", pa.string()),
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("num_frames", pa.int64()),
+        ("duration_sec", pa.float64()),
+        ("fps", pa.float64()),
+    ]
+)
+REQUIRED_COLUMNS = ("caption", "text_embedding_bytes", "text_embedding_shape", "text_embedding_dtype")
+LATENT_COLUMNS = ("vae_latent_bytes", "vae_latent_shape", "vae_latent_dtype")
+
+
+@dataclass(frozen=True)
+class LatentRow:
+    """One sample. The text embedding has the prompt's true length: padding belongs to the loader."""
+
+    id: str
+    caption: str
+    text_embedding: Tensor  # [L, D]
+    vae_latent: Tensor | None = None  # [C, F, H, W], normalised as the transformer expects it
+    file_name: str = ""
+    media_type: str = "video"
+    width: int = 0  # pixels
+    height: int = 0  # pixels
+    num_frames: int = 0  # pixel frames
+    duration_sec: float = 0.0
+    fps: float = 0.0
+
+
+class BadRowError(ValueError):
+    """A row that can't be used; the message names file, row and fault."""
+
+
+def write_rows(path: str | Path, rows: Iterable[LatentRow]) -> int:
+    """Write `rows` to one parquet file and return their number; tensors keep their dtype.
+
+    Rows are consumed one row group at a time. The file appears under its name only when it is complete.
+
+    Raises:
+        ValueError: a tensor has non-finite values or a dtype the scheme does not know, or there is no row.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    num_rows = 0
+    try:
+        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+            for group in _row_groups(_to_record(row) for row in rows):
+                writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+                num_rows += len(group)
+        if num_rows == 0:
+            raise ValueError(f"no rows to write to {path}: a dataset needs at least one")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return num_rows
+
+
+class ParquetDataset(torch.utils.data.Dataset[LatentRow]):
+    """Map-style view of one parquet file, or of all ``*.parquet`` files of a folder sorted by name.
+
+    Args:
+        path: file or folder.
+        max_bad_rows: how many distinct bad rows this process may meet. Each is logged by file and row and replaced by
+            the next good row, which depends on the files alone, so that every layout trains on the same data.
+        cache_bytes: memory for decoded row groups, per process.
+
+    Raises:
+        ValueError: nothing there, a file that is empty, truncated or without rows, missing columns.
+        BadRowError: from indexing, at the first bad row beyond `max_bad_rows`.
+    """
+
+    def __init__(self, path: str | Path, *, max_bad_rows: int = 0, cache_bytes: int = 256 * 2**20) -> None:
+        self.path = Path(path)
+        self.bad_rows: dict[int, str] = {}
+        self._max_bad_rows = max_bad_rows
+        self._cache_bytes = cache_bytes
+        self._cache: OrderedDict[_Group, pa.Table] = OrderedDict()
+        files = _list_files(self.path)
+        self.num_files = len(files)
+        self._groups = [group for file in files for group in _index_file(file)]
+        self._group_ends = list(itertools.accumulate(group.num_rows for group in self._groups))
+        if not len(self):
+            raise ValueError(f"{self.path} holds no rows: write the dataset again")
+
+    def __len__(self) -> int:
+        return self._group_ends[-1] if self._group_ends else 0
+
+    def __getitem__(self, index: int) -> LatentRow:
+        """Row `index`, or the next good one after it (wrapping around) where bad rows are tolerated."""
+        for row in range(index, index + len(self)):
+            try:
+                return self.read(row % len(self))
+            except BadRowError as error:
+                self._tolerate(row % len(self), error)
+        raise BadRowError(f"all {len(self)} rows of {self.path} are bad: see the log for each, and write them again")
+
+    def read(self, index: int) -> LatentRow:
+        """Row `index` itself, 0 <= index < len(self); raises `BadRowError` if it is bad."""
+        group, offset = self._locate(index)
+        table = self._table(group)
+        record = {name: table.column(name)[offset] for name in table.column_names}
+        return _from_record(record, f"{group.file}, row {group.first_row + offset}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker started by spawn fills a cache of its own.
+        return {**self.__dict__, "_cache": OrderedDict()}
+
+    def _locate(self, index: int) -> tuple[_Group, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a dataset of {len(self)} rows")
+        number = bisect.bisect_right(self._group_ends, index)
+        group = self._groups[number]
+        return group, index - (self._group_ends[number] - group.num_rows)
+
+    def _table(self, group: _Group) -> pa.Table:
+        if group not in self._cache:
+            self._cache[group] = _read_group(group)
+            while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > self._cache_bytes:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(group)
+        return self._cache[group]
+
+    def _tolerate(self, index: int, error: BadRowError) -> None:
+        if index in self.bad_rows:
+            return
+        if len(self.bad_rows) >= self._max_bad_rows:
+            raise error
+        self.bad_rows[index] = str(error)
+        logger.warning(
+            "bad row %d of at most %d, the next good row replaces it: %s", len(self.bad_rows), self._max_bad_rows, error
+        )
+
+
+class _Group(NamedTuple):
+    """Where a row group lies: `first_row` counts within the file."""
+
+    file: Path
+    number: int
+    first_row: int
+    num_rows: int
+
+
+def _list_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"no dataset at {path}: expected a parquet file or a folder of them")
+    files = sorted(path.glob("*.parquet"))
+    if not files:
+        raise ValueError(f"no *.parquet file in {path}: expected the output of `titan-distill data preprocess`")
+    return files
+
+
+def _index_file(file: Path) -> list[_Group]:
+    try:
+        with pq.ParquetFile(file) as parquet:
+            columns, metadata = parquet.schema_arrow.names, parquet.metadata
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is not a complete parquet file ({error}): remove it or write it again") from error
+    required = REQUIRED_COLUMNS + (LATENT_COLUMNS if set(LATENT_COLUMNS) & set(columns) else ())
+    missing = [name for name in required if name not in columns]
+    if missing:
+        raise ValueError(f"{file} lacks the columns {', '.join(missing)}: a dataset has {', '.join(required)}")
+    sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    first_rows = itertools.accumulate(sizes, initial=0)
+    return [_Group(file, number, first, size) for number, (first, size) in enumerate(zip(first_rows, sizes))]
+
+
+def _read_group(group: _Group) -> pa.Table:
+    # Opened anew for each group and read without Arrow's thread pool, so that nothing is shared across a fork.
+    try:
+        with pq.ParquetFile(group.file) as parquet:
+            columns = [name for name in SCHEMA.names if name in parquet.schema_arrow.names]
+            return parquet.read_row_group(group.number, columns=columns, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        last_row = group.first_row + group.num_rows - 1
+        raise BadRowError(f"{group.file}, rows {group.first_row} to {last_row}: unreadable ({error})") from error
+
+
+def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Cut a stream of records into row groups of at most `MAX_GROUP_ROWS` rows and about `MAX_GROUP_BYTES`."""
+    group: list[dict[str, Any]] = []
+    num_bytes = 0
+    for record in records:
+        group.append(record)
+        num_bytes += len(record["text_embedding_bytes"]) + len(record.get("vae_latent_bytes", b""))
+        if len(group) == MAX_GROUP_ROWS or num_bytes >= MAX_GROUP_BYTES:
+            yield group
+            group, num_bytes = [], 0
+    if group:
+        yield group
+
+
+def _to_record(row: LatentRow) -> dict[str, Any]:
+    record = {name: getattr(row, name) for name in SCHEMA.names if hasattr(row, name)}
+    for name, tensor in (("vae_latent", row.vae_latent), ("text_embedding", row.text_embedding)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"row {row.id!r}: {name} has dtype {tensor.dtype}: use one of {', '.join(DTYPES)}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"row {row.id!r}: {name} has non-finite values: a dataset holds finite values only")
+        record[f"{name}_bytes"] = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        record[f"{name}_shape"] = list(tensor.shape)
+        record[f"{name}_dtype"] = DTYPE_NAMES[tensor.dtype]
+    return record
+
+
+def _from_record(record: Mapping[str, pa.Scalar], where: str) -> LatentRow:
+    embedding = _tensor(record, "text_embedding", 2, where)
+    if embedding is None:
+        raise BadRowError(f"{where}: no text embedding for caption {record['caption'].as_py()!r}")
+    facts = {name: value.as_py() for name, value in record.items() if name in LatentRow.__dataclass_fields__}
+    known = {name: value for name, value in facts.items() if value is not None}
+    latent = _tensor(record, "vae_latent", 4, where)
+    return LatentRow(**{"id": where, "caption": "", **known, "text_embedding": embedding, "vae_latent": latent})
+
+
+def _tensor(record: Mapping[str, pa.Scalar], name: str, num_dims: int, where: str) -> Tensor | None:
+    """Rebuild one tensor from its three columns; None where they are absent or empty."""
+    data = record[f"{name}_bytes"].as_buffer() if f"{name}_bytes" in record else None
+    if not data:
+        return None
+    shape, dtype_name = record[f"{name}_shape"].as_py() or [], record[f"{name}_dtype"].as_py() or ""
+    dtype = DTYPES.get(dtype_name)
+    if dtype is None:
+        raise BadRowError(f"{where}: {name}_dtype is {dtype_name!r}: expected one of {', '.join(DTYPES)}")
+    if len(shape) != num_dims or min(shape) < 1:
+        raise BadRowError(f"{where}: {name}_shape is {shape}: expected {num_dims} positive sizes")
+    if data.size != math.prod(shape) * dtype.itemsize:
+        expected = math.prod(shape) * dtype.itemsize
+        raise BadRowError(f"{where}: {name}_bytes holds {data.size} bytes: {shape} in {dtype_name} takes {expected}")
+    # bytearray: the copy is writable and outlives the cached row group.
+    tensor = torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+    if not tensor.isfinite().all():
+        raise BadRowError(f"{where}: {name} has non-finite values")
+    return tensor

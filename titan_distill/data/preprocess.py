@@ -1,0 +1,218 @@
+"""Footage to a training set: a folder of videos and a file of captions in, latents and text embeddings out.
+
+The shortest honest path: one process, one pass, one parquet file. Each video is resampled and cut into clips of equal
+size; each clip goes through the VAE's posterior *mean* (training adds noise of its own, and the mean makes the file
+reproducible) and is normalised to ``(z - latents_mean) / latents_std``, the space in which Wan's transformer works. A
+fault in any video stops the whole job before a file appears: a data set that silently lacks clips is worse than none.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from titan_distill.data.footage import SUFFIXES, read_clips
+from titan_distill.data.parquet import DTYPES, LatentRow, write_rows
+from titan_distill.data.summary import DatasetSummary, inspect
+from titan_distill.data.text import TextEncoder
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_NAME = "clips.parquet"
+
+# The transformer takes patches of 1 × 2 × 2 latents.
+_PATCH_SIZE = 2
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """What `titan-distill data preprocess` reads and writes."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of videos, subfolders included."""
+    captions: Path
+    """Captions: .csv with the columns file_name and caption, or .jsonl with these keys; names below the folder."""
+    vae: Path
+    """AutoencoderKLWan: its diffusers folder, or the pipeline folder that has it as vae/."""
+    text_encoder: Path
+    """UMT5 encoder: its folder, or the pipeline folder that has it as text_encoder/."""
+    out: Path
+    """Folder for the parquet file; data.path of the training job."""
+    tokenizer: Path | None = None
+    """Tokenizer folder; tokenizer/ beside the text encoder if not given."""
+    height: int = 96
+    """Pixels, a multiple of twice the VAE's compression; videos are scaled to cover height × width and cropped."""
+    width: int = 96
+    """Pixels, likewise."""
+    num_frames: int = 17
+    """Frames a clip, 4 n + 1 for a VAE that compresses time by 4."""
+    fps: float | None = 8.0
+    """Frames a second after resampling (a rate above the video's repeats frames); None keeps every frame."""
+    stride: int | None = None
+    """Frames between the starts of two clips of a video; num_frames, so no overlap, if not given."""
+    clips_per_video: int | None = None
+    """The first so many clips of each video; all if not given."""
+    max_text_tokens: int = 64
+    """Captions are cut to so many tokens, with a warning; Wan's own limit is 512."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """How latents and text embeddings are stored; both are computed in float32."""
+    device: str = "cpu"
+    """Where the VAE and the text encoder run, such as cuda."""
+
+
+def preprocess(config: PreprocessConfig) -> DatasetSummary:
+    """Encode a folder of footage into ``out/clips.parquet`` and return what the file holds.
+
+    Raises:
+        ValueError: a missing folder, a video without caption or caption without video, sizes that the VAE can't take,
+            a video that is damaged or too short, output that already exists.
+    """
+    output = config.out / OUTPUT_NAME
+    if output.exists():
+        raise ValueError(f"{output} exists: remove it or choose another folder for --out")
+    captions = read_captions(config.captions)
+    videos = find_videos(config.folder, captions, config.captions)
+    text_encoder = TextEncoder(config.text_encoder, config.tokenizer, device=config.device)
+    vae = load_vae(config.vae, config.device)
+    check_size(config, vae.config.scale_factor_spatial, vae.config.scale_factor_temporal)
+    write_rows(output, _rows(config, videos, captions, vae, text_encoder))
+    return inspect(output)
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """Captions by file name from a .csv or .jsonl file; raises `ValueError` with the line that is wrong."""
+    readers = {".csv": _csv_entries, ".jsonl": _jsonl_entries}
+    if path.suffix not in readers:
+        raise ValueError(f"captions file {path} ends in {path.suffix!r}: expected {' or '.join(readers)}")
+    if not path.is_file():
+        raise ValueError(f"no captions file {path}")
+    captions: dict[str, str] = {}
+    for where, entry in readers[path.suffix](path):
+        name, caption = entry.get("file_name"), entry.get("caption")
+        if not isinstance(name, str) or not isinstance(caption, str) or not name.strip() or not caption.strip():
+            raise ValueError(f"{where}: expected a non-empty file_name and caption, found {entry}")
+        if name in captions:
+            raise ValueError(f"{where}: {name} has a caption already: keep one")
+        captions[name] = caption
+    return captions
+
+
+def _csv_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream)
+        if not {"file_name", "caption"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path} has the columns {reader.fieldnames}: expected file_name and caption")
+        for entry in reader:
+            yield f"{path}, line {reader.line_num}", entry
+
+
+def _jsonl_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for where, line in ((f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error})") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}: expected an object with file_name and caption, found {line:.60}")
+        yield where, entry
+
+
+def find_videos(folder: Path, captions: Iterable[str], captions_file: Path) -> dict[str, Path]:
+    """Videos below `folder` by relative name, sorted; raises `ValueError` unless they match `captions` one to one."""
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}: expected a folder of videos")
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    videos = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    without_video = sorted(set(captions) - set(videos))
+    if without_video:
+        raise ValueError(f"{captions_file} names {_listed(without_video)}: no such video in {folder}")
+    without_caption = sorted(set(videos) - set(captions))
+    if without_caption:
+        raise ValueError(f"{folder} holds {_listed(without_caption)}: no caption in {captions_file}")
+    if not videos:
+        raise ValueError(f"no video in {folder}: expected files ending in {', '.join(SUFFIXES)}")
+    return videos
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def check_size(config: PreprocessConfig, spatial: int, temporal: int) -> None:
+    """Raise `ValueError` unless clips fit a VAE that compresses space by `spatial` and time by `temporal`."""
+    multiple = spatial * _PATCH_SIZE
+    for name, size in (("height", config.height), ("width", config.width)):
+        if size < multiple or size % multiple:
+            nearest = max(1, round(size / multiple)) * multiple
+            raise ValueError(f"--{name} {size} is not a multiple of {multiple} pixels (VAE × patch): try {nearest}")
+    if config.num_frames < 1 or (config.num_frames - 1) % temporal:
+        nearest = max(0, round((config.num_frames - 1) / temporal)) * temporal + 1
+        raise ValueError(f"--num-frames {config.num_frames} is not {temporal} n + 1: try {nearest}")
+    limits = {"fps": config.fps, "stride": config.stride, "clips-per-video": config.clips_per_video}
+    for name, value in limits.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} {value:g} is not positive: leave it out for the default")
+
+
+def load_vae(path: Path, device: str) -> Any:
+    """diffusers' AutoencoderKLWan in fp32 from its folder, or from the pipeline folder around it."""
+    from diffusers import AutoencoderKLWan
+
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise ValueError(f"no VAE in {folder}: expected config.json and *.safetensors")
+    vae = AutoencoderKLWan.from_pretrained(
+        folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def encode_clip(vae: Any, clip: Tensor) -> Tensor:
+    """Normalised latent ``[C, F, H, W]`` in fp32 on the CPU of one clip ``[num_frames, 3, height, width]`` in uint8."""
+    video_1CFHW = clip.to(vae.device).float().div(127.5).sub(1).permute(1, 0, 2, 3)[None]
+    with torch.no_grad():
+        latent_CFHW = vae.encode(video_1CFHW).latent_dist.mode()[0].float().cpu()
+    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    return (latent_CFHW - mean) / std
+
+
+def _rows(
+    config: PreprocessConfig, videos: dict[str, Path], captions: dict[str, str], vae: Any, text_encoder: TextEncoder
+) -> Iterator[LatentRow]:
+    dtype = DTYPES[config.dtype]
+    for name, path in tqdm(videos.items(), unit="video", disable=None):
+        embedding = text_encoder.embed(captions[name], config.max_text_tokens).to(dtype)
+        clips = read_clips(
+            path,
+            num_frames=config.num_frames,
+            stride=config.stride or config.num_frames,
+            height=config.height,
+            width=config.width,
+            fps=config.fps,
+        )
+        for index, clip in enumerate(itertools.islice(clips, config.clips_per_video)):
+            yield LatentRow(
+                id=f"{name}-{index:04d}",
+                caption=captions[name],
+                text_embedding=embedding,
+                vae_latent=encode_clip(vae, clip.pixels).to(dtype),
+                file_name=name,
+                width=config.width,
+                height=config.height,
+                num_frames=config.num_frames,
+                duration_sec=clip.duration_seconds,
+                fps=config.num_frames / clip.duration_seconds,
+            )

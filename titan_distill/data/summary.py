@@ -1,0 +1,85 @@
+"""What a dataset holds, found by reading all of it: sizes, statistics and every bad row.
+
+Training checks rows as it meets them, hours into a run; this is the same check in advance. The latents' mean and
+standard deviation tell at a glance whether they were normalised: Wan's are near 0 and 1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from titan_distill.data.parquet import DTYPE_NAMES, BadRowError, LatentRow, ParquetDataset
+
+
+@dataclass
+class DatasetSummary:
+    """Contents of a dataset; ``str()`` is what `titan-distill data inspect` prints."""
+
+    path: Path
+    num_files: int
+    num_rows: int
+    bad_rows: list[str] = field(default_factory=list)  # file, row and fault of each
+    latents: Counter[str] = field(default_factory=Counter)  # rows by "[C, F, H, W] dtype"
+    text_widths: Counter[str] = field(default_factory=Counter)  # rows by "D dtype"
+    text_tokens: Counter[int] = field(default_factory=Counter)  # rows by number of tokens
+    captions: Counter[str] = field(default_factory=Counter)  # rows by caption
+    _num_values: int = 0
+    _sum: float = 0.0
+    _sum_of_squares: float = 0.0
+
+    @property
+    def latent_mean(self) -> float:
+        """Mean over all latent values, 0 where there are none."""
+        return self._sum / max(1, self._num_values)
+
+    @property
+    def latent_std(self) -> float:
+        """Standard deviation over all latent values, 0 where there are none."""
+        return max(0.0, self._sum_of_squares / max(1, self._num_values) - self.latent_mean**2) ** 0.5
+
+    def add(self, row: LatentRow) -> None:
+        """Count one good row."""
+        width = row.text_embedding.shape[1]
+        self.text_widths[f"{width} {DTYPE_NAMES[row.text_embedding.dtype]}"] += 1
+        self.text_tokens[len(row.text_embedding)] += 1
+        self.captions[row.caption] += 1
+        if row.vae_latent is not None:
+            self._add_latent(row.vae_latent)
+
+    def _add_latent(self, latent: Tensor) -> None:
+        self.latents[f"{list(latent.shape)} {DTYPE_NAMES[latent.dtype]}"] += 1
+        self._num_values += latent.numel()
+        self._sum += latent.double().sum().item()
+        self._sum_of_squares += latent.double().square().sum().item()
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.num_rows} rows in {self.num_files} file(s), {len(self.bad_rows)} bad"]
+        lines += [f"latents {kind}: {count} rows" for kind, count in self.latents.most_common()]
+        if self.latents:
+            lines.append(f"latent values: mean {self.latent_mean:.3f}, standard deviation {self.latent_std:.3f}")
+        lines += [f"text embeddings of width {kind}: {count} rows" for kind, count in self.text_widths.most_common()]
+        if self.text_tokens:
+            tokens = f"{min(self.text_tokens)} to {max(self.text_tokens)}"
+            lines.append(f"text tokens: {tokens}; {len(self.captions)} distinct captions")
+        lines += [f"bad: {fault}" for fault in self.bad_rows]
+        return "\n  ".join(lines)
+
+
+def inspect(path: str | Path) -> DatasetSummary:
+    """Read every row of a parquet file or folder and say what is there.
+
+    Raises:
+        ValueError: nothing there, or a file that is empty, truncated or lacks columns. Bad rows are listed instead.
+    """
+    dataset = ParquetDataset(path)
+    summary = DatasetSummary(dataset.path, dataset.num_files, len(dataset))
+    for index in range(len(dataset)):
+        try:
+            summary.add(dataset.read(index))
+        except BadRowError as error:
+            summary.bad_rows.append(str(error))
+    return summary

@@ -1,0 +1,144 @@
+"""Prompts to text embeddings, exactly as diffusers' ``WanPipeline`` makes them.
+
+A prompt is cleaned, tokenised to ``max_tokens``, encoded with the attention mask, and what stands after its true length
+is replaced by zeros: Wan's cross-attention runs over all positions *without* a mask, so the zeros are part of what the
+transformer was trained on. Prompts are encoded one at a time. That costs throughput on a GPU, but makes an embedding a
+function of its prompt alone: no bit of it depends on what else was in the call.
+
+The encoder of a real Wan is 22 GB in fp32, and most runs need it only for one negative prompt. So weights are loaded
+at the first prompt that no cache knows, and `TextEncoder.cached_embedding` keeps embeddings on disk between runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+logger = logging.getLogger(__name__)
+
+_MAX_CACHED_PROMPTS = 256
+_DIGEST_CHUNK_BYTES = 2**16
+
+
+class TextEncoder:
+    """UMT5 and its tokenizer from a diffusers folder; weights are loaded at the first use.
+
+    Args:
+        text_encoder: folder of the encoder, or the pipeline folder that has it as ``text_encoder/``.
+        tokenizer: folder of the tokenizer; ``tokenizer/`` beside the encoder if None.
+        dtype: of the weights and the computation. Embeddings come back as fp32 in any case.
+
+    Raises:
+        ValueError: a folder is missing or holds no config or safetensors weights.
+    """
+
+    def __init__(
+        self,
+        text_encoder: str | Path,
+        tokenizer: str | Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        folder = Path(text_encoder)
+        self._folder = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
+        self._tokenizer_folder = Path(tokenizer) if tokenizer else self._folder.parent / "tokenizer"
+        self._dtype = dtype
+        self._device = torch.device(device)
+        if not (self._folder / "config.json").is_file() or not list(self._folder.glob("*.safetensors")):
+            raise ValueError(f"no text encoder in {self._folder}: expected config.json and *.safetensors")
+        if not self._tokenizer_folder.is_dir():
+            raise ValueError(
+                f"no tokenizer folder {self._tokenizer_folder}: name it if it is not beside the text encoder"
+            )
+        self._embeddings: dict[tuple[str, int], Tensor] = {}
+
+    def embed(self, prompt: str, max_tokens: int) -> Tensor:
+        """Embedding ``[num_tokens, D]`` of one prompt in fp32 on the CPU, without padding, num_tokens <= max_tokens."""
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        key = (prompt_clean(prompt), max_tokens)
+        if key not in self._embeddings:
+            if len(self._embeddings) == _MAX_CACHED_PROMPTS:
+                self._embeddings.pop(next(iter(self._embeddings)))
+            self._embeddings[key] = self._compute(*key)
+        return self._embeddings[key].clone()
+
+    def encode(self, prompts: Sequence[str], max_tokens: int) -> Tensor:
+        """Embeddings ``[B, max_tokens, D]`` in fp32 on the CPU, zero after each prompt's true length."""
+        return torch.stack([_pad(self.embed(prompt, max_tokens), max_tokens) for prompt in prompts])
+
+    def cached_embedding(self, prompt: str, max_tokens: int, cache_dir: str | Path) -> Tensor:
+        """``encode([prompt], max_tokens)[0]``, from a safetensors file in `cache_dir` if it has been computed before.
+
+        The file's name is a digest of the prompt and of the encoder and tokenizer files (names, sizes, both ends of
+        each), so another encoder never finds it. It appears complete or not at all: any number of ranks may call this.
+
+        Raises:
+            ValueError: the cached file is damaged.
+        """
+        key = f"{prompt}\0{max_tokens}\0{self._dtype}\0{_digest(self._folder)}\0{_digest(self._tokenizer_folder)}"
+        file = Path(cache_dir) / f"text-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f"{file.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+            save_file({"embedding": self.embed(prompt, max_tokens)}, temporary)
+            temporary.replace(file)
+        try:
+            return _pad(load_file(file)["embedding"], max_tokens)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): remove it, and it will be computed again") from error
+
+    def _compute(self, prompt: str, max_tokens: int) -> Tensor:
+        num_tokens = len(self._tokenizer(prompt).input_ids)
+        if num_tokens > max_tokens:
+            logger.warning("prompt of %d tokens cut to %d: %.60s...", num_tokens, max_tokens, prompt)
+        tokens = self._tokenizer(
+            prompt, padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt"
+        ).to(self._device)
+        with torch.no_grad():
+            hidden_1LD = self._model(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return hidden_1LD[0, : min(num_tokens, max_tokens)].float().cpu()
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._tokenizer_folder, local_files_only=True)
+
+    @functools.cached_property
+    def _model(self) -> Any:
+        from transformers import UMT5EncoderModel
+
+        model = UMT5EncoderModel.from_pretrained(
+            self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True
+        )
+        return model.requires_grad_(False).eval().to(self._device)
+
+
+def _pad(embedding_LD: Tensor, max_tokens: int) -> Tensor:
+    return pad(embedding_LD, (0, 0, 0, max_tokens - len(embedding_LD)))
+
+
+def _digest(folder: Path) -> str:
+    """Digest of a model folder: reading 22 GB to the last byte at each start would cost more than it tells."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_DIGEST_CHUNK_BYTES))
+            stream.seek(max(0, size - _DIGEST_CHUNK_BYTES))
+            digest.update(stream.read(_DIGEST_CHUNK_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,83 @@
+"""``titan-distill generate``: one video from a checkpoint, sampled exactly as validation samples it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from titan_distill.checkpoint import convert
+from titan_distill.checkpoint.discovery import resolve
+from titan_distill.checkpoint.manifest import read_manifest
+from titan_distill.config import Config, load_config
+from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.dispatch import method_class, model_family
+from titan_distill.methods.base import SampleRequest
+from titan_distill.models.base import Adapter
+from titan_distill.observability.metrics import PhaseTimer
+from titan_distill.roles import RoleHandle, RoleManager
+from titan_distill.validation.base import Sampling
+from titan_distill.validation.video import write_mp4
+
+
+def generate(
+    checkpoint: Path,
+    prompt: str,
+    out: Path,
+    role: str = "student",
+    seed: int = 0,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    raw_weights: bool = False,
+) -> None:
+    """Make a video from a prompt with a trained role.
+
+    Args:
+        checkpoint: A step folder, or ``outputs/<name>/checkpoints/latest``.
+        prompt: What the video should show.
+        out: mp4 file to write.
+        role: Trained role to sample from.
+        seed: Seed of the noise.
+        num_steps: Sampling steps; the method's own if not given. A few-step student has a fixed schedule.
+        guidance_scale: Classifier-free guidance, standard form; the method's own if not given.
+        raw_weights: Sample from the trained weights even where there is an average of them.
+    """
+    if not prompt.strip():
+        raise ValueError("--prompt is empty; say what the video should show")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, adapter, handle, request = load_role(resolve(checkpoint), role, device, raw_weights=raw_weights)
+    if num_steps is not None and request.sigmas is not None:
+        raise ValueError(
+            f"--num-steps {num_steps} contradicts the {role}'s own schedule of {len(request.sigmas)} steps; leave it out"
+        )
+    changes = {"num_steps": num_steps, "guidance_scale": guidance_scale}
+    request = dataclasses.replace(request, **{name: value for name, value in changes.items() if value is not None})
+    condition = adapter.encode_prompts([prompt])
+    latents = Sampling(adapter, KeyedNoise(seed), device).run(request, handle, condition, [0])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(out, adapter.decode_latents(latents)[0].cpu().numpy(), config.validation.fps)
+    print(f"{out}: {prompt!r}, {request.solver}, {request.num_steps} steps, seed {seed}")
+
+
+def load_role(
+    checkpoint: Path, role: str, device: torch.device, *, raw_weights: bool
+) -> tuple[Config, Adapter, RoleHandle, SampleRequest]:
+    """A trained role of a checkpoint as one module, its run's configuration, and how its method samples from it.
+
+    Raises ValueError when the run's ``config.toml`` is not beside the checkpoints, or for what ``role_tensors`` refuses.
+    """
+    config_file = checkpoint.parent.parent / "config.toml"
+    if not config_file.is_file():
+        raise ValueError(f"{checkpoint} lies in no run folder: {config_file} is missing; keep checkpoints below their run")
+    config = load_config(["--job.config_file", str(config_file)])
+    trained = convert.trained_role(checkpoint, read_manifest(checkpoint), role)
+    tensors = convert.role_tensors(checkpoint, role, use_ema=trained.has_ema and not raw_weights)
+    family = model_family(config.recipe.family)(config)
+    module = family.restore_module(trained.architecture, tensors, device)
+    handle, adapter = RoleHandle(role, {"transformer": module}, trainable=False), family.build_adapter(device)
+    method = method_class(config.recipe.method)(
+        config.method_config, RoleManager([handle]), adapter, KeyedNoise(config.job.seed), PhaseTimer(device)
+    )
+    request = next(sample for sample in method.validation_request().samples if sample.role == role and not sample.baseline)
+    return config, adapter, handle, request

@@ -1,0 +1,118 @@
+"""What a training method is: a list of updates.
+
+At each step the trainer asks ``method.updates(step)`` and runs what it gets, in order: accumulate over micro-batches,
+backward, finiteness, clip, optimizer, schedule, EMA. Cadence (the critic five times for one student update) is thus a
+property of the method; the trainer knows neither roles nor losses, and the method knows no model family: it speaks to
+models only through the family's Adapter. That is what makes N methods and M families cost N + M.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from titan_distill.config import Config
+    from titan_distill.data.loader import Batch
+    from titan_distill.diffusion.noise import KeyedNoise
+    from titan_distill.models.base import Adapter
+    from titan_distill.observability.metrics import PhaseTimer
+    from titan_distill.roles import RoleManager
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Per-sample values of one micro-batch. The trainer sums over samples and divides by the global count."""
+
+    losses_B: Tensor
+    """[B], differentiable. Its sum over the global batch, divided by the global batch size, is what is minimised."""
+    metrics_B: dict[str, Tensor] = field(default_factory=dict)
+    """Detached [B] values, averaged over the global batch and logged under their key."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step of one role."""
+
+    role: str
+    loss: Callable[[Batch, int], LossResult]
+    """Called as ``loss(micro_batch, step)`` once per micro-batch, with gradients enabled."""
+    ema: bool = True
+    """Whether this update ticks the role's EMA (when the role has one)."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One set of videos that validation should make: who samples, how, and when."""
+
+    label: str
+    """Column title and metric prefix, e.g. ``teacher`` or ``student``."""
+    role: str
+    solver: Literal["euler", "unipc", "sde"]
+    num_steps: int
+    """Ignored when ``sigmas`` is given."""
+    sigmas: tuple[float, ...] | None = None
+    """Few-step schedule, descending, without the final 0."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance in the standard form ``u + w (c - u)``; 1 means one forward pass a step."""
+    baseline: bool = False
+    """True: sampled once, before the first step, and kept for comparison (a teacher, the student before training)."""
+
+
+@dataclass(frozen=True)
+class ValidationRequest:
+    """What a method wants to see. ``reference`` names the sample set that the others are compared with."""
+
+    samples: tuple[SampleRequest, ...]
+    reference: str | None = None
+
+
+class TrainingMethod(ABC):
+    """Base of all methods; subclasses are registered with ``@register_method``."""
+
+    config_class: ClassVar[type]
+    """Frozen dataclass that types ``[method_config]``."""
+    roles_required: ClassVar[dict[str, bool]]
+    """Role name -> whether it must be trainable."""
+
+    def __init__(
+        self, config: Any, roles: RoleManager, adapter: Adapter, noise: KeyedNoise, timer: PhaseTimer
+    ) -> None:
+        self.config, self.roles, self.adapter, self.noise, self.timer = config, roles, adapter, noise, timer
+
+    @classmethod
+    def needs_latents(cls, config: Any) -> bool:
+        """Whether the data must carry latents; text-only rows are enough otherwise."""
+        return True
+
+    @classmethod
+    def validate(cls, config: Config) -> None:
+        """Checks the whole configuration against the method's invariants. Raises ValueError."""
+        for name, trainable in cls.roles_required.items():
+            if name not in config.roles:
+                raise ValueError(
+                    f"recipe.method = {config.recipe.method!r} needs [roles.{name}], but the configuration has only "
+                    f"{', '.join(config.roles) or 'no roles'}; add a [roles.{name}] table"
+                )
+            if config.roles[name].trainable != trainable:
+                raise ValueError(
+                    f"roles.{name}.trainable = {str(not trainable).lower()}, but {config.recipe.method!r} "
+                    f"{'trains' if trainable else 'never trains'} its {name}; set it to {str(trainable).lower()}"
+                )
+        if unused := sorted(set(config.roles) - set(cls.roles_required)):
+            raise ValueError(
+                f"[roles.{unused[0]}] is not used by recipe.method = {config.recipe.method!r}, "
+                f"whose roles are {', '.join(cls.roles_required)}; remove the table"
+            )
+
+    @abstractmethod
+    def updates(self, step: int) -> list[Update]:
+        """The updates due at ``step`` (0-based), in the order they must run."""
+
+    @abstractmethod
+    def validation_request(self) -> ValidationRequest:
+        """Which samples show whether this method works."""

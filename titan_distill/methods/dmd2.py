@@ -1,0 +1,225 @@
+"""Distribution matching distillation, DMD2 (arXiv 2405.14867), for few-step video generators.
+
+Three roles. The *student* rolls out a few denoising steps from pure noise, just as it will at inference (backward simulation).
+The *teacher* says in which direction the data lie from a re-noised student sample, the *critic* in which direction the
+student's own samples lie; their difference is the gradient of the KL divergence between the two laws. The critic is trained on
+student samples all the while, several times for each student update.
+
+Every random choice is a keyed draw. The exit of the rollout is one draw for the whole global batch, so all ranks stop after
+the same number of forward passes without being told; nothing is broadcast and no forward is wasted.
+
+Equation numbers and defaults: DMD (2311.18828) eq. 7–8, DMD2 §4; Self-Forcing (2506.08009) for video.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from titan_distill.data.loader import Batch
+from titan_distill.diffusion import schedule
+from titan_distill.dispatch import register_method
+from titan_distill.methods import losses
+from titan_distill.methods.base import LossResult, SampleRequest, TrainingMethod, Update, ValidationRequest
+from titan_distill.models.base import Condition, Guidance
+
+
+@dataclass(frozen=True)
+class Dmd2Config:
+    """[method_config] of ``recipe.method = "dmd2"``."""
+
+    denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    """The student's few-step schedule, as timesteps."""
+    warp: bool = True
+    """Whether denoising_steps name entries of the shifted schedule (1000, 750, … at shift 5 is 1000, 937.5, …) or are final."""
+    rollout: Literal["simulate", "data"] = "simulate"
+    """``simulate``: the student denoises pure noise up to the exit. ``data``: a real latent is noised to the exit's level."""
+    last_step_only: bool = False
+    """Pins the exit to the last step instead of drawing it uniformly."""
+    update_ratio: int = 5
+    """Critic updates for one student update."""
+    exclusive: bool = False
+    """True: a step updates either the student or the critic, never both (4 C : 1 G at ratio 5)."""
+    guidance_scale: float = 4.0
+    """Teacher's classifier-free guidance."""
+    fake_guidance_scale: float = 1.0
+    """Critic's guidance, in the standard form; 1 is none."""
+    guidance_form: Literal["standard", "offset"] = "standard"
+    """``standard``: u + w (c - u). ``offset``: c + w (c - u), as Self-Forcing, CausVid and FastVideo write it (3.0 there is 4.0 here)."""
+    min_step: float = 20.0
+    """Lowest timestep at which scores are compared."""
+    max_step: float = 980.0
+    """Highest timestep at which scores are compared."""
+    ts_schedule: bool = False
+    """Draw the score timestep only between the exit step and the next one, instead of over the whole range."""
+    clamp: Literal["after_shift", "resample"] = "after_shift"
+    """How min_step and max_step are enforced: clamp the shifted timestep, or draw within the bounds."""
+    critic_loss: Literal["flow", "x0", "noise", "v"] = "flow"
+    """What the critic regresses."""
+    normalise: bool = True
+    """Divide the score difference by mean |x - x_real|, sample by sample (DMD eq. 8)."""
+    student_sampler: Literal["sde", "ode"] = "sde"
+    """How a rollout moves between steps: ``sde`` re-noises the x0 estimate with fresh noise, ``ode`` takes an Euler step."""
+    teacher_steps: int = 48
+    """Sampling steps of the teacher's validation videos."""
+    teacher_solver: Literal["euler", "unipc"] = "unipc"
+    """ODE solver of the teacher's validation videos."""
+
+    def __post_init__(self) -> None:
+        if self.update_ratio < 1:
+            raise ValueError(f"update_ratio = {self.update_ratio} must be at least 1")
+        if self.exclusive and self.update_ratio < 2:
+            raise ValueError("exclusive = true leaves no step for the critic at update_ratio = 1; use at least 2")
+        if not 0.0 <= self.min_step < self.max_step <= schedule.NUM_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"min_step = {self.min_step} and max_step = {self.max_step} must satisfy 0 <= min_step < max_step <= 1000"
+            )
+        schedule.few_step_sigmas(self.denoising_steps, 1.0, self.warp)
+
+    @property
+    def teacher_guidance(self) -> Guidance:
+        return Guidance(self.guidance_scale, self.guidance_form)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Student samples of one micro-batch, and where in the schedule they were made."""
+
+    x0: Tensor
+    exit_index: int
+
+
+@register_method("dmd2")
+class Dmd2(TrainingMethod):
+    """Roles ``student`` and ``critic`` are trained, ``teacher`` is frozen."""
+
+    config_class: ClassVar[type] = Dmd2Config
+    roles_required: ClassVar[dict[str, bool]] = {"student": True, "teacher": False, "critic": True}
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        config: Dmd2Config = self.config
+        self.sigmas = schedule.few_step_sigmas(config.denoising_steps, self.adapter.flow_shift, config.warp).tolist()
+
+    @classmethod
+    def needs_latents(cls, config: Dmd2Config) -> bool:
+        return config.rollout == "data"
+
+    def updates(self, step: int) -> list[Update]:
+        """Student first when it is due, then the critic (unless the two exclude each other)."""
+        student = Update("student", self.student_loss)
+        critic = Update("critic", self.critic_loss)
+        if step % self.config.update_ratio != 0:
+            return [critic]
+        return [student] if self.config.exclusive else [student, critic]
+
+    def student_loss(self, batch: Batch, step: int) -> LossResult:
+        """Moves the student's samples along the difference of the two scores."""
+        condition = self.adapter.text_condition(batch)
+        rollout = self.rollout(batch, condition, step, purpose="dmd2/student")
+        with torch.no_grad():
+            direction = self._score_difference(batch, condition, step, rollout)
+        losses_B = losses.dmd_loss(rollout.x0, direction)
+        size_B = direction.detach().abs().flatten(1).mean(1)
+        return LossResult(losses_B, {"dmd/gradient_size": size_B})
+
+    def critic_loss(self, batch: Batch, step: int) -> LossResult:
+        """Teaches the critic the law of the student's current samples."""
+        condition = self.adapter.text_condition(batch)
+        with torch.no_grad():
+            rollout = self.rollout(batch, condition, step, purpose="dmd2/critic")
+        sigma_B = self._score_sigma(batch, step, rollout, "dmd2/critic/timestep")
+        noise = self._normal(batch, step, "dmd2/critic/noise")
+        x = self.adapter.add_noise(rollout.x0, noise, sigma_B)
+        with self.timer("critic"):
+            velocity = self.adapter.predict_velocity(self.roles["critic"], x, sigma_B, condition)
+        return LossResult(losses.critic_loss(self.config.critic_loss, velocity, x, rollout.x0, noise, sigma_B))
+
+    def rollout(self, batch: Batch, condition: Condition, step: int, purpose: str) -> Rollout:
+        """Runs the student up to a random exit; only the exit's forward may carry gradients.
+
+        All forwards before it run without gradient, as they will at inference, so memory is that of one step.
+        """
+        num_steps = len(self.sigmas)
+        last = num_steps - 1
+        exit_index = last if self.config.last_step_only else self.noise.index(f"{purpose}/exit", step, num_steps)
+        with self.timer("rollout"):
+            with torch.no_grad():
+                x = self._student_input(batch, condition, step, purpose, exit_index)
+            return Rollout(self._student_x0(x, exit_index, condition), exit_index)
+
+    def _student_input(self, batch: Batch, condition: Condition, step: int, purpose: str, exit_index: int) -> Tensor:
+        noise = self._normal(batch, step, f"{purpose}/noise/0")
+        if self.config.rollout == "data":
+            assert batch.latents is not None
+            return self.adapter.add_noise(batch.latents, noise, self._sigma_B(exit_index, batch))
+        x = noise
+        for index in range(exit_index):
+            x0 = self._student_x0(x, index, condition)
+            if self.config.student_sampler == "sde":
+                noise = self._normal(batch, step, f"{purpose}/noise/{index + 1}")
+            else:
+                velocity = schedule.velocity_from_x0(x, x0, self._sigma_B(index, batch))
+                noise = schedule.noise_from_velocity(x, velocity, self._sigma_B(index, batch))
+            x = self.adapter.add_noise(x0, noise, self._sigma_B(index + 1, batch))
+        return x
+
+    def _student_x0(self, x: Tensor, index: int, condition: Condition) -> Tensor:
+        sigma_B = torch.full((x.shape[0],), self.sigmas[index], dtype=torch.float64, device=x.device)
+        return self.adapter.predict_x0(self.roles["student"], x, sigma_B, condition)
+
+    def _score_difference(self, batch: Batch, condition: Condition, step: int, rollout: Rollout) -> Tensor:
+        config, x0 = self.config, rollout.x0.detach()
+        sigma_B = self._score_sigma(batch, step, rollout, "dmd2/student/timestep")
+        x = self.adapter.add_noise(x0, self._normal(batch, step, "dmd2/student/noise"), sigma_B)
+        with self.timer("critic"):
+            fake_guidance = Guidance(config.fake_guidance_scale)
+            fake = self.adapter.predict_x0(self.roles["critic"], x, sigma_B, condition, fake_guidance)
+        with self.timer("teacher"):
+            real = self.adapter.predict_x0(self.roles["teacher"], x, sigma_B, condition, config.teacher_guidance)
+        return losses.dmd_direction(fake, real, x0, normalise=config.normalise)
+
+    def _score_sigma(self, batch: Batch, step: int, rollout: Rollout, purpose: str) -> Tensor:
+        """Noise level at which the scores are compared, one a sample; low and high are unshifted."""
+        low, high = 0.0, 1.0
+        if self.config.ts_schedule:
+            bounds = [*self.sigmas, 0.0]
+            high, low = (
+                schedule.unshift_sigma(bounds[rollout.exit_index + offset], self.adapter.flow_shift) for offset in (0, 1)
+            )
+        return schedule.score_sigma(
+            self.noise.uniform(purpose, step, batch.sample_ids),
+            low=low,
+            high=high,
+            shift=self.adapter.flow_shift,
+            min_step=self.config.min_step,
+            max_step=self.config.max_step,
+            clamp=self.config.clamp,
+        ).to(rollout.x0.device)
+
+    def _normal(self, batch: Batch, step: int, purpose: str) -> Tensor:
+        device = batch.text_embeddings.device
+        return self.noise.normal(purpose, step, batch.sample_ids, self.adapter.latent_shape, device=device)
+
+    def _sigma_B(self, index: int, batch: Batch) -> Tensor:
+        device = batch.text_embeddings.device
+        return torch.full((len(batch.sample_ids),), self.sigmas[index], dtype=torch.float64, device=device)
+
+    def validation_request(self) -> ValidationRequest:
+        """Teacher with many steps (the reference), the teacher with as few steps as the student, the student before and now."""
+        config: Dmd2Config = self.config
+        scale = config.guidance_scale + (1.0 if config.guidance_form == "offset" else 0.0)
+        solver: Literal["sde", "euler"] = "sde" if config.student_sampler == "sde" else "euler"
+        few, sigmas = len(self.sigmas), tuple(self.sigmas)
+        return ValidationRequest(
+            samples=(
+                SampleRequest("teacher", "teacher", config.teacher_solver, config.teacher_steps, None, scale, baseline=True),
+                SampleRequest("teacher_few_steps", "teacher", config.teacher_solver, few, None, scale, baseline=True),
+                SampleRequest("student_before", "student", solver, few, sigmas, baseline=True),
+                SampleRequest("student", "student", solver, few, sigmas),
+            ),
+            reference="teacher",
+        )

@@ -1,0 +1,100 @@
+"""Flow-matching finetuning: regress the velocity ``ε - x0`` at a random noise level.
+
+The teacher of a distillation is made with this, and so is a student that should first see new footage. Classifier-free
+guidance needs a model that also knows the negative prompt: with probability ``cfg_dropout`` a sample's text is replaced by
+it. Timestep, noise and dropout are keyed draws, so the loss curve does not depend on the layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from titan_distill.data.loader import Batch
+from titan_distill.diffusion import schedule
+from titan_distill.dispatch import register_method
+from titan_distill.methods import losses
+from titan_distill.methods.base import LossResult, SampleRequest, TrainingMethod, Update, ValidationRequest
+from titan_distill.models.base import Condition
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """[method_config] of ``recipe.method = "finetune"``."""
+
+    cfg_dropout: float = 0.1
+    """Probability of training a sample on the negative prompt instead of its caption."""
+    timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    """Law of the noise level before the shift of pipeline_config.flow_shift."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal law."""
+    logit_std: float = 1.0
+    """Standard deviation of the logit-normal law."""
+    weighting: Literal["none", "bell"] = "none"
+    """``bell`` weighs middle noise levels more, mean 1 over the grid (Self-Forcing's code)."""
+    validation_steps: int = 48
+    """Sampling steps of the validation videos."""
+    validation_guidance: float = 5.0
+    """Guidance scale of the validation videos, standard form."""
+    validation_solver: Literal["euler", "unipc"] = "unipc"
+    """ODE solver of the validation videos."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.cfg_dropout < 1.0:
+            raise ValueError(f"cfg_dropout = {self.cfg_dropout} must be at least 0 and less than 1")
+        if self.logit_std <= 0:
+            raise ValueError(f"logit_std = {self.logit_std} must be positive")
+        if self.validation_steps < 1:
+            raise ValueError(f"validation_steps = {self.validation_steps} must be at least 1")
+
+
+@register_method("finetune")
+class Finetune(TrainingMethod):
+    """One role, ``student``, one update a step."""
+
+    config_class: ClassVar[type] = FinetuneConfig
+    roles_required: ClassVar[dict[str, bool]] = {"student": True}
+
+    def updates(self, step: int) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    def student_loss(self, batch: Batch, step: int) -> LossResult:
+        """Velocity regression on real latents, per sample."""
+        assert batch.latents is not None
+        config, x0 = self.config, batch.latents
+        u = self.noise.uniform("finetune/timestep", step, batch.sample_ids)
+        sigma_B = schedule.training_sigma(
+            u,
+            distribution=config.timestep_distribution,
+            shift=self.adapter.flow_shift,
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
+        ).to(x0.device)
+        noise = self.noise.normal("finetune/noise", step, batch.sample_ids, x0.shape[1:], device=x0.device)
+        x = self.adapter.add_noise(x0, noise, sigma_B)
+        velocity = self.adapter.predict_velocity(self.roles["student"], x, sigma_B, self._condition(batch, step))
+        weight_B = schedule.bell_weight(sigma_B, self.adapter.flow_shift) if config.weighting == "bell" else None
+        return LossResult(losses.flow_matching_loss(velocity, x0, noise, weight_B))
+
+    def _condition(self, batch: Batch, step: int) -> Condition:
+        condition = self.adapter.text_condition(batch)
+        dropped_B = self.noise.uniform("finetune/cfg_dropout", step, batch.sample_ids) < self.config.cfg_dropout
+        if not dropped_B.any():
+            return condition
+        negative = self.adapter.negative_condition(len(batch.sample_ids))
+        return {name: _where(dropped_B, negative[name], value) for name, value in condition.items()}
+
+    def validation_request(self) -> ValidationRequest:
+        config = self.config
+        now = SampleRequest(
+            "student", "student", config.validation_solver, config.validation_steps, None, config.validation_guidance
+        )
+        return ValidationRequest((now,))
+
+
+def _where(mask_B: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+    mask = mask_B.to(other.device).view(-1, *[1] * (other.ndim - 1))
+    return torch.where(mask, chosen, other)

@@ -1,0 +1,114 @@
+"""Loss functions of the distillation methods: pure, tensors in, one number a sample out.
+
+Every loss returns [B] and never averages over the batch. The trainer adds up samples of all micro-batches and ranks and
+divides once by the global count, which is what makes a loss independent of how the batch was split. For the same reason
+no statistic in here, DMD's normaliser above all, may look across samples.
+
+All arithmetic is float64 and so is the result: latents are small beside activations, the differences below cancel, and
+one rule is easier to trust than five. Gradients leave in the dtype of the tensor they belong to.
+
+Shapes: tensors are [B, ...] with at least one dim after the batch, for video [B, C, F, H, W]. `mask`, if given, has as
+many dims and broadcasts to them ([B, 1, F, 1, 1] leaves out frames): 1 where an element counts, 0 where it does not.
+Means run over counted elements only, and every sample needs one.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from titan_distill.diffusion.schedule import broadcast_sigma, noise_from_velocity, velocity, x0_from_velocity
+
+CriticLoss = Literal["flow", "x0", "noise", "v"]
+
+# Latents have unit scale: a mean distance below this is float32 rounding, and dividing by it would amplify only that.
+NORMALISER_FLOOR = 1e-6
+
+
+def flow_matching_loss(
+    v_pred: Tensor, x0: Tensor, noise: Tensor, weight_B: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Return mean (v_θ − (ε − x0))² a sample, [B], times `weight_B` [B] if given (Flow Matching 2210.02747, eq. 23)."""
+    loss_B = _mean_per_sample((v_pred.double() - velocity(x0.double(), noise.double())) ** 2, mask)
+    return loss_B if weight_B is None else loss_B * weight_B.to(loss_B)
+
+
+@torch.no_grad()
+def dmd_direction(
+    x_fake_score: Tensor,
+    x_real_score: Tensor,
+    x_generated: Tensor,
+    normalise: bool = True,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return g, against which DMD moves a generated sample; float64, x_generated's shape, no graph.
+
+    g = (x_fake − x_real) / mean |x_g − x_real|, with x_fake and x_real the x0 predictions of critic and teacher for one
+    noised copy of x_g (DMD 2311.18828, eq. 7 and 8). The normaliser evens out noise levels, between which predictions
+    differ by orders of magnitude; it belongs to each *sample*, since one scalar a batch would let the noisiest sample
+    set the scale of all others. It is floored at NORMALISER_FLOOR. Non-finite scores give non-finite g, for the trainer
+    to report. Masked elements are 0.
+    """
+    x_real = x_real_score.double()
+    difference = x_fake_score.double() - x_real
+    if mask is not None:
+        difference = difference * mask
+    if not normalise:
+        return difference
+    distance_B = _mean_per_sample((x_generated.double() - x_real).abs(), mask)
+    return difference / broadcast_sigma(distance_B.clamp(min=NORMALISER_FLOOR), difference)
+
+
+def dmd_loss(x_generated: Tensor, g: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return ½ mean (x_g − sg(x_g − g))² a sample, [B]: a surrogate whose gradient in x_g is g / num_elements.
+
+    Its value, ½ mean g², says nothing about convergence: watch mean |g|, the critic's loss and validation instead.
+    """
+    x = x_generated.double()
+    target = (x - g).detach()
+    return 0.5 * _mean_per_sample((x - target) ** 2, mask)
+
+
+def critic_loss(
+    kind: CriticLoss,
+    v_pred: Tensor,
+    x_noisy: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return the critic's denoising loss a sample, [B]; sigma [B] or broadcastable, x_noisy = (1 − σ) x0 + σ ε.
+
+    The network predicts the velocity v in every case. The kinds compare different quantities derived from it, have the
+    same minimum, and weigh noise levels differently:
+
+        flow    v                           against ε − x0              factor 1
+        x0      x_σ − σ v                   against x0                  factor σ²
+        noise   x_σ + (1 − σ) v             against ε                   factor (1 − σ)²
+        v       (1 − σ) ε̂ − σ x̂0            against (1 − σ) ε − σ x0    factor ((1 − σ)² + σ²)²
+
+    where ε̂ and x̂0 are the two lines above it: "v" is the v-prediction of diffusion (2202.00512) with α = 1 − σ.
+    Raises ValueError for another kind.
+    """
+    v, x, x0, noise = v_pred.double(), x_noisy.double(), x0.double(), noise.double()
+    if kind == "flow":
+        error = v - velocity(x0, noise)
+    elif kind == "x0":
+        error = x0_from_velocity(x, v, sigma) - x0
+    elif kind == "noise":
+        error = noise_from_velocity(x, v, sigma) - noise
+    elif kind == "v":
+        level = broadcast_sigma(sigma, x)
+        error = (1 - level) * (noise_from_velocity(x, v, sigma) - noise) - level * (x0_from_velocity(x, v, sigma) - x0)
+    else:
+        raise ValueError(f"unknown critic loss {kind!r}; choose 'flow', 'x0', 'noise' or 'v'")
+    return _mean_per_sample(error**2, mask)
+
+
+def _mean_per_sample(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over all dims but the batch, and over counted elements where there is a mask."""
+    if mask is None:
+        return values.flatten(1).mean(1)
+    counted = mask.to(values).expand_as(values)
+    return (values * counted).flatten(1).sum(1) / counted.flatten(1).sum(1)

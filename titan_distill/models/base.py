@@ -1,0 +1,156 @@
+"""The two halves of a model family: a build-time plugin and the run-time operations that methods use.
+
+``ModelFamily`` turns configuration into modules (it may know about meshes, checkpoints, text encoders). ``Adapter`` is all
+that a training method sees: predict a velocity, encode a prompt, decode latents. A method written against the Adapter runs
+on every family; a family that implements it runs every method. Neither contains a word of the other's vocabulary.
+
+Shapes: B batch, C latent channels, F latent frames, H and W latent height and width. Families whose latents are not videos
+(the toy family of the tests) use fewer dims after B; nothing outside a family assumes five.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from titan_distill.diffusion import schedule
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from titan_distill.config import Config, RoleConfig
+    from titan_distill.data.loader import Batch
+    from titan_distill.roles import RoleHandle
+    from titan_distill.validation.base import Validator
+
+Condition = Mapping[str, Tensor]
+"""What a model is conditioned on: batch-first tensors by name. Opaque to methods."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: ``standard`` is ``u + w (c - u)``; ``offset`` is ``c + w (c - u)``, which other code bases
+    write, and equals the standard form with ``w + 1`` (see ``diffusion.schedule.guide``)."""
+
+    scale: float = 1.0
+    form: str = "standard"
+
+    @property
+    def is_identity(self) -> bool:
+        return schedule.guidance_is_identity(self.scale, self.form)
+
+
+class Adapter(ABC):
+    """Run-time operations on the models of one family. No method's vocabulary appears here."""
+
+    latent_shape: tuple[int, ...]
+    """Shape of one sample's latents, without the batch dim."""
+    flow_shift: float
+    """Shift of the noise schedule, the same for every role of a run."""
+
+    @abstractmethod
+    def prepare_batch(self, batch: Batch) -> Batch:
+        """Moves a batch to the device and checks its shapes against this family. Raises ValueError."""
+
+    @abstractmethod
+    def text_condition(self, batch: Batch) -> Condition:
+        """The condition of the batch's captions."""
+
+    @abstractmethod
+    def negative_condition(self, batch_size: int) -> Condition:
+        """The condition of the negative prompt, repeated ``batch_size`` times."""
+
+    @abstractmethod
+    def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+        """The role's velocity ``ε - x0`` at noise level ``sigma_B`` in [0, 1]; shape and dtype of ``x``."""
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents to uint8 videos ``[B, frames, height, width, 3]``."""
+
+    @abstractmethod
+    def encode_video(self, videos: Tensor) -> Tensor:
+        """uint8 videos ``[B, frames, height, width, 3]`` to latents."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        """Runs the text encoder. Raises ValueError when the run was configured without one."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
+        """``x_σ = (1 - σ) x0 + σ ε``."""
+        return schedule.add_noise(x0, noise, sigma_B)
+
+    def predict_x0(
+        self,
+        role: RoleHandle,
+        x: Tensor,
+        sigma_B: Tensor,
+        condition: Condition,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
+        """The role's estimate of the clean latents, with classifier-free guidance when asked for."""
+        velocity = self.guided_velocity(role, x, sigma_B, condition, guidance or Guidance())
+        return schedule.x0_from_velocity(x, velocity, sigma_B)
+
+    def guided_velocity(
+        self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, guidance: Guidance
+    ) -> Tensor:
+        """Conditional and unconditional velocity from one doubled forward, combined; one plain forward at scale 1."""
+        if guidance.is_identity:
+            return self.predict_velocity(role, x, sigma_B, condition)
+        negative = self.negative_condition(x.shape[0])
+        both = {name: torch.cat([value, negative[name]]) for name, value in condition.items()}
+        velocity = self.predict_velocity(role, torch.cat([x, x]), torch.cat([sigma_B, sigma_B]), both)
+        conditional, unconditional = velocity.chunk(2)
+        return schedule.guide(conditional, unconditional, guidance.scale, guidance.form)
+
+
+class ModelFamily(ABC):
+    """Build-time plugin of a family, registered with ``@register_model``."""
+
+    pipeline_config_class: ClassVar[type]
+    """Frozen dataclass that types ``[pipeline_config]``."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @classmethod
+    def validate(cls, config: Config) -> None:  # noqa: B027 - a family without invariants has nothing to check
+        """Checks the configuration against the family's invariants. Raises ValueError."""
+
+    @abstractmethod
+    def build_module(self, name: str, role: RoleConfig, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
+        """Builds, lays out and loads the network of one role. On ``device("meta")`` nothing is allocated or loaded."""
+
+    @abstractmethod
+    def architecture(self, module: nn.Module) -> dict[str, Any]:
+        """What is needed to build the module again, as JSON-able values; written beside checkpoints and exports."""
+
+    @abstractmethod
+    def restore_module(
+        self, architecture: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], device: torch.device
+    ) -> nn.Module:
+        """A whole, frozen module from what a checkpoint holds: its architecture and full tensors by name."""
+
+    @staticmethod
+    @abstractmethod
+    def write_weights(tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path) -> None:
+        """Writes a module's weights as the family's other tools read them (for Wan, a diffusers folder)."""
+
+    @abstractmethod
+    def latent_space(self, module: nn.Module) -> dict[str, Any]:
+        """Properties of the latents a module works on. All roles of a run must agree on them."""
+
+    @abstractmethod
+    def build_adapter(self, device: torch.device) -> Adapter:
+        """The run-time half."""
+
+    @abstractmethod
+    def build_validator(self, adapter: Adapter, folder: Path) -> Validator:
+        """Samples, scores and shows; writes below ``folder``."""

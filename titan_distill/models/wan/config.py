@@ -1,0 +1,121 @@
+"""What a Wan transformer looks like: diffusers' `config.json` as a frozen dataclass, and the published sizes.
+
+Keys, defaults and meaning are those of diffusers' `WanTransformer3DModel`, so that a folder written by either library
+configures the other. Unlike diffusers, a key that nothing would read or a combination that can't run is an error here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+DIFFUSERS_CLASS_NAME = "WanTransformer3DModel"
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Shape of one Wan transformer; sizes are counts of channels unless they say otherwise."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """Latent voxels a token covers along (frames, height, width)."""
+    num_attention_heads: int = 40
+    """Heads of self- and cross-attention; the model's width is this times `attention_head_dim`."""
+    attention_head_dim: int = 128
+    """Channels of a head; even, because rotary phases turn pairs of them."""
+    in_channels: int = 16
+    """Latent channels in: 16 for T2V, 48 for TI2V-5B, 36 for I2V (noise, mask and first-frame latent)."""
+    out_channels: int = 16
+    """Velocity channels out."""
+    text_dim: int = 4096
+    """Width of the text encoder's embeddings."""
+    freq_dim: int = 256
+    """Sinusoidal features of the timestep; even."""
+    ffn_dim: int = 13824
+    """Hidden width of each block's feed-forward."""
+    num_layers: int = 40
+    """Transformer blocks."""
+    cross_attn_norm: bool = True
+    """LayerNorm with weight and bias before cross-attention."""
+    qk_norm: str = "rms_norm_across_heads"
+    """Normalisation of queries and keys; Wan knows only this one, over the full width."""
+    eps: float = 1e-6
+    """Epsilon of all norms but the image embedder's."""
+    image_dim: int | None = None
+    """Width of CLIP image embeddings; None for models without them."""
+    added_kv_proj_dim: int | None = None
+    """Input width of the image keys and values in cross-attention; set together with `image_dim`."""
+    rope_max_seq_len: int = 1024
+    """Largest grid size, in tokens along one dimension, that rotary phases are defined for."""
+    pos_embed_seq_len: int | None = None
+    """Image tokens that get a learned position (first-last-frame models); None for none."""
+
+    @property
+    def inner_dim(self) -> int:
+        """The model's width."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_positive(field.name, getattr(self, field.name))
+        if len(self.patch_size) != 3:
+            raise ValueError(f"patch_size {self.patch_size} must have three entries (frames, height, width)")
+        if self.attention_head_dim % 2 or self.attention_head_dim < 6:
+            raise ValueError(f"attention_head_dim {self.attention_head_dim} must be even and at least 6 for 3-d RoPE")
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim {self.freq_dim} must be even: half sines, half cosines")
+        if self.qk_norm != "rms_norm_across_heads":
+            raise ValueError(f"qk_norm {self.qk_norm!r} is unknown; Wan uses 'rms_norm_across_heads'")
+        if (self.image_dim is None) != (self.added_kv_proj_dim is None):
+            raise ValueError(
+                f"image_dim {self.image_dim} and added_kv_proj_dim {self.added_kv_proj_dim} must be set together"
+            )
+        if self.added_kv_proj_dim not in (None, self.inner_dim):
+            raise ValueError(
+                f"added_kv_proj_dim {self.added_kv_proj_dim} must equal the model's width {self.inner_dim}, "
+                "to which the image embedder projects"
+            )
+        if self.pos_embed_seq_len is not None and self.image_dim is None:
+            raise ValueError(f"pos_embed_seq_len {self.pos_embed_seq_len} needs image_dim")
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> WanConfig:
+        """Read a diffusers `config.json`; keys that start with `_` are the library's own and only checked for class.
+
+        Raises:
+            ValueError: another class, an unknown key, or values that can't work.
+        """
+        class_name = config.get("_class_name", DIFFUSERS_CLASS_NAME)
+        if class_name != DIFFUSERS_CLASS_NAME:
+            raise ValueError(f"config is of class {class_name!r}; a Wan transformer needs {DIFFUSERS_CLASS_NAME!r}")
+        values = {key: value for key, value in config.items() if not key.startswith("_")}
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"config has keys that no Wan transformer reads: {', '.join(unknown)}")
+        if "patch_size" in values:
+            values["patch_size"] = tuple(values["patch_size"])
+        if values.get("out_channels", 0) is None:  # diffusers' way to say "as many as come in"
+            values["out_channels"] = values.get("in_channels", cls.in_channels)
+        return cls(**values)
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """Return the dict that diffusers' `config.json` holds."""
+        return {"_class_name": DIFFUSERS_CLASS_NAME, **asdict(self), "patch_size": list(self.patch_size)}
+
+
+def _check_positive(name: str, value: Any) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and number <= 0:
+            raise ValueError(f"{name} {value} must be positive")
+
+
+FLAVORS: dict[str, WanConfig] = {
+    "tiny": WanConfig(
+        num_layers=6, num_attention_heads=4, attention_head_dim=32, ffn_dim=512, text_dim=64, freq_dim=64
+    ),
+    "1.3B": WanConfig(num_layers=30, num_attention_heads=12, ffn_dim=8960),
+    "5B": WanConfig(num_layers=30, num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48),
+    "14B": WanConfig(),
+    "14B-I2V": WanConfig(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
+}
+"""Published sizes by name. "5B" is Wan2.2 TI2V, "14B-I2V" is Wan2.1 image-to-video with CLIP image embeddings."""

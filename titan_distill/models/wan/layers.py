@@ -1,0 +1,185 @@
+"""The parts of a Wan block: attention, feed-forward, modulation.
+
+Precision is a property of the parameters, not of a global switch: every part casts its input to its own weights' dtype,
+so a model with bf16 weights computes in bf16, and a wrapper that gathers fp32 masters as bf16 needs no autocast. Three
+things never leave fp32, whatever the weights: layer norms, modulation (scale, shift and gate, with the time MLP that
+makes them) and the addition of a gated update to the residual stream.
+
+Module names are diffusers', because checkpoints are.
+
+Shape suffixes: B batch, L video tokens, S keys, M model width, N heads, D head dim, R rows of modulation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_distill.attention.dense import AttentionCore, dense_attention
+from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.tokens import TokenContext, apply_rotary
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 where `dtype` is fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in fp32 (or better) even if its weights are stored in less."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = at_least_float32(self.weight.dtype)
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class Float32LayerNorm(nn.LayerNorm):
+    """A layer norm that computes and returns fp32 (or better)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = at_least_float32(x.dtype)
+        weight, bias = (p if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+
+class GeluProjection(nn.Module):
+    """Linear, then GELU."""
+
+    def __init__(self, in_dim: int, out_dim: int, approximate: str) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_dim, out_dim)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x.to(self.proj.weight.dtype)), approximate=self.approximate)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, approximate: str = "tanh") -> None:
+        super().__init__()
+        # Place 1 is diffusers' dropout, which Wan trains without; it only keeps the name of the last layer.
+        self.net = nn.ModuleList(
+            [GeluProjection(in_dim, hidden_dim, approximate), nn.Identity(), nn.Linear(hidden_dim, out_dim)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class Attention(nn.Module):
+    """Projections and q/k norms that self- and cross-attention share."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim = config.inner_dim
+        self.head_dim = config.attention_head_dim
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        # Over the full width, not per head: under tensor parallelism its mean square needs a reduction.
+        self.norm_q = nn.RMSNorm(dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(dim, eps=config.eps)
+
+    def split_heads(self, x_BLM: Tensor) -> Tensor:
+        """[B, L, N, D]; N follows from the width, which is local under tensor parallelism."""
+        return x_BLM.unflatten(-1, (-1, self.head_dim))
+
+
+class SelfAttention(Attention):
+    """Attention among video tokens, through an exchangeable core."""
+
+    def __init__(self, config: WanConfig, core: AttentionCore) -> None:
+        super().__init__(config)
+        self.core = core
+
+    def forward(self, x_BLM: Tensor, context: TokenContext) -> Tensor:
+        x_BLM = x_BLM.to(self.to_q.weight.dtype)
+        q_BLND = apply_rotary(self.split_heads(self.norm_q(self.to_q(x_BLM))), context)
+        k_BLND = apply_rotary(self.split_heads(self.norm_k(self.to_k(x_BLM))), context)
+        v_BLND = self.split_heads(self.to_v(x_BLM))
+        mixed_BLND = self.core(q_BLND, k_BLND, v_BLND, context.layout)
+        return self.to_out[0](mixed_BLND.flatten(2))
+
+
+class CrossAttention(Attention):
+    """Attention from video tokens to text and, in I2V models, to image tokens; the two results are summed."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__(config)
+        if config.added_kv_proj_dim is not None:
+            self.add_k_proj = nn.Linear(config.added_kv_proj_dim, config.inner_dim)
+            self.add_v_proj = nn.Linear(config.added_kv_proj_dim, config.inner_dim)
+            self.norm_added_k = nn.RMSNorm(config.inner_dim, eps=config.eps)
+
+    def forward(self, x_BLM: Tensor, text_BSM: Tensor, image_BSM: Tensor | None) -> Tensor:
+        dtype = self.to_q.weight.dtype
+        q_BLND = self.split_heads(self.norm_q(self.to_q(x_BLM.to(dtype))))
+        text_BSM = text_BSM.to(dtype)
+        k_BSND = self.split_heads(self.norm_k(self.to_k(text_BSM)))
+        mixed_BLND = dense_attention(q_BLND, k_BSND, self.split_heads(self.to_v(text_BSM)))
+        if image_BSM is not None:
+            image_BSM = image_BSM.to(dtype)
+            k_BSND = self.split_heads(self.norm_added_k(self.add_k_proj(image_BSM)))
+            mixed_BLND = mixed_BLND + dense_attention(q_BLND, k_BSND, self.split_heads(self.add_v_proj(image_BSM)))
+        return self.to_out[0](mixed_BLND.flatten(2))
+
+
+def modulation_parts(rows_RKM: Tensor, row_BL: Tensor | None) -> list[Tensor]:
+    """Split modulation rows into their K parts, each [B, 1, M] (row b for sample b) or, by `row_BL`, [B, L, M].
+
+    Indexing goes through `embedding`, whose backward sums the gradients of equal rows without atomics: the result does
+    not change from run to run.
+    """
+    parts = rows_RKM.unbind(1)
+    if row_BL is None:
+        return [part[:, None] for part in parts]
+    return [F.embedding(row_BL, part) for part in parts]
+
+
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """normed * (1 + scale) + shift, fp32."""
+    return torch.addcmul(shift, normed, 1 + scale)
+
+
+def add_gated(residual: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """residual + update * gate, computed in fp32, in the residual's dtype."""
+    return torch.addcmul(residual.to(gate.dtype), update.to(gate.dtype), gate).to(residual.dtype)
+
+
+class WanBlock(nn.Module):
+    """Modulated self-attention, cross-attention, modulated feed-forward."""
+
+    def __init__(self, config: WanConfig, self_attention: AttentionCore) -> None:
+        super().__init__()
+        dim = config.inner_dim
+        self.norm1 = Float32LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.attn1 = SelfAttention(config, self_attention)
+        self.norm2 = Float32LayerNorm(dim, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.attn2 = CrossAttention(config)
+        self.norm3 = Float32LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.ffn = FeedForward(dim, config.ffn_dim, dim)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
+
+    def forward(
+        self, x_BLM: Tensor, text_BSM: Tensor, image_BSM: Tensor | None, rows_R6M: Tensor, context: TokenContext
+    ) -> Tensor:
+        """Return the tokens after this block, in x's dtype.
+
+        Args:
+            x_BLM: video tokens, tile order.
+            text_BSM: text tokens.
+            image_BSM: image tokens of I2V models, else None.
+            rows_R6M: fp32 time modulation: shift, scale, gate of self-attention, then of the feed-forward.
+            context: the tokens' tiles, phases and rows.
+        """
+        rows_R6M = rows_R6M + self.scale_shift_table
+        # In two halves: per-token parts are as large as the activations.
+        shift, scale, gate = modulation_parts(rows_R6M[:, :3], context.row_BL)
+        x_BLM = add_gated(x_BLM, self.attn1(modulate(self.norm1(x_BLM), shift, scale), context), gate)
+        x_BLM = x_BLM + self.attn2(self.norm2(x_BLM), text_BSM, image_BSM)
+        shift, scale, gate = modulation_parts(rows_R6M[:, 3:], context.row_BL)
+        return add_gated(x_BLM, self.ffn(modulate(self.norm3(x_BLM), shift, scale)), gate)

@@ -1,0 +1,163 @@
+"""Build-time plugin of the Wan family: from configuration to transformer, adapter and validator."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from titan_distill.data.text import TextEncoder
+from titan_distill.dispatch import register_model
+from titan_distill.models.base import Adapter, ModelFamily
+from titan_distill.models.wan.adapter import WanAdapter
+from titan_distill.models.wan.config import FLAVORS, WanConfig
+from titan_distill.models.wan.parallelize import Layout, build_transformer
+from titan_distill.models.wan.state_dict import copy_full_tensor, read_config, save_folder
+from titan_distill.models.wan.transformer import WanTransformer
+
+if TYPE_CHECKING:
+    from titan_distill.config import Config, RoleConfig
+    from titan_distill.validation.base import Validator
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class WanPipelineConfig:
+    """[pipeline_config] of ``recipe.family = "wan"``."""
+
+    path: str = ""
+    """Diffusers pipeline folder with vae, text_encoder, tokenizer and scheduler; "" where nothing is encoded or decoded."""
+    flow_shift: float = 5.0
+    """Shift of the noise schedule, for every role: sigma = s u / (1 + (s - 1) u). Wan uses 3 at 480p and 5 at 720p."""
+    negative_prompt: str = ""
+    """The unconditional side of classifier-free guidance."""
+    height: int = 480
+    """Video height in pixels."""
+    width: int = 832
+    """Video width in pixels."""
+    num_frames: int = 81
+    """Video length in frames, 4 n + 1."""
+
+    def __post_init__(self) -> None:
+        if self.flow_shift <= 0:
+            raise ValueError(f"flow_shift = {self.flow_shift} must be positive; 1 means no shift")
+        if self.num_frames < 1 or self.num_frames % 4 != 1:
+            nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
+            raise ValueError(f"num_frames = {self.num_frames} must be 4 n + 1 for the VAE; the nearest is {nearest}")
+        for name in ("height", "width"):
+            if getattr(self, name) < 16 or getattr(self, name) % 16:
+                nearest = max(16, round(getattr(self, name) / 16) * 16)
+                raise ValueError(f"{name} = {getattr(self, name)} must be a multiple of 16; the nearest is {nearest}")
+
+
+@register_model("wan")
+class WanFamily(ModelFamily):
+    """Wan 2.1 text-to-video and its tiny relative."""
+
+    pipeline_config_class: ClassVar[type] = WanPipelineConfig
+
+    @classmethod
+    def validate(cls, config: Config) -> None:
+        for name, role in config.roles.items():
+            if role.flavor and role.flavor not in FLAVORS:
+                raise ValueError(f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}")
+
+    def build_module(self, name: str, role: RoleConfig, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
+        config = self.config
+        compute_dtype = DTYPES[config.training.dtype]
+        auto_dtype = torch.float32 if role.trainable else compute_dtype
+        layout = Layout(
+            mesh=mesh,
+            device=device,
+            trainable=role.trainable,
+            storage_dtype=auto_dtype if role.dtype == "auto" else DTYPES[role.dtype],
+            compute_dtype=compute_dtype,
+            activation_checkpoint=config.activation_checkpoint.mode,
+            compile=config.compile.enabled,
+        )
+        weights = _transformer_folder(role.path or role.init_from)
+        if device.type == "meta" and role.flavor:
+            weights = None  # the architecture is known by name: a dry run needs no files
+        return build_transformer(self._architecture(name, role, weights), weights, layout, config.job.seed)
+
+    def _architecture(self, name: str, role: RoleConfig, weights: Path | None) -> WanConfig:
+        if weights is None:
+            return FLAVORS[role.flavor]
+        found = read_config(weights)
+        if role.flavor and found != FLAVORS[role.flavor]:
+            different = ", ".join(
+                f"{f.name} is {getattr(found, f.name)} instead of {getattr(FLAVORS[role.flavor], f.name)}"
+                for f in dataclasses.fields(found)
+                if getattr(found, f.name) != getattr(FLAVORS[role.flavor], f.name)
+            )
+            raise ValueError(f"roles.{name}.flavor = {role.flavor!r}, but in {weights} {different}; remove the flavor or fix the path")
+        return found
+
+    def architecture(self, module: nn.Module) -> dict[str, Any]:
+        return module.config.to_diffusers()
+
+    def restore_module(
+        self, architecture: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], device: torch.device
+    ) -> nn.Module:
+        with torch.device("meta"):
+            model = WanTransformer.from_config(architecture)
+        model.to_empty(device=device).requires_grad_(False)
+        parameters = dict(model.named_parameters())
+        for name, tensor in tensors:
+            copy_full_tensor(parameters.pop(name), tensor)
+        assert not parameters, f"the checkpoint lacks {', '.join(parameters)}"
+        return model
+
+    @staticmethod
+    def write_weights(tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path) -> None:
+        save_folder(tensors, WanConfig.from_diffusers(architecture), folder)
+
+    def latent_space(self, module: nn.Module) -> dict[str, Any]:
+        return {"channels": module.config.out_channels, "text width": module.config.text_dim}
+
+    def build_adapter(self, device: torch.device) -> Adapter:
+        config, pipeline = self.config, self.config.pipeline_config
+        vae = text_encoder = negative = None
+        channels, spatial, temporal = 16, 8, 4
+        if pipeline.path and device.type != "meta":
+            vae = AutoencoderKLWan.from_pretrained(pipeline.path, subfolder="vae").to(device).eval().requires_grad_(False)
+            channels, spatial, temporal = vae.config.z_dim, vae.config.scale_factor_spatial, vae.config.scale_factor_temporal
+            text_encoder = TextEncoder(pipeline.path, dtype=DTYPES[config.training.dtype], device=device)
+            negative = text_encoder.cached_embedding(
+                pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
+            )
+        return WanAdapter(
+            latent_shape=(
+                channels,
+                (pipeline.num_frames - 1) // temporal + 1,
+                pipeline.height // spatial,
+                pipeline.width // spatial,
+            ),
+            flow_shift=pipeline.flow_shift,
+            max_text_tokens=config.data.max_text_tokens,
+            negative_embedding_LD=negative,
+            vae=vae,
+            text_encoder=text_encoder,
+            device=device,
+        )
+
+    def build_validator(self, adapter: Adapter, folder: Path) -> Validator:
+        from titan_distill.models.wan.validator import WanValidator
+
+        return WanValidator(self.config, adapter, folder)
+
+
+def _transformer_folder(path: str) -> Path | None:
+    """The folder with the weights: ``path`` itself, or its ``transformer`` where it names a whole pipeline."""
+    if not path:
+        return None
+    inner = Path(path) / "transformer"
+    return inner if inner.is_dir() else Path(path)

@@ -1,0 +1,213 @@
+"""Wan weights on disk: the folder format of diffusers, one tensor at a time.
+
+A folder holds `config.json` and either one `diffusion_pytorch_model.safetensors` or several with an index. Our
+parameter names are diffusers', so nothing is renamed. Reading never holds more than one full tensor besides the model:
+a 14B role is built on the meta device, sharded, materialised, and then filled shard by shard from memory-mapped files.
+Writing holds one file's worth. Names and shapes are checked from the file headers before the first value is copied.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from titan_distill.models.wan.config import WanConfig
+
+if TYPE_CHECKING:
+    from titan_distill.models.wan.transformer import WanTransformer
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+WEIGHTS_NAME = f"{WEIGHTS_STEM}.safetensors"
+INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+CONFIG_NAME = "config.json"
+
+# Published I2V checkpoints carry a query norm that no Wan code has ever read; diffusers skips it by name, too.
+UNUSED_KEY = "norm_added_q"
+
+
+@torch.no_grad()
+def copy_full_tensor(parameter: Tensor, full: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or this rank's shard of it into a DTensor; no communication."""
+    assert not parameter.is_meta, "materialise the model with to_empty before filling it"
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(full)
+        return
+    # Every rank has the whole tensor, so nobody needs to broadcast it: hence no source rank.
+    sharded = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.to_local().copy_(sharded.to_local())
+
+
+def read_config(folder: str | Path) -> WanConfig:
+    """Read the `config.json` of a diffusers transformer folder.
+
+    Raises:
+        ValueError: no such folder or file, invalid JSON, or a config that is not Wan's.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"weights folder {folder} does not exist")
+    return WanConfig.from_diffusers(_read_json(folder / CONFIG_NAME))
+
+
+def load_weights(model: WanTransformer, folder: str | Path) -> None:
+    """Fill `model` with the weights of a diffusers folder, in the model's own dtypes, devices and shards.
+
+    Args:
+        model: materialised, its parameters plain tensors or DTensors.
+        folder: the folder of the transformer itself, not of the pipeline.
+
+    Raises:
+        ValueError: no such folder or file, a config other than the model's, an index entry that is not a bare file
+            name, a damaged file, or a key that is missing, superfluous or of another shape.
+    """
+    folder = Path(folder)
+    _check_same_config(model.config, read_config(folder), folder)
+    parameters = dict(model.named_parameters())
+    _check_keys(parameters, folder)
+    for path in _weight_files(folder):
+        with _open(path) as file:
+            for name in _used_keys(file):
+                copy_full_tensor(parameters[name], file.get_tensor(name))
+
+
+def save_folder(
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    config: WanConfig,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write a folder that diffusers' `WanTransformer3DModel.from_pretrained` and `load_weights` read.
+
+    Weights of an earlier save in the same folder are replaced. A process that dies in between leaves a folder without
+    `config.json`, which nothing loads.
+
+    Args:
+        tensors: names and whole (not sharded) tensors; a lazy iterable keeps memory at one file's worth.
+        config: the transformer's.
+        folder: created if missing.
+        dtype: storage dtype; None keeps each tensor's.
+        max_shard_bytes: a file is closed before it would exceed this; a single larger tensor gets a file of its own.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in (folder / CONFIG_NAME, *folder.glob(f"{WEIGHTS_STEM}*")):
+        stale.unlink(missing_ok=True)
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    shards: list[dict[str, int]] = []
+    for shard in _shards(pairs, dtype, max_shard_bytes):
+        # How many there will be is known only at the end, so the first names are provisional.
+        save_file(shard, folder / _shard_name(len(shards) + 1, None), metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in shard.items()})
+    _name_shards(folder, shards)
+    (folder / CONFIG_NAME).write_text(json.dumps(config.to_diffusers(), indent=2) + "\n")
+
+
+def _shards(
+    pairs: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, max_bytes: float
+) -> Iterator[dict[str, Tensor]]:
+    """Group tensors, in order, into CPU shards of at most `max_bytes`; at least one shard, even if empty."""
+    shard: dict[str, Tensor] = {}
+    shard_bytes = 0
+    for name, tensor in pairs:
+        assert not isinstance(tensor, DTensor), f"{name} is sharded; pass full_tensor()"
+        stored = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+        if shard and shard_bytes + stored.nbytes > max_bytes:
+            yield shard
+            shard, shard_bytes = {}, 0
+        shard[name] = stored
+        shard_bytes += stored.nbytes
+    yield shard
+
+
+def _shard_name(number: int, total: int | None) -> str:
+    return f"{WEIGHTS_STEM}-{number:05d}-of-{'unknown' if total is None else f'{total:05d}'}.safetensors"
+
+
+def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
+    """Give the written shards their final names and, if there are several, write their index."""
+    total = len(shards)
+    final_names = [WEIGHTS_NAME] if total == 1 else [_shard_name(number, total) for number in range(1, total + 1)]
+    for number, final_name in enumerate(final_names, start=1):
+        (folder / _shard_name(number, None)).rename(folder / final_name)
+    if total == 1:
+        return
+    index = {
+        "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
+        "weight_map": {name: final_names[i] for i, shard in enumerate(shards) for name in shard},
+    }
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder: those its index names, or the single one."""
+    if not (folder / INDEX_NAME).exists():
+        return [folder / WEIGHTS_NAME]
+    weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX_NAME} has no weight_map")
+    for name in weight_map.values():
+        # An index is data from elsewhere: it may not lead out of its folder.
+        if not isinstance(name, str) or name in ("", ".", "..") or any(sep in name for sep in "/\\"):
+            raise ValueError(f"{folder / INDEX_NAME} names {name!r}, which is not a bare file name in that folder")
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def _check_same_config(ours: WanConfig, theirs: WanConfig, folder: Path) -> None:
+    differing = [
+        f"{key} {getattr(theirs, key)!r} (model: {getattr(ours, key)!r})"
+        for key in ours.__dataclass_fields__
+        if getattr(theirs, key) != getattr(ours, key)
+    ]
+    if differing:
+        raise ValueError(f"weights in {folder} are of another model: {', '.join(differing)}")
+
+
+def _check_keys(parameters: Mapping[str, Tensor], folder: Path) -> None:
+    """Compare names and shapes in all file headers with the model's; report one problem, the first in the alphabet."""
+    stored: dict[str, tuple[int, ...]] = {}
+    for path in _weight_files(folder):
+        with _open(path) as file:
+            stored |= {name: tuple(file.get_slice(name).get_shape()) for name in _used_keys(file)}
+    missing, extra = sorted(parameters.keys() - stored.keys()), sorted(stored.keys() - parameters.keys())
+    if missing:
+        raise ValueError(f"weights in {folder} lack {missing[0]} ({len(missing)} of {len(parameters)} keys missing)")
+    if extra:
+        raise ValueError(f"weights in {folder} have {extra[0]}, unknown to the model ({len(extra)} such keys)")
+    for name, parameter in sorted(parameters.items()):
+        if stored[name] != tuple(parameter.shape):
+            raise ValueError(f"{name} in {folder} has shape {stored[name]}, the model needs {tuple(parameter.shape)}")
+
+
+def _open(path: Path) -> safe_open:
+    if not path.is_file():
+        raise ValueError(f"weights file {path} does not exist")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"weights file {path} is damaged: {error}") from error
+
+
+def _used_keys(file: safe_open) -> list[str]:
+    names = file.keys()
+    return [name for name in names if UNUSED_KEY not in name]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content

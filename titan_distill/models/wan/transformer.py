@@ -1,0 +1,166 @@
+"""The Wan video transformer: velocity of a noisy latent video, given a timestep and text.
+
+One forward is four steps that a parallel layout can wrap one by one: cut latents into tokens in tile order, embed the
+conditions, run the blocks, put the tokens back. Inputs, outputs and per-token timesteps are raster; tile order is
+internal. Parameter names and values are those of diffusers' `WanTransformer3DModel`, which is the parity oracle.
+
+**Timesteps.** A sample has one timestep, or (TI2V, causal and first-frame training) one per frame, or one per token.
+Modulation is computed once per distinct timestep and indexed by tokens: per token it would cost 2 GB at 27,280 tokens
+of width 3072. Per-frame timesteps are the cheap form: rows are known from the shapes. Per-token timesteps are searched
+for distinct values, which makes the host wait for the GPU once a forward; diffusers speaks only that form.
+
+Shape suffixes: B batch, C channels, F frames, H and W latent height and width, L tokens, S text or image tokens,
+M model width, R distinct timesteps (rows of modulation).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titan_distill.attention.dense import AttentionCore, dense_attention
+from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.embeddings import ConditionEmbedding, PatchEmbedding
+from titan_distill.models.wan.layers import (
+    Float32LayerNorm,
+    SelfAttention,
+    WanBlock,
+    at_least_float32,
+    modulate,
+    modulation_parts,
+)
+from titan_distill.models.wan.state_dict import copy_full_tensor
+from titan_distill.models.wan.tokens import TokenContext, patchify, token_context, token_grid, unpatchify
+
+
+class WanTransformer(nn.Module):
+    """Predicts velocity; builds on any device, `meta` included (then `to_empty` and load or `reset_parameters`)."""
+
+    def __init__(self, config: WanConfig, self_attention: AttentionCore = dense_attention) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch_size = config.inner_dim, config.patch_size
+        self.patch_embedding = PatchEmbedding(config.in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.condition_embedder = ConditionEmbedding(config)
+        self.blocks = nn.ModuleList([WanBlock(config, self_attention) for _ in range(config.num_layers)])
+        self.norm_out = Float32LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, config.out_channels * math.prod(patch_size))
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
+        if not self.scale_shift_table.is_meta:
+            self.reset_parameters()
+
+    @classmethod
+    def from_config(
+        cls, config: WanConfig | Mapping[str, Any], self_attention: AttentionCore = dense_attention
+    ) -> WanTransformer:
+        """Build from a `WanConfig` or from the dict of a diffusers `config.json`."""
+        if not isinstance(config, WanConfig):
+            config = WanConfig.from_diffusers(config)
+        return cls(config, self_attention)
+
+    def set_self_attention(self, core: AttentionCore) -> None:
+        """Let every block mix its video tokens through `core`."""
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.core = core
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Initialise for training from scratch: Xavier weights, and modulation and head that start at zero.
+
+        Zero gates make every block's self-attention and feed-forward start as the identity (adaLN-Zero, Peebles & Xie,
+        2212.09748). Each tensor is drawn whole from a generator of its own, keyed by seed and name, so that the values
+        depend neither on sharding nor on the order of construction.
+        """
+        for name, parameter in self.named_parameters():
+            copy_full_tensor(parameter, _initial_value(name, parameter.shape, seed))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+    ) -> Tensor:
+        """Return the velocity [B, out channels, F, H, W] in the dtype of `hidden_states`.
+
+        Args:
+            hidden_states: noisy latents [B, C, F, H, W].
+            timestep: 1000 sigma, fp32 or fp64 (see `embeddings`) or integer: [B], or [B, frames of tokens], or
+                [B, tokens] in raster order.
+            encoder_hidden_states: text embeddings [B, S, text_dim], zero-padded.
+            encoder_hidden_states_image: CLIP image embeddings [B, S, image_dim] of I2V models.
+
+        Raises:
+            ValueError: shapes that don't fit the model or each other, a timestep below fp32, or an image missing or
+                superfluous.
+        """
+        self._check_inputs(hidden_states, encoder_hidden_states, encoder_hidden_states_image)
+        grid = token_grid(hidden_states, self.config.patch_size)
+        context = token_context(grid, self.config, hidden_states.device)
+        timestep_R, context = _timestep_rows(timestep, hidden_states.shape[0], context)
+        embedded_RM, rows_R6M, text_BSM, image_BSM = self.condition_embedder(
+            timestep_R, encoder_hidden_states, encoder_hidden_states_image
+        )
+        patches_BLP = patchify(hidden_states, self.config.patch_size)
+        x_BLM = self.patch_embedding(patches_BLP.index_select(1, context.layout.permutation))
+        for block in self.blocks:
+            x_BLM = block(x_BLM, text_BSM, image_BSM, rows_R6M, context)
+        velocity_BLP = self._head(x_BLM, embedded_RM, context).index_select(1, context.layout.inverse)
+        return unpatchify(velocity_BLP, grid, self.config.patch_size).to(hidden_states.dtype)
+
+    def _head(self, x_BLM: Tensor, embedded_RM: Tensor, context: TokenContext) -> Tensor:
+        shift, scale = modulation_parts(self.scale_shift_table + embedded_RM[:, None], context.row_BL)
+        return self.proj_out(modulate(self.norm_out(x_BLM), shift, scale).to(self.proj_out.weight.dtype))
+
+    def _check_inputs(self, latents: Tensor, text: Tensor, image: Tensor | None) -> None:
+        if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)} must be [batch, {self.config.in_channels}, frames, H, W]"
+            )
+        expected = (latents.shape[0], self.config.text_dim)
+        if text.ndim != 3 or (text.shape[0], text.shape[2]) != expected:
+            raise ValueError(
+                f"text embeddings of shape {tuple(text.shape)} must be [{expected[0]}, tokens, {expected[1]}]"
+            )
+        if (image is None) != (self.config.image_dim is None):
+            got = "no image embeddings" if image is None else "image embeddings"
+            raise ValueError(f"got {got} for a model with image_dim {self.config.image_dim}")
+
+
+def _timestep_rows(timestep: Tensor, batch_size: int, context: TokenContext) -> tuple[Tensor, TokenContext]:
+    """Return the distinct timesteps [R] and a context that knows which of them each token uses."""
+    if timestep.is_floating_point() and timestep.dtype.itemsize < 4:
+        raise ValueError(f"timestep of dtype {timestep.dtype} is rounded already; pass it as float32 or float64")
+    timestep = timestep.to(at_least_float32(timestep.dtype))
+    layout = context.layout
+    if timestep.shape == (batch_size,):
+        return timestep, context
+    if timestep.shape == (batch_size, layout.grid[0]):
+        frame_L = layout.permutation // math.prod(layout.grid[1:])
+        first_row_B1 = torch.arange(0, timestep.numel(), layout.grid[0], device=timestep.device)[:, None]
+        return timestep.flatten(), replace(context, row_BL=first_row_B1 + frame_L)
+    if timestep.shape == (batch_size, layout.num_tokens):
+        timestep_R, row_BL = torch.unique(timestep, return_inverse=True)
+        return timestep_R, replace(context, row_BL=row_BL.index_select(1, layout.permutation))
+    raise ValueError(
+        f"timestep of shape {tuple(timestep.shape)} must be [{batch_size}], [{batch_size}, {layout.grid[0]} frames] or "
+        f"[{batch_size}, {layout.num_tokens} tokens]"
+    )
+
+
+def _initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
+    if name.endswith(("scale_shift_table", "bias", "pos_embed", "time_proj.weight", "proj_out.weight")):
+        return torch.zeros(shape)
+    if len(shape) == 1:  # the weight of a norm
+        return torch.ones(shape)
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    limit = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
+    return torch.empty(shape).uniform_(-limit, limit, generator=generator)

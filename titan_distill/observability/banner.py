@@ -1,0 +1,68 @@
+"""What a run says before its first step and after its last: nothing that decides numbers or speed stays silent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from titan_distill.config import Config
+    from titan_distill.parallelisms.mesh import World
+    from titan_distill.roles import RoleManager
+
+
+def banner(config: Config, roles: RoleManager, world: World) -> str:
+    """Method, roles with size, dtype, attention and layout, batch, data and output, one fact a line."""
+    training = config.training
+    ranks = "1 process" if world.size == 1 else f"{world.size} ranks"
+    micro_batches = training.global_batch_size // (training.local_batch_size * world.size)
+    lines = [
+        f"{config.job.name}: {config.recipe.method} on {config.recipe.family}, {training.steps} steps, seed {config.job.seed}",
+        f"  device    {ranks} on {world.device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads a process",
+        f"  batch     {training.global_batch_size} samples = {world.size} ranks x {micro_batches} micro-batches x "
+        f"{training.local_batch_size}",
+    ]
+    lines += [f"  {role.name:<9} {_describe(config, role.name, role.transformer)}" for role in roles]
+    lines += [
+        f"  data      {config.data.path}",
+        f"  output    {config.job.output_folder}",
+    ]
+    return "\n".join(lines)
+
+
+def closing(config: Config, metrics: Mapping[str, float]) -> str:
+    """The last scores as a table, and where to look."""
+    folder, steps = config.job.output_folder, config.training.steps
+    lines = [f"{config.job.name} is done after {steps} steps."]
+    scores = {
+        name.removeprefix("validation/"): value for name, value in metrics.items() if name.startswith("validation/")
+    }
+    lines += [f"  {name:<44} {value:8.4f}" for name, value in scores.items()]
+    lines.append(f"  metrics        {folder / 'metrics.jsonl'}")
+    if config.checkpoint.enabled:
+        lines.append(f"  checkpoint     {folder / 'checkpoints' / f'step-{steps:08d}'}")
+    if config.validation.enabled:
+        lines.append(f"  look at        {folder / 'validation' / f'step-{steps:08d}' / 'contact_sheet.png'}")
+    return "\n".join(lines)
+
+
+def _describe(config: Config, name: str, module: nn.Module) -> str:
+    parameters = list(module.parameters())
+    role = config.roles[name]
+    size = sum(p.numel() for p in parameters) / 1e6
+    precision = str(parameters[0].dtype).removeprefix("torch.")
+    if config.training.dtype != precision:
+        precision += f" stored, {config.training.dtype} computed"
+    layout = "FSDP2 sharded" if hasattr(parameters[0], "placements") else "whole"
+    kind = "trained" if role.trainable else "frozen"
+    extras = [f"{role.attention} attention"]
+    if role.trainable and config.activation_checkpoint.mode != "none":
+        extras.append("activations recomputed")
+    if config.compile.enabled:
+        extras.append("blocks compiled")
+    if config.ema.decay and config.ema.role == name:
+        extras.append(f"EMA {config.ema.decay} from update {config.ema.start_step}")
+    return f"{kind}, {size:,.1f} M parameters, {precision}, {layout}, {', '.join(extras)}"

@@ -1,0 +1,155 @@
+"""What a step costs, and how much of the machine it uses.
+
+FLOPs of a Wan-like DiT follow from its configuration: 2 per multiply-add, matrix products and attention only (norms,
+modulation and softmax are below half a percent). For N video tokens, T text tokens, width d, hidden width f and L
+layers, one forward of one sample is
+
+    L [ N (12 d² + 4 d f)  +  4 N² d  +  4 N T d + 4 T d² ]  +  embeddings
+        linear layers         self      cross-attention
+
+where 12 d² is q, k, v, out of self-attention and q, out of cross-attention. At 480p the second term leads already.
+
+How often networks run is counted where they run (`WorkCounter`), not predicted: random rollout exits, doubled batches
+of guidance and update ratios are then right for every method, including those not written yet. Two totals are kept:
+*model* FLOPs are what the mathematics needs (a backward is two forwards), *hardware* FLOPs add what activation
+checkpointing recomputes. MFU and HFU are their shares of the device's peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+BACKWARD_FORWARDS = 2
+"""A backward pass in forwards: gradients of the inputs and of the weights."""
+
+PEAK_BF16_FLOPS = (
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+)
+"""Dense bf16 tensor-core peak, FLOP/s, from NVIDIA's data sheets (halved where they quote sparsity), by a part of the
+device's name; the first match counts. Float8 runs are measured against it too, so that MFU is comparable."""
+
+
+class DiTConfig(Protocol):
+    """The numbers of a transformer's configuration that its cost depends on, under diffusers' names."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def attention_head_dim(self) -> int: ...
+    @property
+    def ffn_dim(self) -> int: ...
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def patch_size(self) -> tuple[int, int, int]: ...
+    @property
+    def text_dim(self) -> int: ...
+    @property
+    def freq_dim(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """FLOPs of one forward of one sample, by kind."""
+
+    linear: float
+    self_attention: float
+    cross_attention: float
+    embeddings: float
+    """Patch, text and time embedding, and the output head."""
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.self_attention + self.cross_attention + self.embeddings
+
+
+def forward_flops(config: DiTConfig, num_tokens: int, num_text_tokens: int = 512) -> ForwardFlops:
+    """Cost of one forward for one sample of ``num_tokens`` video tokens, with dense attention and one timestep.
+
+    The image tokens that I2V models attend to are left out (0.3 % of a 14B forward at 480p).
+    """
+    width = config.num_attention_heads * config.attention_head_dim
+    patch_volume = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    patches = 2 * num_tokens * width * patch_volume * (config.in_channels + config.out_channels)
+    text = 2 * num_text_tokens * (config.text_dim * width + width**2)
+    time = 2 * (config.freq_dim * width + width**2 + 6 * width**2)
+    return ForwardFlops(
+        linear=config.num_layers * num_tokens * (12 * width**2 + 4 * width * config.ffn_dim),
+        self_attention=config.num_layers * 4 * num_tokens**2 * width,
+        cross_attention=config.num_layers * 4 * num_text_tokens * width * (num_tokens + width),
+        embeddings=patches + text + time,
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs done by one rank."""
+
+    model_flops: float = 0.0
+    hardware_flops: float = 0.0
+
+
+class WorkCounter:
+    """Adds up what the networks of this rank do; the family's adapter tells it of every forward."""
+
+    def __init__(self, tokens_per_sample: int) -> None:
+        self.tokens_per_sample = tokens_per_sample
+        self._model_flops = self._hardware_flops = 0.0
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Counts nothing for the duration of the block: validation is no training."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def forward(self, flops: float, *, backward: bool, recompute: bool) -> None:
+        """Counts one forward of ``flops`` for all its samples, with its backward and recomputation where there are."""
+        if self._paused:
+            return
+        self._model_flops += flops * (1 + BACKWARD_FORWARDS * backward)
+        self._hardware_flops += flops * (1 + (BACKWARD_FORWARDS + recompute) * backward)
+
+    def drain(self) -> Work:
+        """The work since the last call."""
+        work = Work(self._model_flops, self._hardware_flops)
+        self._model_flops = self._hardware_flops = 0.0
+        return work
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bf16 FLOP/s of a device; None on CPUs and on GPUs that the table lacks, whose utilisation is not logged."""
+    if device.type != "cuda":
+        return None
+    return peak_flops_by_name(torch.cuda.get_device_name(device))
+
+
+def peak_flops_by_name(name: str) -> float | None:
+    """Peak bf16 FLOP/s by device name, e.g. ``NVIDIA H100 80GB HBM3``; None when it is unknown."""
+    return next((peak for part, peak in PEAK_BF16_FLOPS if part in name), None)
+
+
+def utilization(work: Work, seconds: float, peak: float | None) -> dict[str, float]:
+    """``tflops``: model TFLOP/s of this device; ``mfu`` and ``hfu``: shares of ``peak`` FLOP/s, where it is known."""
+    values = {"tflops": work.model_flops / seconds / 1e12}
+    if peak is not None:
+        values |= {"mfu": work.model_flops / seconds / peak, "hfu": work.hardware_flops / seconds / peak}
+    return values

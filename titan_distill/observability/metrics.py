@@ -1,0 +1,139 @@
+"""Numbers of a run: ``metrics.jsonl`` always, trackers when asked for, and one line of progress on the terminal.
+
+A line of ``metrics.jsonl`` holds, for one logged step, the latest value of every key since the line before (a student
+that is updated every fifth step appears in every tenth line), the seconds of each phase, and rates. Two rules keep them
+honest:
+
+- *Rates are of an interval*: work done since the last line over the seconds it took, without the seconds of validation
+  and checkpoints, which have their own keys. Neither a long start-up nor a resume can flatter or spoil them.
+- *A step has one line.* What is logged later for the same step (validation) joins its line, and a resumed run first
+  drops the lines of the steps that it is about to repeat.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from titan_distill.observability.flops import WorkCounter, peak_flops, utilization
+from titan_distill.observability.metrics_file import MetricsFile
+from titan_distill.observability.progress import Progress
+from titan_distill.observability.timing import PhaseTimer
+from titan_distill.observability.trackers import Tracker, build_trackers
+
+if TYPE_CHECKING:
+    from titan_distill.config import Config
+
+__all__ = ["MetricsLogger", "PhaseTimer", "memory_gib"]
+
+PAUSES = ("time/checkpoint", "time/validation")
+"""Phases that are no training: left out of the seconds that rates are computed over."""
+
+
+class MetricsLogger:
+    """Takes the values of every step and hands them on. Create one on every rank; only the main one writes."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        is_main: bool,
+        start_step: int,
+        timer: PhaseTimer,
+        counter: WorkCounter | None = None,
+    ) -> None:
+        """Opens the file, the trackers and the progress display.
+
+        ``start_step`` is the number of steps already done. Without a ``counter``, which knows the family's tokens and
+        FLOPs, no rates are logged. Raises ValueError when a tracker that is switched on cannot start.
+        """
+        self.latest: dict[str, float] = {}
+        """Most recent value of every key that this process has logged."""
+        self._timer, self._counter = timer, counter
+        self._log_interval, self._num_steps = config.metrics.log_interval, config.training.steps
+        self._batch_size = config.training.global_batch_size
+        self._peak_flops = peak_flops(timer.device)
+        self._pending: dict[str, float] = {}
+        self._phases: dict[str, float] = defaultdict(float)
+        self._interval_started, self._interval_step = time.perf_counter(), start_step
+        self._file: MetricsFile | None = None
+        self._trackers: Sequence[Tracker] = ()
+        if is_main:
+            folder = config.job.output_folder
+            self._file = MetricsFile(folder / "metrics.jsonl", start_step)
+            self._trackers = build_trackers(config.metrics, folder, config.job.name, start_step)
+            self._progress = Progress(self._num_steps, start_step)
+
+    def step(self, step: int, values: Mapping[str, float], *, samples_seen: int) -> None:
+        """Takes the values of one finished step (``step`` steps are done now); writes a line when one is due."""
+        self._pending |= values
+        if self._file is not None:
+            self._progress.update(step, values)
+        if step % self._log_interval == 0 or step == self._num_steps:
+            self._collect_phases()
+            rates = self._rates(step)
+            memory = {"memory_gib": memory_gib(self._timer.device)}
+            self._write(step, {**self._pending, "samples_seen": samples_seen, **rates, **memory, **self._phases})
+            self._pending.clear()
+            self._phases.clear()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs what belongs to no training step, such as a validation's scores, in the line of ``step``.
+
+        The seconds of pauses go with it and leave the interval; those of training phases wait for the next line.
+        """
+        self._collect_phases()
+        pauses = {name: self._phases.pop(name) for name in PAUSES if name in self._phases}
+        self._interval_started += sum(pauses.values())
+        self._write(step, {**values, **pauses})
+
+    def log_media(self, step: int, paths: Iterable[Path]) -> None:
+        """Shows pictures (.png) and videos (.mp4) in the trackers, under ``validation/<file name>``."""
+        for path in paths:
+            for tracker in self._trackers:
+                show = tracker.log_video if path.suffix == ".mp4" else tracker.log_image
+                show(step, f"validation/{path.stem}", path)
+
+    def close(self) -> None:
+        """Flushes and closes file, trackers and progress display."""
+        if self._file is not None:
+            self._progress.close()
+            self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _collect_phases(self) -> None:
+        for name, seconds in self._timer.drain().items():
+            self._phases[name] += seconds
+
+    def _write(self, step: int, line: dict[str, float]) -> None:
+        self.latest |= line
+        if self._file is not None:
+            self._file.write(step, line)
+            for tracker in self._trackers:
+                tracker.log_scalars(step, line)
+
+    def _rates(self, step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds = now - self._interval_started - sum(self._phases.get(name, 0.0) for name in PAUSES)
+        num_samples = (step - self._interval_step) * self._batch_size
+        self._interval_started, self._interval_step = now, step
+        if self._counter is None:
+            return {}
+        tokens_per_second = num_samples * self._counter.tokens_per_sample / seconds
+        return {"tokens_per_second": tokens_per_second, **utilization(self._counter.drain(), seconds, self._peak_flops)}
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: allocated by torch on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / 2**30

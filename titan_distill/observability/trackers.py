@@ -1,0 +1,156 @@
+"""TensorBoard and Weights & Biases behind one interface.
+
+What a tracker is told: scalars by step, pictures and videos as files, and the resolved configuration, read from the
+``config.toml`` that the run has already written with its secrets redacted. Nothing here reads the environment or the
+command line, and W&B's own collection of both is switched off: a key typed there must not end up on a server.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from titan_distill.validation.video import read_mp4
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from titan_distill.config import MetricsConfig
+
+
+class Tracker(ABC):
+    """Where numbers and pictures go besides ``metrics.jsonl``. Steps never decrease."""
+
+    @abstractmethod
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one point to each named curve."""
+
+    @abstractmethod
+    def log_image(self, step: int, key: str, path: Path) -> None:
+        """Shows a picture file."""
+
+    @abstractmethod
+    def log_video(self, step: int, key: str, path: Path) -> None:
+        """Shows an mp4 file."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Writes out what is still buffered."""
+
+
+def build_trackers(config: MetricsConfig, folder: Path, name: str, start_step: int) -> list[Tracker]:
+    """The trackers that are switched on, for a run in ``folder`` that continues after ``start_step`` steps.
+
+    Raises ValueError when TensorBoard is not installed or W&B has no key.
+    """
+    trackers: list[Tracker] = []
+    if config.tensorboard:
+        trackers.append(TensorBoardTracker(folder, start_step))
+    if config.wandb:
+        trackers.append(WandbTracker(folder, config.wandb_project, name, start_step))
+    return trackers
+
+
+class TensorBoardTracker(Tracker):
+    """Event files under ``tensorboard/``. Videos become animated GIFs, which is what its image tab can play."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "metrics.tensorboard = true, but TensorBoard is not installed; "
+                "run pip install 'titan_distill[tensorboard]' or set it to false"
+            ) from error
+        # A resumed run repeats the steps after its checkpoint: TensorBoard is told to forget what it knows of them.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
+        text = (folder / "config.toml").read_text()
+        self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), start_step)
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def log_image(self, step: int, key: str, path: Path) -> None:
+        with Image.open(path) as image:
+            self._writer.add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def log_video(self, step: int, key: str, path: Path) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        video, fps = read_mp4(path)
+        image = Summary.Image(height=video.shape[1], width=video.shape[2], encoded_image_string=_gif(video, fps))
+        # add_video would need moviepy for these few bytes.
+        self._writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker(Tracker):
+    """A W&B run, which a resumed job continues. ``WANDB_MODE=offline`` keeps it on disk, under ``wandb/``."""
+
+    def __init__(self, folder: Path, project: str, name: str, start_step: int) -> None:
+        import wandb
+
+        config_path = folder / "config.toml"
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                id=_run_id(folder / "wandb_run_id", start_step),
+                resume="allow",
+                dir=folder,
+                config=tomllib.loads(config_path.read_text()),
+                settings=wandb.Settings(x_disable_meta=True, disable_code=True, disable_git=True),
+            )
+        except wandb.errors.UsageError as error:
+            raise ValueError(
+                f"metrics.wandb = true, but W&B cannot start ({str(error).rstrip('.')}); "
+                "run `wandb login`, set WANDB_MODE=offline, or set metrics.wandb to false"
+            ) from error
+        # A copy, because W&B only links to a file outside its folder, and the link dangles once the folder is moved.
+        copy = shutil.copy(config_path, self._run.dir)
+        self._run.save(copy, base_path=self._run.dir, policy="now")
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def log_image(self, step: int, key: str, path: Path) -> None:
+        import wandb
+
+        self._run.log({key: wandb.Image(str(path))}, step=step)
+
+    def log_video(self, step: int, key: str, path: Path) -> None:
+        import wandb
+
+        self._run.log({key: wandb.Video(str(path), format="mp4")}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _run_id(path: Path, start_step: int) -> str:
+    """The id of the W&B run that a resumed job left in ``path``; a new one, left there, for a fresh job."""
+    if start_step == 0 or not path.exists():
+        path.write_text(uuid.uuid4().hex[:8])
+    return path.read_text()
+
+
+def _gif(video_THWC: np.ndarray, fps: float) -> bytes:
+    frames = [Image.fromarray(frame) for frame in video_THWC]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    return buffer.getvalue()

@@ -1,0 +1,35 @@
+"""AdamW and its learning-rate schedule for one role."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+if TYPE_CHECKING:
+    from titan_distill.config import LrSchedulerConfig, OptimizerConfig
+
+
+def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW over ``parameters``, plain or sharded."""
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: LrSchedulerConfig, num_updates: int) -> LambdaLR:
+    """Linear warm-up, then constant, linear or cosine decay to ``min_lr_ratio`` at the role's last update."""
+
+    def scale(update: int) -> float:
+        if update < config.warmup_steps:
+            return (update + 1) / config.warmup_steps
+        remaining = max(1, num_updates - 1 - config.warmup_steps)
+        progress = min(1.0, (update - config.warmup_steps) / remaining)
+        if config.decay == "constant":
+            return 1.0
+        shape = 1.0 - progress if config.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape
+
+    return LambdaLR(optimizer, scale)

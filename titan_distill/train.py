@@ -1,0 +1,213 @@
+"""Entry point of a run: load the configuration, assemble the parts, train.
+
+Whatever is wrong with the input is said in one sentence with exit code 2, before the first step; a failure after that keeps
+its traceback, because it is ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
+from titan_distill.checkpoint.manifest import FrozenRole, fingerprint
+from titan_distill.checkpoint.state import TrainState
+from titan_distill.config import Config, check_paths, check_world, help_text, load_config, to_toml
+from titan_distill.data.loader import build_loader
+from titan_distill.data.parquet import ParquetDataset
+from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.dispatch import method_class, model_family
+from titan_distill.methods.base import TrainingMethod
+from titan_distill.models.base import ModelFamily
+from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
+from titan_distill.observability.profiling import Profiler
+from titan_distill.observability.banner import banner, closing
+from titan_distill.optimizer import build_optimizer, build_scheduler
+from titan_distill.parallelisms.mesh import World, data_parallel_mesh, start_world
+from titan_distill.roles import Ema, RoleHandle, RoleManager
+from titan_distill.trainer import Trainer
+
+EXIT_BAD_INPUT = 2
+CONFIG_FILE = "--job.config_file"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one job. Returns the process's exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if "--help" in argv or "-h" in argv:
+            print(help_text(_config_file(argv)))
+            return 0
+        config = load_config(argv)
+        world = _start(config)
+        if config.job.dry_run:
+            print(dry_run(config, world))
+            return 0
+        trainer = assemble(config, world)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    try:
+        trainer.run()
+    finally:
+        trainer.metrics.close()
+    if world.is_main:
+        print(closing(config, trainer.metrics.latest))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def dry_run(config: Config, world: World) -> str:
+    """Builds every role on the meta device and describes the run; needs neither weights nor data."""
+    family = model_family(config.recipe.family)(config)
+    meta = torch.device("meta")
+    roles = RoleManager(
+        [
+            RoleHandle(name, {"transformer": family.build_module(name, role, None, meta)}, role.trainable)
+            for name, role in config.roles.items()
+        ]
+    )
+    _check_latent_space(family, roles)
+    return banner(config, roles, world)
+
+
+def assemble(config: Config, world: World) -> Trainer:
+    """Builds all parts of a run. Raises ValueError, in one sentence, for input that does not fit together."""
+    check_paths(config)
+    folder = config.job.output_folder
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(to_toml(config))
+    family = model_family(config.recipe.family)(config)
+    roles = build_roles(config, family, world)
+    _check_latent_space(family, roles)
+    adapter = family.build_adapter(world.device)
+    timer = PhaseTimer(world.device)
+    method_type = method_class(config.recipe.method)
+    method = method_type(config.method_config, roles, adapter, KeyedNoise(config.job.seed), timer)
+    add_optimizers(config, roles, method)
+
+    checkpoints = None
+    if config.checkpoint.enabled or config.checkpoint.resume_from:
+        checkpoints = _checkpoint_manager(config, family, roles)
+    state = TrainState(step=0, samples_seen=0, seed=config.job.seed)
+    if config.checkpoint.resume_from:
+        assert checkpoints is not None
+        found = checkpoints.find(config.checkpoint.resume_from)
+        if found is not None:
+            state = checkpoints.load(found, roles)
+        if state.step > config.training.steps:
+            raise ValueError(
+                f"training.steps = {config.training.steps}, but the checkpoint has already done {state.step} steps; raise it"
+            )
+
+    dataset = ParquetDataset(config.data.path, max_bad_rows=config.data.max_bad_rows)
+    if method_type.needs_latents(config.method_config) and dataset[0].vae_latent is None:
+        raise ValueError(
+            f"data.path = {config.data.path!r} holds only text, but {config.recipe.method!r} as configured trains on latents; "
+            "make them with `titan-distill data preprocess`"
+        )
+    loader = build_loader(
+        dataset,
+        global_batch_size=config.training.global_batch_size,
+        data_rank=world.rank,
+        data_world_size=world.size,
+        seed=config.job.seed,
+        max_text_tokens=config.data.max_text_tokens,
+        samples_seen=state.samples_seen,
+        num_workers=config.data.num_workers,
+    )
+    validator = family.build_validator(adapter, folder / "validation") if config.validation.enabled else None
+    metrics = MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer)
+    if world.is_main:
+        print(banner(config, roles, world))
+    return Trainer(
+        config=config,
+        roles=roles,
+        method=method,
+        adapter=adapter,
+        loader=loader,
+        validator=validator,
+        checkpoints=checkpoints if config.checkpoint.enabled else None,
+        metrics=metrics,
+        timer=timer,
+        profiler=Profiler(config.profiling, folder / "profile", world),
+        state=state,
+    )
+
+
+def build_roles(config: Config, family: ModelFamily, world: World) -> RoleManager:
+    """Networks of all roles, laid out and loaded; optimizers come later, when the method has said how often it steps."""
+    degrees = check_world(config, world.size)
+    mesh = data_parallel_mesh(world, degrees.replicate, degrees.shard)
+    handles = []
+    for name, role in config.roles.items():
+        module = family.build_module(name, role, mesh, world.device)
+        clip = config.training.max_grad_norm if role.max_grad_norm is None else role.max_grad_norm
+        handles.append(RoleHandle(name, {"transformer": module}, role.trainable, max_grad_norm=clip))
+    return RoleManager(handles)
+
+
+def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -> None:
+    """Optimizer, schedule and EMA of every trained role. The schedule's length is the role's own number of updates."""
+    num_updates = Counter(update.role for step in range(config.training.steps) for update in method.updates(step))
+    for role in roles.trainable:
+        optimizer = build_optimizer(role.parameters(), config.optimizer_for(role.name))
+        role.optimizers["transformer"] = optimizer
+        role.schedulers["transformer"] = build_scheduler(optimizer, config.lr_scheduler, num_updates[role.name])
+        if config.ema.decay and config.ema.role == role.name:
+            role.ema = Ema(role.transformer, config.ema.decay, config.ema.start_step)
+
+
+def _config_file(argv: Sequence[str]) -> str | None:
+    for index, argument in enumerate(argv):
+        if argument == CONFIG_FILE and index + 1 < len(argv):
+            return argv[index + 1]
+        if argument.startswith(f"{CONFIG_FILE}="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _start(config: Config) -> World:
+    # Mixed precision is FSDP's, which needs a process group even when there is one process.
+    mixed = config.training.dtype != "float32"
+    return start_world(config.comm.init_timeout_seconds, force_group=mixed and not config.job.dry_run)
+
+
+def _checkpoint_manager(config: Config, family: ModelFamily, roles: RoleManager) -> CheckpointManager:
+    info = RunInfo(
+        family=config.recipe.family,
+        config_digest=hashlib.sha256(to_toml(config).encode()).hexdigest(),
+        pipeline_config=dataclasses.asdict(config.pipeline_config),
+        architectures={role.name: family.architecture(role.transformer) for role in roles.trainable},
+        frozen={
+            name: FrozenRole(weights, fingerprint(Path(weights)))
+            for name, role in config.roles.items()
+            if not role.trainable and (weights := role.path or role.init_from)
+        },
+    )
+    return CheckpointManager(config.job.output_folder / "checkpoints", config.checkpoint.keep, info)
+
+
+def _check_latent_space(family: ModelFamily, roles: RoleManager) -> None:
+    spaces = {role.name: family.latent_space(role.transformer) for role in roles}
+    (first, expected), *others = spaces.items()
+    for name, space in others:
+        for key, value in space.items():
+            if value != expected[key]:
+                raise ValueError(
+                    f"roles.{name} works on latents with {key} = {value}, but roles.{first} with {key} = {expected[key]}; "
+                    "all roles of a run must share one latent space"
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Validation, the part that knows no model family: running a method's sample requests.
+
+A family's Validator turns the latents into something to look at and to score. Noise is keyed by the prompt's index and the
+validation seed, so the same prompt starts from the same noise in every run, on any number of ranks, for every sample set.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titan_distill.diffusion import sampler
+from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.methods.base import SampleRequest, ValidationRequest
+from titan_distill.models.base import Adapter, Condition, Guidance
+from titan_distill.roles import RoleHandle, RoleManager
+
+
+class Validator(ABC):
+    """Samples what a method asks for, and reports. Called on all ranks alike."""
+
+    @abstractmethod
+    def validate(self, step: int, request: ValidationRequest, roles: RoleManager) -> dict[str, float]:
+        """Writes videos below the validation folder. Returns metrics as ``<sample label>/<metric>``; empty off rank 0."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one set of latents is drawn: the request, and the keyed noise that makes it reproducible."""
+
+    adapter: Adapter
+    noise: KeyedNoise
+    device: torch.device
+
+    @torch.no_grad()
+    def run(self, request: SampleRequest, role: RoleHandle, condition: Condition, prompt_ids: Sequence[int]) -> Tensor:
+        """Latents [B, *latent_shape] of the prompts whose global indices are ``prompt_ids``."""
+        adapter, guidance = self.adapter, Guidance(request.guidance_scale)
+
+        def normal(index: int) -> Tensor:
+            return self.noise.normal("validation/noise", index, prompt_ids, adapter.latent_shape, device=self.device)
+
+        if request.solver == "sde":
+            assert request.sigmas is not None
+            return sampler.sample_few_step(
+                lambda x, sigma_B: adapter.predict_x0(role, x, sigma_B, condition, guidance),
+                normal(0),
+                request.sigmas,
+                lambda index: normal(index + 1),
+            )
+        return sampler.sample_ode(
+            lambda x, sigma_B: adapter.guided_velocity(role, x, sigma_B, condition, guidance),
+            normal(0),
+            num_steps=request.num_steps,
+            shift=adapter.flow_shift,
+            solver=request.solver,
+            sigmas=request.sigmas,
+        )
