@@ -25,8 +25,8 @@ test-unit: ## Run the tests that take seconds
 test: ## Run all tests but the nightly ones
 	pytest
 
-tiny-wan: ## Train the small Wan of tests/assets/tiny_wan again (see its README)
-	python -m scripts.build_tiny_wan
+tiny-wan: ## Train the small Wan of tests/assets/tiny_wan again, about 2 hours
+	python scripts/build_tiny_wan
 
 train: ## Run the main job: distil the small Wan into four steps
 	./run_train.sh

@@ -15,7 +15,8 @@ TINY_SHAPES = REPOSITORY / "tests" / "assets" / "tiny_shapes"
 
 
 def tiny_argv(method: str, output: Path, *overrides: str) -> list[str]:
-    """Command line of a short run of the tiny Wan without validation; relative paths in configs start at the repository."""
+    """Command line of a short run of the tiny Wan without validation; relative paths in configs start at the
+    repository."""
     return [
         "--job.config_file", str(REPOSITORY / "train_configs" / f"tiny_wan_{method}.toml"),
         "--job.output_dir", str(output),
@@ -40,6 +41,11 @@ def run_ranks(num_ranks: int, command_lines: Sequence[Sequence[str]], folder: Pa
     script = REPOSITORY / "tests" / "distributed" / "run_many.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     done = subprocess.run(
-        [*torchrun, str(script), str(jobs)], cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False
+        [*torchrun, str(script), str(jobs)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

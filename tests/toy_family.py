@@ -1,9 +1,9 @@
 """A model family of a few lines: Gaussian "videos" whose teacher is known in closed form.
 
-It registers itself as ``recipe.family = "toy"`` when ``job.imports`` names this module, and runs every method: the proof that
-methods know no family. A sample is a vector of independent numbers from N(mean, variance); the caption's law has mean
-``CONDITIONAL_MEAN``, the negative prompt's ``UNCONDITIONAL_MEAN``. Equal variances make classifier-free guidance exact: at scale w
-the guided law is N(u + w (c - u), variance).
+It registers itself as ``recipe.family = "toy"`` when ``job.imports`` names this module, and runs every method: the
+proof that methods know no family. A sample is a vector of independent numbers from N(mean, variance); the caption's law
+has mean ``CONDITIONAL_MEAN``, the negative prompt's ``UNCONDITIONAL_MEAN``. Equal variances make classifier-free
+guidance exact: at scale w the guided law is N(u + w (c - u), variance).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
+
 from titan_distill.data.loader import Batch
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.dispatch import register_model
@@ -22,7 +24,6 @@ from titan_distill.models.base import Adapter, Condition, ModelFamily
 from titan_distill.parallelisms.fsdp import apply_fsdp
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.base import Validator
-from torch import Tensor, nn
 
 CONDITIONAL_MEAN, UNCONDITIONAL_MEAN, VARIANCE = 1.0, -0.5, 0.49
 
@@ -133,7 +134,7 @@ class ToyFamily(ModelFamily):
         return module.requires_grad_(False)
 
     @staticmethod
-    def write_weights(tensors: Any, architecture: dict[str, Any], folder: Path) -> None:
+    def write_weights(tensors: Any, architecture: dict[str, Any], folder: Path, dtype: torch.dtype | None) -> None:
         folder.mkdir()
         save_file(dict(tensors), folder / "model.safetensors")
 
@@ -156,7 +157,10 @@ def write_data(path: Path, num_rows: int = 64, num_values: int = 64, with_latent
 
     rows = (
         LatentRow(
-            id=str(i), caption="a sample", text_embedding=torch.ones(1, 1), vae_latent=latents() if with_latents else None
+            id=str(i),
+            caption="a sample",
+            text_embedding=torch.ones(1, 1),
+            vae_latent=latents() if with_latents else None,
         )
         for i in range(num_rows)
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import toy_family
+
 from titan_distill.config import load_config
 from titan_distill.parallelisms.mesh import World
 from titan_distill.train import assemble

@@ -1,4 +1,5 @@
-"""``titan-distill``: what one does beside training. Each command is a typed function; tyro makes its options and ``--help``."""
+"""``titan-distill``: what one does beside training. Each command is a typed function; tyro makes its options and
+``--help``."""
 
 from __future__ import annotations
 
@@ -30,12 +31,10 @@ def export(
     """Write a role of a checkpoint as a diffusers folder that WanPipeline.from_pretrained loads.
 
     Args:
-        checkpoint: A step folder, or ``outputs/<name>/checkpoints/latest``.
-        out: Folder to write; must not exist.
-        role: Role to export.
-        weights: Averaged or raw weights; auto takes the average where there is one.
-        dtype: Type of the written weights.
-        pipeline: Diffusers folder whose VAE, text encoder, tokenizer and scheduler are copied beside the transformer; the run's
+        checkpoint: A step folder, or ``outputs/<name>/checkpoints/latest``. out: Folder to write; must not exist. role:
+        Role to export. weights: Averaged or raw weights; auto takes the average where there is one. dtype: Type of the
+        written weights. pipeline: Diffusers folder whose VAE, text encoder, tokenizer and scheduler are copied beside
+        the transformer; the run's
             own pipeline_config.path if not given.
     """
     found = resolve(checkpoint)
@@ -96,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _command_lines() -> list[str]:
     lines = []
     for name, command in COMMANDS.items():
-        for inner, function in (command.items() if isinstance(command, dict) else [("", command)]):
+        for inner, function in command.items() if isinstance(command, dict) else [("", command)]:
             lines.append(f"{name} {inner}".strip().ljust(20) + (function.__doc__ or "").strip().splitlines()[0])
     return lines
 

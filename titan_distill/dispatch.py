@@ -1,8 +1,9 @@
 """Names in a TOML become classes here: ``recipe.method`` and ``recipe.family``.
 
-A method is one file in ``titan_distill/methods/``, a family is one folder in ``titan_distill/models/``. The file or folder is
-imported when its name is first asked for, so adding one touches no list anywhere. Classes that live outside this package
-(a user's own method, the toy family of the tests) register themselves when ``job.imports`` imports their module.
+A method is one file in ``titan_distill/methods/``, a family is one folder in ``titan_distill/models/``. The file or
+folder is imported when its name is first asked for, so adding one touches no list anywhere. Classes that live outside
+this package (a user's own method, the toy family of the tests) register themselves when ``job.imports`` imports their
+module.
 """
 
 from __future__ import annotations

@@ -49,10 +49,13 @@ def generate(
     config, adapter, handle, request = load_role(resolve(checkpoint), role, device, raw_weights=raw_weights)
     if num_steps is not None and request.sigmas is not None:
         raise ValueError(
-            f"--num-steps {num_steps} contradicts the {role}'s own schedule of {len(request.sigmas)} steps; leave it out"
+            f"--num-steps {num_steps} contradicts the {role}'s own {len(request.sigmas)} steps; leave it out"
         )
-    changes = {"num_steps": num_steps, "guidance_scale": guidance_scale}
-    request = dataclasses.replace(request, **{name: value for name, value in changes.items() if value is not None})
+    request = dataclasses.replace(
+        request,
+        num_steps=request.num_steps if num_steps is None else num_steps,
+        guidance_scale=request.guidance_scale if guidance_scale is None else guidance_scale,
+    )
     condition = adapter.encode_prompts([prompt])
     latents = Sampling(adapter, KeyedNoise(seed), device).run(request, handle, condition, [0])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,11 +68,14 @@ def load_role(
 ) -> tuple[Config, Adapter, RoleHandle, SampleRequest]:
     """A trained role of a checkpoint as one module, its run's configuration, and how its method samples from it.
 
-    Raises ValueError when the run's ``config.toml`` is not beside the checkpoints, or for what ``role_tensors`` refuses.
+    Raises ValueError when the run's ``config.toml`` is not beside the checkpoints, or for what ``role_tensors``
+    refuses.
     """
     config_file = checkpoint.parent.parent / "config.toml"
     if not config_file.is_file():
-        raise ValueError(f"{checkpoint} lies in no run folder: {config_file} is missing; keep checkpoints below their run")
+        raise ValueError(
+            f"{checkpoint} lies in no run folder: {config_file} is missing; keep checkpoints below their run"
+        )
     config = load_config(["--job.config_file", str(config_file)])
     trained = convert.trained_role(checkpoint, read_manifest(checkpoint), role)
     tensors = convert.role_tensors(checkpoint, role, use_ema=trained.has_ema and not raw_weights)
@@ -79,5 +85,7 @@ def load_role(
     method = method_class(config.recipe.method)(
         config.method_config, RoleManager([handle]), adapter, KeyedNoise(config.job.seed), PhaseTimer(device)
     )
-    request = next(sample for sample in method.validation_request().samples if sample.role == role and not sample.baseline)
+    request = next(
+        sample for sample in method.validation_request().samples if sample.role == role and not sample.baseline
+    )
     return config, adapter, handle, request

@@ -1,7 +1,7 @@
 """Roles: the named models of a run. A teacher, a student and a critic differ in nothing but name and ``trainable``.
 
-A RoleHandle holds what belongs to one role: its modules, optimizers, schedulers and EMA, whatever the layout. Parameters may
-be plain tensors (one process) or DTensors (FSDP2); everything here works on both.
+A RoleHandle holds what belongs to one role: its modules, optimizers, schedulers and EMA, whatever the layout.
+Parameters may be plain tensors (one process) or DTensors (FSDP2); everything here works on both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler
 class Ema:
     """Exponential moving average of a module's parameters, stored like them: sharded where they are sharded.
 
-    Before ``start_step`` updates the average simply follows the parameters, so that it never remembers the initial weights.
+    Before ``start_step`` updates the average simply follows the parameters, so that it never remembers the initial
+    weights.
     """
 
     def __init__(self, module: nn.Module, decay: float, start_step: int) -> None:
@@ -29,7 +30,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module, num_updates: int) -> None:
-        """Folds the current parameters in. ``num_updates`` counts the role's optimizer steps so far, this one included."""
+        """Folds the current parameters in. ``num_updates`` counts the role's optimizer steps so far, this one
+        included."""
         decay = self.decay if num_updates > self.start_step else 0.0
         shadow, current = list(self.shadow.values()), [p.detach() for p in module.parameters()]
         torch._foreach_lerp_(shadow, current, 1.0 - decay)

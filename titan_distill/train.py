@@ -1,20 +1,23 @@
 """Entry point of a run: load the configuration, assemble the parts, train.
 
-Whatever is wrong with the input is said in one sentence with exit code 2, before the first step; a failure after that keeps
-its traceback, because it is ours.
+Whatever is wrong with the input is said in one sentence with exit code 2, before the first step; a failure after that
+keeps its traceback, because it is ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import FrozenRole, fingerprint
@@ -26,30 +29,38 @@ from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.dispatch import method_class, model_family
 from titan_distill.methods.base import TrainingMethod
 from titan_distill.models.base import ModelFamily
+from titan_distill.observability.banner import banner, closing
 from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
 from titan_distill.observability.profiling import Profiler
-from titan_distill.observability.banner import banner, closing
 from titan_distill.optimizer import build_optimizer, build_scheduler
-from titan_distill.parallelisms.mesh import World, data_parallel_mesh, start_world
+from titan_distill.parallelisms.mesh import World, data_parallel_mesh, num_ranks, start_world
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 from titan_distill.trainer import Trainer
 
 EXIT_BAD_INPUT = 2
 CONFIG_FILE = "--job.config_file"
+CHECK = "--check"
+"""Only check the input and exit: run_train.sh asks this before torchrun, which would turn one sentence into a traceback
+a rank."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one job. Returns the process's exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    _set_up_logging()
     try:
         if "--help" in argv or "-h" in argv:
             print(help_text(_config_file(argv)))
             return 0
-        config = load_config(argv)
-        world = _start(config)
+        config = load_config([argument for argument in argv if argument != CHECK])
+        check_world(config, num_ranks())
         if config.job.dry_run:
-            print(dry_run(config, world))
+            print(dry_run(config))
             return 0
+        check_paths(config)
+        if CHECK in argv:
+            return 0
+        world = _start(config)
         trainer = assemble(config, world)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -65,29 +76,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def dry_run(config: Config, world: World) -> str:
+def _set_up_logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    # What libraries say at import about things this run does not use.
+    for name in ("torchao", "torch.utils._pytree", "diffusers", "transformers", "httpx", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+
+
+def dry_run(config: Config) -> str:
     """Builds every role on the meta device and describes the run; needs neither weights nor data."""
     family = model_family(config.recipe.family)(config)
     meta = torch.device("meta")
-    roles = RoleManager(
-        [
-            RoleHandle(name, {"transformer": family.build_module(name, role, None, meta)}, role.trainable)
-            for name, role in config.roles.items()
-        ]
-    )
+    roles = build_roles(config, family, None, meta)
     _check_latent_space(family, roles)
-    return banner(config, roles, world)
+    return banner(config, roles, World(rank=0, size=num_ranks(), device=meta))
 
 
 def assemble(config: Config, world: World) -> Trainer:
     """Builds all parts of a run. Raises ValueError, in one sentence, for input that does not fit together."""
-    check_paths(config)
     folder = config.job.output_folder
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(to_toml(config))
+        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     family = model_family(config.recipe.family)(config)
-    roles = build_roles(config, family, world)
+    degrees = check_world(config, world.size)
+    mesh = data_parallel_mesh(world, degrees.replicate, degrees.shard)
+    roles = build_roles(config, family, mesh, world.device)
     _check_latent_space(family, roles)
     adapter = family.build_adapter(world.device)
     timer = PhaseTimer(world.device)
@@ -106,14 +121,14 @@ def assemble(config: Config, world: World) -> Trainer:
             state = checkpoints.load(found, roles)
         if state.step > config.training.steps:
             raise ValueError(
-                f"training.steps = {config.training.steps}, but the checkpoint has already done {state.step} steps; raise it"
+                f"training.steps = {config.training.steps}, but the checkpoint has done {state.step} already; raise it"
             )
 
     dataset = ParquetDataset(config.data.path, max_bad_rows=config.data.max_bad_rows)
     if method_type.needs_latents(config.method_config) and dataset[0].vae_latent is None:
         raise ValueError(
-            f"data.path = {config.data.path!r} holds only text, but {config.recipe.method!r} as configured trains on latents; "
-            "make them with `titan-distill data preprocess`"
+            f"data.path = {config.data.path!r} holds only text, but {config.recipe.method!r} as configured trains on "
+            "latents; make them with `titan-distill data preprocess`"
         )
     loader = build_loader(
         dataset,
@@ -126,7 +141,7 @@ def assemble(config: Config, world: World) -> Trainer:
         num_workers=config.data.num_workers,
     )
     validator = family.build_validator(adapter, folder / "validation") if config.validation.enabled else None
-    metrics = MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer)
+    metrics = MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work)
     if world.is_main:
         print(banner(config, roles, world))
     return Trainer(
@@ -139,18 +154,18 @@ def assemble(config: Config, world: World) -> Trainer:
         checkpoints=checkpoints if config.checkpoint.enabled else None,
         metrics=metrics,
         timer=timer,
-        profiler=Profiler(config.profiling, folder / "profile", world),
+        profiler=Profiler(config.profiling, folder / "profile", world, first_step=state.step),
         state=state,
+        mesh=mesh,
     )
 
 
-def build_roles(config: Config, family: ModelFamily, world: World) -> RoleManager:
-    """Networks of all roles, laid out and loaded; optimizers come later, when the method has said how often it steps."""
-    degrees = check_world(config, world.size)
-    mesh = data_parallel_mesh(world, degrees.replicate, degrees.shard)
+def build_roles(config: Config, family: ModelFamily, mesh: DeviceMesh | None, device: torch.device) -> RoleManager:
+    """Networks of all roles, laid out and loaded; optimizers come later, when the method has said how often it
+    steps."""
     handles = []
     for name, role in config.roles.items():
-        module = family.build_module(name, role, mesh, world.device)
+        module = family.build_module(name, role, mesh, device)
         clip = config.training.max_grad_norm if role.max_grad_norm is None else role.max_grad_norm
         handles.append(RoleHandle(name, {"transformer": module}, role.trainable, max_grad_norm=clip))
     return RoleManager(handles)
@@ -168,24 +183,24 @@ def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -
 
 
 def _config_file(argv: Sequence[str]) -> str | None:
-    for index, argument in enumerate(argv):
-        if argument == CONFIG_FILE and index + 1 < len(argv):
-            return argv[index + 1]
-        if argument.startswith(f"{CONFIG_FILE}="):
-            return argument.split("=", 1)[1]
-    return None
+    chosen = None  # the last one counts, as in load_config
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        if argument == CONFIG_FILE:
+            chosen = following
+        elif argument.startswith(f"{CONFIG_FILE}="):
+            chosen = argument.removeprefix(f"{CONFIG_FILE}=")
+    return chosen
 
 
 def _start(config: Config) -> World:
     # Mixed precision is FSDP's, which needs a process group even when there is one process.
-    mixed = config.training.dtype != "float32"
-    return start_world(config.comm.init_timeout_seconds, force_group=mixed and not config.job.dry_run)
+    return start_world(config.comm.init_timeout_seconds, force_group=config.training.dtype != "float32")
 
 
 def _checkpoint_manager(config: Config, family: ModelFamily, roles: RoleManager) -> CheckpointManager:
     info = RunInfo(
         family=config.recipe.family,
-        config_digest=hashlib.sha256(to_toml(config).encode()).hexdigest(),
+        config_digest=_experiment_digest(config),
         pipeline_config=dataclasses.asdict(config.pipeline_config),
         architectures={role.name: family.architecture(role.transformer) for role in roles.trainable},
         frozen={
@@ -197,6 +212,14 @@ def _checkpoint_manager(config: Config, family: ModelFamily, roles: RoleManager)
     return CheckpointManager(config.job.output_folder / "checkpoints", config.checkpoint.keep, info)
 
 
+def _experiment_digest(config: Config) -> str:
+    """SHA-256 of the configuration without the keys that steer a run and do not define the experiment."""
+    job = dataclasses.replace(config.job, output_dir="", dry_run=False)
+    checkpoint = dataclasses.replace(config.checkpoint, resume_from="")
+    experiment = dataclasses.replace(config, job=job, checkpoint=checkpoint)
+    return hashlib.sha256(to_toml(experiment).encode()).hexdigest()
+
+
 def _check_latent_space(family: ModelFamily, roles: RoleManager) -> None:
     spaces = {role.name: family.latent_space(role.transformer) for role in roles}
     (first, expected), *others = spaces.items()
@@ -204,8 +227,8 @@ def _check_latent_space(family: ModelFamily, roles: RoleManager) -> None:
         for key, value in space.items():
             if value != expected[key]:
                 raise ValueError(
-                    f"roles.{name} works on latents with {key} = {value}, but roles.{first} with {key} = {expected[key]}; "
-                    "all roles of a run must share one latent space"
+                    f"roles.{name} works on latents with {key} = {value}, but roles.{first} with {key} = "
+                    f"{expected[key]}; all roles of a run must share one latent space"
                 )
 
 

@@ -1,20 +1,22 @@
 """The loop, and only the loop.
 
-``run`` → ``train_step`` → ``run_update`` → ``forward_backward``: a step fetches one global batch and runs the updates that the
-method says are due. The trainer knows neither roles nor losses nor model families.
+``run`` → ``train_step`` → ``run_update`` → ``forward_backward``: a step fetches one global batch and runs the updates
+that the method says are due. The trainer knows neither roles nor losses nor model families.
 
-Losses come per sample; their sum is divided by the *global* batch size and gradients are summed over ranks. One rank, many
-ranks and any number of micro-batches therefore take the same step.
+Losses come per sample; their sum is divided by the *global* batch size and gradients are summed over ranks. One rank,
+many ranks and any number of micro-batches therefore take the same step.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from titan_distill.checkpoint.manager import CheckpointManager
@@ -26,7 +28,7 @@ from titan_distill.models.base import Adapter
 from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
 from titan_distill.observability.profiling import Profiler
 from titan_distill.parallelisms.fsdp import set_gradient_sync
-from titan_distill.parallelisms.mesh import sum_over_ranks
+from titan_distill.parallelisms.mesh import sum_over_ranks, tighten_timeout
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.base import Validator
 
@@ -50,6 +52,7 @@ class Trainer:
     timer: PhaseTimer
     profiler: Profiler
     state: TrainState
+    mesh: DeviceMesh | None
 
     def run(self) -> None:
         """Trains from ``state.step`` to ``training.steps``."""
@@ -57,9 +60,12 @@ class Trainer:
         try:
             if self.state.step == 0:
                 self.validate()
+            first_step = self.state.step
             with self.profiler:
                 while self.state.step < self.config.training.steps:
                     self.train_step()
+                    if self.state.step == first_step + 1:
+                        tighten_timeout(self.config.comm.train_timeout_seconds, self.mesh)
                     self.after_step()
         finally:
             gc.enable()
@@ -88,7 +94,8 @@ class Trainer:
         return values
 
     def forward_backward(self, update: Update, role: RoleHandle, batch: Batch) -> dict[str, float]:
-        """Sums gradients of all micro-batches. Returns the loss and the method's metrics, averaged over the global batch."""
+        """Sums gradients of all micro-batches. Returns the loss and the method's metrics, averaged over the global
+        batch."""
         micro_batches = batch.split(self.config.training.local_batch_size)
         global_batch_size = self.config.training.global_batch_size
         totals: dict[str, Tensor] = {}
@@ -122,9 +129,11 @@ class Trainer:
         """Samples and scores as the method asks; a no-op when validation is off."""
         if self.validator is None:
             return
-        with self.timer("validation"):
+        counting = self.adapter.work.paused() if self.adapter.work else nullcontext()
+        with self.timer("validation"), counting:
             scores = self.validator.validate(self.state.step, self.method.validation_request(), self.roles)
         self.metrics.log(self.state.step, {f"validation/{name}": value for name, value in scores.items()})
+        self.metrics.log_media(self.state.step, self.validator.media(self.state.step))
 
     def _clip_gradients(self, role: RoleHandle) -> float:
         parameters = role.parameters()
@@ -133,7 +142,7 @@ class Trainer:
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         torch.nn.utils.clip_grads_with_norm_(parameters, role.max_grad_norm, norm)
-        return norm.item()
+        return float(norm)
 
     def _check_finite(self, role: RoleHandle, batch: Batch, values: dict[str, float]) -> None:
         for name in (f"loss/{role.name}", f"grad_norm/{role.name}"):

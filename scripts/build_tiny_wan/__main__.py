@@ -2,7 +2,8 @@
 
 Stages, each of which needs the ones before it: `vae` and `text_encoder` (frozen parts of a diffusers folder in
 tests/assets/tiny_wan), `data` (drawn clips as parquet: 192 shipped in tests/assets/tiny_shapes, more in
-outputs/tiny_wan_data for the teacher), `teacher` (the transformer, trained and exported by this project's own commands).
+outputs/tiny_wan_data for the teacher), `teacher` (the transformer, trained and exported by this project's own
+commands).
 """
 
 import subprocess
@@ -71,7 +72,9 @@ def _run_stage(stage: str, config: BuildConfig) -> None:
 def _train_teacher() -> None:
     """Train the transformer with the project's own trainer, then export it into the pipeline folder."""
     config = ROOT / "train_configs/tiny_wan_teacher.toml"
-    subprocess.run([sys.executable, "-m", "titan_distill.train", "--job.config_file", str(config)], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "titan_distill.train", "--job.config_file", str(config)], cwd=ROOT, check=True
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Stage `data`: the parquet files that the small Wan is trained on, and the folders' last parts.
 
 A clip is drawn, encoded with the VAE (posterior mean, normalised by the config's statistics) and stored in half
-precision with the embedding of its caption. Captions cycle through all training combinations and all templates, so each is seen
-equally often; held-out combinations appear in no file but the list of prompts for scoring.
+precision with the embedding of its caption. Captions cycle through all training combinations and all templates, so each
+is seen equally often; held-out combinations appear in no file but the list of prompts for scoring.
 
 Legend: C latent channels, F latent frames, H and W latent pixels.
 """

@@ -86,7 +86,10 @@ class Footage:
     def _moving_polygon(self, num_frames: int, size: int) -> Tensor:
         """Anti-aliased mask [T, 1, H, W] of a convex polygon (three to nine sides) that slides and turns."""
         num_sides = self.rng.integers(3, 10)
-        angles = np.sort(self.rng.uniform(0, 2 * np.pi, num_sides)) + self.rng.normal(0, 0.03) * np.arange(num_frames)[:, None]
+        angles = (
+            np.sort(self.rng.uniform(0, 2 * np.pi, num_sides))
+            + self.rng.normal(0, 0.03) * np.arange(num_frames)[:, None]
+        )
         reach = self.rng.uniform(0.1, 0.4, num_sides) * size
         centre = self.rng.uniform(0, size, 2) + self.rng.normal(0, 2.0, 2) * np.arange(num_frames)[:, None]
         rows, columns = np.mgrid[0:size, 0:size] + 0.5

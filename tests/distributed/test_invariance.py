@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import REPOSITORY, read_metrics, run_ranks, tiny_argv
+
 from titan_distill.checkpoint.convert import role_tensors
 from titan_distill.train import main
 
@@ -45,7 +46,7 @@ def curves(run: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_layout_does_not_change_the_curve(runs: Path, method: str, layout: str) -> None:
     expected, found = curves(runs / f"{method}-micro1"), curves(runs / f"{method}-{layout}")
-    assert any(line[f"grad_norm/student"] > 1e-4 for line in expected if "grad_norm/student" in line)
+    assert any(line["grad_norm/student"] > 1e-4 for line in expected if "grad_norm/student" in line)
     for reference, line in zip(expected, found, strict=True):
         assert reference.keys() == line.keys()
         for key, value in reference.items():
@@ -53,7 +54,9 @@ def test_layout_does_not_change_the_curve(runs: Path, method: str, layout: str) 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_four_steps_and_four_more_equal_eight(runs: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_steps_and_four_more_equal_eight(
+    runs: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bitwise, from the checkpoint of step 4: losses, and every weight and EMA of every trained role at step 8."""
     monkeypatch.chdir(REPOSITORY)
     whole = runs / f"{method}-micro1"
@@ -71,7 +74,9 @@ def test_four_steps_and_four_more_equal_eight(runs: Path, method: str, tmp_path:
 
 def assert_same_weights(first: Path, second: Path, role: str) -> None:
     for use_ema in (False, True) if role == "student" else (False,):
-        pairs = zip(role_tensors(first, role, use_ema=use_ema), role_tensors(second, role, use_ema=use_ema), strict=True)
+        pairs = zip(
+            role_tensors(first, role, use_ema=use_ema), role_tensors(second, role, use_ema=use_ema), strict=True
+        )
         for (name, a), (other, b) in pairs:
             assert name == other
             assert torch.equal(a, b), name

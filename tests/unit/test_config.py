@@ -45,8 +45,8 @@ class ProbeMethodConfig:
     """A secret where none belongs."""
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
     """Free table of the probe."""
-    tags: list[str] = dataclasses.field(default_factory=list)
-    """Labels of the probe."""
+    tokenizers: list[str] = dataclasses.field(default_factory=list)
+    """No secrets, though their key contains the word token."""
     order: Literal[1, 2] = 1
     """Order of the probe."""
 
@@ -156,7 +156,7 @@ def test_file_overrides_and_defaults(load: Callable[..., Config]) -> None:
         ("--optimizer.betas=[0, 0.99]", lambda c: c.optimizer.betas, (0.0, 0.99)),
         ("--job.imports=json,math", lambda c: c.job.imports, ("json", "math")),
         ("--job.imports=", lambda c: c.job.imports, ()),
-        ('--method_config.tags=["a,b", "c"]', lambda c: c.method_config.tags, ["a,b", "c"]),
+        ('--method_config.tokenizers=["a,b", "c"]', lambda c: c.method_config.tokenizers, ["a,b", "c"]),
         ("--method_config.guidance=none", lambda c: c.method_config.guidance, None),
         ("--method_config.weights.left=2", lambda c: c.method_config.weights, {"left": 2.0}),
         ("--method_config.order=2", lambda c: c.method_config.order, 2),
@@ -239,7 +239,7 @@ ERRORS = [
     (["--parallelism.tensor", "4"], {}, ["parallelism.tensor = 4", "set it to 1"]),
     (["--parallelism.dp_shard", "0"], {}, ["parallelism.dp_shard = 0 is out of range"]),
     (["--lr_scheduler.min_lr_ratio", "0.1"], {}, ["lr_scheduler.min_lr_ratio = 0.1 has no effect"]),
-    (["--ema.decay", "0.9", "--ema.role", "critic"], {}, ["'critic' is not a trained role; choose one of student"]),
+    (["--ema.decay", "0.9", "--ema.role", "teacher"], {}, ["'teacher' is not a trained role; choose one of student"]),
     (["--ema.decay", "1"], {}, ["ema.decay = 1.0 is out of range"]),
     (["--profiling.enabled"], {}, ["= 13 is beyond training.steps = 10"]),
     (["--validation.num_videos", "97"], {}, ["validation.num_videos = 97 is more than num_prompts = 96"]),
@@ -309,11 +309,11 @@ def test_resolved_file_reads_back(load: Callable[..., Config], tmp_path: Path) -
 
 
 def test_secrets_are_redacted_everywhere(load: Callable[..., Config]) -> None:
-    config = load("--method_config.api_key", "hunter2", "--data.max_text_tokens", "77")
+    config = load("--method_config.api_key", "hunter2", "--method_config.tokenizers", "byt5")
     assert config.method_config.api_key == "hunter2"
     assert "hunter2" not in to_toml(config) and "hunter2" not in str(to_dict(config))
     assert to_dict(config)["method_config"]["api_key"] == "<redacted>"
-    assert to_dict(config)["data"]["max_text_tokens"] == 77
+    assert to_dict(config)["method_config"]["tokenizers"] == ["byt5"]
     for key in ("metrics.wandb_api_key", "data.hf_token", "job.password"):
         message = sentence(load, f"--{key}", "hunter2")
         assert "hunter2" not in message and "is not known" in message

@@ -1,6 +1,7 @@
 """DMD2: outcomes with a known optimum (T1), and spies for what outcomes cannot show.
 
-Each mutant named in the literature as a silent mistake is planted here, and the test that guards against it must then fail.
+Each mutant named in the literature as a silent mistake is planted here, and the test that guards against it must then
+fail.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
+from toy_run import toy_trainer
+
 from titan_distill.data.loader import Batch
 from titan_distill.methods import dmd2, losses
 from titan_distill.methods.dmd2 import Dmd2, Dmd2Config
 from titan_distill.roles import RoleHandle
 from titan_distill.trainer import Trainer
-from torch import Tensor
-from toy_run import toy_trainer
 
 
 @dataclass
@@ -61,7 +63,8 @@ def one_batch(trainer: Trainer) -> Batch:
     return trainer.adapter.prepare_batch(next(trainer.loader))
 
 
-# --- spies ---------------------------------------------------------------------------------------------------------------
+# --- spies
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def check_forwards_and_gradient_modes(folder: Path) -> None:
@@ -223,10 +226,13 @@ def test_spy(name: str, tmp_path: Path) -> None:
     SPIES[name](tmp_path)
 
 
-# --- mutants: each must make its spy fail ------------------------------------------------------------------------------------
+# --- mutants: each must make its spy fail
+# ------------------------------------------------------------------------------------
 
 
-def _no_backward_simulation(self: Dmd2, batch: Batch, condition: Any, step: int, purpose: str, exit_index: int) -> Tensor:
+def _no_backward_simulation(
+    self: Dmd2, batch: Batch, condition: Any, step: int, purpose: str, exit_index: int
+) -> Tensor:
     return self._normal(batch, step, f"{purpose}/noise/0")
 
 
@@ -332,7 +338,10 @@ MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]] = {
         lambda: patch.object(Dmd2, "updates", _always_student),
         "check_cadence_and_ema",
     ),
-    "EMA ticks twice an update": (lambda: patch.object(RoleHandle, "step", _step_and_tick_again), "check_cadence_and_ema"),
+    "EMA ticks twice an update": (
+        lambda: patch.object(RoleHandle, "step", _step_and_tick_again),
+        "check_cadence_and_ema",
+    ),
     "x0 loss for flow loss in the critic": (
         lambda: patch.object(losses, "critic_loss", _x0_critic_loss),
         "check_critic_loss_against_transcription",

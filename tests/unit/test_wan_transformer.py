@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from titan_distill.attention.dense import dense_attention
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.embeddings import timestep_features
+from titan_distill.models.wan.layers import add_gated
 from titan_distill.models.wan.transformer import WanTransformer
 
 SMALL = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 96, "text_dim": 20}
@@ -218,6 +219,15 @@ def test_bfloat16_keeps_modulation_in_float32():
     # bf16 rounds by up to 2^-9 at about 20 places in a row here; if they add up as in a random walk, 1 %.
     relative = ((velocity - expected).norm() / expected.norm()).item()
     assert 1e-4 < relative < 2e-2
+
+
+def test_a_gated_update_is_rounded_once():
+    generator = torch.Generator().manual_seed(0)
+    residual, update = (torch.randn(4, 5, 64, generator=generator).bfloat16() for _ in range(2))
+    gate = torch.randn(4, 1, 64, generator=generator)
+    exact = residual.double() + update.double() * gate.double()
+    error = (add_gated(residual, update, gate).double() - exact).abs() / exact.abs()
+    assert error.max() <= 2**-8  # half a unit in the last place, with a hair for fp32
 
 
 def test_mixed_weight_dtypes_need_no_autocast():

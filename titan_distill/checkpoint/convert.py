@@ -24,7 +24,8 @@ from titan_distill.checkpoint.manifest import Manifest, TrainedRole, read_manife
 from titan_distill.checkpoint.state import ema_prefix, model_prefix
 
 WeightWriter = Callable[[Iterable[tuple[str, Tensor]], dict[str, Any], Path, torch.dtype | None], None]
-"""Writes (name, tensor) pairs and the architecture into a folder, in the family's format; no dtype means as they are."""
+"""Writes (name, tensor) pairs and the architecture into a folder, in the family's format; no dtype means as they
+are."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,7 +11,8 @@ from titan_distill.data.parquet import ParquetDataset
 def read_prompts(path: str | Path, num_prompts: int) -> list[str]:
     """The first ``num_prompts`` prompts of a .txt (one a line), .jsonl (key ``caption``) or parquet file or folder.
 
-    A shorter file is repeated: the same prompt then starts from other noise. Raises ValueError for a file without prompts.
+    A shorter file is repeated: the same prompt then starts from other noise. Raises ValueError for a file without
+    prompts.
     """
     path = Path(path)
     if path.suffix in (".txt", ".jsonl"):
@@ -29,4 +30,6 @@ def _caption(line: str, path: Path, number: int) -> str:
     try:
         return str(json.loads(line)["caption"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}, line {number}: expected a JSON object with a "caption", got {line[:80]!r}') from error
+        raise ValueError(
+            f'{path}, line {number}: expected a JSON object with a "caption", got {line[:80]!r}'
+        ) from error

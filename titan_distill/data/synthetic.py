@@ -1,10 +1,10 @@
 """Procedural clips of one moving shape: the world that the small real Wan lives in.
 
-A clip is fully described by four words: colour, shape, direction and speed. That makes it a test bench for text-to-video
-distillation that needs no data set and no human judge: a caption states the four words, a drawing is exact, and
-`titan_distill.validation.shapes` reads colour, shape and direction back from decoded frames by rule. The price is a world
-without occlusion, texture or camera motion; it tells whether a student obeys its prompt and keeps the teacher's
-distribution (position, size and brightness vary), not whether it makes beautiful film.
+A clip is fully described by four words: colour, shape, direction and speed. That makes it a test bench for
+text-to-video distillation that needs no data set and no human judge: a caption states the four words, a drawing is
+exact, and `titan_distill.validation.shapes` reads colour, shape and direction back from decoded frames by rule. The
+price is a world without occlusion, texture or camera motion; it tells whether a student obeys its prompt and keeps the
+teacher's distribution (position, size and brightness vary), not whether it makes beautiful film.
 
 Twelve of the 48 (colour, shape, direction) combinations are never drawn for training. They form a Latin square:
 every pair of attribute values is still seen in training, only the triple is new, so a model that scores on them has
@@ -108,13 +108,16 @@ def held_out_prompts(num_prompts: int) -> list[tuple[str, ShapesClip]]:
     Repeats share a caption; each is meant to be sampled from its own noise.
     """
     if num_prompts < 1:
-        raise ValueError(f"num_prompts is {num_prompts}, but at least 1 prompt is needed to score; pass a positive number")
+        raise ValueError(
+            f"num_prompts is {num_prompts}, but at least 1 prompt is needed to score; pass a positive number"
+        )
     clips = held_out_attributes()
     return [(clips[i % len(clips)].caption(), clips[i % len(clips)]) for i in range(num_prompts)]
 
 
 def parse_caption(caption: str) -> ShapesClip:
-    """The clip that a caption describes: the inverse of `ShapesClip.caption`; raises `ValueError` for other sentences."""
+    """The clip that a caption describes: the inverse of `ShapesClip.caption`; raises `ValueError` for other
+    sentences."""
     for clip, template in product(all_attributes(), range(len(CAPTION_TEMPLATES))):
         if clip.caption(template) == caption:
             return clip
@@ -123,7 +126,8 @@ def parse_caption(caption: str) -> ShapesClip:
 
 
 def draw_clip(clip: ShapesClip, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Draw a clip, uint8 [T=17, H=96, W=96, 3]; size, place and brightness come from `rng`, so a seed fixes every pixel.
+    """Draw a clip, uint8 [T=17, H=96, W=96, 3]; size, place and brightness come from `rng`, so a seed fixes every
+    pixel.
 
     The shape stays wholly visible from the first frame to the last.
     """
@@ -147,7 +151,8 @@ def _path(clip: ShapesClip, size: float, rng: np.random.Generator) -> npt.NDArra
 
 
 def _coverage(shape: str, size: float, x: float, y: float) -> npt.NDArray[np.float64]:
-    """Share of each pixel inside the shape [H, W]: signed distance to the outline, ramped over one pixel (anti-aliasing)."""
+    """Share of each pixel inside the shape [H, W]: signed distance to the outline, ramped over one pixel
+    (anti-aliasing)."""
     rows, columns = np.mgrid[0:FRAME_SIZE, 0:FRAME_SIZE] + 0.5
     dx, dy = columns - x, rows - y
     if shape == "circle":

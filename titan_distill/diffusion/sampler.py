@@ -17,7 +17,6 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from titan_distill.diffusion.schedule import NUM_TRAIN_TIMESTEPS, add_noise, shift_sigma
@@ -94,6 +93,8 @@ def _sample_unipc(predict_velocity: Predictor, x: Tensor, num_steps: int, shift:
     as sigma, which `schedule.timestep` turns back into the very same number. It is up to 0.001 below the σ of x, so a
     predictor must return the model's velocity as it is, never one that went through x0.
     """
+    from diffusers import UniPCMultistepScheduler  # seconds to import, and only the teacher's sampler needs it
+
     _check_num_steps(num_steps)
     scheduler = UniPCMultistepScheduler(
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,

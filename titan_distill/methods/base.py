@@ -79,9 +79,7 @@ class TrainingMethod(ABC):
     roles_required: ClassVar[dict[str, bool]]
     """Role name -> whether it must be trainable."""
 
-    def __init__(
-        self, config: Any, roles: RoleManager, adapter: Adapter, noise: KeyedNoise, timer: PhaseTimer
-    ) -> None:
+    def __init__(self, config: Any, roles: RoleManager, adapter: Adapter, noise: KeyedNoise, timer: PhaseTimer) -> None:
         self.config, self.roles, self.adapter, self.noise, self.timer = config, roles, adapter, noise, timer
 
     @classmethod

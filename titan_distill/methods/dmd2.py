@@ -1,12 +1,12 @@
 """Distribution matching distillation, DMD2 (arXiv 2405.14867), for few-step video generators.
 
-Three roles. The *student* rolls out a few denoising steps from pure noise, just as it will at inference (backward simulation).
-The *teacher* says in which direction the data lie from a re-noised student sample, the *critic* in which direction the
-student's own samples lie; their difference is the gradient of the KL divergence between the two laws. The critic is trained on
-student samples all the while, several times for each student update.
+Three roles. The *student* rolls out a few denoising steps from pure noise, just as it will at inference (backward
+simulation). The *teacher* says in which direction the data lie from a re-noised student sample, the *critic* in which
+direction the student's own samples lie; their difference is the gradient of the KL divergence between the two laws. The
+critic is trained on student samples all the while, several times for each student update.
 
-Every random choice is a keyed draw. The exit of the rollout is one draw for the whole global batch, so all ranks stop after
-the same number of forward passes without being told; nothing is broadcast and no forward is wasted.
+Every random choice is a keyed draw. The exit of the rollout is one draw for the whole global batch, so all ranks stop
+after the same number of forward passes without being told; nothing is broadcast and no forward is wasted.
 
 Equation numbers and defaults: DMD (2311.18828) eq. 7–8, DMD2 §4; Self-Forcing (2506.08009) for video.
 """
@@ -34,9 +34,11 @@ class Dmd2Config:
     denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     """The student's few-step schedule, as timesteps."""
     warp: bool = True
-    """Whether denoising_steps name entries of the shifted schedule (1000, 750, … at shift 5 is 1000, 937.5, …) or are final."""
+    """Whether denoising_steps name entries of the shifted schedule (1000, 750, … at shift 5 is 1000, 937.5, …) or are
+    final."""
     rollout: Literal["simulate", "data"] = "simulate"
-    """``simulate``: the student denoises pure noise up to the exit. ``data``: a real latent is noised to the exit's level."""
+    """``simulate``: the student denoises pure noise up to the exit. ``data``: a real latent is noised to the exit's
+    level."""
     last_step_only: bool = False
     """Pins the exit to the last step instead of drawing it uniformly."""
     update_ratio: int = 5
@@ -48,7 +50,8 @@ class Dmd2Config:
     fake_guidance_scale: float = 1.0
     """Critic's guidance, in the standard form; 1 is none."""
     guidance_form: Literal["standard", "offset"] = "standard"
-    """``standard``: u + w (c - u). ``offset``: c + w (c - u), as Self-Forcing, CausVid and FastVideo write it (3.0 there is 4.0 here)."""
+    """``standard``: u + w (c - u). ``offset``: c + w (c - u), as Self-Forcing, CausVid and FastVideo write it (3.0
+    there is 4.0 here)."""
     min_step: float = 20.0
     """Lowest timestep at which scores are compared."""
     max_step: float = 980.0
@@ -62,7 +65,8 @@ class Dmd2Config:
     normalise: bool = True
     """Divide the score difference by mean |x - x_real|, sample by sample (DMD eq. 8)."""
     student_sampler: Literal["sde", "ode"] = "sde"
-    """How a rollout moves between steps: ``sde`` re-noises the x0 estimate with fresh noise, ``ode`` takes an Euler step."""
+    """How a rollout moves between steps: ``sde`` re-noises the x0 estimate with fresh noise, ``ode`` takes an Euler
+    step."""
     teacher_steps: int = 48
     """Sampling steps of the teacher's validation videos."""
     teacher_solver: Literal["euler", "unipc"] = "unipc"
@@ -75,7 +79,7 @@ class Dmd2Config:
             raise ValueError("exclusive = true leaves no step for the critic at update_ratio = 1; use at least 2")
         if not 0.0 <= self.min_step < self.max_step <= schedule.NUM_TRAIN_TIMESTEPS:
             raise ValueError(
-                f"min_step = {self.min_step} and max_step = {self.max_step} must satisfy 0 <= min_step < max_step <= 1000"
+                f"min_step = {self.min_step} and max_step = {self.max_step} must keep 0 <= min_step < max_step <= 1000"
             )
         schedule.few_step_sigmas(self.denoising_steps, 1.0, self.warp)
 
@@ -188,7 +192,8 @@ class Dmd2(TrainingMethod):
         if self.config.ts_schedule:
             bounds = [*self.sigmas, 0.0]
             high, low = (
-                schedule.unshift_sigma(bounds[rollout.exit_index + offset], self.adapter.flow_shift) for offset in (0, 1)
+                schedule.unshift_sigma(bounds[rollout.exit_index + offset], self.adapter.flow_shift)
+                for offset in (0, 1)
             )
         return schedule.score_sigma(
             self.noise.uniform(purpose, step, batch.sample_ids),
@@ -209,14 +214,17 @@ class Dmd2(TrainingMethod):
         return torch.full((len(batch.sample_ids),), self.sigmas[index], dtype=torch.float64, device=device)
 
     def validation_request(self) -> ValidationRequest:
-        """Teacher with many steps (the reference), the teacher with as few steps as the student, the student before and now."""
+        """Teacher with many steps (the reference), the teacher with as few steps as the student, the student before and
+        now."""
         config: Dmd2Config = self.config
         scale = config.guidance_scale + (1.0 if config.guidance_form == "offset" else 0.0)
         solver: Literal["sde", "euler"] = "sde" if config.student_sampler == "sde" else "euler"
         few, sigmas = len(self.sigmas), tuple(self.sigmas)
         return ValidationRequest(
             samples=(
-                SampleRequest("teacher", "teacher", config.teacher_solver, config.teacher_steps, None, scale, baseline=True),
+                SampleRequest(
+                    "teacher", "teacher", config.teacher_solver, config.teacher_steps, None, scale, baseline=True
+                ),
                 SampleRequest("teacher_few_steps", "teacher", config.teacher_solver, few, None, scale, baseline=True),
                 SampleRequest("student_before", "student", solver, few, sigmas, baseline=True),
                 SampleRequest("student", "student", solver, few, sigmas),

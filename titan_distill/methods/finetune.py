@@ -1,8 +1,8 @@
 """Flow-matching finetuning: regress the velocity ``ε - x0`` at a random noise level.
 
 The teacher of a distillation is made with this, and so is a student that should first see new footage. Classifier-free
-guidance needs a model that also knows the negative prompt: with probability ``cfg_dropout`` a sample's text is replaced by
-it. Timestep, noise and dropout are keyed draws, so the loss curve does not depend on the layout.
+guidance needs a model that also knows the negative prompt: with probability ``cfg_dropout`` a sample's text is replaced
+by it. Timestep, noise and dropout are keyed draws, so the loss curve does not depend on the layout.
 """
 
 from __future__ import annotations

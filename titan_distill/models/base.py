@@ -1,11 +1,12 @@
 """The two halves of a model family: a build-time plugin and the run-time operations that methods use.
 
-``ModelFamily`` turns configuration into modules (it may know about meshes, checkpoints, text encoders). ``Adapter`` is all
-that a training method sees: predict a velocity, encode a prompt, decode latents. A method written against the Adapter runs
-on every family; a family that implements it runs every method. Neither contains a word of the other's vocabulary.
+``ModelFamily`` turns configuration into modules (it may know about meshes, checkpoints, text encoders). ``Adapter`` is
+all that a training method sees: predict a velocity, encode a prompt, decode latents. A method written against the
+Adapter runs on every family; a family that implements it runs every method. Neither contains a word of the other's
+vocabulary.
 
-Shapes: B batch, C latent channels, F latent frames, H and W latent height and width. Families whose latents are not videos
-(the toy family of the tests) use fewer dims after B; nothing outside a family assumes five.
+Shapes: B batch, C latent channels, F latent frames, H and W latent height and width. Families whose latents are not
+videos (the toy family of the tests) use fewer dims after B; nothing outside a family assumes five.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from titan_distill.config import Config, RoleConfig
     from titan_distill.data.loader import Batch
+    from titan_distill.observability.flops import WorkCounter
     from titan_distill.roles import RoleHandle
     from titan_distill.validation.base import Validator
 
@@ -35,11 +37,11 @@ Condition = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: ``standard`` is ``u + w (c - u)``; ``offset`` is ``c + w (c - u)``, which other code bases
-    write, and equals the standard form with ``w + 1`` (see ``diffusion.schedule.guide``)."""
+    """Classifier-free guidance: ``standard`` is ``u + w (c - u)``; ``offset`` is ``c + w (c - u)``, which other code
+    bases write, and equals the standard form with ``w + 1`` (see ``diffusion.schedule.guide``)."""
 
     scale: float = 1.0
-    form: str = "standard"
+    form: schedule.GuidanceForm = "standard"
 
     @property
     def is_identity(self) -> bool:
@@ -53,6 +55,8 @@ class Adapter(ABC):
     """Shape of one sample's latents, without the batch dim."""
     flow_shift: float
     """Shift of the noise schedule, the same for every role of a run."""
+    work: WorkCounter | None = None
+    """Counts FLOPs of every forward, where the family knows them."""
 
     @abstractmethod
     def prepare_batch(self, batch: Batch) -> Batch:
@@ -121,8 +125,9 @@ class ModelFamily(ABC):
         self.config = config
 
     @classmethod
-    def validate(cls, config: Config) -> None:  # noqa: B027 - a family without invariants has nothing to check
+    def validate(cls, config: Config) -> None:
         """Checks the configuration against the family's invariants. Raises ValueError."""
+        return
 
     @abstractmethod
     def build_module(self, name: str, role: RoleConfig, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
@@ -140,7 +145,9 @@ class ModelFamily(ABC):
 
     @staticmethod
     @abstractmethod
-    def write_weights(tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path) -> None:
+    def write_weights(
+        tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path, dtype: torch.dtype | None
+    ) -> None:
         """Writes a module's weights as the family's other tools read them (for Wan, a diffusers folder)."""
 
     @abstractmethod

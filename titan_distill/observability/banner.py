@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from titan_distill.config import check_world
+
 if TYPE_CHECKING:
     from titan_distill.config import Config
     from titan_distill.parallelisms.mesh import World
@@ -18,10 +20,11 @@ def banner(config: Config, roles: RoleManager, world: World) -> str:
     """Method, roles with size, dtype, attention and layout, batch, data and output, one fact a line."""
     training = config.training
     ranks = "1 process" if world.size == 1 else f"{world.size} ranks"
-    micro_batches = training.global_batch_size // (training.local_batch_size * world.size)
+    micro_batches = check_world(config, world.size).num_micro_batches
     lines = [
-        f"{config.job.name}: {config.recipe.method} on {config.recipe.family}, {training.steps} steps, seed {config.job.seed}",
-        f"  device    {ranks} on {world.device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads a process",
+        f"{config.job.name}: {config.recipe.method} on {config.recipe.family}, {training.steps} steps, "
+        f"seed {config.job.seed}",
+        f"  device    {ranks} on {world.device.type}, {torch.get_num_threads()} threads each, torch {torch.__version__}",
         f"  batch     {training.global_batch_size} samples = {world.size} ranks x {micro_batches} micro-batches x "
         f"{training.local_batch_size}",
     ]

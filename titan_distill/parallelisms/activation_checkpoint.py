@@ -1,7 +1,7 @@
 """Activation checkpointing: keep each block's input, recompute the rest in backward.
 
-The block's ``forward`` is replaced rather than the block wrapped: parameter names stay what checkpoints and exports expect,
-and FSDP's hooks, which sit around ``forward``, run once and outside of the recomputation.
+The block's ``forward`` is replaced rather than the block wrapped: parameter names stay what checkpoints and exports
+expect, and FSDP's hooks, which sit around ``forward``, run once and outside of the recomputation.
 """
 
 from __future__ import annotations
@@ -20,6 +20,4 @@ def apply_activation_checkpointing(blocks: Iterable[nn.Module], mode: str) -> No
         return
     for block in blocks:
         # No block draws random numbers, so there is no generator state to keep.
-        block.forward = functools.partial(  # type: ignore[method-assign]
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -1,7 +1,7 @@
 """Fully sharded data parallel (FSDP2) for any network with a list of equal blocks.
 
-Losses are already divided by the global sample count, so gradients must be summed over ranks, not averaged: uneven shards
-stay right and one rank, many ranks and micro-batches give the same update.
+Losses are already divided by the global sample count, so gradients must be summed over ranks, not averaged: uneven
+shards stay right and one rank, many ranks and micro-batches give the same update.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 def apply_fsdp(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     """Shards ``blocks`` one by one and the rest of ``module`` as the root unit.
 
-    Computes in ``compute_dtype``, reduces gradients in fp32. Inputs keep their dtype: timesteps must never be cast down.
+    Computes in ``compute_dtype``, reduces gradients in fp32. Inputs keep their dtype: timesteps must never be cast
+    down.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     units = [*blocks, module]

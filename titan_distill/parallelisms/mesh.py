@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes. One process without torchrun is a world of size 1 and needs no process group."""
+    """This process among all processes. One process without torchrun is a world of size 1 and needs no process
+    group."""
 
     rank: int
     size: int
@@ -28,12 +29,17 @@ class World:
         return self.rank == 0
 
 
+def num_ranks() -> int:
+    """Ranks of this run, from torchrun's environment; known before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def start_world(timeout_seconds: float, force_group: bool = False) -> World:
     """Reads torchrun's environment, picks the device and starts NCCL or gloo. Call once a process.
 
     One process gets a process group only when ``force_group`` asks for one (FSDP's mixed precision needs it).
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = int(os.environ.get("RANK", 0)), num_ranks()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -54,6 +60,14 @@ def data_parallel_mesh(world: World, dp_replicate: int, dp_shard: int) -> Device
     if dp_replicate == 1:
         return init_device_mesh(world.device.type, (dp_shard,), mesh_dim_names=("dp_shard",))
     return init_device_mesh(world.device.type, (dp_replicate, dp_shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+
+
+def tighten_timeout(seconds: float, mesh: DeviceMesh | None) -> None:
+    """Limits how long ranks wait for each other from now on; start-up, with compilation and loading, is given more."""
+    groups = [] if mesh is None else [None, *mesh.get_all_groups()]
+    for group in groups:
+        # The only way to change it; TorchTitan does the same.
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

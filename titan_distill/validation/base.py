@@ -1,7 +1,8 @@
 """Validation, the part that knows no model family: running a method's sample requests.
 
-A family's Validator turns the latents into something to look at and to score. Noise is keyed by the prompt's index and the
-validation seed, so the same prompt starts from the same noise in every run, on any number of ranks, for every sample set.
+A family's Validator turns the latents into something to look at and to score. Noise is keyed by the prompt's index and
+the validation seed, so the same prompt starts from the same noise in every run, on any number of ranks, for every
+sample set.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,7 +27,12 @@ class Validator(ABC):
 
     @abstractmethod
     def validate(self, step: int, request: ValidationRequest, roles: RoleManager) -> dict[str, float]:
-        """Writes videos below the validation folder. Returns metrics as ``<sample label>/<metric>``; empty off rank 0."""
+        """Writes videos below the validation folder. Returns metrics as ``<sample label>/<metric>``; empty off rank
+        0."""
+
+    def media(self, step: int) -> list[Path]:
+        """Pictures and videos that the last ``validate(step, …)`` wrote, for the trackers."""
+        return []
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Automatic scores of one decoded video, chosen by ``validation.scorer``.
 
-A scorer takes a video and its prompt and returns numbers that are averaged over prompts. ``shapes`` reads colour, shape and
-direction off the frames by rule; it only makes sense for prompts of the moving-shapes world (data/synthetic.py).
+A scorer takes a video and its prompt and returns numbers that are averaged over prompts. ``shapes`` reads colour, shape
+and direction off the frames by rule; it only makes sense for prompts of the moving-shapes world (data/synthetic.py).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 No network judges: the foreground is what differs from the background, its colour is the nearest hue, its direction the
 way its centre of mass went, its shape the pattern that fits its outline best. Each answer may be None, "can't tell",
-which scores as wrong. The rules tolerate the blur and colour shifts of a small VAE; they do not tolerate two shapes, a shape
-that breaks up, or one that stands still, because a model that makes these has not followed its prompt.
+which scores as wrong. The rules tolerate the blur and colour shifts of a small VAE; they do not tolerate two shapes, a
+shape that breaks up, or one that stands still, because a model that makes these has not followed its prompt.
 
 Legend: T frames, H height, W width, N foreground pixels, A angles.
 """
@@ -77,10 +77,14 @@ def prompt_accuracy(videos: Sequence[npt.NDArray[np.generic]], wanted: Sequence[
     sequences differ in length or are empty.
     """
     if len(videos) != len(wanted) or not videos:
-        raise ValueError(f"{len(videos)} videos and {len(wanted)} descriptions: pass one description a video, at least one")
+        raise ValueError(
+            f"{len(videos)} videos and {len(wanted)} descriptions: pass one description a video, at least one"
+        )
     seen = [read_clip(video) for video in videos]
     names = ("colour", "shape", "direction")
-    right = np.array([[getattr(s, name) == getattr(w, name) for name in names] for s, w in zip(seen, wanted, strict=True)])
+    right = np.array(
+        [[getattr(s, name) == getattr(w, name) for name in names] for s, w in zip(seen, wanted, strict=True)]
+    )
     scores = {f"{name}_accuracy": float(share) for name, share in zip(names, right.mean(axis=0), strict=True)}
     return {"prompt_accuracy": float(right.all(axis=1).mean()), **scores}
 
@@ -96,7 +100,8 @@ def _as_unit_floats(video_THW3: npt.NDArray[np.generic]) -> FloatArray:
 
 
 def _segment(saturation_THW: FloatArray) -> npt.NDArray[np.bool_]:
-    """Foreground: at least half as saturated as the shape's inside, so that the outline sits where blur crosses half."""
+    """Foreground: at least half as saturated as the shape's inside, so that the outline sits where blur crosses
+    half."""
     num_frames = len(saturation_THW)
     inside_T = np.quantile(saturation_THW.reshape(num_frames, -1), 0.98, axis=1)
     background_T = np.median(saturation_THW.reshape(num_frames, -1), axis=1)

@@ -5,15 +5,21 @@ Shapes: B batch, C latent channels, F latent frames, H and W latent height and w
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from titan_distill.data.loader import Batch
 from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import schedule
 from titan_distill.models.base import Adapter, Condition
+from titan_distill.models.wan.transformer import WanTransformer
+from titan_distill.observability.flops import WorkCounter, forward_flops
 from titan_distill.roles import RoleHandle
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
 
 
 class WanAdapter(Adapter):
@@ -29,8 +35,13 @@ class WanAdapter(Adapter):
         vae: AutoencoderKLWan | None,
         text_encoder: TextEncoder | None,
         device: torch.device,
+        recompute: bool = False,
     ) -> None:
+        """``recompute``: trained roles run with activation checkpointing, which the FLOP count must know."""
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
+        self.recompute = recompute
+        _, frames, height, width = latent_shape
+        self.work: WorkCounter = WorkCounter(tokens_per_sample=frames * (height // 2) * (width // 2))
         self.max_text_tokens = max_text_tokens
         self.vae, self.text_encoder = vae, text_encoder
         self._negative_LD = None if negative_embedding_LD is None else negative_embedding_LD.to(device)
@@ -38,8 +49,8 @@ class WanAdapter(Adapter):
     def prepare_batch(self, batch: Batch) -> Batch:
         if batch.latents is not None and tuple(batch.latents.shape[1:]) != self.latent_shape:
             raise ValueError(
-                f"the data's latents have shape {tuple(batch.latents.shape[1:])}, but pipeline_config's num_frames, height and "
-                f"width make {self.latent_shape}; change pipeline_config or preprocess the videos at that size"
+                f"the data's latents have shape {tuple(batch.latents.shape[1:])}, but pipeline_config's num_frames, "
+                f"height and width make {self.latent_shape}; change pipeline_config or preprocess the videos at that size"
             )
         return batch.to(self.device)
 
@@ -49,8 +60,8 @@ class WanAdapter(Adapter):
     def negative_condition(self, batch_size: int) -> Condition:
         if self._negative_LD is None:
             raise ValueError(
-                "classifier-free guidance needs the negative prompt's embedding; set pipeline_config.path to a diffusers "
-                "folder with tokenizer and text_encoder"
+                "classifier-free guidance needs the negative prompt's embedding; set pipeline_config.path to a "
+                "diffusers folder with tokenizer and text_encoder"
             )
         return {"text": self._negative_LD.expand(batch_size, -1, -1)}
 
@@ -62,8 +73,12 @@ class WanAdapter(Adapter):
         return {"text": self.text_encoder.encode(prompts, self.max_text_tokens).to(self.device)}
 
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+        transformer = role.transformer
+        assert isinstance(transformer, WanTransformer)
+        flops = forward_flops(transformer.config, self.work.tokens_per_sample, condition["text"].shape[1]).total
+        self.work.forward(flops * len(x), backward=torch.is_grad_enabled() and role.trainable, recompute=self.recompute)
         # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
-        return role.transformer(x, schedule.timestep(sigma_B), condition["text"]).to(x.dtype)
+        return transformer(x, schedule.timestep(sigma_B), condition["text"]).to(x.dtype)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -81,7 +96,9 @@ class WanAdapter(Adapter):
 
     def _vae(self) -> AutoencoderKLWan:
         if self.vae is None:
-            raise ValueError("no VAE to go between pixels and latents; set pipeline_config.path to a diffusers folder with vae")
+            raise ValueError(
+                "no VAE to go between pixels and latents; set pipeline_config.path to a diffusers folder with vae"
+            )
         return self.vae
 
     def _latent_statistics(self, vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:

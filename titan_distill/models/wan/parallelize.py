@@ -1,4 +1,5 @@
-"""How a Wan transformer is laid out and brought to life. The body of ``build_transformer`` is the order of operations."""
+"""How a Wan transformer is laid out and brought to life. The body of ``build_transformer`` is the order of
+operations."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -34,7 +33,8 @@ class WanPipelineConfig:
     """[pipeline_config] of ``recipe.family = "wan"``."""
 
     path: str = ""
-    """Diffusers pipeline folder with vae, text_encoder, tokenizer and scheduler; "" where nothing is encoded or decoded."""
+    """Diffusers pipeline folder with vae, text_encoder, tokenizer and scheduler; "" where nothing is encoded or
+    decoded."""
     flow_shift: float = 5.0
     """Shift of the noise schedule, for every role: sigma = s u / (1 + (s - 1) u). Wan uses 3 at 480p and 5 at 720p."""
     negative_prompt: str = ""
@@ -68,7 +68,9 @@ class WanFamily(ModelFamily):
     def validate(cls, config: Config) -> None:
         for name, role in config.roles.items():
             if role.flavor and role.flavor not in FLAVORS:
-                raise ValueError(f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}")
+                raise ValueError(
+                    f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}"
+                )
 
     def build_module(self, name: str, role: RoleConfig, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
         config = self.config
@@ -98,11 +100,13 @@ class WanFamily(ModelFamily):
                 for f in dataclasses.fields(found)
                 if getattr(found, f.name) != getattr(FLAVORS[role.flavor], f.name)
             )
-            raise ValueError(f"roles.{name}.flavor = {role.flavor!r}, but in {weights} {different}; remove the flavor or fix the path")
+            raise ValueError(
+                f"roles.{name}.flavor = {role.flavor!r}, but in {weights} {different}; correct the flavor or init_from"
+            )
         return found
 
     def architecture(self, module: nn.Module) -> dict[str, Any]:
-        return module.config.to_diffusers()
+        return _wan(module).config.to_diffusers()
 
     def restore_module(
         self, architecture: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], device: torch.device
@@ -117,19 +121,30 @@ class WanFamily(ModelFamily):
         return model
 
     @staticmethod
-    def write_weights(tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path) -> None:
-        save_folder(tensors, WanConfig.from_diffusers(architecture), folder)
+    def write_weights(
+        tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path, dtype: torch.dtype | None
+    ) -> None:
+        save_folder(tensors, WanConfig.from_diffusers(architecture), folder, dtype)
 
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
-        return {"channels": module.config.out_channels, "text width": module.config.text_dim}
+        config = _wan(module).config
+        return {"channels": config.out_channels, "text width": config.text_dim}
 
     def build_adapter(self, device: torch.device) -> Adapter:
         config, pipeline = self.config, self.config.pipeline_config
         vae = text_encoder = negative = None
         channels, spatial, temporal = 16, 8, 4
-        if pipeline.path and device.type != "meta":
-            vae = AutoencoderKLWan.from_pretrained(pipeline.path, subfolder="vae").to(device).eval().requires_grad_(False)
-            channels, spatial, temporal = vae.config.z_dim, vae.config.scale_factor_spatial, vae.config.scale_factor_temporal
+        if pipeline.path:
+            from diffusers import AutoencoderKLWan  # seconds to import, and not needed to check a configuration
+
+            vae = (
+                AutoencoderKLWan.from_pretrained(pipeline.path, subfolder="vae").to(device).eval().requires_grad_(False)
+            )
+            channels, spatial, temporal = (
+                vae.config.z_dim,
+                vae.config.scale_factor_spatial,
+                vae.config.scale_factor_temporal,
+            )
             text_encoder = TextEncoder(pipeline.path, dtype=DTYPES[config.training.dtype], device=device)
             negative = text_encoder.cached_embedding(
                 pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
@@ -147,12 +162,19 @@ class WanFamily(ModelFamily):
             vae=vae,
             text_encoder=text_encoder,
             device=device,
+            recompute=config.activation_checkpoint.mode == "full",
         )
 
     def build_validator(self, adapter: Adapter, folder: Path) -> Validator:
+        assert isinstance(adapter, WanAdapter)
         from titan_distill.models.wan.validator import WanValidator
 
         return WanValidator(self.config, adapter, folder)
+
+
+def _wan(module: nn.Module) -> WanTransformer:
+    assert isinstance(module, WanTransformer)
+    return module
 
 
 def _transformer_folder(path: str) -> Path | None:

@@ -82,11 +82,11 @@ def token_context(grid: Grid, config: WanConfig, device: torch.device) -> TokenC
     if max(grid) > config.rope_max_seq_len:
         raise ValueError(f"token grid {grid} exceeds rope_max_seq_len {config.rope_max_seq_len} along one dimension")
     layout = tile_layout(grid, device=device)
-    # As in `tile_layout`: fake tensors stay out of the cache.
-    phases = _cached_phases if type(torch.empty(0)) is torch.Tensor else _rotary_phases
-    return TokenContext(layout, *phases(layout, config.attention_head_dim))
+    return TokenContext(layout, *_rotary_phases(layout, config.attention_head_dim))
 
 
+@lru_cache(maxsize=_NUM_CACHED_PHASES)
+@torch.inference_mode(False)  # or the first validation would cache tensors that no training step can save for backward
 def _rotary_phases(layout: TileLayout, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines [L, head_dim] in tile order; a head's pairs are split over frames, height and width.
 
@@ -101,15 +101,9 @@ def _rotary_phases(layout: TileLayout, head_dim: int) -> tuple[Tensor, Tensor]:
         angle = torch.outer(position, ROPE_THETA**-exponent)
         shape = [-1 if other == dim else 1 for other in range(3)]
         angles.append(angle.view(*shape, channels // 2).expand(*layout.grid, -1))
-    angle_LP = torch.cat(angles, dim=-1).flatten(0, 2)[layout.permutation]
-    cos_LP, sin_LP = angle_LP.cos().float(), angle_LP.sin().float()
-    return torch.stack((cos_LP, cos_LP), dim=-1).flatten(1), torch.stack((-sin_LP, sin_LP), dim=-1).flatten(1)
-
-
-@lru_cache(maxsize=_NUM_CACHED_PHASES)
-def _cached_phases(layout: TileLayout, head_dim: int) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):
-        return _rotary_phases(layout, head_dim)
+    angle = torch.cat(angles, dim=-1).flatten(0, 2)[layout.permutation]
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.stack((cos, cos), dim=-1).flatten(1), torch.stack((-sin, sin), dim=-1).flatten(1)
 
 
 def apply_rotary(x_BLND: Tensor, context: TokenContext) -> Tensor:

@@ -2,8 +2,8 @@
 
 Prompts are split over ranks; every rank samples equally many (the last ones may repeat), because with sharded weights a
 forward pass is a collective. Rank 0 gathers latents, scores and the few videos that are shown, and writes mp4s and one
-contact sheet a validation. Baselines (the teacher, the student before training) are sampled once, before the first step,
-and kept in ``baselines/``, so that a resumed run compares with the very same samples.
+contact sheet a validation. Baselines (the teacher, the student before training) are sampled once, before the first
+step, and kept in ``baselines/``, so that a resumed run compares with the very same samples.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class SampleSet:
-    """Samples of all prompts. Latents are [N, C, F, H, W] fp32; videos are the first few, uint8 [n, T, height, width, 3]."""
+    """Samples of all prompts. Latents are [N, C, F, H, W] fp32; videos are the first few, uint8 [n, T, height, width,
+    3]."""
 
     latents: Tensor
     videos: Tensor
@@ -66,7 +67,9 @@ class WanValidator(Validator):
     def validate(self, step: int, request: ValidationRequest, roles: RoleManager) -> dict[str, float]:
         sets = {}
         for sample in request.samples:
-            samples = self._baseline(step, sample, roles) if sample.baseline else self._sample(sample, roles[sample.role])
+            samples = (
+                self._baseline(step, sample, roles) if sample.baseline else self._sample(sample, roles[sample.role])
+            )
             if samples is not None:
                 sets[sample.label] = samples
         if self.rank != 0:
@@ -74,8 +77,13 @@ class WanValidator(Validator):
         self._show(step, request, sets)
         return self._scores(request, sets)
 
+    def media(self, step: int) -> list[Path]:
+        folder = self._step_folder(step)
+        return [*sorted(folder.glob("*.png")), *sorted(folder.glob("*.mp4"))]
+
     def _baseline(self, step: int, request: SampleRequest, roles: RoleManager) -> SampleSet | None:
-        """Sampled at step 0; after a resume read back. What was never sampled and has been trained since is left out."""
+        """Sampled at step 0; after a resume read back. What was never sampled and has been trained since is left
+        out."""
         if request.label in self._baselines:
             return self._baselines[request.label]
         path, role = self.folder / "baselines" / f"{request.label}.safetensors", roles[request.role]
@@ -119,10 +127,15 @@ class WanValidator(Validator):
                     values[f"{label}/sliced_wasserstein"] = sliced_wasserstein(samples.latents.flatten(1), reference)
         return values
 
+    def _step_folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
     def _show(self, step: int, request: ValidationRequest, sets: dict[str, SampleSet]) -> None:
-        folder = self.folder / f"step-{step:08d}"
+        folder = self._step_folder(step)
         folder.mkdir(parents=True, exist_ok=True)
-        titles = {sample.label: _title(sample) for sample in request.samples if sample.label in sets}
+        titles = {
+            sample.label: _title(sample, sets[sample.label]) for sample in request.samples if sample.label in sets
+        }
         captions = self.prompts[: self.config.num_videos]
         (folder / "captions.txt").write_text("".join(f"{index:03d} {text}\n" for index, text in enumerate(captions)))
         for label, samples in sets.items():
@@ -150,7 +163,9 @@ def _gather(records: dict, rank: int, world_size: int) -> SampleSet:
     )
 
 
-def _title(request: SampleRequest) -> str:
-    words = request.label.replace("_", " ")
+def _title(request: SampleRequest, samples: SampleSet) -> str:
+    """What was sampled and how; behind the line break, in smaller type, how well."""
     guidance = f", CFG {request.guidance_scale:g}" if request.guidance_scale != 1 else ""
-    return f"{words}: {request.num_steps} steps{guidance}"
+    title = f"{request.label.replace('_', ' ')}, {request.num_steps} steps{guidance}"
+    accuracy = samples.scores.get("prompt_accuracy")
+    return title if accuracy is None else f"{title}\nprompt accuracy {accuracy:.2f}"

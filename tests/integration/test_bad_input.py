@@ -1,0 +1,65 @@
+"""What a user gets wrong is told in one sentence with exit code 2, before anything is built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from runs import REPOSITORY, tiny_argv
+
+from titan_distill.train import main
+
+CASES = {
+    "wrong key": (("--training.stepz", "5"), ("training.stepz", "training.steps")),
+    "wrong type": (("--training.steps", "many"), ("training.steps", "many")),
+    "wrong literal": (("--training.dtype", "float8"), ("training.dtype", "bfloat16")),
+    "missing role": (("--recipe.method", "finetune"), ("teacher", "finetune")),
+    "unknown method": (("--recipe.method", "dmd3"), ("dmd3", "dmd2")),
+    "trainable teacher": (("--roles.teacher.trainable", "true"), ("roles.teacher.trainable", "false")),
+    "missing weights": (("--roles.student.path", "no/such/folder"), ("roles.student.path", "no/such/folder")),
+    "missing data": (("--data.path", "no/such.parquet"), ("data.path", "no/such.parquet")),
+    "missing prompts": (
+        ("--validation.enabled", "true", "--validation.prompts", "no.txt"),
+        ("validation.prompts", "no.txt"),
+    ),
+    "missing checkpoint": (("--checkpoint.resume_from", "no/step-1"), ("checkpoint.resume_from", "no/step-1")),
+    "batch that does not divide": (("--training.local_batch_size", "3"), ("global_batch_size", "3")),
+    "latents that are not there": (("--method_config.rollout", "data"), ("data.path", "latents")),
+    "size that the latents contradict": (("--pipeline_config.num_frames", "18"), ("num_frames", "17")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_sentence(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    overrides, expected = CASES[name]
+    assert main(tiny_argv("dmd2", tmp_path, *overrides)) == 2
+    shown = capsys.readouterr().err.strip()
+    assert shown.startswith("error: ")
+    assert "\n" not in shown
+    assert all(part in shown for part in expected), shown
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_through_the_launcher(num_ranks: int, tmp_path: Path) -> None:
+    """Also on several ranks, where torchrun would answer with a traceback a rank."""
+    done = subprocess.run(
+        ["./run_train.sh", "--job.output_dir", str(tmp_path), "--training.stepz", "5"],
+        cwd=REPOSITORY,
+        env={**os.environ, "NGPU": str(num_ranks)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "training.steps" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_file_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--job.config_file", str(tmp_path / "none.toml")]) == 2
+    assert "none.toml" in capsys.readouterr().err

@@ -1,0 +1,124 @@
+"""T1: training towards an optimum that is known in closed form, and mistakes that miss it.
+
+The teacher's laws are N(1, 0.49) for the caption and N(-0.5, 0.49) for the negative prompt, so at guidance w = 3 DMD2
+must end at N(-0.5 + 3 * 1.5, 0.49) = N(4, 0.49), and finetuning on the data at N(1, 0.49). The critic is a small network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import toy_family
+from toy_run import toy_trainer
+
+from titan_distill.diffusion import sampler
+from titan_distill.methods import dmd2, losses
+from titan_distill.methods.dmd2 import Dmd2, Dmd2Config
+from titan_distill.trainer import Trainer
+
+MEAN, STD = 4.0, 0.7
+COMMON = (
+    "--training.steps", "1600",
+    "--training.global_batch_size", "32",
+    "--training.local_batch_size", "32",
+    "--metrics.log_interval", "400",
+    "--lr_scheduler.decay", "cosine",
+)  # fmt: skip
+DMD2 = (*COMMON, "--optimizer.lr", "4e-2", "--roles.critic.optimizer.lr", "5e-3", "--method_config.update_ratio", "4")
+ONE_STEP = (*DMD2, "--method_config.denoising_steps", "[1000.0]")
+
+
+def trained(folder: Path, *overrides: str) -> Trainer:
+    trainer = toy_trainer(folder, "dmd2", *overrides)
+    trainer.run()
+    return trainer
+
+
+@torch.no_grad()
+def last_law(trainer: Trainer, num_samples: int = 1024) -> tuple[float, float]:
+    """Mean and standard deviation of what the student makes in all its steps."""
+    generator = torch.Generator().manual_seed(1)
+    method, condition = trainer.method, trainer.adapter.encode_prompts(["a sample"] * num_samples)
+    assert isinstance(method, Dmd2)
+
+    def normal(_: int) -> torch.Tensor:
+        return torch.randn(num_samples, *trainer.adapter.latent_shape, generator=generator)
+
+    x0 = sampler.sample_few_step(
+        lambda x, sigma_B: trainer.adapter.predict_x0(trainer.roles["student"], x, sigma_B, condition),
+        normal(0), method.sigmas, normal,
+    )  # fmt: skip
+    return x0.mean().item(), x0.std().item()
+
+
+def test_one_step_student_reaches_the_guided_law(tmp_path: Path) -> None:
+    mean, std = last_law(trained(tmp_path, *ONE_STEP))
+    assert mean == pytest.approx(MEAN, abs=0.02)
+    assert std == pytest.approx(STD, abs=0.02)
+
+
+def test_four_step_student_reaches_the_guided_law(tmp_path: Path) -> None:
+    mean, std = last_law(trained(tmp_path, *DMD2))
+    assert mean == pytest.approx(MEAN, abs=0.15)
+    assert std == pytest.approx(STD, abs=0.15)
+
+
+def test_finetuning_reaches_the_data(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, "finetune", *COMMON, "--optimizer.lr", "5e-3", "--method_config.cfg_dropout", "0.2")
+    trainer.run()
+    noise = torch.randn(512, 64, generator=torch.Generator().manual_seed(1))
+    for label, mean in ((1.0, toy_family.CONDITIONAL_MEAN), (0.0, None)):
+        condition = {"label": torch.full((512, 1), label)}
+        x0 = sampler.sample_ode(
+            lambda x, sigma_B, condition=condition: trainer.adapter.predict_velocity(
+                trainer.roles["student"], x, sigma_B, condition
+            ),
+            noise, num_steps=32, shift=1.0, solver="euler",
+        )  # fmt: skip
+        # The negative prompt replaces the caption of real samples, so its law is the data's as well.
+        assert x0.mean().item() == pytest.approx(toy_family.CONDITIONAL_MEAN if mean is None else mean, abs=0.05)
+        assert x0.std().item() == pytest.approx(toy_family.VARIANCE**0.5, abs=0.05)
+
+
+# --- mutants that outcomes do separate ---
+
+ORIGINAL_DIRECTION, ORIGINAL_ROLLOUT = losses.dmd_direction, Dmd2.rollout
+
+
+def _wrong_sign(*tensors: Any, normalise: bool = True) -> torch.Tensor:
+    return -ORIGINAL_DIRECTION(*tensors, normalise)
+
+
+def _critic_on_real_data(self: Dmd2, batch: Any, condition: Any, step: int, purpose: str) -> dmd2.Rollout:
+    if "critic" in purpose:
+        return dmd2.Rollout(batch.latents, 0)
+    return ORIGINAL_ROLLOUT(self, batch, condition, step, purpose)
+
+
+def _frozen_critic(self: Dmd2, step: int) -> list[dmd2.Update]:
+    return [dmd2.Update("student", self.student_loss)]
+
+
+MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "none": nullcontext,
+    "guidance off by one": lambda: patch.object(
+        Dmd2Config, "teacher_guidance", property(lambda self: dmd2.Guidance(self.guidance_scale, "offset"))
+    ),
+    "wrong sign": lambda: patch.object(losses, "dmd_direction", _wrong_sign),
+    "critic trained on real data": lambda: patch.object(Dmd2, "rollout", _critic_on_real_data),
+    "critic never trained": lambda: patch.object(Dmd2, "updates", _frozen_critic),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mistakes_miss_the_optimum(name: str, tmp_path: Path) -> None:
+    """A quarter of the steps is enough to tell; the unmutated method passes the very check that mutants fail."""
+    with MUTANTS[name]():
+        mean, _ = last_law(trained(tmp_path, *ONE_STEP, "--training.steps", "800"))
+    assert (abs(mean - MEAN) < 0.2) == (name == "none"), mean
