@@ -35,9 +35,9 @@ from titan_distill.observability.profiling import Profiler
 from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.mesh import World, data_parallel_mesh, num_ranks, start_world
 from titan_distill.roles import Ema, RoleHandle, RoleManager
-from titan_distill.trainer import Trainer
+from titan_distill.trainer import NonFiniteError, Trainer
 
-EXIT_BAD_INPUT = 2
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 CONFIG_FILE = "--job.config_file"
 CHECK = "--check"
 """Only check the input and exit: run_train.sh asks this before torchrun, which would turn one sentence into a traceback
@@ -67,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     try:
         trainer.run()
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"stopped at step {trainer.state.step}; --checkpoint.resume_from latest goes on from the last save")
+        return EXIT_INTERRUPTED
     finally:
         trainer.metrics.close()
     if world.is_main:

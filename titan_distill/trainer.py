@@ -89,7 +89,7 @@ class Trainer:
         with self.timer("optimizer"):
             values[f"grad_norm/{role.name}"] = self._clip_gradients(role)
             self._check_finite(role, batch, values)
-            values[f"lr/{role.name}"] = role.schedulers["transformer"].get_last_lr()[0]
+            values[f"lr/{role.name}"] = float(role.schedulers["transformer"].get_last_lr()[0])
             role.step(tick_ema=update.ema)
         return values
 

@@ -33,6 +33,7 @@ from titan_distill.data.text import TextEncoder
 
 MAX_TOKENS = 64
 NUM_HELD_OUT_PROMPTS = 96
+CLIPS_A_BATCH = 8
 FLOW_SHIFT = 3.0
 
 
@@ -67,20 +68,24 @@ def write_pipeline_index(pipeline: Path) -> None:
 
 def _latent_rows(vae: AutoencoderKLWan, text: TextEncoder, num_rows: int, seed: int) -> Iterator[LatentRow]:
     rng = np.random.default_rng(seed)
-    for i, (clip, template) in zip(range(num_rows), _shuffled_forever(rng), strict=False):
-        caption = clip.caption(template)
-        yield LatentRow(
-            id=f"shapes-{seed}-{i:05d}",
-            caption=caption,
-            text_embedding=text.embed(caption, MAX_TOKENS).half(),
-            vae_latent=_encode(vae, draw_clip(clip, rng)).half(),
-            file_name=f"drawn-{i:05d}",
-            width=FRAME_SIZE,
-            height=FRAME_SIZE,
-            num_frames=NUM_FRAMES,
-            duration_sec=NUM_FRAMES / FRAMES_PER_SECOND,
-            fps=FRAMES_PER_SECOND,
-        )
+    order = _shuffled_forever(rng)
+    for first in range(0, num_rows, CLIPS_A_BATCH):
+        pairs = list(itertools.islice(order, min(CLIPS_A_BATCH, num_rows - first)))
+        latents_BCFHW = _encode(vae, np.stack([draw_clip(clip, rng) for clip, _ in pairs]))
+        for i, ((clip, template), latent_CFHW) in enumerate(zip(pairs, latents_BCFHW, strict=True), first):
+            caption = clip.caption(template)
+            yield LatentRow(
+                id=f"shapes-{seed}-{i:05d}",
+                caption=caption,
+                text_embedding=text.embed(caption, MAX_TOKENS).half(),
+                vae_latent=latent_CFHW.half(),
+                file_name=f"drawn-{i:05d}",
+                width=FRAME_SIZE,
+                height=FRAME_SIZE,
+                num_frames=NUM_FRAMES,
+                duration_sec=NUM_FRAMES / FRAMES_PER_SECOND,
+                fps=FRAMES_PER_SECOND,
+            )
 
 
 def _prompt_rows(text: TextEncoder) -> Iterator[LatentRow]:
@@ -101,9 +106,9 @@ def _shuffled_forever(rng: np.random.Generator) -> Iterator[tuple[ShapesClip, in
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKLWan, frames_THW3: np.ndarray) -> Tensor:
-    """Normalised latents [C, F, H, W] of uint8 frames."""
-    video_1CTHW = torch.from_numpy(frames_THW3).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    latent_CFHW = vae.encode(video_1CTHW).latent_dist.mean[0]
-    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
-    return (latent_CFHW - mean) / std
+def _encode(vae: AutoencoderKLWan, frames_BTHW3: np.ndarray) -> Tensor:
+    """Normalised latents [B, C, F, H, W] of uint8 frames."""
+    video_BCTHW = torch.from_numpy(frames_BTHW3).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    shape = (1, -1, 1, 1, 1)
+    mean, std = (torch.tensor(values).view(shape) for values in (vae.config.latents_mean, vae.config.latents_std))
+    return (vae.encode(video_BCTHW).latent_dist.mean - mean) / std

@@ -1,7 +1,7 @@
 """T1: training towards an optimum that is known in closed form, and mistakes that miss it.
 
 The teacher's laws are N(1, 0.49) for the caption and N(-0.5, 0.49) for the negative prompt, so at guidance w = 3 DMD2
-must end at N(-0.5 + 3 * 1.5, 0.49) = N(4, 0.49), and finetuning on the data at N(1, 0.49). The critic is a small network.
+must end at N(4, 0.49), and finetuning on the data at N(1, 0.49). The critic is a small network.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def test_one_step_student_reaches_the_guided_law(tmp_path: Path) -> None:
 
 
 def test_four_step_student_reaches_the_guided_law(tmp_path: Path) -> None:
-    mean, std = last_law(trained(tmp_path, *DMD2))
+    # Each exit is drawn a quarter of the time, so its numbers travel a quarter as far.
+    mean, std = last_law(trained(tmp_path, *DMD2, "--training.steps", "3200", "--optimizer.lr", "8e-2"))
     assert mean == pytest.approx(MEAN, abs=0.15)
     assert std == pytest.approx(STD, abs=0.15)
 
@@ -118,7 +119,7 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mistakes_miss_the_optimum(name: str, tmp_path: Path) -> None:
-    """A quarter of the steps is enough to tell; the unmutated method passes the very check that mutants fail."""
+    """The unmutated method passes the very check that mutants fail."""
     with MUTANTS[name]():
-        mean, _ = last_law(trained(tmp_path, *ONE_STEP, "--training.steps", "800"))
+        mean, _ = last_law(trained(tmp_path, *ONE_STEP))
     assert (abs(mean - MEAN) < 0.2) == (name == "none"), mean

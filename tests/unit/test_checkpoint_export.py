@@ -1,17 +1,19 @@
-"""Export: from a training checkpoint to a folder that diffusers' own WanPipeline loads."""
+"""Export: from a training checkpoint to a folder that diffusers loads."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import UMT5Config
 
+from titan_distill.checkpoint.convert import export
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import FrozenRole
 from titan_distill.checkpoint.state import TrainState
@@ -71,11 +73,82 @@ def checkpoint(roles: RoleManager, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random pipeline, as small as diffusers builds it, with a teacher as its transformer and a file that is none of
-    it."""
+    """A pipeline folder with two parts beside the transformer, and a file that its index does not name."""
     folder = tmp_path_factory.mktemp("teacher_pipeline")
-    encoder = UMT5Config(vocab_size=384, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False])
     save_folder(make_transformer(7).state_dict(), CONFIG, folder / "transformer")
-    transformer = WanPipeline.from_pretrained  # noqa: F841
+    for part in ("vae", "scheduler"):
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps({"part": part}))
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "X", "vae": [], "scheduler": [], "transformer": []})
+    )
+    (folder / "notes.txt").write_text("not part of it")
     return folder
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_exported_weights_are_the_saved_ones(
+    use_ema: bool, roles: RoleManager, checkpoint: Path, tmp_path: Path
+) -> None:
+    out = export(checkpoint, "student", tmp_path / "out", write_weights=write_weights, use_ema=use_ema)
+    student = roles["student"]
+    assert student.ema is not None
+    expected = student.ema.shadow if use_ema else dict(student.transformer.named_parameters())
+    found = read(out)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_diffusers_computes_what_the_trained_model_computes(
+    roles: RoleManager, checkpoint: Path, tmp_path: Path
+) -> None:
+    out = export(checkpoint, "critic", tmp_path / "out", write_weights=write_weights, use_ema=False)
+    theirs = WanTransformer3DModel.from_pretrained(out / "transformer")
+    inputs = torch.randn(1, 4, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 8)
+    with torch.no_grad():
+        expected = roles["critic"].transformer(*inputs)
+        torch.testing.assert_close(theirs(*inputs, return_dict=False)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_export_is_a_whole_pipeline_with_its_history(checkpoint: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    out = export(
+        checkpoint, "student", tmp_path / "out",
+        write_weights=write_weights, use_ema=True, dtype="bfloat16", pipeline_folder=pipeline_folder,
+    )  # fmt: skip
+    assert {path.name for path in out.iterdir()} == {"model_index.json", "vae", "scheduler", "transformer", "README.md"}
+    card = (out / "README.md").read_text()
+    assert all(fact in card for fact in ("student", "exponential moving average", "| step | 30 |", 'name = "my_run"'))
+    assert {tensor.dtype for tensor in read(out).values()} == {torch.bfloat16}
+
+
+REFUSED = {
+    "unknown role": ({"role": "janitor"}, "student, critic"),
+    "frozen role": ({"role": "teacher"}, "weights/teacher"),
+    "no average": ({"role": "critic", "use_ema": True}, "no EMA"),
+    "unknown dtype": ({"dtype": "int8"}, "float32, bfloat16, float16"),
+    "no pipeline": ({"pipeline_folder": Path("nowhere")}, "model_index.json"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_leave_nothing_behind(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    changes, expected = REFUSED[name]
+    arguments = {"role": "student", "use_ema": False} | changes
+    with pytest.raises(ValueError, match=expected):
+        export(checkpoint, out=tmp_path / "out", write_weights=write_weights, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_not_touched(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="exists already"):
+        export(checkpoint, "student", tmp_path, write_weights=write_weights, use_ema=False)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "checkpoints" / "step-00000001"
+    with pytest.raises(ValueError, match="step-00000001"):
+        export(missing, "student", tmp_path / "out", write_weights=write_weights, use_ema=False)

@@ -106,8 +106,8 @@ def check_critic_update_inputs(folder: Path) -> None:
 
 
 def _mean_sigma(method: Dmd2, batch: Batch, step: int) -> float:
-    rollout = dmd2.Rollout(torch.zeros(len(batch.sample_ids), 1), 0)
-    return method._score_sigma(batch, step, rollout, "dmd2/critic/timestep").mean().item()
+    u_B = method.noise.uniform("dmd2/critic/timestep", step, batch.sample_ids)
+    return method._score_sigma(u_B, 0).mean().item()
 
 
 def check_gradients_stay_home(folder: Path) -> None:

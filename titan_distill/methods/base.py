@@ -61,6 +61,8 @@ class SampleRequest:
     """Classifier-free guidance in the standard form ``u + w (c - u)``; 1 means one forward pass a step."""
     baseline: bool = False
     """True: sampled once, before the first step, and kept for comparison (a teacher, the student before training)."""
+    scored: bool = True
+    """False: of this set only what is shown gets decoded, and only its distance to the reference is measured."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ Equation numbers and defaults: DMD (2311.18828) eq. 7–8, DMD2 §4; Self-Forcin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -107,6 +107,10 @@ class Dmd2(TrainingMethod):
         super().__init__(*args)
         config: Dmd2Config = self.config
         self.sigmas = schedule.few_step_sigmas(config.denoising_steps, self.adapter.flow_shift, config.warp).tolist()
+        for exit_index in range(
+            len(self.sigmas)
+        ):  # an exit that leaves no score time is told now, not when it is drawn
+            self._score_sigma(torch.tensor([0.5], dtype=torch.float64), exit_index)
 
     @classmethod
     def needs_latents(cls, config: Dmd2Config) -> bool:
@@ -135,7 +139,8 @@ class Dmd2(TrainingMethod):
         condition = self.adapter.text_condition(batch)
         with torch.no_grad():
             rollout = self.rollout(batch, condition, step, purpose="dmd2/critic")
-        sigma_B = self._score_sigma(batch, step, rollout, "dmd2/critic/timestep")
+        u_B = self.noise.uniform("dmd2/critic/timestep", step, batch.sample_ids)
+        sigma_B = self._score_sigma(u_B, rollout.exit_index).to(rollout.x0.device)
         noise = self._normal(batch, step, "dmd2/critic/noise")
         x = self.adapter.add_noise(rollout.x0, noise, sigma_B)
         with self.timer("critic"):
@@ -177,7 +182,8 @@ class Dmd2(TrainingMethod):
 
     def _score_difference(self, batch: Batch, condition: Condition, step: int, rollout: Rollout) -> Tensor:
         config, x0 = self.config, rollout.x0.detach()
-        sigma_B = self._score_sigma(batch, step, rollout, "dmd2/student/timestep")
+        u_B = self.noise.uniform("dmd2/student/timestep", step, batch.sample_ids)
+        sigma_B = self._score_sigma(u_B, rollout.exit_index).to(x0.device)
         x = self.adapter.add_noise(x0, self._normal(batch, step, "dmd2/student/noise"), sigma_B)
         with self.timer("critic"):
             fake_guidance = Guidance(config.fake_guidance_scale)
@@ -186,24 +192,21 @@ class Dmd2(TrainingMethod):
             real = self.adapter.predict_x0(self.roles["teacher"], x, sigma_B, condition, config.teacher_guidance)
         return losses.dmd_direction(fake, real, x0, normalise=config.normalise)
 
-    def _score_sigma(self, batch: Batch, step: int, rollout: Rollout, purpose: str) -> Tensor:
-        """Noise level at which the scores are compared, one a sample; low and high are unshifted."""
+    def _score_sigma(self, u_B: Tensor, exit_index: int) -> Tensor:
+        """Noise levels at which the scores are compared, one a sample, from uniform draws."""
         low, high = 0.0, 1.0
         if self.config.ts_schedule:
             bounds = [*self.sigmas, 0.0]
-            high, low = (
-                schedule.unshift_sigma(bounds[rollout.exit_index + offset], self.adapter.flow_shift)
-                for offset in (0, 1)
-            )
+            high, low = (schedule.unshift_sigma(bounds[exit_index + i], self.adapter.flow_shift) for i in (0, 1))
         return schedule.score_sigma(
-            self.noise.uniform(purpose, step, batch.sample_ids),
+            u_B,
             low=low,
             high=high,
             shift=self.adapter.flow_shift,
             min_step=self.config.min_step,
             max_step=self.config.max_step,
             clamp=self.config.clamp,
-        ).to(rollout.x0.device)
+        )
 
     def _normal(self, batch: Batch, step: int, purpose: str) -> Tensor:
         device = batch.text_embeddings.device
@@ -219,15 +222,16 @@ class Dmd2(TrainingMethod):
         config: Dmd2Config = self.config
         scale = config.guidance_scale + (1.0 if config.guidance_form == "offset" else 0.0)
         solver: Literal["sde", "euler"] = "sde" if config.student_sampler == "sde" else "euler"
-        few, sigmas = len(self.sigmas), tuple(self.sigmas)
+        student = SampleRequest("student", "student", solver, len(self.sigmas), tuple(self.sigmas))
+        teacher = SampleRequest(
+            "teacher", "teacher", config.teacher_solver, config.teacher_steps, guidance_scale=scale, baseline=True
+        )
         return ValidationRequest(
             samples=(
-                SampleRequest(
-                    "teacher", "teacher", config.teacher_solver, config.teacher_steps, None, scale, baseline=True
-                ),
-                SampleRequest("teacher_few_steps", "teacher", config.teacher_solver, few, None, scale, baseline=True),
-                SampleRequest("student_before", "student", solver, few, sigmas, baseline=True),
-                SampleRequest("student", "student", solver, few, sigmas),
+                teacher,
+                replace(teacher, label="teacher_few_steps", num_steps=len(self.sigmas), scored=False),
+                replace(student, label="student_before", baseline=True, scored=False),
+                student,
             ),
             reference="teacher",
         )

@@ -24,7 +24,7 @@ def banner(config: Config, roles: RoleManager, world: World) -> str:
     lines = [
         f"{config.job.name}: {config.recipe.method} on {config.recipe.family}, {training.steps} steps, "
         f"seed {config.job.seed}",
-        f"  device    {ranks} on {world.device.type}, {torch.get_num_threads()} threads each, torch {torch.__version__}",
+        f"  device    {ranks} on {world.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         f"  batch     {training.global_batch_size} samples = {world.size} ranks x {micro_batches} micro-batches x "
         f"{training.local_batch_size}",
     ]

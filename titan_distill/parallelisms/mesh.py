@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +70,16 @@ def tighten_timeout(seconds: float, mesh: DeviceMesh | None) -> None:
     for group in groups:
         # The only way to change it; TorchTitan does the same.
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def main_rank_first() -> Iterator[None]:
+    """Rank 0 runs the block before all others do: it fills a cache on disk that the others then read."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ class WanAdapter(Adapter):
         if batch.latents is not None and tuple(batch.latents.shape[1:]) != self.latent_shape:
             raise ValueError(
                 f"the data's latents have shape {tuple(batch.latents.shape[1:])}, but pipeline_config's num_frames, "
-                f"height and width make {self.latent_shape}; change pipeline_config or preprocess the videos at that size"
+                f"height and width make {self.latent_shape}; change pipeline_config or preprocess videos at that size"
             )
         return batch.to(self.device)
 

@@ -20,6 +20,7 @@ from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.parallelize import Layout, build_transformer
 from titan_distill.models.wan.state_dict import copy_full_tensor, read_config, save_folder
 from titan_distill.models.wan.transformer import WanTransformer
+from titan_distill.parallelisms.mesh import main_rank_first
 
 if TYPE_CHECKING:
     from titan_distill.config import Config, RoleConfig
@@ -146,9 +147,10 @@ class WanFamily(ModelFamily):
                 vae.config.scale_factor_temporal,
             )
             text_encoder = TextEncoder(pipeline.path, dtype=DTYPES[config.training.dtype], device=device)
-            negative = text_encoder.cached_embedding(
-                pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
-            )
+            with main_rank_first():  # a real text encoder is 22 GB, and one embedding is all that most ranks need of it
+                negative = text_encoder.cached_embedding(
+                    pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
+                )
         return WanAdapter(
             latent_shape=(
                 channels,

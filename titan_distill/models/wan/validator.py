@@ -105,11 +105,19 @@ class WanValidator(Validator):
             for ids in self._batches():
                 condition = self.adapter.encode_prompts([self.prompts[index] for index in ids])
                 latents = sampling.run(request, role, condition, ids)
-                videos = self.adapter.decode_latents(latents).cpu()
-                for index, latent, video in zip(ids, latents.cpu(), videos, strict=True):
-                    shown = video if index < self.config.num_videos else None
-                    records[index] = latent, shown, self.score(video.numpy(), self.prompts[index])
+                videos = self._decode(request, ids, latents)
+                for index, latent in zip(ids, latents.cpu(), strict=True):
+                    shown = videos[index] if index < self.config.num_videos else None
+                    scores = self.score(videos[index].numpy(), self.prompts[index]) if request.scored else {}
+                    records[index] = latent, shown, scores
         return _gather(records, self.rank, self.world_size)
+
+    def _decode(self, request: SampleRequest, ids: list[int], latents: Tensor) -> dict[int, Tensor]:
+        """Videos by prompt index, of those prompts that someone will look at: the scorer, or a person."""
+        seen = [row for row, index in enumerate(ids) if request.scored or index < self.config.num_videos]
+        if not seen:
+            return {}
+        return dict(zip((ids[row] for row in seen), self.adapter.decode_latents(latents[seen]).cpu(), strict=True))
 
     def _batches(self) -> Iterator[list[int]]:
         """This rank's prompt indices in batches; as many batches on every rank, and of the same sizes."""

@@ -1,0 +1,60 @@
+"""Real footage in two commands: preprocess a folder, finetune on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import REPOSITORY, TINY_WAN, read_metrics
+
+from titan_distill.cli import main as cli
+from titan_distill.config import load_config
+from titan_distill.data.parquet import ParquetDataset
+from titan_distill.dispatch import model_family
+from titan_distill.train import main
+
+CLIPS = REPOSITORY.parent / "shared" / "clips"
+
+pytestmark = pytest.mark.skipif(not CLIPS.is_dir(), reason=f"the real clips are not in {CLIPS}")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two real clips as parquet latents, through the small VAE and text encoder."""
+    folder = tmp_path_factory.mktemp("footage")
+    captions = folder / "captions.csv"
+    captions.write_text("file_name,caption\nbikes.mp4,people on bikes\nbigbuckbunny.mp4,a rabbit in a meadow\n")
+    wan = str(TINY_WAN)
+    parts = ["--captions", str(captions), "--vae", wan, "--text-encoder", wan, "--out", str(folder / "data")]
+    cli(["data", "preprocess", str(CLIPS), *parts])
+    return folder / "data"
+
+
+def test_finetuning_on_real_footage_lowers_the_loss(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From drawings to film: after 60 steps the mean loss of the last ten is below 0.8 of the first ten's."""
+    monkeypatch.chdir(REPOSITORY)
+    argv = ["--job.config_file", "train_configs/tiny_wan_finetune.toml", "--data.path", str(data)]
+    short = ["--training.steps", "60", "--training.global_batch_size", "6", "--training.local_batch_size", "6"]
+    off = ["--validation.enabled", "false", "--checkpoint.enabled", "false", "--job.output_dir", str(tmp_path)]
+    assert main([*argv, *short, *off, "--optimizer.lr", "1e-3"]) == 0
+    losses = [line["loss/student"] for line in read_metrics(tmp_path)]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_stored_latents_decode_to_the_footage(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded frames correlate with the footage they came from: the picture is recognisable, not merely present."""
+    from titan_distill.data.footage import read_clips
+
+    monkeypatch.chdir(REPOSITORY)
+    config = load_config(["--job.config_file", "train_configs/tiny_wan_finetune.toml"])
+    adapter = model_family("wan")(config).build_adapter(torch.device("cpu"))
+    rows = [row for row in (ParquetDataset(data)[index] for index in range(6)) if row.file_name.startswith("bikes")]
+    assert rows[0].vae_latent is not None
+    decoded = adapter.decode_latents(rows[0].vae_latent[None].float())[0].double().permute(0, 3, 1, 2)
+    clip = next(iter(read_clips(CLIPS / "bikes.mp4", num_frames=17, stride=17, height=96, width=96, fps=8.0)))
+    stacked = torch.stack([decoded.flatten(), clip.pixels.double().flatten()])
+    assert torch.corrcoef(stacked)[0, 1] > 0.85

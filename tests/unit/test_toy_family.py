@@ -1,0 +1,58 @@
+"""N + M: a family that the package has never heard of runs every method, with checkpoints, through the real trainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from toy_run import toy_trainer
+
+from titan_distill.trainer import NonFiniteError
+
+METHODS = ("dmd2", "finetune")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_the_toy_family(method: str, tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, method, "--checkpoint.enabled", "true", "--checkpoint.interval", "4")
+    before = [p.clone() for p in trainer.roles["student"].parameters()]
+    trainer.run()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.roles["student"].parameters(), strict=True))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert steps == ["step-00000004", "step-00000008"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_finished_run_can_be_extended(method: str, tmp_path: Path) -> None:
+    checkpointing = ("--checkpoint.enabled", "true", "--checkpoint.resume_from", "latest")
+    toy_trainer(tmp_path, method, *checkpointing).run()
+    longer = toy_trainer(tmp_path, method, *checkpointing, "--training.steps", "12")
+    assert longer.state.step == 8
+    assert longer.state.samples_seen == 64
+    longer.run()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+
+
+def test_a_non_finite_loss_stops_before_the_optimizer(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, "finetune")
+    before = [p.clone() for p in trainer.roles["student"].parameters()]
+    real = trainer.method.updates
+
+    def poisoned(step: int) -> list:
+        (update,) = real(step)
+
+        def loss(batch, step):  # type: ignore[no-untyped-def]
+            result = update.loss(batch, step)
+            return type(result)(result.losses_B * float("nan"))
+
+        return [type(update)(update.role, loss)]
+
+    trainer.method.updates = poisoned  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match=r"loss/student is nan at step 0.*samples are \[0, 1, 2, 3, 4, 5, 6, 7\]"):
+        trainer.run()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.roles["student"].parameters(), strict=True))
