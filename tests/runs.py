@@ -34,18 +34,11 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_ranks(num_ranks: int, command_lines: Sequence[Sequence[str]], folder: Path, timeout: float = 300) -> None:
-    """Runs the jobs one after another on ``num_ranks`` gloo ranks. Fails with their output if a rank fails."""
-    jobs = folder / "jobs.json"
-    jobs.write_text(json.dumps(command_lines))
-    script = REPOSITORY / "tests" / "distributed" / "run_many.py"
+def run_ranks(num_ranks: int, arguments: Sequence[str], timeout: float = 120) -> None:
+    """Trains on ``num_ranks`` gloo ranks. Fails with their output if a rank fails."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     done = subprocess.run(
-        [*torchrun, str(script), str(jobs)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+        [*torchrun, "-m", "titan_distill.train", *arguments],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

@@ -53,7 +53,7 @@ def export(
     print(f"{role} of {found} ({'EMA' if use_ema else 'raw'}, {dtype}) is in {out}")
 
 
-def preprocess_footage(config: preprocess.PreprocessConfig) -> None:
+def preprocess_footage(config: tyro.conf.OmitArgPrefixes[preprocess.PreprocessConfig]) -> None:
     """Encode a folder of videos with captions into the parquet file that training reads."""
     print(preprocess.preprocess(config))
 

@@ -105,6 +105,12 @@ def assemble(config: Config, world: World) -> Trainer:
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    dataset = ParquetDataset(config.data.path, max_bad_rows=config.data.max_bad_rows)
+    if method_class(config.recipe.method).needs_latents(config.method_config) and dataset[0].vae_latent is None:
+        raise ValueError(
+            f"data.path = {config.data.path!r} holds only text, but {config.recipe.method!r} as configured trains on "
+            "latents; make them with `titan-distill data preprocess`"
+        )
     family = model_family(config.recipe.family)(config)
     degrees = check_world(config, world.size)
     mesh = data_parallel_mesh(world, degrees.replicate, degrees.shard)
@@ -130,12 +136,6 @@ def assemble(config: Config, world: World) -> Trainer:
                 f"training.steps = {config.training.steps}, but the checkpoint has done {state.step} already; raise it"
             )
 
-    dataset = ParquetDataset(config.data.path, max_bad_rows=config.data.max_bad_rows)
-    if method_type.needs_latents(config.method_config) and dataset[0].vae_latent is None:
-        raise ValueError(
-            f"data.path = {config.data.path!r} holds only text, but {config.recipe.method!r} as configured trains on "
-            "latents; make them with `titan-distill data preprocess`"
-        )
     loader = build_loader(
         dataset,
         global_batch_size=config.training.global_batch_size,

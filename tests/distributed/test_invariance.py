@@ -28,11 +28,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 output = folder / f"{method}-micro{micro_batches}"
                 interval = ("--checkpoint.interval", "4", "--checkpoint.keep", "2")
                 assert main(tiny_argv(method, output, "--training.local_batch_size", local, *interval)) == 0
-    two_ranks = [
-        tiny_argv(method, folder / f"{method}-fsdp2", "--training.local_batch_size", "2", "--checkpoint.interval", "4")
-        for method in METHODS
-    ]
-    run_ranks(2, two_ranks, folder)
+            sharded = ("--training.local_batch_size", "2", "--checkpoint.interval", "4")
+            run_ranks(2, tiny_argv(method, folder / f"{method}-fsdp2", *sharded))
     return folder
 
 

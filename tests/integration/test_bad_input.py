@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,6 @@ CASES = {
     "wrong key": (("--training.stepz", "5"), ("training.stepz", "training.steps")),
     "wrong type": (("--training.steps", "many"), ("training.steps", "many")),
     "wrong literal": (("--training.dtype", "float8"), ("training.dtype", "bfloat16")),
-    "missing role": (("--recipe.method", "finetune"), ("teacher", "finetune")),
     "unknown method": (("--recipe.method", "dmd3"), ("dmd3", "dmd2")),
     "trainable teacher": (("--roles.teacher.trainable", "true"), ("roles.teacher.trainable", "false")),
     "missing weights": (("--roles.student.path", "no/such/folder"), ("roles.student.path", "no/such/folder")),
@@ -50,7 +51,7 @@ def test_through_the_launcher(num_ranks: int, tmp_path: Path) -> None:
     done = subprocess.run(
         ["./run_train.sh", "--job.output_dir", str(tmp_path), "--training.stepz", "5"],
         cwd=REPOSITORY,
-        env={**os.environ, "NGPU": str(num_ranks)},
+        env={**os.environ, "NGPU": str(num_ranks), "PYTHON": sys.executable},
         capture_output=True,
         text=True,
         check=False,
@@ -58,6 +59,16 @@ def test_through_the_launcher(num_ranks: int, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "training.steps" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_missing_role_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = (REPOSITORY / "train_configs" / "tiny_wan_dmd2.toml").read_text()
+    without_critic = tmp_path / "job.toml"
+    without_critic.write_text(re.sub(r"\[roles\.critic\].*?\n\n", "", whole, flags=re.DOTALL))
+    assert main(["--job.config_file", str(without_critic)]) == 2
+    shown = capsys.readouterr().err.strip()
+    assert "\n" not in shown
+    assert "[roles.critic]" in shown
 
 
 def test_missing_file_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

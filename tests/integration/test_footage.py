@@ -11,6 +11,7 @@ from runs import REPOSITORY, TINY_WAN, read_metrics
 
 from titan_distill.cli import main as cli
 from titan_distill.config import load_config
+from titan_distill.data.footage import read_clips
 from titan_distill.data.parquet import ParquetDataset
 from titan_distill.dispatch import model_family
 from titan_distill.train import main
@@ -46,15 +47,18 @@ def test_finetuning_on_real_footage_lowers_the_loss(
 
 
 def test_stored_latents_decode_to_the_footage(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoded frames correlate with the footage they came from: the picture is recognisable, not merely present."""
-    from titan_distill.data.footage import read_clips
-
+    """Decoded frames follow the footage they came from, and not the other film: recognisable, not merely present."""
     monkeypatch.chdir(REPOSITORY)
     config = load_config(["--job.config_file", "train_configs/tiny_wan_finetune.toml"])
     adapter = model_family("wan")(config).build_adapter(torch.device("cpu"))
-    rows = [row for row in (ParquetDataset(data)[index] for index in range(6)) if row.file_name.startswith("bikes")]
-    assert rows[0].vae_latent is not None
-    decoded = adapter.decode_latents(rows[0].vae_latent[None].float())[0].double().permute(0, 3, 1, 2)
-    clip = next(iter(read_clips(CLIPS / "bikes.mp4", num_frames=17, stride=17, height=96, width=96, fps=8.0)))
-    stacked = torch.stack([decoded.flatten(), clip.pixels.double().flatten()])
-    assert torch.corrcoef(stacked)[0, 1] > 0.85
+    rows = [ParquetDataset(data)[index] for index in range(6)]
+    first = next(row for row in rows if row.file_name.startswith("bikes")).vae_latent
+    assert first is not None
+    decoded = adapter.decode_latents(first[None].float())[0].double().permute(0, 3, 1, 2)
+    assert _correlation(decoded, "bikes.mp4") > 0.7
+    assert _correlation(decoded, "bigbuckbunny.mp4") < 0.3
+
+
+def _correlation(frames_T3HW: torch.Tensor, film: str) -> float:
+    clip = next(iter(read_clips(CLIPS / film, num_frames=17, stride=17, height=96, width=96, fps=8.0)))
+    return torch.corrcoef(torch.stack([frames_T3HW.flatten(), clip.pixels.double().flatten()]))[0, 1].item()

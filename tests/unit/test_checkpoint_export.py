@@ -1,25 +1,24 @@
-"""Export: from a training checkpoint to a folder that diffusers loads."""
+"""Export: from a training checkpoint to a folder that diffusers' own WanPipeline loads."""
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
-from safetensors.torch import load_file
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor
+from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from titan_distill.checkpoint.convert import export
+from titan_distill.checkpoint.convert import export, role_tensors
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
-from titan_distill.checkpoint.manifest import FrozenRole
+from titan_distill.checkpoint.manifest import CheckpointDamaged, FrozenRole
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.state_dict import save_folder
-from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 
 CONFIG = WanConfig(
@@ -32,6 +31,14 @@ CONFIG = WanConfig(
     in_channels=4,
     out_channels=4,
 )
+VIDEO = {
+    "prompt": "a red disc",
+    "height": 16,
+    "width": 16,
+    "num_frames": 5,
+    "num_inference_steps": 2,
+    "output_type": "pt",
+}
 
 
 def write_weights(
@@ -40,22 +47,20 @@ def write_weights(
     save_folder(tensors, WanConfig.from_diffusers(architecture), folder, dtype)
 
 
-def make_transformer(seed: int) -> WanTransformer:
+def make_transformer(seed: int) -> WanTransformer3DModel:
+    """Diffusers' own transformer: what is exported must equal it, whoever trained it."""
     torch.manual_seed(seed)
-    model = WanTransformer.from_config(CONFIG)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    architecture = {name: value for name, value in CONFIG.to_diffusers().items() if not name.startswith("_")}
+    return WanTransformer3DModel(**architecture)
 
 
 @pytest.fixture(scope="module")
 def roles() -> RoleManager:
-    student, critic = (
-        RoleHandle(name, {"transformer": make_transformer(0)}, trainable=True) for name in ("student", "critic")
-    )
+    names = ("student", "critic")
+    student, critic = (RoleHandle(name, {"transformer": make_transformer(0)}, trainable=True) for name in names)
     student.ema = Ema(student.transformer, decay=0.9, start_step=0)
-    for tensor in student.ema.shadow.values():
-        tensor.add_(1)
+    for averaged in student.ema.shadow.values():
+        averaged.mul_(0.5)
     return RoleManager([student, critic])
 
 
@@ -64,91 +69,106 @@ def checkpoint(roles: RoleManager, tmp_path_factory: pytest.TempPathFactory) -> 
     run = tmp_path_factory.mktemp("outputs") / "my_run"
     architectures = {handle.name: CONFIG.to_diffusers() for handle in roles.trainable}
     info = RunInfo("wan", "d", architectures=architectures, frozen={"teacher": FrozenRole("weights/teacher", "t")})
-    path = CheckpointManager(run / "checkpoints", keep=1, run_info=info).save(
-        roles, TrainState(step=30, samples_seen=120)
-    )
+    manager = CheckpointManager(run / "checkpoints", keep=1, run_info=info)
+    path = manager.save(roles, TrainState(step=30, samples_seen=120))
     (run / "config.toml").write_text('[job]\nname = "my_run"\n')
     return path
 
 
 @pytest.fixture(scope="module")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder with two parts beside the transformer, and a file that its index does not name."""
+    """A pipeline with another transformer, as small as diffusers builds it, and a file that is no part of it."""
     folder = tmp_path_factory.mktemp("teacher_pipeline")
-    save_folder(make_transformer(7).state_dict(), CONFIG, folder / "transformer")
-    for part in ("vae", "scheduler"):
-        (folder / part).mkdir()
-        (folder / part / "config.json").write_text(json.dumps({"part": part}))
-    (folder / "model_index.json").write_text(
-        json.dumps({"_class_name": "X", "vae": [], "scheduler": [], "transformer": []})
-    )
-    (folder / "notes.txt").write_text("not part of it")
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=384, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    parts = {"tokenizer": ByT5Tokenizer(), "text_encoder": encoder, "vae": vae, "scheduler": scheduler}
+    WanPipeline(transformer=make_transformer(7), **parts).save_pretrained(folder)
+    (folder / "Wan2.1_VAE.pth").write_bytes(b"not for diffusers")
     return folder
 
 
-def read(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
 @pytest.mark.parametrize("use_ema", [False, True])
-def test_exported_weights_are_the_saved_ones(
-    use_ema: bool, roles: RoleManager, checkpoint: Path, tmp_path: Path
+def test_diffusers_makes_the_same_video(
+    roles: RoleManager, checkpoint: Path, pipeline_folder: Path, tmp_path: Path, use_ema: bool
 ) -> None:
-    out = export(checkpoint, "student", tmp_path / "out", write_weights=write_weights, use_ema=use_ema)
-    student = roles["student"]
-    assert student.ema is not None
-    expected = student.ema.shadow if use_ema else dict(student.transformer.named_parameters())
-    found = read(out)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_diffusers_computes_what_the_trained_model_computes(
-    roles: RoleManager, checkpoint: Path, tmp_path: Path
-) -> None:
-    out = export(checkpoint, "critic", tmp_path / "out", write_weights=write_weights, use_ema=False)
-    theirs = WanTransformer3DModel.from_pretrained(out / "transformer")
-    inputs = torch.randn(1, 4, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 8)
-    with torch.no_grad():
-        expected = roles["critic"].transformer(*inputs)
-        torch.testing.assert_close(theirs(*inputs, return_dict=False)[0], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_export_is_a_whole_pipeline_with_its_history(checkpoint: Path, pipeline_folder: Path, tmp_path: Path) -> None:
     out = export(
-        checkpoint, "student", tmp_path / "out",
-        write_weights=write_weights, use_ema=True, dtype="bfloat16", pipeline_folder=pipeline_folder,
-    )  # fmt: skip
-    assert {path.name for path in out.iterdir()} == {"model_index.json", "vae", "scheduler", "transformer", "README.md"}
+        checkpoint.with_name("latest"),
+        "student",
+        tmp_path / "exported",
+        write_weights=write_weights,
+        use_ema=use_ema,
+        pipeline_folder=pipeline_folder,
+    )
+    exported, expected = WanPipeline.from_pretrained(out), WanPipeline.from_pretrained(pipeline_folder)
+    student = roles["student"]
+    expected.transformer.load_state_dict(student.ema.shadow if use_ema else student.transformer.state_dict())
+    videos = [pipe(**VIDEO, generator=torch.Generator().manual_seed(0)).frames for pipe in (exported, expected)]
+    assert torch.equal(*videos)
+    assert not (out / "Wan2.1_VAE.pth").exists()
+    assert os.listdir(tmp_path) == ["exported"]
+
+
+def test_model_card_says_where_the_weights_are_from(checkpoint: Path, tmp_path: Path) -> None:
+    out = export(checkpoint, "student", tmp_path / "out", write_weights=write_weights, use_ema=True)
+    assert sorted(os.listdir(out)) == ["README.md", "transformer"]
     card = (out / "README.md").read_text()
-    assert all(fact in card for fact in ("student", "exponential moving average", "| step | 30 |", 'name = "my_run"'))
-    assert {tensor.dtype for tensor in read(out).values()} == {torch.bfloat16}
+    for line in ("| role | student |", "| weights | exponential moving average |", "| step | 30 |", 'name = "my_run"'):
+        assert line in card
 
 
-REFUSED = {
-    "unknown role": ({"role": "janitor"}, "student, critic"),
-    "frozen role": ({"role": "teacher"}, "weights/teacher"),
-    "no average": ({"role": "critic", "use_ema": True}, "no EMA"),
-    "unknown dtype": ({"dtype": "int8"}, "float32, bfloat16, float16"),
-    "no pipeline": ({"pipeline_folder": Path("nowhere")}, "model_index.json"),
-}
+def test_dtype_is_that_of_the_file(checkpoint: Path, tmp_path: Path) -> None:
+    export(checkpoint, "critic", tmp_path / "out", write_weights=write_weights, use_ema=False, dtype="bfloat16")
+    model = WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer", torch_dtype="auto")
+    assert model.patch_embedding.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refusals_leave_nothing_behind(name: str, checkpoint: Path, tmp_path: Path) -> None:
-    changes, expected = REFUSED[name]
-    arguments = {"role": "student", "use_ema": False} | changes
-    with pytest.raises(ValueError, match=expected):
-        export(checkpoint, out=tmp_path / "out", write_weights=write_weights, **arguments)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"role": "studnet"}, "has no role 'studnet'; it has student, critic"),
+        ({"role": "teacher"}, "role 'teacher' is frozen.*weights/teacher"),
+        ({"role": "critic", "use_ema": True}, "has no EMA of 'critic'"),
+        ({"dtype": "fp8"}, "dtype 'fp8' is not known; it must be one of float32, bfloat16, float16"),
+        ({"pipeline_folder": Path("nowhere")}, "nowhere is not a diffusers pipeline"),
+    ],
+)
+def test_wrong_requests_are_one_sentence_and_leave_nothing(
+    checkpoint: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    request = {"role": "student", "use_ema": False, **changes}
+    with pytest.raises(ValueError, match=message):
+        export(checkpoint, out=tmp_path / "out", write_weights=write_weights, **request)
+    assert os.listdir(tmp_path) == []
 
 
-def test_an_existing_folder_is_not_touched(checkpoint: Path, tmp_path: Path) -> None:
+def test_nothing_is_overwritten(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists already"):
         export(checkpoint, "student", tmp_path, write_weights=write_weights, use_ema=False)
 
 
-def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    missing = tmp_path / "checkpoints" / "step-00000001"
-    with pytest.raises(ValueError, match="step-00000001"):
+def test_missing_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    missing = checkpoint.with_name("step-00000031")
+    with pytest.raises(ValueError, match=r"no checkpoint .*step-00000031; .* has step-00000030"):
         export(missing, "student", tmp_path / "out", write_weights=write_weights, use_ema=False)
+
+
+def test_writer_that_fails_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    def full_disk(tensors: Iterable[tuple[str, Tensor]], architecture: Any, folder: Path, dtype: Any) -> None:
+        folder.mkdir()
+        next(iter(tensors))
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        export(checkpoint, "student", tmp_path / "out", write_weights=full_disk, use_ema=False)
+    assert os.listdir(tmp_path) == []
+
+
+def test_damaged_checkpoint_is_not_exported(roles: RoleManager, tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=1, run_info=RunInfo("wan", "d"))
+    path = manager.save(roles, TrainState(step=1))
+    content = bytearray((path / "__0_0.distcp").read_bytes())
+    content[-1] ^= 1
+    (path / "__0_0.distcp").write_bytes(content)
+    with pytest.raises(CheckpointDamaged, match=r"__0_0\.distcp is damaged"):
+        role_tensors(path, "student", use_ema=False)

@@ -120,7 +120,9 @@ class TextEncoder:
     @functools.cached_property
     def _model(self) -> Any:
         from transformers import UMT5EncoderModel
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()
         model = UMT5EncoderModel.from_pretrained(
             self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True
         )
