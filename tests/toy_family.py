@@ -43,12 +43,12 @@ class AnalyticTeacher(nn.Module):
 
 
 class AffineStudent(nn.Module):
-    """x0 = scale x + shift, with a pair of numbers for each of the few-step levels it is called at."""
+    """x0 = scale x + shift, with a pair of numbers for each of the few-step levels it is called at; starts as x0 = x."""
 
     def __init__(self, levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)) -> None:
         super().__init__()
         self.levels = levels
-        self.affine = nn.Parameter(torch.tensor([[0.5, 0.0]] * len(levels)))
+        self.affine = nn.Parameter(torch.tensor([[1.0, 0.0]] * len(levels)))
 
     def forward(self, x: Tensor, sigma_B1: Tensor, label_B1: Tensor) -> Tensor:
         index_B = (sigma_B1 - sigma_B1.new_tensor(self.levels)).abs().argmin(1)
