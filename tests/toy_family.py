@@ -43,7 +43,7 @@ class AnalyticTeacher(nn.Module):
 
 
 class AffineStudent(nn.Module):
-    """x0 = scale x + shift, with a pair of numbers for each of the few-step levels it is called at; starts as x0 = x."""
+    """x0 = scale x + shift, with two numbers for each of the few-step levels it is called at; starts as x0 = x."""
 
     def __init__(self, levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)) -> None:
         super().__init__()
