@@ -131,6 +131,11 @@ def assemble(config: Config, world: World) -> Trainer:
         found = checkpoints.find(config.checkpoint.resume_from)
         if found is not None:
             state = checkpoints.load(found, roles)
+        if state.seed != config.job.seed:
+            raise ValueError(
+                f"job.seed = {config.job.seed}, but the checkpoint was trained with seed {state.seed}, which keys its noise "
+                f"and data order; set it to {state.seed}"
+            )
         if state.step > config.training.steps:
             raise ValueError(
                 f"training.steps = {config.training.steps}, but the checkpoint has done {state.step} already; raise it"

@@ -38,6 +38,13 @@ def test_a_finished_run_can_be_extended(method: str, tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, 13))
 
 
+def test_another_seed_cannot_resume(tmp_path: Path) -> None:
+    checkpointing = ("--checkpoint.enabled", "true", "--checkpoint.resume_from", "latest")
+    toy_trainer(tmp_path, "finetune", *checkpointing).run()
+    with pytest.raises(ValueError, match=r"job\.seed = 7, but the checkpoint was trained with seed 0"):
+        toy_trainer(tmp_path, "finetune", *checkpointing, "--job.seed", "7")
+
+
 def test_a_non_finite_loss_stops_before_the_optimizer(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, "finetune")
     before = [p.clone() for p in trainer.roles["student"].parameters()]
