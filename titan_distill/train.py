@@ -133,8 +133,8 @@ def assemble(config: Config, world: World) -> Trainer:
             state = checkpoints.load(found, roles)
         if state.seed != config.job.seed:
             raise ValueError(
-                f"job.seed = {config.job.seed}, but the checkpoint was trained with seed {state.seed}, which keys its noise "
-                f"and data order; set it to {state.seed}"
+                f"job.seed = {config.job.seed}, but the checkpoint was trained with seed {state.seed}, which keys its "
+                f"noise and data order; set it to {state.seed}"
             )
         if state.step > config.training.steps:
             raise ValueError(
