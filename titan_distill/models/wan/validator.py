@@ -66,7 +66,10 @@ class WanValidator(Validator):
 
     def validate(self, step: int, request: ValidationRequest, roles: RoleManager) -> dict[str, float]:
         sets = {}
-        for sample in request.samples:
+        baselines = tuple(sample for sample in request.samples if sample.baseline)
+        # Before the first step there is nothing to compare with the baselines yet: what is trained still equals one of
+        # them.
+        for sample in baselines if step == 0 and baselines else request.samples:
             samples = (
                 self._baseline(step, sample, roles) if sample.baseline else self._sample(sample, roles[sample.role])
             )
