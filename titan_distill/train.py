@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if world.is_main:
         print(closing(config, trainer.metrics.latest))
     if dist.is_initialized():
+        dist.barrier()  # a rank that leaves while others still talk to it makes gloo abort
         dist.destroy_process_group()
     return 0
 
