@@ -106,8 +106,9 @@ def assemble(config: Config, world: World) -> Trainer:
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    method_type = method_class(config.recipe.method)
     dataset = ParquetDataset(config.data.path, max_bad_rows=config.data.max_bad_rows)
-    if method_class(config.recipe.method).needs_latents(config.method_config) and dataset[0].vae_latent is None:
+    if method_type.needs_latents(config.method_config) and dataset[0].vae_latent is None:
         raise ValueError(
             f"data.path = {config.data.path!r} holds only text, but {config.recipe.method!r} as configured trains on "
             "latents; make them with `titan-distill data preprocess`"
@@ -119,7 +120,6 @@ def assemble(config: Config, world: World) -> Trainer:
     _check_latent_space(family, roles)
     adapter = family.build_adapter(world.device)
     timer = PhaseTimer(world.device)
-    method_type = method_class(config.recipe.method)
     method = method_type(config.method_config, roles, adapter, KeyedNoise(config.job.seed), timer)
     add_optimizers(config, roles, method)
 
