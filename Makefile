@@ -10,7 +10,7 @@ install: ## Install for development, with the tested versions
 lint: ## Check style of Python and shell
 	ruff check .
 	ruff format --check .
-	shellcheck run_train.sh .ci/run
+	shellcheck run_train.sh .ci/run scripts/slurm/train.sbatch
 
 format: ## Format, and mend what can be mended
 	ruff check --fix .

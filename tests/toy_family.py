@@ -21,7 +21,8 @@ from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.dispatch import register_model
 from titan_distill.methods.base import ValidationRequest
 from titan_distill.models.base import Adapter, Condition, ModelFamily
-from titan_distill.parallelisms.fsdp import apply_fsdp
+from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
+from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.base import Validator
 
@@ -122,7 +123,7 @@ class ToyFamily(ModelFamily):
         with device:
             module = FLAVORS[role.flavor]().requires_grad_(role.trainable)
         if mesh is not None:
-            apply_fsdp(module, getattr(module, "blocks", ()), mesh, torch.float32)
+            apply_fsdp(module, getattr(module, "blocks", ()), mesh.fsdp, FsdpOptions(torch.float32))
         return module
 
     def architecture(self, module: nn.Module) -> dict[str, Any]:
@@ -141,10 +142,10 @@ class ToyFamily(ModelFamily):
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         return {"values": self.config.pipeline_config.num_values}
 
-    def build_adapter(self, device: torch.device) -> Adapter:
+    def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
         return ToyAdapter(self.config.pipeline_config)
 
-    def build_validator(self, adapter: Adapter, folder: Path) -> Validator:
+    def build_validator(self, adapter: Adapter, folder: Path, layouts: Layouts) -> Validator:
         return ToyValidator()
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from titan_distill import generate as generation
+from titan_distill import plan as planning
 from titan_distill.checkpoint import convert
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import read_manifest
@@ -68,6 +69,7 @@ def inspect(path: Path) -> None:
 
 
 COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
+    "plan": planning.plan,
     "generate": generation.generate,
     "checkpoint": {"export": export},
     "data": {"preprocess": preprocess_footage, "inspect": inspect},
@@ -81,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if isinstance(command, dict):
             tyro.extras.subcommand_cli_from_dict(command, args=arguments[1:], prog=f"titan-distill {arguments[0]}")
+        elif command is planning.plan:  # what tyro does not know are overrides of the job's configuration
+            plan = f"titan-distill {arguments[0]}"
+            planning.plan(*tyro.cli(planning.PlanOptions, args=arguments[1:], prog=plan, return_unknown_args=True))
         elif command is not None:
             tyro.cli(command, args=arguments[1:], prog=f"titan-distill {arguments[0]}")
         else:

@@ -6,7 +6,8 @@ group exists, so a run either starts with exactly what its ``config.toml`` says 
 
 Checks sit where their facts are: those within a section in its ``__post_init__``, those between sections in
 ``Config.__post_init__``, a method's and a family's own in their ``validate``; those that need the number of ranks in
-``check_world``, and those that need the file system in ``check_paths`` (a dry run has neither weights nor data).
+``config_world.check_world``, those that need the file system in ``check_paths`` (a dry run has neither weights nor
+data).
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from titan_distill.config_parsing import (
     Text,
     apply_overrides,
     convert,
-    nearest_divisors,
-    nearest_multiples,
     parse_overrides,
     read_toml,
     reject_unknown_keys,
@@ -39,12 +38,14 @@ from titan_distill.config_sections import (
     CompileConfig,
     DataConfig,
     EmaConfig,
+    Float8Config,
     JobConfig,
     LrSchedulerConfig,
     MetricsConfig,
     OptimizerConfig,
     OptimizerOverride,
     ParallelismConfig,
+    ParallelismOverride,
     ProfilingConfig,
     RecipeConfig,
     RoleConfig,
@@ -62,21 +63,21 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
-    "DataParallel",
     "EmaConfig",
+    "Float8Config",
     "JobConfig",
     "LrSchedulerConfig",
     "MetricsConfig",
     "OptimizerConfig",
     "OptimizerOverride",
     "ParallelismConfig",
+    "ParallelismOverride",
     "ProfilingConfig",
     "RecipeConfig",
     "RoleConfig",
     "TrainingConfig",
     "ValidationConfig",
     "check_paths",
-    "check_world",
     "help_text",
     "load_config",
     "to_dict",
@@ -114,6 +115,8 @@ class Config:
     """Memory for work."""
     compile: CompileConfig = field(default_factory=CompileConfig)
     """torch.compile."""
+    float8: Float8Config = field(default_factory=Float8Config)
+    """Matrix products in 8 bits."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     """Moving average of one role's weights, used in validation and export."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -132,6 +135,7 @@ class Config:
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
                 raise ValueError(f"[roles.{name!r}] becomes part of keys and file names; use letters, digits, _ and -")
         self._check_ema()
+        self._check_float8()
         trace_end = self.profiling.start_step + self.profiling.num_steps
         if self.profiling.enabled and trace_end > self.training.steps:
             raise ValueError(
@@ -147,26 +151,29 @@ class Config:
                 f"or set ema.decay to 0"
             )
 
+    def _check_float8(self) -> None:
+        for name in self.float8.roles:
+            if name not in self.roles:
+                raise ValueError(f"float8.roles names {name!r}; the roles of this run are {', '.join(self.roles)}")
+        if self.float8.enabled and self.float8.backend == "transformer_engine":
+            # Its layers are opaque to torch: they break graphs, hide their products, cut weights in their own way.
+            tensor = max(role.parallelism.applied_to(self.parallelism).tensor for role in self.roles.values())
+            for key, value, other in (
+                ("compile.enabled", "true", self.compile.enabled),
+                ("activation_checkpoint.mode", "'selective'", self.activation_checkpoint.mode == "selective"),
+                ("parallelism.tensor", str(tensor), tensor > 1),
+            ):
+                if other:
+                    raise ValueError(
+                        f"float8.backend = 'transformer_engine' does not go with {key} = {value}; change it or set "
+                        "float8.backend to 'torchao'"
+                    )
+
     def optimizer_for(self, role: str) -> OptimizerConfig:
         """[optimizer] with the role's own table laid over it."""
         override = self.roles[role].optimizer
         changed = {f.name: getattr(override, f.name) for f in fields(override)}
         return replace(self.optimizer, **{name: value for name, value in changed.items() if value is not None})
-
-
-@dataclass(frozen=True)
-class DataParallel:
-    """Data-parallel degrees with -1 resolved, and what they mean for the batch."""
-
-    replicate: int
-    shard: int
-    num_micro_batches: int
-    """Micro-batches of local_batch_size that each rank runs for one global batch."""
-
-    @property
-    def degree(self) -> int:
-        """Ranks that see different samples."""
-        return self.replicate * self.shard
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -211,36 +218,6 @@ def help_text(config_file: str | None) -> str:
         raw, root = read_toml(config_file), Place(config_file, "", Config)
         kinds = kinds | _section_kinds(raw, {name: root.child(name, raw.get(name)) for name in kinds})
     return "\n".join(["Each key of a configuration file is also an option:", "", *schema_help(Config, kinds)]) + "\n"
-
-
-def check_world(config: Config, world_size: int) -> DataParallel:
-    """Resolves the data-parallel degrees for ``world_size`` ranks.
-
-    Raises ConfigError, with the nearest valid choices, when the degrees do not multiply to it or the batch does not
-    split.
-    """
-    layout, training = config.parallelism, config.training
-    if world_size % layout.dp_replicate:
-        raise ConfigError(
-            f"{_source(config)}: parallelism.dp_replicate = {layout.dp_replicate} does not divide the number of "
-            f"ranks, {world_size}; set it to {nearest_divisors(layout.dp_replicate, world_size)}"
-        )
-    available = world_size // layout.dp_replicate  # sequence and tensor are 1
-    shard = available if layout.dp_shard == -1 else layout.dp_shard
-    if shard != available:
-        raise ConfigError(
-            f"{_source(config)}: parallelism.dp_shard = {shard} with dp_replicate = {layout.dp_replicate} makes "
-            f"{shard * layout.dp_replicate} ranks, but the run has {world_size}; set dp_shard to {available} or -1, or "
-            f"start {shard * layout.dp_replicate} ranks"
-        )
-    num_samples = training.local_batch_size * layout.dp_replicate * shard
-    if training.global_batch_size % num_samples:
-        raise ConfigError(
-            f"{_source(config)}: training.global_batch_size = {training.global_batch_size} is no multiple of "
-            f"local_batch_size × data-parallel ranks = {training.local_batch_size} × {layout.dp_replicate * shard} = "
-            f"{num_samples}; set it to {nearest_multiples(training.global_batch_size, num_samples)}"
-        )
-    return DataParallel(layout.dp_replicate, shard, training.global_batch_size // num_samples)
 
 
 def check_paths(config: Config) -> None:

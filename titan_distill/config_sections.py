@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -103,6 +103,8 @@ class RoleConfig:
     """Where this role's optimizer differs from [optimizer]."""
     max_grad_norm: float | None = None
     """Gradient clip of this role; none takes training.max_grad_norm."""
+    parallelism: ParallelismOverride = field(default_factory=lambda: ParallelismOverride())
+    """Where this role's layout differs from [parallelism]."""
 
     def __post_init__(self) -> None:
         check_range(self, "max_grad_norm", above=0)
@@ -184,35 +186,156 @@ class LrSchedulerConfig:
 @dataclass(frozen=True, kw_only=True)
 class ParallelismConfig:
     dp_replicate: int = 1
-    """Copies of the sharded weights (HSDP); gradients are averaged over them."""
+    """Copies of the sharded weights (HSDP); gradients are summed over them."""
     dp_shard: int = -1
-    """Ranks that share one copy of the weights (FSDP2); -1 takes all that are left."""
+    """Ranks with different samples that share one copy of the weights (FSDP2); -1 takes all that are left."""
     sequence: int = 1
-    """Ranks that share the tokens of a sample; only 1 in this version."""
+    """Ranks that share the tokens of a sample; they shard weights, too."""
     tensor: int = 1
-    """Ranks that share each weight matrix; only 1 in this version."""
+    """Ranks that share each weight matrix; must divide the heads."""
+    sequence_method: Literal["auto", "ulysses", "all_gather"] = "auto"
+    """How attention sees all tokens: ulysses exchanges tokens for heads and needs sequence × tensor to divide the
+    heads; all_gather collects keys and values and needs nothing; auto takes ulysses where it can."""
+    token_region: bool = False
+    """Between tensor-parallel layers, each tensor rank keeps a run of the tokens: norms and residuals take less memory
+    at equal traffic."""
+    async_tensor: bool = False
+    """Overlap tensor-parallel communication with matrix products (CUDA and compile only)."""
+    reshard_after_forward: bool = True
+    """Free gathered weights after a block's forward and gather them again for its backward."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in host memory."""
 
     def __post_init__(self) -> None:
-        check_range(self, "dp_replicate", "sequence", "tensor", least=1)
-        if self.dp_shard != -1:
-            check_range(self, "dp_shard", least=1)
-        for name in ("sequence", "tensor"):
-            if getattr(self, name) != 1:
-                raise ValueError(
-                    f"{name} = {getattr(self, name)} needs a layout that this version does not have; set it to 1"
-                )
+        _check_degrees(self)
+        if self.tensor == 1:
+            for name in ("token_region", "async_tensor"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} = true has no effect with tensor = 1; remove it or raise tensor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelismOverride:
+    dp_replicate: int | None = None
+    """Copies of the sharded weights. A role that sets one of the four degrees has a layout of its own: those left out
+    are 1, and dp_shard takes the ranks that are left."""
+    dp_shard: int | None = None
+    """Ranks with different samples that share one copy of the weights; -1 takes all that are left."""
+    sequence: int | None = None
+    """Ranks that share the tokens of a sample."""
+    tensor: int | None = None
+    """Ranks that share each weight matrix."""
+    sequence_method: Literal["auto", "ulysses", "all_gather"] | None = None
+    """How attention sees all tokens; none takes [parallelism]'s."""
+    token_region: bool | None = None
+    """Each tensor rank keeps a run of the tokens between layers; none takes [parallelism]'s."""
+    reshard_after_forward: bool | None = None
+    """Free gathered weights after a block's forward; none takes [parallelism]'s."""
+    cpu_offload: bool | None = None
+    """Keep weights, gradients and optimizer state in host memory; none takes [parallelism]'s."""
+
+    def __post_init__(self) -> None:
+        _check_degrees(self)
+
+    def applied_to(self, default: ParallelismConfig) -> ParallelismConfig:
+        """The layout of a role: ``default`` with what this sets."""
+        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        if given.keys() & _DEGREES:
+            alone = ParallelismConfig()
+            given = {name: getattr(alone, name) for name in _DEGREES} | given
+        if given.get("tensor") == 1:
+            given |= {"token_region": given.get("token_region", False), "async_tensor": False}
+        return replace(default, **given)
+
+
+_DEGREES = frozenset({"dp_replicate", "dp_shard", "sequence", "tensor"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationCheckpointConfig:
-    mode: Literal["none", "full"] = "none"
-    """full keeps only each block's input and recomputes the rest in the backward: less memory, a third more work."""
+    mode: Literal["none", "full", "selective"] = "none"
+    """full keeps only each block's input and recomputes the rest in the backward: less memory, a third more work.
+    selective also keeps attention outputs and every selective_interval-th matrix product."""
+    selective_interval: int | None = None
+    """With selective, keep the output of every n-th matrix product of a block; none stands for 2."""
+    skip_interval: int = 0
+    """Leave every n-th block without checkpointing; 0 leaves none."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "selective_interval", least=1)
+        check_range(self, "skip_interval", least=0)
+        if self.selective_interval is not None and self.mode != "selective":
+            raise ValueError(
+                f"selective_interval = {self.selective_interval} has no effect with mode = {self.mode!r}; remove it or "
+                "set mode to 'selective'"
+            )
+        if self.skip_interval and self.mode == "none":
+            raise ValueError(
+                f"skip_interval = {self.skip_interval} has no effect with mode = 'none'; remove it or set mode to "
+                "'full' or 'selective'"
+            )
+        if self.skip_interval == 1:
+            raise ValueError(
+                "skip_interval = 1 leaves every block without checkpointing; choose 2 or more, or set mode to 'none'"
+            )
+
+    @property
+    def interval(self) -> int:
+        """``selective_interval`` with its default filled in."""
+        return 2 if self.selective_interval is None else self.selective_interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
     enabled: bool = False
     """Compile each transformer block with torch.compile."""
+    mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """The compiler's effort; the second tries kernels out at start-up, which takes minutes."""
+
+    def __post_init__(self) -> None:
+        if self.mode != "default" and not self.enabled:
+            raise ValueError(f"mode = {self.mode!r} has no effect with enabled = false; set enabled to true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float8Config:
+    enabled: bool = False
+    """Run the large linear layers of the blocks in float8; storage and state stay as they are."""
+    recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
+    """One scale a tensor (fastest), a row (more exact), or a row with weight gradients in high precision (most exact).
+    """
+    backend: Literal["torchao", "transformer_engine"] = "torchao"
+    """Library that does it; transformer_engine is an extra and knows tensorwise only."""
+    roles: tuple[str, ...] = ()
+    """Roles in float8; empty takes all, frozen ones too, since a large teacher's forwards are most of the work."""
+    min_features: int = 1024
+    """Linear layers with fewer inputs or outputs stay in high precision: casting would cost more than it saves."""
+    all_gather: bool = False
+    """FSDP2 gathers weights in float8 instead of the compute type; tensorwise with torchao only."""
+    emulate: bool = False
+    """Round to float8 but multiply in float32: for tests on machines without float8 hardware; slow."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "min_features", least=16)
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default and f.name != "enabled"]
+        if changed and not self.enabled:
+            raise ValueError(f"{changed[0]} has no effect with enabled = false; remove it or set enabled to true")
+        if self.backend == "transformer_engine":
+            for name in ("recipe", "all_gather", "emulate"):
+                if name in changed:
+                    raise ValueError(
+                        f"{name} = {getattr(self, name)!r} is only for backend = 'torchao', but backend is "
+                        "'transformer_engine'; remove one of the two"
+                    )
+        if self.all_gather and self.recipe != "tensorwise":
+            raise ValueError(
+                f"all_gather = true needs one scale a tensor, but recipe is {self.recipe!r}; set recipe to "
+                "'tensorwise' or all_gather to false"
+            )
+
+    def for_role(self, role: str) -> Float8Config:
+        """This section for a role in float8, a disabled one for all others."""
+        return self if not self.roles or role in self.roles else Float8Config()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +436,12 @@ class CommConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "init_timeout_seconds", "train_timeout_seconds", least=1)
+
+
+def _check_degrees(section: ParallelismConfig | ParallelismOverride) -> None:
+    check_range(section, "dp_replicate", "sequence", "tensor", least=1)
+    if section.dp_shard != -1:
+        check_range(section, "dp_shard", least=1)
 
 
 def _check_optimizer(section: OptimizerConfig | OptimizerOverride) -> None:

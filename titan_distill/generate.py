@@ -16,6 +16,7 @@ from titan_distill.dispatch import method_class, model_family
 from titan_distill.methods.base import SampleRequest
 from titan_distill.models.base import Adapter
 from titan_distill.observability.metrics import PhaseTimer
+from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.base import Sampling
 from titan_distill.validation.video import write_mp4
@@ -81,7 +82,10 @@ def load_role(
     tensors = convert.role_tensors(checkpoint, role, use_ema=trained.has_ema and not raw_weights)
     family = model_family(config.recipe.family)(config)
     module = family.restore_module(trained.architecture, tensors, device)
-    handle, adapter = RoleHandle(role, {"transformer": module}, trainable=False), family.build_adapter(device)
+    handle, adapter = (
+        RoleHandle(role, {"transformer": module}, trainable=False),
+        family.build_adapter(device, Layouts.alone(device)),
+    )
     method = method_class(config.recipe.method)(
         config.method_config, RoleManager([handle]), adapter, KeyedNoise(config.job.seed), PhaseTimer(device)
     )

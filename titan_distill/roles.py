@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from titan_distill.parallelisms.fsdp import reshard
+
 
 class Ema:
     """Exponential moving average of a module's parameters, stored like them: sharded where they are sharded.
@@ -33,6 +35,7 @@ class Ema:
         """Folds the current parameters in. ``num_updates`` counts the role's optimizer steps so far, this one
         included."""
         decay = self.decay if num_updates > self.start_step else 0.0
+        reshard(module)
         shadow, current = list(self.shadow.values()), [p.detach() for p in module.parameters()]
         torch._foreach_lerp_(shadow, current, 1.0 - decay)
 
@@ -47,6 +50,7 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self, module: nn.Module) -> None:
+        reshard(module)
         for name, parameter in module.named_parameters():
             kept = parameter.detach().clone()
             parameter.copy_(self.shadow[name])
@@ -92,7 +96,9 @@ class RoleHandle:
                 yield
 
     def parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters of all modules."""
+        """Trainable parameters of all modules, as they are stored."""
+        for module in self.modules.values():
+            reshard(module)
         return [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import FrozenRole, fingerprint
 from titan_distill.checkpoint.state import TrainState
-from titan_distill.config import Config, check_paths, check_world, help_text, load_config, to_toml
+from titan_distill.config import Config, check_paths, help_text, load_config, to_toml
+from titan_distill.config_world import check_world
 from titan_distill.data.loader import build_loader
 from titan_distill.data.parquet import ParquetDataset
 from titan_distill.diffusion.noise import KeyedNoise
@@ -30,10 +31,15 @@ from titan_distill.dispatch import method_class, model_family
 from titan_distill.methods.base import TrainingMethod
 from titan_distill.models.base import ModelFamily
 from titan_distill.observability.banner import banner, closing
+from titan_distill.observability.hardware import GPUS
 from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
+from titan_distill.observability.plan_report import memory_table
+from titan_distill.observability.planner import can_plan, fake_world, make_plan
 from titan_distill.observability.profiling import Profiler
 from titan_distill.optimizer import build_optimizer, build_scheduler
-from titan_distill.parallelisms.mesh import World, data_parallel_mesh, num_ranks, start_world
+from titan_distill.parallelisms.float8 import check_hardware
+from titan_distill.parallelisms.mesh import Layouts, World, default_device, num_ranks, start_world
+from titan_distill.parallelisms.watchdog import Watchdog, record_collectives
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 from titan_distill.trainer import NonFiniteError, Trainer
 
@@ -53,20 +59,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(help_text(_config_file(argv)))
             return 0
         config = load_config([argument for argument in argv if argument != CHECK])
-        check_world(config, num_ranks())
+        run_layout = check_world(config, num_ranks())
+        if not config.job.dry_run:
+            check_paths(config)
+            check_hardware(config.float8, default_device())
+        model_family(config.recipe.family)(config).check_layouts(run_layout.roles)
         if config.job.dry_run:
             print(dry_run(config))
             return 0
-        check_paths(config)
         if CHECK in argv:
             return 0
+        record_collectives(config.job.output_folder / "logs", config.comm.init_timeout_seconds)
         world = _start(config)
-        trainer = assemble(config, world)
+        watchdog = Watchdog(world.rank, world.size, config.comm.init_timeout_seconds)
+        trainer = assemble(config, world, watchdog)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     try:
-        trainer.run()
+        with watchdog:
+            trainer.run()
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -92,15 +104,20 @@ def _set_up_logging() -> None:
 
 
 def dry_run(config: Config) -> str:
-    """Builds every role on the meta device and describes the run; needs neither weights nor data."""
+    """Builds every role on the meta device, as rank 0 of a fake process group, and describes the run and its memory;
+    needs neither weights nor data."""
     family = model_family(config.recipe.family)(config)
-    meta = torch.device("meta")
-    roles = build_roles(config, family, None, meta)
-    _check_latent_space(family, roles)
-    return banner(config, roles, World(rank=0, size=num_ranks(), device=meta))
+    with fake_world(num_ranks()) as world:
+        roles = build_roles(config, family, build_layouts(config, world), world.device)
+        _check_latent_space(family, roles)
+        described = banner(config, roles, world)
+        if not can_plan(config, roles):
+            return described
+        plan = make_plan(config, check_world(config, world.size), roles, GPUS["H100"])
+        return f"{described}\n\n{memory_table(plan)}"
 
 
-def assemble(config: Config, world: World) -> Trainer:
+def assemble(config: Config, world: World, watchdog: Watchdog | None = None) -> Trainer:
     """Builds all parts of a run. Raises ValueError, in one sentence, for input that does not fit together."""
     folder = config.job.output_folder
     if world.is_main:
@@ -114,11 +131,10 @@ def assemble(config: Config, world: World) -> Trainer:
             "latents; make them with `titan-distill data preprocess`"
         )
     family = model_family(config.recipe.family)(config)
-    degrees = check_world(config, world.size)
-    mesh = data_parallel_mesh(world, degrees.replicate, degrees.shard)
-    roles = build_roles(config, family, mesh, world.device)
+    layouts = build_layouts(config, world)
+    roles = build_roles(config, family, layouts, world.device)
     _check_latent_space(family, roles)
-    adapter = family.build_adapter(world.device)
+    adapter = family.build_adapter(world.device, layouts)
     timer = PhaseTimer(world.device)
     method = method_type(config.method_config, roles, adapter, KeyedNoise(config.job.seed), timer)
     add_optimizers(config, roles, method)
@@ -145,14 +161,14 @@ def assemble(config: Config, world: World) -> Trainer:
     loader = build_loader(
         dataset,
         global_batch_size=config.training.global_batch_size,
-        data_rank=world.rank,
-        data_world_size=world.size,
+        data_rank=layouts.data_rank,
+        data_world_size=layouts.num_data_groups,
         seed=config.job.seed,
         max_text_tokens=config.data.max_text_tokens,
         samples_seen=state.samples_seen,
         num_workers=config.data.num_workers,
     )
-    validator = family.build_validator(adapter, folder / "validation") if config.validation.enabled else None
+    validator = family.build_validator(adapter, folder / "validation", layouts) if config.validation.enabled else None
     metrics = MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work)
     if world.is_main:
         print(banner(config, roles, world))
@@ -168,16 +184,23 @@ def assemble(config: Config, world: World) -> Trainer:
         timer=timer,
         profiler=Profiler(config.profiling, folder / "profile", world, first_step=state.step),
         state=state,
-        mesh=mesh,
+        layouts=layouts,
+        watchdog=watchdog,
     )
 
 
-def build_roles(config: Config, family: ModelFamily, mesh: DeviceMesh | None, device: torch.device) -> RoleManager:
+def build_layouts(config: Config, world: World) -> Layouts:
+    """Who does what together, for the data and for every role. Making process groups is collective."""
+    run = check_world(config, world.size)
+    return Layouts(world, run.default, run.roles)
+
+
+def build_roles(config: Config, family: ModelFamily, layouts: Layouts, device: torch.device) -> RoleManager:
     """Networks of all roles, laid out and loaded; optimizers come later, when the method has said how often it
     steps."""
     handles = []
     for name, role in config.roles.items():
-        module = family.build_module(name, role, mesh, device)
+        module = family.build_module(name, role, layouts.role(name), device)
         clip = config.training.max_grad_norm if role.max_grad_norm is None else role.max_grad_norm
         handles.append(RoleHandle(name, {"transformer": module}, role.trainable, max_grad_norm=clip))
     return RoleManager(handles)
@@ -245,4 +268,4 @@ def _check_latent_space(family: ModelFamily, roles: RoleManager) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record(main)())  # torchrun's summary then shows what failed, whichever ranks' output it shows

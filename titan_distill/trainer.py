@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from titan_distill.checkpoint.manager import CheckpointManager
@@ -28,7 +27,8 @@ from titan_distill.models.base import Adapter
 from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
 from titan_distill.observability.profiling import Profiler
 from titan_distill.parallelisms.fsdp import set_gradient_sync
-from titan_distill.parallelisms.mesh import sum_over_ranks, tighten_timeout
+from titan_distill.parallelisms.mesh import Layouts, sum_over_samples, tighten_timeout
+from titan_distill.parallelisms.watchdog import Watchdog
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.base import Validator
 
@@ -52,7 +52,8 @@ class Trainer:
     timer: PhaseTimer
     profiler: Profiler
     state: TrainState
-    mesh: DeviceMesh | None
+    layouts: Layouts
+    watchdog: Watchdog | None = None
 
     def run(self) -> None:
         """Trains from ``state.step`` to ``training.steps``."""
@@ -65,7 +66,9 @@ class Trainer:
                 while self.state.step < self.config.training.steps:
                     self.train_step()
                     if self.state.step == first_step + 1:
-                        tighten_timeout(self.config.comm.train_timeout_seconds, self.mesh)
+                        tighten_timeout(self.config.comm.train_timeout_seconds, self.layouts)
+                        if self.watchdog is not None:
+                            self.watchdog.tighten(self.config.comm.train_timeout_seconds)
                     self.after_step()
         finally:
             gc.enable()
@@ -79,6 +82,8 @@ class Trainer:
         for update in self.method.updates(step):
             values |= self.run_update(update, batch)
         self.state.step += 1
+        if self.watchdog is not None:
+            self.watchdog.step = self.state.step
         self.state.samples_seen += self.config.training.global_batch_size
         self.metrics.step(self.state.step, values, samples_seen=self.state.samples_seen)
 
@@ -108,7 +113,7 @@ class Trainer:
             for name, value_B in {f"loss/{role.name}": result.losses_B, **result.metrics_B}.items():
                 total = value_B.detach().double().sum()
                 totals[name] = totals[name] + total if name in totals else total
-        summed = sum_over_ranks(torch.stack(list(totals.values())))
+        summed = sum_over_samples(torch.stack(list(totals.values())), self.layouts.data_group)
         return dict(zip(totals, (summed / global_batch_size).tolist(), strict=True))
 
     def after_step(self) -> None:

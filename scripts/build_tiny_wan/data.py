@@ -16,7 +16,6 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
-from torch import Tensor
 
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.data.synthetic import (
@@ -30,6 +29,7 @@ from titan_distill.data.synthetic import (
     train_attributes,
 )
 from titan_distill.data.text import TextEncoder
+from titan_distill.models.wan.vae import encode_video, load_vae
 
 MAX_TOKENS = 64
 NUM_HELD_OUT_PROMPTS = 96
@@ -39,7 +39,7 @@ FLOW_SHIFT = 3.0
 
 def write_data(assets: Path, pipeline: Path, local: Path, *, num_shipped: int, num_local: int, seed: int) -> None:
     """Write `assets`/{latents,prompts}.parquet, `assets`/held_out_prompts.txt and `local`/latents.parquet."""
-    vae = AutoencoderKLWan.from_pretrained(pipeline / "vae", torch_dtype=torch.float32)
+    vae = load_vae(pipeline, "cpu")
     text = TextEncoder(pipeline)
     write_rows(assets / "latents.parquet", _latent_rows(vae, text, num_shipped, seed))
     write_rows(assets / "prompts.parquet", _prompt_rows(text))
@@ -71,7 +71,8 @@ def _latent_rows(vae: AutoencoderKLWan, text: TextEncoder, num_rows: int, seed: 
     order = _shuffled_forever(rng)
     for first in range(0, num_rows, CLIPS_A_BATCH):
         pairs = list(itertools.islice(order, min(CLIPS_A_BATCH, num_rows - first)))
-        latents_BCFHW = _encode(vae, np.stack([draw_clip(clip, rng) for clip, _ in pairs]))
+        frames_BTHW3 = np.stack([draw_clip(clip, rng) for clip, _ in pairs])
+        latents_BCFHW = encode_video(vae, torch.from_numpy(frames_BTHW3))
         for i, ((clip, template), latent_CFHW) in enumerate(zip(pairs, latents_BCFHW, strict=True), first):
             caption = clip.caption(template)
             yield LatentRow(
@@ -103,12 +104,3 @@ def _shuffled_forever(rng: np.random.Generator) -> Iterator[tuple[ShapesClip, in
     while True:
         pairs = _captioned_clips()
         yield from (pairs[i] for i in rng.permutation(len(pairs)))
-
-
-@torch.no_grad()
-def _encode(vae: AutoencoderKLWan, frames_BTHW3: np.ndarray) -> Tensor:
-    """Normalised latents [B, C, F, H, W] of uint8 frames."""
-    video_BCTHW = torch.from_numpy(frames_BTHW3).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    shape = (1, -1, 1, 1, 1)
-    mean, std = (torch.tensor(values).view(shape) for values in (vae.config.latents_mean, vae.config.latents_std))
-    return (vae.encode(video_BCTHW).latent_dist.mean - mean) / std

@@ -26,8 +26,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from titan_distill.data.synthetic import draw_clip, train_attributes
 
-# (frames, pixels, films a batch), and how likely each is while progress is below the given share of the budget.
-CROPS = ((1, 48, 8), (5, 48, 3), (9, 48, 2), (17, 48, 1), (17, 96, 1))
+# (frames, pixels, films a batch), and how likely each is while progress is below the given share of the budget. Never
+# one film alone: PyTorch's 3D convolution of a batch of one is five times as slow on a CPU as that of two.
+CROPS = ((1, 48, 8), (5, 48, 3), (9, 48, 2), (17, 48, 2), (17, 96, 2))
 # Single frames teach shape and colour, then longer and longer crops teach time: colours drift in untrained frames.
 PHASES = (
     (0.40, (0.85, 0.15, 0.0, 0.0, 0.0)),
@@ -59,20 +60,23 @@ def build_vae() -> AutoencoderKLWan:
     return vae
 
 
-def train_vae(folder: Path, *, minutes: float, seed: int) -> None:
+def train_vae(folder: Path, *, minutes: float, seed: int, start_at: float = 0.0) -> None:
     """Train for a wall-clock budget, then save the averaged weights with the statistics of their latents to
-    `folder`."""
-    WanRMS_norm.forward = _fast_rms_norm
+    `folder`.
+
+    With `start_at` > 0 the weights in `folder` are trained on from that share of the schedule, and `minutes` are for
+    the rest of it.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     footage = Footage(seed)
-    vae = build_vae()
+    vae = AutoencoderKLWan.from_pretrained(folder) if start_at > 0 else build_vae()
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.Adam(vae.parameters(), betas=(0.9, 0.99), fused=True)
     held_clips = shape_clips(3, seed=seed + 1)
     start = saved = time.monotonic()
     step = 0
-    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+    while (progress := start_at + (1 - start_at) * (time.monotonic() - start) / (60 * minutes)) < 1:
         optimizer.param_groups[0]["lr"] = _learning_rate(progress, step)
         loss = _loss(vae, _draw(footage, rng, progress))
         optimizer.zero_grad()
@@ -89,6 +93,11 @@ def train_vae(folder: Path, *, minutes: float, seed: int) -> None:
             print(f"vae step {step}: {psnr(average.module, held_clips):.1f} dB on shapes", flush=True)
     save_vae(average.module, folder)
     print(f"vae step {step}: {psnr(average.module, held_clips):.1f} dB on shapes; saved in {folder}", flush=True)
+
+
+def use_fast_norm() -> None:
+    """Replace the norm of diffusers' VAE for the rest of the process, by one that is equal and faster on a CPU."""
+    WanRMS_norm.forward = _fast_rms_norm
 
 
 def _fast_rms_norm(norm: WanRMS_norm, x_BCTHW: Tensor) -> Tensor:

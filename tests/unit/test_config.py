@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 from titan_distill.config import (
     Config,
     ConfigError,
-    DataParallel,
     check_paths,
-    check_world,
     help_text,
     load_config,
     to_dict,
@@ -28,9 +26,11 @@ from titan_distill.config import (
 )
 from titan_distill.config_sections import RoleConfig
 from titan_distill.config_text import field_docs, field_types
+from titan_distill.config_world import check_world
 from titan_distill.dispatch import register_method, register_model
 from titan_distill.methods.base import TrainingMethod
 from titan_distill.models.base import ModelFamily
+from titan_distill.parallelisms.degrees import Degrees
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,10 @@ ERRORS = [
     ([], {'path = "weights/teacher"': 'path = "a"\nflavor = "14B"'}, ["roles.teacher.flavor = '14B' contradicts path"]),
     (["--roles.teacher.optimizer.lr", "1"], {}, ["roles.teacher.trainable = false", "without effect"]),
     (["--training.local_batch_size", "3"], {}, ["global_batch_size = 8", "local_batch_size = 3; choose 6 or 9"]),
-    (["--parallelism.sequence", "2"], {}, ["parallelism.sequence = 2", "set it to 1"]),
-    (["--parallelism.tensor", "4"], {}, ["parallelism.tensor = 4", "set it to 1"]),
+    (["--parallelism.sequence", "0"], {}, ["parallelism.sequence = 0 is out of range"]),
+    (["--parallelism.token_region"], {}, ["token_region = true has no effect with tensor = 1"]),
+    (["--roles.student.parallelism.tensor", "0"], {}, ["roles.student.parallelism.tensor = 0 is out of range"]),
+    (["--roles.student.parallelism.tensors", "2"], {}, ["tensors", "tensor"]),
     (["--parallelism.dp_shard", "0"], {}, ["parallelism.dp_shard = 0 is out of range"]),
     (["--lr_scheduler.min_lr_ratio", "0.1"], {}, ["lr_scheduler.min_lr_ratio = 0.1 has no effect"]),
     (["--ema.decay", "0.9", "--ema.role", "teacher"], {}, ["'teacher' is not a trained role; choose one of student"]),
@@ -322,10 +324,23 @@ def test_secrets_are_redacted_everywhere(load: Callable[..., Config]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "world_size", "expected"),
     [
-        ([], 1, DataParallel(1, 1, 4)),
-        ([], 4, DataParallel(1, 4, 1)),
-        (["--parallelism.dp_replicate", "2"], 4, DataParallel(2, 2, 1)),
-        (["--parallelism.dp_shard", "2"], 2, DataParallel(1, 2, 2)),
+        ([], 1, (Degrees(), 4)),
+        ([], 4, (Degrees(dp_shard=4), 1)),
+        (["--parallelism.dp_replicate", "2"], 4, (Degrees(2, 2), 1)),
+        (["--parallelism.dp_shard", "2"], 2, (Degrees(dp_shard=2), 2)),
+        (["--parallelism.tensor", "2"], 4, (Degrees(dp_shard=2, tensor=2), 2)),
+        (["--parallelism.sequence", "2", "--parallelism.tensor", "2"], 4, (Degrees(sequence=2, tensor=2), 4)),
+        (["--parallelism.tensor", "3"], 4, "parallelism.tensor = 3 does not divide the number of ranks, 4; set it to"),
+        (
+            ["--parallelism.tensor", "4", "--parallelism.sequence", "3"],
+            8,
+            "sequence 3 × tensor 4 = 12 does not divide the number of ranks, 8",
+        ),
+        (
+            ["--parallelism.sequence", "4", "--roles.teacher.parallelism.tensor", "2"],
+            8,
+            "roles.teacher.parallelism: sequence × tensor = 2 ranks is no multiple of the 4 ranks that share a sample",
+        ),
         (["--parallelism.dp_replicate", "3"], 8, "3 does not divide the number of ranks, 8; set it to 2 or 4"),
         (["--parallelism.dp_shard", "3"], 4, "run has 4; set dp_shard to 4 or -1, or start 3 ranks"),
         ([], 8, "= 2 × 8 = 16; set it to 16"),
@@ -333,15 +348,21 @@ def test_secrets_are_redacted_everywhere(load: Callable[..., Config]) -> None:
     ],
 )
 def test_check_world(
-    load: Callable[..., Config], overrides: list[str], world_size: int, expected: DataParallel | str
+    load: Callable[..., Config], overrides: list[str], world_size: int, expected: tuple[Degrees, int] | str
 ) -> None:
     config = load(*overrides)
-    if isinstance(expected, DataParallel):
+    if isinstance(expected, tuple):
         resolved = check_world(config, world_size)
-        assert resolved == expected and resolved.degree == world_size
+        assert (resolved.default, resolved.num_micro_batches) == expected
+        assert resolved.default.world_size == world_size
     else:
         with pytest.raises(ConfigError, match=re.escape(expected)):
             check_world(config, world_size)
+
+
+def test_a_role_has_a_layout_of_its_own(load: Callable[..., Config]) -> None:
+    config = load("--parallelism.dp_shard", "4", "--roles.teacher.parallelism.tensor", "4")
+    assert check_world(config, 4).roles == {"teacher": Degrees(tensor=4), "student": Degrees(dp_shard=4)}
 
 
 def test_check_paths_names_the_first_missing_one(

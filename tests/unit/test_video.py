@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from titan_distill.validation.report import format_table, sliced_wasserstein
+from titan_distill.validation.report import format_table, sliced_wasserstein, sliced_wasserstein_excess
 from titan_distill.validation.video import Video, contact_sheet, read_mp4, write_mp4
 
 RED, GREEN, BLUE = (220, 40, 40), (40, 200, 60), (40, 60, 220)
@@ -95,6 +95,27 @@ def test_sliced_wasserstein_is_a_function_of_its_seed() -> None:
 def test_sliced_wasserstein_rejects_unequal_sets() -> None:
     with pytest.raises(ValueError, match=r"\[3, 4\] and \[5, 4\]"):
         sliced_wasserstein(torch.zeros(3, 4), torch.zeros(5, 4))
+
+
+def test_excess_distance_of_equal_laws_is_nothing_where_the_plain_distance_is_not() -> None:
+    a_ND, b_ND = torch.randn(2, 96, 300, generator=torch.Generator().manual_seed(4))
+    assert sliced_wasserstein(a_ND, b_ND) > 0.15
+    assert sliced_wasserstein_excess(a_ND, b_ND) < 0.05
+    # Equal samples gain nothing over samples of an equal law.
+    assert sliced_wasserstein_excess(a_ND, a_ND.clone()) < 0.05
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.3), (1.5, 0.0), (0.6, 0.0)])
+def test_excess_distance_is_that_of_the_laws(scale: float, shift: float) -> None:
+    a_ND, b_ND = torch.randn(2, 96, 300, generator=torch.Generator().manual_seed(5))
+    # W2 between N(0, 1) and N(shift, scale**2) in each coordinate; a shift of all of them is |δ| / √D = shift.
+    expected = (shift**2 + (scale - 1) ** 2) ** 0.5
+    assert sliced_wasserstein_excess(a_ND, scale * b_ND + shift) == pytest.approx(expected, rel=0.15)
+
+
+def test_excess_distance_needs_halves() -> None:
+    with pytest.raises(ValueError, match="3 samples"):
+        sliced_wasserstein_excess(torch.zeros(3, 4), torch.zeros(3, 4))
 
 
 def test_table_aligns_text_left_and_numbers_right() -> None:

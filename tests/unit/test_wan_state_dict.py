@@ -137,17 +137,17 @@ def test_the_unused_query_norm_of_published_image_models_is_skipped(tmp_path):
 
 def test_loading_holds_one_tensor_at_a_time(sharded_folder, monkeypatch):
     """Every tensor that was read must be gone before the next one is."""
-    copy_full_tensor = state_dict.copy_full_tensor
+    fill = state_dict._fill
     read: list[weakref.ref] = []
     alive: list[int] = []
 
-    def copy_and_count(parameter, full):
-        read.append(weakref.ref(full))
+    def fill_and_count(parameter, part):
+        read.append(weakref.ref(part))
         alive.append(sum(reference() is not None for reference in read))
-        copy_full_tensor(parameter, full)
+        fill(parameter, part)
 
-    monkeypatch.setattr(state_dict, "copy_full_tensor", copy_and_count)
     model = WanTransformer.from_config(CONFIG)
+    monkeypatch.setattr(state_dict, "_fill", fill_and_count)
     load_weights(model, sharded_folder)
     assert alive == [1] * len(model.state_dict())
 

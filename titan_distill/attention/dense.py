@@ -19,7 +19,7 @@ from torch import Tensor
 class AttentionCore(Protocol):
     """Mixes values by query-key similarity, scaled by 1/sqrt(D)."""
 
-    def __call__(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, layout: TileLayout | None) -> Tensor:
+    def __call__(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, layout: TileLayout | None, /) -> Tensor:
         """Return [B, L, H, D].
 
         `layout` tells where the tiles of video tokens lie, for cores that need it. It is None in cross-attention, whose

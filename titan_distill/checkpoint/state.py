@@ -66,7 +66,7 @@ def ema_prefix(role: str) -> str:
 
 def mesh_of(handle: RoleHandle) -> dict[str, int]:
     """Mesh axis -> degree of the role's layout; empty when its parameters are plain tensors."""
-    for parameter in handle.transformer.parameters():
+    for parameter in handle.parameters():
         if isinstance(parameter, DTensor):
             mesh = parameter.device_mesh
             names = mesh.mesh_dim_names or tuple(f"axis{i}" for i in range(mesh.ndim))

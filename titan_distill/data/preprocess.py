@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
-from torch import Tensor
 from tqdm import tqdm
 
 from titan_distill.data.footage import SUFFIXES, read_clips
 from titan_distill.data.parquet import DTYPES, LatentRow, write_rows
 from titan_distill.data.summary import DatasetSummary, inspect
 from titan_distill.data.text import TextEncoder
+from titan_distill.models.wan.vae import encode_video, load_vae
 
 logger = logging.getLogger(__name__)
 
@@ -167,28 +166,6 @@ def check_size(config: PreprocessConfig, spatial: int, temporal: int) -> None:
             raise ValueError(f"--{name} {value:g} is not positive: leave it out for the default")
 
 
-def load_vae(path: Path, device: str) -> Any:
-    """diffusers' AutoencoderKLWan in fp32 from its folder, or from the pipeline folder around it."""
-    from diffusers import AutoencoderKLWan
-
-    folder = path / "vae" if (path / "vae").is_dir() else path
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        raise ValueError(f"no VAE in {folder}: expected config.json and *.safetensors")
-    vae = AutoencoderKLWan.from_pretrained(
-        folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
-    )
-    return vae.requires_grad_(False).eval().to(device)
-
-
-def encode_clip(vae: Any, clip: Tensor) -> Tensor:
-    """Normalised latent ``[C, F, H, W]`` in fp32 on the CPU of one clip ``[num_frames, 3, height, width]`` in uint8."""
-    video_1CFHW = clip.to(vae.device).float().div(127.5).sub(1).permute(1, 0, 2, 3)[None]
-    with torch.no_grad():
-        latent_CFHW = vae.encode(video_1CFHW).latent_dist.mode()[0].float().cpu()
-    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
-    return (latent_CFHW - mean) / std
-
-
 def _rows(
     config: PreprocessConfig, videos: dict[str, Path], captions: dict[str, str], vae: Any, text_encoder: TextEncoder
 ) -> Iterator[LatentRow]:
@@ -208,7 +185,7 @@ def _rows(
                 id=f"{name}-{index:04d}",
                 caption=captions[name],
                 text_embedding=embedding,
-                vae_latent=encode_clip(vae, clip.pixels).to(dtype),
+                vae_latent=encode_video(vae, clip.pixels.permute(0, 2, 3, 1)[None])[0].to("cpu", dtype),
                 file_name=name,
                 width=config.width,
                 height=config.height,

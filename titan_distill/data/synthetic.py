@@ -32,7 +32,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 SHAPES = ("circle", "square", "triangle")
 # Unit vectors in pixels, x to the right and y down.
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-PIXELS_PER_FRAME = {"slow": 1.2, "fast": 2.8}
+PIXELS_PER_FRAME = {"slow": 1.0, "fast": 2.2}
 ADVERBS = {"slow": "slowly", "fast": "quickly"}
 CAPTION_TEMPLATES = (
     "a {colour} {shape} moving {direction} {adverb}",
@@ -45,7 +45,7 @@ CAPTION_TEMPLATES = (
 _SQUARE_HALF_SIDE = 0.90
 _TRIANGLE_CIRCUMRADIUS = 1.15
 _REACH = _TRIANGLE_CIRCUMRADIUS
-_MIN_SIZE, _MAX_SIZE = 13.0, 16.0
+_MIN_SIZE, _MAX_SIZE = 18.0, 22.0
 
 
 @dataclass(frozen=True)

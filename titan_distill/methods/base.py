@@ -46,6 +46,26 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Forward passes that an update makes through one role: the method's costs, declared, for the planner.
+
+    ``num_forwards`` counts calls for one micro-batch, averaged over random choices; ``num_conditions`` how often a
+    call's batch holds each sample (2 where guidance needs both conditions).
+    """
+
+    update: str
+    """Role whose update makes them."""
+    role: str
+    phase: str
+    """What the passes are for, as the method's timers name it."""
+    num_forwards: float
+    updates_per_step: float
+    num_conditions: int = 1
+    backward: bool = False
+    """Whether they carry gradients; at most one call of an update does."""
+
+
+@dataclass(frozen=True)
 class SampleRequest:
     """One set of videos that validation should make: who samples, how, and when."""
 
@@ -88,6 +108,11 @@ class TrainingMethod(ABC):
     def needs_latents(cls, config: Any) -> bool:
         """Whether the data must carry latents; text-only rows are enough otherwise."""
         return True
+
+    @classmethod
+    def work(cls, config: Any) -> list[Passes]:
+        """The passes of all updates under this ``method_config``, in the order they run; none where it is not known."""
+        return []
 
     @classmethod
     def validate(cls, config: Config) -> None:

@@ -23,7 +23,7 @@ from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.dispatch import register_method
 from titan_distill.methods import losses
-from titan_distill.methods.base import LossResult, SampleRequest, TrainingMethod, Update, ValidationRequest
+from titan_distill.methods.base import LossResult, Passes, SampleRequest, TrainingMethod, Update, ValidationRequest
 from titan_distill.models.base import Condition, Guidance
 
 
@@ -115,6 +115,27 @@ class Dmd2(TrainingMethod):
     @classmethod
     def needs_latents(cls, config: Dmd2Config) -> bool:
         return config.rollout == "data"
+
+    @classmethod
+    def work(cls, config: Dmd2Config) -> list[Passes]:
+        last = len(config.denoising_steps) - 1
+        before_exit = 0.0 if config.rollout == "data" else float(last) if config.last_step_only else last / 2
+        students = 1 / config.update_ratio
+        critics = 1 - students if config.exclusive else 1.0
+        scores = {
+            "critic": Guidance(config.fake_guidance_scale),
+            "teacher": config.teacher_guidance,
+        }
+        return [
+            Passes("student", "student", "rollout", before_exit, students),
+            Passes("student", "student", "student", 1, students, backward=True),
+            *(
+                Passes("student", role, role, 1, students, num_conditions=1 if guidance.is_identity else 2)
+                for role, guidance in scores.items()
+            ),
+            Passes("critic", "student", "rollout", before_exit + 1, critics),
+            Passes("critic", "critic", "critic", 1, critics, backward=True),
+        ]
 
     def updates(self, step: int) -> list[Update]:
         """Student first when it is due, then the critic (unless the two exclude each other)."""

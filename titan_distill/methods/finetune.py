@@ -17,7 +17,7 @@ from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.dispatch import register_method
 from titan_distill.methods import losses
-from titan_distill.methods.base import LossResult, SampleRequest, TrainingMethod, Update, ValidationRequest
+from titan_distill.methods.base import LossResult, Passes, SampleRequest, TrainingMethod, Update, ValidationRequest
 from titan_distill.models.base import Condition
 
 
@@ -57,6 +57,10 @@ class Finetune(TrainingMethod):
 
     config_class: ClassVar[type] = FinetuneConfig
     roles_required: ClassVar[dict[str, bool]] = {"student": True}
+
+    @classmethod
+    def work(cls, config: FinetuneConfig) -> list[Passes]:
+        return [Passes("student", "student", "student", 1, 1.0, backward=True)]
 
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.student_loss)]

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from titan_distill.diffusion import schedule
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from titan_distill.config import Config, RoleConfig
     from titan_distill.data.loader import Batch
     from titan_distill.observability.flops import WorkCounter
+    from titan_distill.parallelisms.degrees import Degrees
+    from titan_distill.parallelisms.mesh import Layouts, RoleMesh
     from titan_distill.roles import RoleHandle
     from titan_distill.validation.base import Validator
 
@@ -129,8 +129,12 @@ class ModelFamily(ABC):
         """Checks the configuration against the family's invariants. Raises ValueError."""
         return
 
+    def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
+        """Checks each role's degrees against its network, before anything is built. Raises ValueError."""
+        return
+
     @abstractmethod
-    def build_module(self, name: str, role: RoleConfig, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
+    def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
         """Builds, lays out and loads the network of one role. On ``device("meta")`` nothing is allocated or loaded."""
 
     @abstractmethod
@@ -155,9 +159,9 @@ class ModelFamily(ABC):
         """Properties of the latents a module works on. All roles of a run must agree on them."""
 
     @abstractmethod
-    def build_adapter(self, device: torch.device) -> Adapter:
+    def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
         """The run-time half."""
 
     @abstractmethod
-    def build_validator(self, adapter: Adapter, folder: Path) -> Validator:
+    def build_validator(self, adapter: Adapter, folder: Path, layouts: Layouts) -> Validator:
         """Samples, scores and shows; writes below ``folder``."""

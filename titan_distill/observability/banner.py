@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from titan_distill.config import check_world
+from titan_distill.config_world import check_world
+from titan_distill.parallelisms.activation_checkpoint import describe as describe_checkpointing
+from titan_distill.parallelisms.compile import describe as describe_compile
+from titan_distill.parallelisms.float8 import describe as describe_float8
 
 if TYPE_CHECKING:
     from titan_distill.config import Config
@@ -63,9 +66,11 @@ def _describe(config: Config, name: str, module: nn.Module) -> str:
     kind = "trained" if role.trainable else "frozen"
     extras = [f"{role.attention} attention"]
     if role.trainable and config.activation_checkpoint.mode != "none":
-        extras.append("activations recomputed")
+        extras.append(f"activation checkpointing {describe_checkpointing(config.activation_checkpoint)}")
     if config.compile.enabled:
-        extras.append("blocks compiled")
+        extras.append(describe_compile(config.compile))
+    if config.float8.for_role(name).enabled:
+        extras.append(describe_float8(config.float8, module))
     if config.ema.decay and config.ema.role == name:
         extras.append(f"EMA {config.ema.decay} from update {config.ema.start_step}")
     return f"{kind}, {size:,.1f} M parameters, {precision}, {layout}, {', '.join(extras)}"

@@ -12,7 +12,7 @@ where 12 d² is q, k, v, out of self-attention and q, out of cross-attention. At
 How often networks run is counted where they run (`WorkCounter`), not predicted: random rollout exits, doubled batches
 of guidance and update ratios are then right for every method, including those not written yet. Two totals are kept:
 *model* FLOPs are what the mathematics needs (a backward is two forwards), *hardware* FLOPs add what activation
-checkpointing recomputes. MFU and HFU are their shares of the device's peak.
+checkpointing recomputes, a share of a forward. MFU and HFU are their shares of the device's peak.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+from titan_distill.parallelisms.activation_checkpoint import is_checkpointed, is_kept
+
+if TYPE_CHECKING:
+    from titan_distill.config_sections import ActivationCheckpointConfig
 
 BACKWARD_FORWARDS = 2
 """A backward pass in forwards: gradients of the inputs and of the weights."""
@@ -72,10 +77,17 @@ class ForwardFlops:
     cross_attention: float
     embeddings: float
     """Patch, text and time embedding, and the output head."""
+    data_layers: float
+    """Of the embeddings, the layers that read data: a backward has no use for the gradients of their inputs."""
 
     @property
     def total(self) -> float:
         return self.linear + self.self_attention + self.cross_attention + self.embeddings
+
+    @property
+    def backward(self) -> float:
+        """Exact where all weights are trained; ``BACKWARD_FORWARDS * total`` is 0.1 % more."""
+        return BACKWARD_FORWARDS * self.total - self.data_layers
 
 
 def forward_flops(config: DiTConfig, num_tokens: int, num_text_tokens: int = 512) -> ForwardFlops:
@@ -85,15 +97,41 @@ def forward_flops(config: DiTConfig, num_tokens: int, num_text_tokens: int = 512
     """
     width = config.num_attention_heads * config.attention_head_dim
     patch_volume = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-    patches = 2 * num_tokens * width * patch_volume * (config.in_channels + config.out_channels)
-    text = 2 * num_text_tokens * (config.text_dim * width + width**2)
-    time = 2 * (config.freq_dim * width + width**2 + 6 * width**2)
+    patches_in, patches_out = (
+        2 * num_tokens * width * patch_volume * channels for channels in (config.in_channels, config.out_channels)
+    )
+    text_in, text_out = (2 * num_text_tokens * rows * width for rows in (config.text_dim, width))
+    time_in, time_out = 2 * config.freq_dim * width, 2 * 7 * width**2
     return ForwardFlops(
         linear=config.num_layers * num_tokens * (12 * width**2 + 4 * width * config.ffn_dim),
         self_attention=config.num_layers * 4 * num_tokens**2 * width,
         cross_attention=config.num_layers * 4 * num_text_tokens * width * (num_tokens + width),
-        embeddings=patches + text + time,
+        embeddings=patches_in + patches_out + text_in + text_out + time_in + time_out,
+        data_layers=patches_in + text_in + time_in,
     )
+
+
+def block_matmuls(config: DiTConfig, num_tokens: int, num_text_tokens: int = 512) -> tuple[float, ...]:
+    """FLOPs of the matrix products of one block for one sample, attention aside, in the order in which they run: query,
+    key, value and output of self-attention, the same of cross-attention, both layers of the feed-forward."""
+    width = config.num_attention_heads * config.attention_head_dim
+    video, text = 2 * num_tokens * width**2, 2 * num_text_tokens * width**2
+    hidden = 2 * num_tokens * width * config.ffn_dim
+    return (video, video, video, video, video, text, text, video, hidden, hidden)
+
+
+def recomputed_share(
+    config: DiTConfig, checkpointing: ActivationCheckpointConfig, num_tokens: int, num_text_tokens: int = 512
+) -> float:
+    """Share of a forward's FLOPs that its backward computes again: in each checkpointed block the matrix products that
+    are not kept and, where only inputs are kept, attention. Embeddings and head are never recomputed."""
+    forward = forward_flops(config, num_tokens, num_text_tokens)
+    matmuls = block_matmuls(config, num_tokens, num_text_tokens)
+    recomputed = sum(flops for index, flops in enumerate(matmuls) if not is_kept(index, checkpointing))
+    if checkpointing.mode == "full":
+        recomputed += (forward.total - forward.embeddings) / config.num_layers - sum(matmuls)
+    num_blocks = sum(is_checkpointed(index, checkpointing) for index in range(config.num_layers))
+    return num_blocks * recomputed / forward.total
 
 
 @dataclass(frozen=True)
@@ -121,8 +159,9 @@ class WorkCounter:
         finally:
             self._paused = False
 
-    def forward(self, flops: float, *, backward: bool, recompute: bool) -> None:
-        """Counts one forward of ``flops`` for all its samples, with its backward and recomputation where there are."""
+    def forward(self, flops: float, *, backward: bool, recompute: float) -> None:
+        """Counts one forward of ``flops`` for all its samples and, where there is one, its backward, which computes the
+        share ``recompute`` of the forward again."""
         if self._paused:
             return
         self._model_flops += flops * (1 + BACKWARD_FORWARDS * backward)

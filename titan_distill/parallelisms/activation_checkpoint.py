@@ -1,4 +1,12 @@
-"""Activation checkpointing: keep each block's input, recompute the rest in backward.
+"""Activation checkpointing: keep little of a block's forward, compute the rest again in its backward.
+
+*full* keeps a block's input: least memory, a third more work. *selective* keeps in addition what is dear to compute and
+cheap to store: attention outputs, whose work grows with the square of the tokens and whose size does not, and every
+n-th matrix product. *Block skip* leaves every n-th block alone: the coarse knob for memory that is left over.
+
+Which products are kept is a matter of order, not of name: a counter runs over the products of one block's forward and
+starts anew with each block. PyTorch up to 2.12 asks the policy a second time, in the recomputation, later ones look the
+first answer up; forward and recomputation are therefore counted apart.
 
 The block's ``forward`` is replaced rather than the block wrapped: parameter names stay what checkpoints and exports
 expect, and FSDP's hooks, which sit around ``forward``, run once and outside of the recomputation.
@@ -8,16 +16,111 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+if TYPE_CHECKING:
+    from titan_distill.config_sections import ActivationCheckpointConfig
+
+Operation = torch._ops.OpOverload | torch._ops.HigherOrderOperator
 
 
-def apply_activation_checkpointing(blocks: Iterable[nn.Module], mode: str) -> None:
-    """Makes every block recompute itself in backward when ``mode`` is ``full``; does nothing for ``none``."""
-    assert mode in ("none", "full")
-    if mode == "none":
-        return
-    for block in blocks:
-        # No block draws random numbers, so there is no generator state to keep.
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+def _existing(*names: str) -> set[Operation]:
+    """The ATen operations of these names that the torch at hand has."""
+    packets = [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
+    return {packet.default for packet in packets}
+
+
+MATMULS = frozenset(_existing("mm", "addmm", "_scaled_mm", "_scaled_mm_v2"))
+"""What a linear layer runs, in high precision or in float8."""
+
+_ATTENTION = {
+    *_existing(
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_fused_attention_overrideable",
+    ),
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def register_attention(operation: Operation) -> None:
+    """Lets ``selective`` keep the outputs of one more attention operation; its module calls this at import."""
+    _ATTENTION.add(operation)
+
+
+def is_checkpointed(index: int, config: ActivationCheckpointConfig) -> bool:
+    """Whether block ``index`` recomputes anything: every ``skip_interval``-th does not."""
+    return config.mode != "none" and not (config.skip_interval and (index + 1) % config.skip_interval == 0)
+
+
+def is_kept(matmul: int, config: ActivationCheckpointConfig) -> bool:
+    """Whether the output of a block's ``matmul``-th matrix product, counted from 0, is kept in a checkpointed block."""
+    return config.mode == "selective" and (matmul + 1) % config.interval == 0
+
+
+def describe(config: ActivationCheckpointConfig) -> str:
+    """What is kept and what is recomputed, for people."""
+    if config.mode == "none":
+        return "no activation recomputed"
+    text = "full: keeps each block's input"
+    if config.mode == "selective":
+        text = f"selective: keeps attention outputs and every {_ordinal(config.interval)}matmul"
+    if config.skip_interval:
+        text += f", all of every {_ordinal(config.skip_interval)}block"
+    return text
+
+
+def apply_activation_checkpointing(blocks: Iterable[nn.Module], config: ActivationCheckpointConfig) -> None:
+    """Makes the blocks recompute themselves in backward as ``config`` says."""
+    # No block draws random numbers, so there is no generator state to keep.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if config.mode == "selective":
+        options["context_fn"] = functools.partial(_selective_contexts, config)
+    for index, block in enumerate(blocks):
+        if is_checkpointed(index, config):
+            block.forward = functools.partial(checkpoint, block.forward, **options)
+
+
+def _selective_contexts(
+    config: ActivationCheckpointConfig,
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """One forward's and its recomputation's contexts, with counters of their own."""
+    return create_selective_checkpoint_contexts(_Policy(config))
+
+
+class _Policy:
+    """Says of each operation in a block whether its output is kept."""
+
+    def __init__(self, config: ActivationCheckpointConfig) -> None:
+        self.config = config
+        self.num_matmuls = {False: 0, True: 0}
+
+    def __call__(
+        self, context: SelectiveCheckpointContext, operation: Operation, *args: Any, **kwargs: Any
+    ) -> CheckpointPolicy:
+        kept = operation in _ATTENTION
+        if operation in MATMULS:
+            kept = is_kept(self.num_matmuls[context.is_recompute], self.config)
+            self.num_matmuls[context.is_recompute] += 1
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _ordinal(number: int) -> str:
+    """``2`` as "2nd ", and ``1`` as nothing: every matmul."""
+    if number == 1:
+        return ""
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    ending = "th" if number // 10 % 10 == 1 else endings.get(number % 10, "th")
+    return f"{number}{ending} "

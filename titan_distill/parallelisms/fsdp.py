@@ -1,34 +1,71 @@
-"""Fully sharded data parallel (FSDP2) for any network with a list of equal blocks.
+"""Fully sharded data parallel (FSDP2, HSDP) for any network with a list of equal blocks.
 
 Losses are already divided by the global sample count, so gradients must be summed over ranks, not averaged: uneven
-shards stay right and one rank, many ranks and micro-batches give the same update.
+shards stay right and one rank, many ranks and micro-batches give the same update. Sequence ranks are part of the
+sharded axis: their gradients are parts of one sum, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 
-def apply_fsdp(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """Shards ``blocks`` one by one and the rest of ``module`` as the root unit.
+@dataclass(frozen=True)
+class FsdpOptions:
+    """How a role is sharded.
 
-    Computes in ``compute_dtype``, reduces gradients in fp32. Inputs keep their dtype: timesteps must never be cast
-    down.
+    Attributes:
+        compute_dtype: of forward and backward; gradients are reduced in fp32.
+        reshard_after_forward: free a block's gathered weights after its forward and gather them again for its backward.
+        cpu_offload: keep shards, gradients and optimizer state in host memory.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+    compute_dtype: torch.dtype
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+
+
+def apply_fsdp(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, options: FsdpOptions) -> None:
+    """Shards ``blocks`` one by one and the rest of ``module`` as the root unit. Inputs keep their dtype: timesteps must
+    never be cast down."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=options.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    pinned = torch.cuda.is_available()
+    offload = CPUOffloadPolicy(pin_memory=pinned) if options.cpu_offload else OffloadPolicy()
     units = [*blocks, module]
     for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        # The backward begins with the last block: freeing its weights would only mean to gather them at once again.
+        reshard = options.reshard_after_forward and unit not in (*blocks[-1:], module)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
     for unit in units:
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         # gloo has no pre-multiplied sum; a plain SUM is what a divide factor of 1 means anyway.
         unit.set_force_sum_reduction_for_comms(True)
+    # The host may run ahead of the device, but not past an all-gather that it has not issued: name the next one.
+    for unit, following in pairwise(blocks):
+        assert isinstance(unit, FSDPModule) and isinstance(following, FSDPModule)
+        unit.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([unit])
+
+
+def reshard(module: nn.Module) -> None:
+    """Puts every parameter back to its shard.
+
+    FSDP leaves what it does not reshard (the root, the last block) gathered after a forward that no backward follows, a
+    rollout for instance; ``module.parameters()`` would then be tensors that nobody keeps.
+    """
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:

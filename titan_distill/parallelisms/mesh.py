@@ -1,7 +1,13 @@
 """Device meshes: which ranks do what together.
 
-``dp_replicate × dp_shard`` ranks each hold a shard of the parameters and see their own samples (HSDP; plain FSDP when
-``dp_replicate`` is 1). One mesh serves all parameters of a role, so that one gradient-norm reduction is right.
+One grid of ranks, ``dp_replicate × dp_shard × sequence × tensor`` with tensor innermost, is seen in three ways:
+
+- *parameters*, ``dp_replicate × fsdp × tensor`` with fsdp = dp_shard × sequence. All parameters of a role are DTensors
+  on this one mesh, so one gradient norm is right. Ranks of a sequence group hold partial gradients (each saw its own
+  tokens), exactly like ranks with different samples; that is why they share FSDP's axis.
+- *tokens*, ``data × sequence × tensor``: who exchanges tokens with whom.
+- *exchange*, ``data × exchange × data group``: where a role's ranks span several data groups, who hands samples to
+  whom. A *data group* is the sequence × tensor ranks of the default layout: they load the same samples.
 """
 
 from __future__ import annotations
@@ -15,6 +21,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from titan_distill.parallelisms.degrees import Degrees
+from titan_distill.parallelisms.exchange import BatchExchange
 
 
 @dataclass(frozen=True)
@@ -31,9 +40,112 @@ class World:
         return self.rank == 0
 
 
+class RoleMesh:
+    """The meshes of one layout.
+
+    ``data_group`` is the number of ranks that load the same samples.
+    """
+
+    def __init__(self, degrees: Degrees, data_group: int, device_type: str) -> None:
+        self.degrees, self.data_group = degrees, data_group
+        assert degrees.model_parallel % data_group == 0, "the configuration checks this"
+        shape = {"dp_replicate": degrees.dp_replicate, "fsdp": degrees.dp_shard * degrees.sequence}
+        shape["tensor"] = degrees.tensor
+        kept = {axis: size for axis, size in shape.items() if size > 1 or axis == "fsdp"}
+        self.parameters: DeviceMesh = _mesh(device_type, kept)
+        self._tokens: DeviceMesh | None = None
+        if degrees.sequence > 1:
+            self._tokens = _mesh(
+                device_type,
+                {"data": degrees.data_parallel, "sequence": degrees.sequence, "tensor": degrees.tensor},
+            )
+        self.num_exchanged = degrees.model_parallel // data_group
+        self._exchange: DeviceMesh | None = None
+        if self.num_exchanged > 1:
+            self._exchange = _mesh(
+                device_type,
+                {"data": degrees.data_parallel, "exchange": self.num_exchanged, "data_group": data_group},
+            )
+
+    @property
+    def fsdp(self) -> DeviceMesh:
+        """The axes over which FSDP shards, and replicates where there are replicas."""
+        return self.parameters["dp_replicate", "fsdp"] if self.degrees.dp_replicate > 1 else self.parameters["fsdp"]
+
+    @property
+    def tensor(self) -> DeviceMesh | None:
+        """The tensor axis of the parameters; None where it has one rank."""
+        return self.parameters["tensor"] if self.degrees.tensor > 1 else None
+
+    @property
+    def sequence_group(self) -> dist.ProcessGroup | None:
+        """Ranks that share the tokens of a sample; None where that is one."""
+        return None if self._tokens is None else self._tokens.get_group("sequence")
+
+    @property
+    def exchange_group(self) -> dist.ProcessGroup | None:
+        """One rank of each data group that this layout's sequence × tensor ranks span; None where it is one."""
+        return None if self._exchange is None else self._exchange.get_group("exchange")
+
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Every process group of these meshes."""
+        meshes = [mesh for mesh in (self.parameters, self._tokens, self._exchange) if mesh is not None]
+        return [group for mesh in meshes for group in mesh.get_all_groups()]
+
+
+class Layouts:
+    """The layouts of a run: one for the data, one for each role; equal layouts share their process groups.
+
+    Without a process group (one process) there are no meshes, and ``role`` answers None.
+    """
+
+    def __init__(self, world: World, default: Degrees, roles: dict[str, Degrees]) -> None:
+        self.data_group = default.model_parallel
+        self.data_rank, self.num_data_groups = world.rank // self.data_group, world.size // self.data_group
+        self.degrees = roles
+        self._meshes: dict[Degrees, RoleMesh] = {}
+        if dist.is_initialized():
+            # In one order on all ranks: making a group is collective.
+            for degrees in dict.fromkeys(roles.values()):
+                self._meshes[degrees] = RoleMesh(degrees, self.data_group, _mesh_device(world))
+
+    def role(self, name: str) -> RoleMesh | None:
+        """The meshes of a role; None without a process group."""
+        return self._meshes.get(self.degrees[name]) if self._meshes else None
+
+    @classmethod
+    def alone(cls, device: torch.device) -> Layouts:
+        """Of a process that works for itself."""
+        return cls(World(rank=0, size=1, device=device), Degrees(), {})
+
+    def exchange(self, name: str) -> BatchExchange | None:
+        """How data groups share the role; None where each has its own ranks for it."""
+        mesh = self.role(name)
+        group = None if mesh is None else mesh.exchange_group
+        return None if group is None else BatchExchange(group)
+
+    def groups(self) -> list[dist.ProcessGroup]:
+        return [group for mesh in self._meshes.values() for group in mesh.groups()]
+
+
+def _mesh_device(world: World) -> str:
+    return "cpu" if world.device.type == "meta" else world.device.type
+
+
+def _mesh(device_type: str, shape: dict[str, int]) -> DeviceMesh:
+    return init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+
+
 def num_ranks() -> int:
     """Ranks of this run, from torchrun's environment; known before any process group exists."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def default_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def start_world(timeout_seconds: float, force_group: bool = False) -> World:
@@ -41,10 +153,8 @@ def start_world(timeout_seconds: float, force_group: bool = False) -> World:
 
     One process gets a process group only when ``force_group`` asks for one (FSDP's mixed precision needs it).
     """
-    rank, size = int(os.environ.get("RANK", 0)), num_ranks()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    rank, size, device = int(os.environ.get("RANK", 0)), num_ranks(), default_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1 or force_group:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -54,20 +164,11 @@ def start_world(timeout_seconds: float, force_group: bool = False) -> World:
     return World(rank, size, device)
 
 
-def data_parallel_mesh(world: World, dp_replicate: int, dp_shard: int) -> DeviceMesh | None:
-    """A mesh with the axes ``dp_replicate`` (when > 1) and ``dp_shard``; None without a process group."""
-    assert dp_replicate * dp_shard == world.size, "the configuration checks degrees against the world size"
-    if not dist.is_initialized():
-        return None
-    if dp_replicate == 1:
-        return init_device_mesh(world.device.type, (dp_shard,), mesh_dim_names=("dp_shard",))
-    return init_device_mesh(world.device.type, (dp_replicate, dp_shard), mesh_dim_names=("dp_replicate", "dp_shard"))
-
-
-def tighten_timeout(seconds: float, mesh: DeviceMesh | None) -> None:
+def tighten_timeout(seconds: float, layouts: Layouts) -> None:
     """Limits how long ranks wait for each other from now on; start-up, with compilation and loading, is given more."""
-    groups = [] if mesh is None else [None, *mesh.get_all_groups()]
-    for group in groups:
+    if not dist.is_initialized():
+        return
+    for group in [None, *layouts.groups()]:
         # The only way to change it; TorchTitan does the same.
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
@@ -82,8 +183,12 @@ def main_rank_first() -> Iterator[None]:
         dist.barrier()
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """In-place sum of a small tensor over all ranks; the tensor itself in a world of one."""
+def sum_over_samples(values: torch.Tensor, data_group: int) -> torch.Tensor:
+    """In-place sum of a small tensor over all samples of a global batch, where every rank holds the sum over its own.
+
+    All ranks of a data group hold the same samples, so each is counted as often as the group has ranks.
+    """
     if dist.is_initialized():
         dist.all_reduce(values)
+        values /= data_group
     return values

@@ -35,10 +35,10 @@ NOTHING = Reading(None, None, None)
 
 # Saturation (max - min over RGB, in [0, 1]) that tells a shape from the grey background.
 _MIN_SATURATION = 0.15
-# Share of the frame that a shape covers: drawn ones take 0.04 to 0.09.
-_MIN_COVER, _MAX_COVER = 0.015, 0.2
+# Share of the frame that a shape covers: drawn ones take 0.059 (triangles) to 0.174 (squares).
+_MIN_COVER, _MAX_COVER = 0.03, 0.35
 _MAX_HUE_ERROR_DEGREES = 25.0
-# Drawn shapes travel 19 pixels or more, along one axis only.
+# Drawn shapes travel 16 pixels or more, along one axis only.
 _MIN_TRAVEL_PIXELS = 8.0
 _MIN_TRAVEL_RATIO = 2.0
 # Spread of the foreground around its centre over that of a disc of equal area: 1.0 for a circle, 1.05 for a square,
@@ -147,8 +147,8 @@ def _shape(masks_THW: npt.NDArray[np.bool_]) -> str | None:
     return best if scores[best] > _MIN_OVERLAP and scores[best] - scores[second] > _MIN_LEAD else None
 
 
-# Intersection over union with a pattern of equal area and centre: the right pattern has 0.93 or more on drawn clips,
-# a circle and a square of equal area 0.83, either with a triangle less than 0.75.
+# Intersection over union with a pattern of equal area and centre: the right pattern has 0.99 or more on drawn clips,
+# a circle and a square of equal area 0.83, either with a triangle 0.7.
 _MIN_OVERLAP = 0.80
 _MIN_LEAD = 0.02
 

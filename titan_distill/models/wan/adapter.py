@@ -15,11 +15,15 @@ from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import schedule
 from titan_distill.models.base import Adapter, Condition
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.observability.flops import WorkCounter, forward_flops
+from titan_distill.models.wan.vae import decode_latents, encode_video
+from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
+from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
+
+    from titan_distill.config_sections import ActivationCheckpointConfig
 
 
 class WanAdapter(Adapter):
@@ -35,14 +39,16 @@ class WanAdapter(Adapter):
         vae: AutoencoderKLWan | None,
         text_encoder: TextEncoder | None,
         device: torch.device,
-        recompute: bool = False,
+        layouts: Layouts,
+        checkpointing: ActivationCheckpointConfig,
     ) -> None:
-        """``recompute``: trained roles run with activation checkpointing, which the FLOP count must know."""
+        """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know."""
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
-        self.recompute = recompute
+        self.checkpointing = checkpointing
         _, frames, height, width = latent_shape
         self.work: WorkCounter = WorkCounter(tokens_per_sample=frames * (height // 2) * (width // 2))
         self.max_text_tokens = max_text_tokens
+        self.layouts = layouts
         self.vae, self.text_encoder = vae, text_encoder
         self._negative_LD = None if negative_embedding_LD is None else negative_embedding_LD.to(device)
 
@@ -75,24 +81,27 @@ class WanAdapter(Adapter):
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
         transformer = role.transformer
         assert isinstance(transformer, WanTransformer)
-        flops = forward_flops(transformer.config, self.work.tokens_per_sample, condition["text"].shape[1]).total
-        self.work.forward(flops * len(x), backward=torch.is_grad_enabled() and role.trainable, recompute=self.recompute)
-        # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
-        return transformer(x, schedule.timestep(sigma_B), condition["text"]).to(x.dtype)
+        config, num_tokens = transformer.config, (self.work.tokens_per_sample, condition["text"].shape[1])
+        # The ranks that load the same samples share their work, in whatever layout.
+        own_flops = forward_flops(config, *num_tokens).total * len(x) / self.layouts.data_group
+        self.work.forward(
+            own_flops,
+            backward=torch.is_grad_enabled() and role.trainable,
+            recompute=recomputed_share(config, self.checkpointing, *num_tokens),
+        )
 
-    @torch.no_grad()
+        def forward(x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+            # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
+            return transformer(x, schedule.timestep(sigma_B), condition["text"]).to(x.dtype)
+
+        exchange = self.layouts.exchange(role.name)
+        return forward(x, sigma_B, condition) if exchange is None else exchange.run(forward, x, sigma_B, condition)
+
     def decode_latents(self, latents: Tensor) -> Tensor:
-        vae = self._vae()
-        mean, std = self._latent_statistics(vae)
-        pixels = vae.decode((latents.float() * std + mean).to(vae.dtype)).sample.float()
-        return pixels.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+        return decode_latents(self._vae(), latents)
 
-    @torch.no_grad()
     def encode_video(self, videos: Tensor) -> Tensor:
-        vae = self._vae()
-        mean, std = self._latent_statistics(vae)
-        pixels = videos.to(self.device).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
-        return (vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float() - mean) / std
+        return encode_video(self._vae(), videos)
 
     def _vae(self) -> AutoencoderKLWan:
         if self.vae is None:
@@ -100,10 +109,3 @@ class WanAdapter(Adapter):
                 "no VAE to go between pixels and latents; set pipeline_config.path to a diffusers folder with vae"
             )
         return self.vae
-
-    def _latent_statistics(self, vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
-        shape = (1, vae.config.z_dim, 1, 1, 1)
-        return (
-            torch.tensor(vae.config.latents_mean, device=self.device).view(shape),
-            torch.tensor(vae.config.latents_std, device=self.device).view(shape),
-        )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.layers import FeedForward, Float32LayerNorm, Float32Linear
+from titan_distill.parallelisms.tensor import local
 
 MAX_PERIOD = 10000.0
 
@@ -30,7 +31,8 @@ class PatchEmbedding(nn.Conv3d):
     """
 
     def forward(self, patches_BLP: Tensor) -> Tensor:
-        return F.linear(patches_BLP.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+        bias = None if self.bias is None else local(self.bias)
+        return F.linear(patches_BLP.to(self.weight.dtype), local(self.weight).flatten(1), bias)
 
 
 class TwoLayerMlp(nn.Module):
@@ -63,7 +65,7 @@ class ImageEmbedding(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         if self.pos_embed is not None:
             # First and last frame come as two batch entries and become one sequence of a sample.
-            image = image.reshape(-1, 2 * image.shape[1], image.shape[2]) + self.pos_embed
+            image = image.reshape(-1, 2 * image.shape[1], image.shape[2]) + local(self.pos_embed)
         return self.norm2(self.ff(self.norm1(image)))
 
 

@@ -12,6 +12,8 @@ Shape suffixes: B batch, L video tokens, S keys, M model width, N heads, D head 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from titan_distill.attention.dense import AttentionCore, dense_attention
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.tokens import TokenContext, apply_rotary
+from titan_distill.parallelisms.tensor import local
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -30,16 +33,30 @@ class Float32Linear(nn.Linear):
     """A linear layer that computes in fp32 (or better) even if its weights are stored in less."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = at_least_float32(self.weight.dtype)
-        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return self.compute(x, self.weight, self.bias)
+
+    @staticmethod
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's product with other weights: those that tensor parallelism finds on this rank."""
+        dtype = at_least_float32(weight.dtype)
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 class Float32LayerNorm(nn.LayerNorm):
-    """A layer norm that computes and returns fp32 (or better)."""
+    """A layer norm that computes and returns fp32 (or better).
+
+    `share` is what happens to its parameters first: nothing, unless ranks share its tokens.
+    """
+
+    share: Callable[[Tensor], Tensor] = staticmethod(_unchanged)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = at_least_float32(x.dtype)
-        weight, bias = (p if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        weight, bias = (p if p is None else self.share(local(p)).to(dtype) for p in (self.weight, self.bias))
         return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
 
@@ -151,7 +168,12 @@ def add_gated(residual: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 
 
 class WanBlock(nn.Module):
-    """Modulated self-attention, cross-attention, modulated feed-forward."""
+    """Modulated self-attention, cross-attention, modulated feed-forward.
+
+    `share` is what happens to modulation first: nothing, unless ranks share the tokens.
+    """
+
+    share: Callable[[Tensor], Tensor] = staticmethod(_unchanged)
 
     def __init__(self, config: WanConfig, self_attention: AttentionCore) -> None:
         super().__init__()
@@ -176,7 +198,7 @@ class WanBlock(nn.Module):
             rows_R6M: fp32 time modulation: shift, scale, gate of self-attention, then of the feed-forward.
             context: the tokens' tiles, phases and rows.
         """
-        rows_R6M = rows_R6M + self.scale_shift_table
+        rows_R6M = self.share(rows_R6M + local(self.scale_shift_table))
         # In two halves: per-token parts are as large as the activations.
         shift, scale, gate = modulation_parts(rows_R6M[:, :3], context.row_BL)
         x_BLM = add_gated(x_BLM, self.attn1(modulate(self.norm1(x_BLM), shift, scale), context), gate)

@@ -5,50 +5,125 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+from titan_kernels import tile_layout
 
+from titan_distill.attention.dense import dense_attention
+from titan_distill.config_parsing import nearest_divisors
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.state_dict import load_weights
+from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.activation_checkpoint import apply_activation_checkpointing
-from titan_distill.parallelisms.fsdp import apply_fsdp
+from titan_distill.parallelisms.compile import compile_blocks
+from titan_distill.parallelisms.degrees import Degrees
+from titan_distill.parallelisms.float8 import apply_float8, finish_float8
+from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
+from titan_distill.parallelisms.mesh import RoleMesh
+from titan_distill.parallelisms.sequence import SequenceParallel, choose_method
+from titan_distill.parallelisms.tensor import enable_async_communication
+
+if TYPE_CHECKING:
+    from titan_distill.config_sections import (
+        ActivationCheckpointConfig,
+        CompileConfig,
+        Float8Config,
+        ParallelismConfig,
+    )
+
+HIGH_PRECISION = ("condition_embedder", "patch_embedding", "proj_out")
+"""What never computes in float8: the conditions, with timesteps and modulation, the first layer and the last."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """Everything about a role's network but its architecture and weights."""
 
-    mesh: DeviceMesh | None
+    mesh: RoleMesh | None
+    """None for one process without a process group."""
+    parallelism: ParallelismConfig
     device: torch.device
     trainable: bool
     storage_dtype: torch.dtype
     compute_dtype: torch.dtype
-    activation_checkpoint: str
-    compile: bool
+    activation_checkpoint: ActivationCheckpointConfig
+    compile: CompileConfig
+    float8: Float8Config
 
 
 def build_transformer(architecture: WanConfig, weights: Path | None, layout: Layout, seed: int) -> WanTransformer:
     """Builds one role's transformer. ``weights`` is a diffusers folder, or None for random ones drawn from ``seed``.
 
-    With ``layout.device`` = meta the result has shapes and no storage. Raises ValueError for weights that do not fit.
+    With ``layout.device`` = meta the result has shapes and no storage. Raises ValueError for weights or degrees that do
+    not fit.
     """
+    mesh, parallelism = layout.mesh, layout.parallelism
     with torch.device("meta"):
         model = WanTransformer.from_config(architecture)
     model.to(layout.storage_dtype).requires_grad_(layout.trainable)
+    apply_float8(model, layout.float8, high_precision=HIGH_PRECISION, device=layout.device)
+    if mesh is not None and mesh.tensor is not None:
+        apply_tensor_parallel(model, mesh.tensor, by_tokens=parallelism.token_region)
+        if parallelism.async_tensor:
+            enable_async_communication(mesh.tensor)
+    if mesh is not None:
+        apply_sequence_parallel(model, mesh, parallelism)
     if layout.trainable:
         apply_activation_checkpointing(model.blocks, layout.activation_checkpoint)
-    if layout.compile:
-        for block in model.blocks:
-            block.compile()
-    if layout.mesh is not None:
-        apply_fsdp(model, model.blocks, layout.mesh, layout.compute_dtype)
+    compile_blocks(model.blocks, layout.compile)
+    if mesh is not None:
+        options = FsdpOptions(layout.compute_dtype, parallelism.reshard_after_forward, parallelism.cpu_offload)
+        apply_fsdp(model, list(model.blocks), mesh.fsdp, options)
     if layout.device.type == "meta":
         return model
-    model.to_empty(device=layout.device)
+    model.to_empty(device="cpu" if parallelism.cpu_offload else layout.device)
     if weights is not None:
         load_weights(model, weights)
     else:
         model.reset_parameters(seed)
+    finish_float8(model, layout.float8)
     return model
+
+
+def apply_sequence_parallel(model: WanTransformer, mesh: RoleMesh, parallelism: ParallelismConfig) -> None:
+    """Shares the tokens of a sample among the ranks of the sequence axis.
+
+    Ranks of the tensor axis may cut a rank's tokens further, which then must come in multiples of their number.
+    """
+    degrees = mesh.degrees
+    multiple = degrees.tensor if parallelism.token_region else 1
+    if degrees.sequence == 1 and multiple == 1:
+        return
+    method = parallelism.sequence_method
+    if method == "auto":
+        method = choose_method(model.config.num_attention_heads, degrees.sequence, degrees.tensor)
+    model.sequence = SequenceParallel(mesh.sequence_group, method, multiple)
+    model.set_self_attention(model.sequence.attention(dense_attention))
+
+
+def check_degrees(
+    key: str, architecture: WanConfig, degrees: Degrees, sequence_method: str, grid: tuple[int, int, int]
+) -> None:
+    """Checks degrees against a model and a ``grid`` of tokens along (frames, height, width).
+
+    Raises ValueError with the nearest valid choices.
+    """
+    heads, tensor, sequence = architecture.num_attention_heads, degrees.tensor, degrees.sequence
+    if heads % tensor:
+        raise ValueError(
+            f"{key}: tensor = {tensor} does not divide the {heads} attention heads; set it to "
+            f"{nearest_divisors(tensor, heads)}"
+        )
+    if sequence_method == "ulysses" and heads % (sequence * tensor):
+        raise ValueError(
+            f"{key}: Ulysses needs sequence × tensor = {sequence} × {tensor} to divide the {heads} attention heads; "
+            f"set sequence to {nearest_divisors(sequence, heads // tensor)}, or sequence_method to 'all_gather'"
+        )
+    num_tiles = tile_layout(grid).num_tiles
+    if sequence > num_tiles:
+        raise ValueError(
+            f"{key}: sequence = {sequence} ranks can't share the {num_tiles} tiles of "
+            f"{grid[0]} × {grid[1]} × {grid[2]} tokens; set it to {num_tiles} or less"
+        )

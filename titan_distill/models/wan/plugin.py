@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
+from titan_distill.config_world import role_parallelism
 from titan_distill.data.text import TextEncoder
 from titan_distill.dispatch import register_model
 from titan_distill.models.base import Adapter, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
-from titan_distill.models.wan.parallelize import Layout, build_transformer
+from titan_distill.models.wan.parallelize import Layout, build_transformer, check_degrees
 from titan_distill.models.wan.state_dict import copy_full_tensor, read_config, save_folder
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.parallelisms.mesh import main_rank_first
+from titan_distill.models.wan.vae import load_vae
+from titan_distill.parallelisms.degrees import Degrees
+from titan_distill.parallelisms.mesh import Layouts, RoleMesh, main_rank_first
 
 if TYPE_CHECKING:
     from titan_distill.config import Config, RoleConfig
@@ -73,23 +75,39 @@ class WanFamily(ModelFamily):
                     f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}"
                 )
 
-    def build_module(self, name: str, role: RoleConfig, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
+    def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
         config = self.config
         compute_dtype = DTYPES[config.training.dtype]
         auto_dtype = torch.float32 if role.trainable else compute_dtype
         layout = Layout(
             mesh=mesh,
+            parallelism=role_parallelism(config, name),
             device=device,
             trainable=role.trainable,
             storage_dtype=auto_dtype if role.dtype == "auto" else DTYPES[role.dtype],
             compute_dtype=compute_dtype,
-            activation_checkpoint=config.activation_checkpoint.mode,
-            compile=config.compile.enabled,
+            activation_checkpoint=config.activation_checkpoint,
+            compile=config.compile,
+            float8=config.float8.for_role(name),
         )
         weights = _transformer_folder(role.path or role.init_from)
         if device.type == "meta" and role.flavor:
             weights = None  # the architecture is known by name: a dry run needs no files
         return build_transformer(self._architecture(name, role, weights), weights, layout, config.job.seed)
+
+    def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
+        pipeline = self.config.pipeline_config
+        for name, layout in degrees.items():
+            weights = _transformer_folder(self.config.roles[name].path or self.config.roles[name].init_from)
+            if self.config.roles[name].flavor:
+                weights = None  # known without the files
+            check_degrees(
+                f"roles.{name}",
+                self._architecture(name, self.config.roles[name], weights),
+                layout,
+                role_parallelism(self.config, name).sequence_method,
+                ((pipeline.num_frames - 1) // 4 + 1, pipeline.height // 16, pipeline.width // 16),
+            )
 
     def _architecture(self, name: str, role: RoleConfig, weights: Path | None) -> WanConfig:
         if weights is None:
@@ -131,16 +149,12 @@ class WanFamily(ModelFamily):
         config = _wan(module).config
         return {"channels": config.out_channels, "text width": config.text_dim}
 
-    def build_adapter(self, device: torch.device) -> Adapter:
+    def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
         config, pipeline = self.config, self.config.pipeline_config
         vae = text_encoder = negative = None
         channels, spatial, temporal = 16, 8, 4
         if pipeline.path:
-            from diffusers import AutoencoderKLWan  # seconds to import, and not needed to check a configuration
-
-            vae = (
-                AutoencoderKLWan.from_pretrained(pipeline.path, subfolder="vae").to(device).eval().requires_grad_(False)
-            )
+            vae = load_vae(Path(pipeline.path), device)
             channels, spatial, temporal = (
                 vae.config.z_dim,
                 vae.config.scale_factor_spatial,
@@ -164,14 +178,15 @@ class WanFamily(ModelFamily):
             vae=vae,
             text_encoder=text_encoder,
             device=device,
-            recompute=config.activation_checkpoint.mode == "full",
+            layouts=layouts,
+            checkpointing=config.activation_checkpoint,
         )
 
-    def build_validator(self, adapter: Adapter, folder: Path) -> Validator:
+    def build_validator(self, adapter: Adapter, folder: Path, layouts: Layouts) -> Validator:
         assert isinstance(adapter, WanAdapter)
         from titan_distill.models.wan.validator import WanValidator
 
-        return WanValidator(self.config, adapter, folder)
+        return WanValidator(self.config, adapter, folder, layouts)
 
 
 def _wan(module: nn.Module) -> WanTransformer:

@@ -1,8 +1,9 @@
 """Wan weights on disk: the folder format of diffusers, one tensor at a time.
 
 A folder holds `config.json` and either one `diffusion_pytorch_model.safetensors` or several with an index. Our
-parameter names are diffusers', so nothing is renamed. Reading never holds more than one full tensor besides the model:
-a 14B role is built on the meta device, sharded, materialised, and then filled shard by shard from memory-mapped files.
+parameter names are diffusers', so nothing is renamed. Reading never holds more than one tensor besides the model, and
+of that only this rank's part: a 14B role is built on the meta device, sharded, materialised, and then filled from
+memory-mapped files.
 Writing holds one file's worth. Names and shapes are checked from the file headers before the first value is copied.
 """
 
@@ -17,9 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.parallelisms.shards import local_region
+from titan_distill.parallelisms.tensor import local
 
 if TYPE_CHECKING:
     from titan_distill.models.wan.transformer import WanTransformer
@@ -36,13 +39,13 @@ UNUSED_KEY = "norm_added_q"
 @torch.no_grad()
 def copy_full_tensor(parameter: Tensor, full: Tensor) -> None:
     """Copy a whole tensor into a parameter, or this rank's shard of it into a DTensor; no communication."""
+    _fill(parameter, full[local_region(parameter)])
+
+
+def _fill(parameter: Tensor, part: Tensor) -> None:
+    """Copy what this rank holds of a tensor into its parameter."""
     assert not parameter.is_meta, "materialise the model with to_empty before filling it"
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(full)
-        return
-    # Every rank has the whole tensor, so nobody needs to broadcast it: hence no source rank.
-    sharded = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.to_local().copy_(sharded.to_local())
+    local(parameter).copy_(part)
 
 
 def read_config(folder: str | Path) -> WanConfig:
@@ -57,6 +60,7 @@ def read_config(folder: str | Path) -> WanConfig:
     return WanConfig.from_diffusers(_read_json(folder / CONFIG_NAME))
 
 
+@torch.no_grad()
 def load_weights(model: WanTransformer, folder: str | Path) -> None:
     """Fill `model` with the weights of a diffusers folder, in the model's own dtypes, devices and shards.
 
@@ -75,7 +79,8 @@ def load_weights(model: WanTransformer, folder: str | Path) -> None:
     for path in _weight_files(folder):
         with _open(path) as file:
             for name in _used_keys(file):
-                copy_full_tensor(parameters[name], file.get_tensor(name))
+                if local(parameters[name]).numel():  # FSDP leaves the last ranks without a part of a small tensor
+                    _fill(parameters[name], file.get_slice(name)[local_region(parameters[name])])
 
 
 def save_folder(

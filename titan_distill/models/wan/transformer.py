@@ -37,6 +37,9 @@ from titan_distill.models.wan.layers import (
 )
 from titan_distill.models.wan.state_dict import copy_full_tensor
 from titan_distill.models.wan.tokens import TokenContext, patchify, token_context, token_grid, unpatchify
+from titan_distill.parallelisms import collectives
+from titan_distill.parallelisms.sequence import SequenceParallel
+from titan_distill.parallelisms.tensor import TokenRegion, local
 
 
 class WanTransformer(nn.Module):
@@ -52,6 +55,9 @@ class WanTransformer(nn.Module):
         self.norm_out = Float32LayerNorm(dim, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, config.out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
+        # What other ranks do with the tokens: set by `parallelize`.
+        self.sequence: SequenceParallel | None = None
+        self.token_region: TokenRegion | None = None
         if not self.scale_shift_table.is_meta:
             self.reset_parameters()
 
@@ -108,15 +114,36 @@ class WanTransformer(nn.Module):
         embedded_RM, rows_R6M, text_BSM, image_BSM = self.condition_embedder(
             timestep_R, encoder_hidden_states, encoder_hidden_states_image
         )
-        patches_BLP = patchify(hidden_states, self.config.patch_size)
-        x_BLM = self.patch_embedding(patches_BLP.index_select(1, context.layout.permutation))
-        for block in self.blocks:
-            x_BLM = block(x_BLM, text_BSM, image_BSM, rows_R6M, context)
-        velocity_BLP = self._head(x_BLM, embedded_RM, context).index_select(1, context.layout.inverse)
+        patches_BLP = patchify(hidden_states, self.config.patch_size).index_select(1, context.layout.permutation)
+        if self.sequence is not None:
+            patches_BLP = self.sequence.shard(patches_BLP, context.layout)
+            context = _sequence_context(context, self.sequence)
+        x_BLM = self._run_blocks(self.patch_embedding(patches_BLP), text_BSM, image_BSM, rows_R6M, context)
+        velocity_BLP = self._head(x_BLM, embedded_RM, context)
+        if self.sequence is not None:
+            velocity_BLP = self.sequence.gather(velocity_BLP, context.layout)
+        velocity_BLP = velocity_BLP.index_select(1, context.layout.inverse)
         return unpatchify(velocity_BLP, grid, self.config.patch_size).to(hidden_states.dtype)
 
+    def _run_blocks(
+        self, x_BLM: Tensor, text_BSM: Tensor, image_BSM: Tensor | None, rows_R6M: Tensor, context: TokenContext
+    ) -> Tensor:
+        if self.token_region is None:
+            for block in self.blocks:
+                x_BLM = block(x_BLM, text_BSM, image_BSM, rows_R6M, context)
+            return x_BLM
+        # Tensor-parallel ranks hold a run of tokens each; phases stay whole, for attention is a region with all tokens.
+        group = self.token_region.group
+        x_BLM = collectives.shard(x_BLM, 1, group)
+        if context.row_BL is not None:
+            context = replace(context, row_BL=collectives.shard(context.row_BL, 1, group))
+        for block in self.blocks:
+            x_BLM = block(x_BLM, text_BSM, image_BSM, rows_R6M, context)
+        return collectives.gather(x_BLM, 1, group)
+
     def _head(self, x_BLM: Tensor, embedded_RM: Tensor, context: TokenContext) -> Tensor:
-        shift, scale = modulation_parts(self.scale_shift_table + embedded_RM[:, None], context.row_BL)
+        table_12M = local(self.scale_shift_table)
+        shift, scale = modulation_parts(table_12M + embedded_RM[:, None], context.row_BL)
         return self.proj_out(modulate(self.norm_out(x_BLM), shift, scale).to(self.proj_out.weight.dtype))
 
     def _check_inputs(self, latents: Tensor, text: Tensor, image: Tensor | None) -> None:
@@ -132,6 +159,17 @@ class WanTransformer(nn.Module):
         if (image is None) != (self.config.image_dim is None):
             got = "no image embeddings" if image is None else "image embeddings"
             raise ValueError(f"got {got} for a model with image_dim {self.config.image_dim}")
+
+
+def _sequence_context(context: TokenContext, sequence: SequenceParallel) -> TokenContext:
+    """The phases and rows of this rank's tokens."""
+    layout, row_BL = context.layout, context.row_BL
+    return replace(
+        context,
+        cos_LD=sequence.shard(context.cos_LD, layout, 0),
+        sin_LD=sequence.shard(context.sin_LD, layout, 0),
+        row_BL=None if row_BL is None else sequence.shard(row_BL, layout, 1),
+    )
 
 
 def _timestep_rows(timestep: Tensor, batch_size: int, context: TokenContext) -> tuple[Tensor, TokenContext]:

@@ -1,9 +1,9 @@
 """Validation of Wan models: sample what the method asks for, decode, score, and show.
 
-Prompts are split over ranks; every rank samples equally many (the last ones may repeat), because with sharded weights a
-forward pass is a collective. Rank 0 gathers latents, scores and the few videos that are shown, and writes mp4s and one
-contact sheet a validation. Baselines (the teacher, the student before training) are sampled once, before the first
-step, and kept in ``baselines/``, so that a resumed run compares with the very same samples.
+Prompts are split over data groups; every rank samples equally many (the last ones may repeat), because with sharded
+weights a forward pass is a collective. Rank 0 gathers latents, scores and the few videos that are shown, and writes
+mp4s and one contact sheet a validation. Baselines (the teacher, the student before training) are sampled once, before
+the first step, and kept in ``baselines/``, so that a resumed run compares with the very same samples.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.methods.base import SampleRequest, ValidationRequest
 from titan_distill.models.wan.adapter import WanAdapter
+from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.base import Sampling, Validator
-from titan_distill.validation.report import sliced_wasserstein
+from titan_distill.validation.report import sliced_wasserstein, sliced_wasserstein_excess
 from titan_distill.validation.scorers import SCORERS
 from titan_distill.validation.video import contact_sheet, write_mp4
 
@@ -57,9 +58,10 @@ class SampleSet:
 class WanValidator(Validator):
     """See the module's docstring."""
 
-    def __init__(self, config: Config, adapter: WanAdapter, folder: Path) -> None:
+    def __init__(self, config: Config, adapter: WanAdapter, folder: Path, layouts: Layouts) -> None:
         self.config, self.adapter, self.folder = config.validation, adapter, folder
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.layouts = layouts
         self.prompts = read_prompts(self.config.prompts or config.data.path, self.config.num_prompts)
         self.score = SCORERS[self.config.scorer]
         self._baselines: dict[str, SampleSet] = {}
@@ -123,9 +125,9 @@ class WanValidator(Validator):
         return dict(zip((ids[row] for row in seen), self.adapter.decode_latents(latents[seen]).cpu(), strict=True))
 
     def _batches(self) -> Iterator[list[int]]:
-        """This rank's prompt indices in batches; as many batches on every rank, and of the same sizes."""
-        per_rank = -(-len(self.prompts) // self.world_size)
-        mine = [(self.rank * per_rank + offset) % len(self.prompts) for offset in range(per_rank)]
+        """This data group's prompt indices in batches; as many batches on every rank, and of the same sizes."""
+        per_rank = -(-len(self.prompts) // self.layouts.num_data_groups)
+        mine = [(self.layouts.data_rank * per_rank + offset) % len(self.prompts) for offset in range(per_rank)]
         for start in range(0, per_rank, self.config.batch_size):
             yield mine[start : start + self.config.batch_size]
 
@@ -135,7 +137,10 @@ class WanValidator(Validator):
             reference = sets[request.reference].latents.flatten(1)
             for label, samples in sets.items():
                 if label != request.reference:
-                    values[f"{label}/sliced_wasserstein"] = sliced_wasserstein(samples.latents.flatten(1), reference)
+                    latents = samples.latents.flatten(1)
+                    values[f"{label}/sliced_wasserstein"] = sliced_wasserstein(latents, reference)
+                    if len(latents) >= 4:
+                        values[f"{label}/sliced_wasserstein_excess"] = sliced_wasserstein_excess(latents, reference)
         return values
 
     def _step_folder(self, step: int) -> Path:

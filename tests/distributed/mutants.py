@@ -1,0 +1,80 @@
+"""Faults that a parallel trainer is easily born with, one context manager each; the layout matrix must catch them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from titan_kernels import tile_layout
+from torch import Tensor, nn
+
+import titan_distill.train
+from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.methods import losses
+from titan_distill.parallelisms import collectives, tensor
+from titan_distill.parallelisms.sequence import token_bounds
+
+
+def noise_keyed_by_rank(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(titan_distill.train, "KeyedNoise", lambda seed: KeyedNoise(seed + dist.get_rank()))
+
+
+def sequence_gradients_not_divided(patch: pytest.MonkeyPatch) -> None:
+    """Every rank's gradient of a replicated result is whole; summing them makes one per rank too many."""
+
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return collectives._reduce_scatter(gradients[0], ctx.dim, ctx.group), None, None
+
+    patch.setattr(collectives._Gather, "backward", staticmethod(backward))
+
+
+def norm_over_local_width(patch: pytest.MonkeyPatch) -> None:
+    def forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], tensor.local(norm.weight), norm.eps)
+
+    patch.setattr(tensor, "_shared_rms_norm", forward)
+
+
+def mean_of_means(patch: pytest.MonkeyPatch) -> None:
+    """Each sequence rank averages over its own tokens, and the averages are averaged: runs of tokens are uneven."""
+
+    def mean_per_sample(x: Tensor, mask: Tensor | None) -> Tensor:
+        _, _, frames, height, width = x.shape
+        layout = tile_layout((frames, height // 2, width // 2))
+        bounds = token_bounds(layout, dist.get_world_size())
+        by_token_BL = F.avg_pool3d(x, (1, 2, 2)).mean(dim=1).flatten(1)[:, layout.permutation]
+        runs = [by_token_BL[:, start:end].mean(dim=1) for start, end in pairwise(bounds)]
+        return torch.stack(runs).mean(dim=0)
+
+    patch.setattr(losses, "_mean_per_sample", mean_per_sample)
+
+
+def replicated_gradient_not_reduced(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(collectives._EnterParts, "backward", staticmethod(lambda ctx, *gradients: (gradients[0], None)))
+
+
+MUTANTS = {
+    mutant.__name__: mutant
+    for mutant in (
+        noise_keyed_by_rank,
+        sequence_gradients_not_divided,
+        norm_over_local_width,
+        mean_of_means,
+        replicated_gradient_not_reduced,
+    )
+}
+
+
+@contextmanager
+def planted(name: str | None) -> Iterator[None]:
+    """The named fault for the duration of the block; none for None."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name is not None:
+            MUTANTS[name](patch)
+        yield

@@ -1,0 +1,201 @@
+"""The first idea of this project: the same TOML gives the same curve on any layout.
+
+Every row trains six steps from the same weights and is compared with one process: losses, gradient norms and, at the
+end, every parameter. `docs/parity.md` is written from what was found. Rows with as many ranks share a launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mutants import MUTANTS
+from runs import REPOSITORY, read_metrics, tiny_argv
+from safetensors.torch import load_file
+
+STEPS = 6
+GLOBAL_BATCH = 4
+EXACT = 1e-5
+# bf16 keeps 8 bits: a product is off by up to 2^-9 = 0.2 %, and errors of a forward's some hundred products partly add
+# up. Six steps of training with them move the curve by percents, not by more.
+ROUNDED = 5e-2
+# float8 (e4m3) keeps 4 bits: 3 % a product, scaled a tensor at a time.
+COARSE = 2e-1
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    ranks: int
+    overrides: str
+    tolerance: float = EXACT
+    local_batch: int = 4
+    methods: tuple[str, ...] = ("dmd2", "finetune")
+    mutant: str | None = None
+
+    def arguments(self, method: str, output: Path) -> list[str]:
+        return tiny_argv(
+            method, output,
+            "--training.steps", str(STEPS), "--checkpoint.enabled", "false",
+            "--training.global_batch_size", str(GLOBAL_BATCH), "--training.local_batch_size", str(self.local_batch),
+            *self.overrides.split(),
+        )  # fmt: skip
+
+
+P = "--parallelism."
+TEACHER, STUDENT = "--roles.teacher.parallelism.", "--roles.student.parallelism."
+DMD2, FINETUNE = ("dmd2",), ("finetune",)
+REFERENCE = Row("one process", 1, "")
+ROWS = (
+    Row("accumulation 4", 1, "", local_batch=1),
+    Row("full checkpointing", 1, "--activation_checkpoint.mode full"),
+    Row("selective checkpointing", 1, "--activation_checkpoint.mode selective"),
+    Row("block skip", 1, "--activation_checkpoint.mode full --activation_checkpoint.skip_interval 2"),
+    Row("compile", 1, "--compile.enabled"),
+    Row("float8, emulated", 1, "--float8.enabled --float8.emulate --float8.min_features 16", COARSE),
+    Row("fsdp 2", 2, "", local_batch=2),
+    Row("bf16, fsdp 2", 2, "--training.dtype bfloat16", ROUNDED, local_batch=2),
+    Row("cpu offload, fsdp 2", 2, f"{P}cpu_offload", local_batch=2),
+    Row("no resharding, fsdp 2", 2, f"{P}reshard_after_forward false", local_batch=2),
+    Row("tensor 2", 2, f"{P}tensor 2"),
+    Row("tensor 2, token region", 2, f"{P}tensor 2 {P}token_region"),
+    Row("sequence 2", 2, f"{P}sequence 2"),
+    Row("teacher tensor 2, students fsdp 2", 2, f"{TEACHER}tensor 2", local_batch=2, methods=DMD2),
+    Row("teacher sequence 2, students fsdp 2", 2, f"{TEACHER}sequence 2", local_batch=2, methods=DMD2),
+    Row("student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2),
+    Row("sequence 3, all-gather", 3, f"{P}sequence 3"),
+    Row("fsdp 4", 4, "", local_batch=1),
+    Row("hsdp 2 × 2", 4, f"{P}dp_replicate 2", local_batch=1),
+    Row("tensor 2 × sequence 2", 4, f"{P}tensor 2 {P}sequence 2"),
+    Row("tensor 2 × sequence 2, token region", 4, f"{P}tensor 2 {P}sequence 2 {P}token_region"),
+    Row("fsdp 2 × tensor 2", 4, f"{P}tensor 2", local_batch=2),
+    Row("fsdp 2 × sequence 2", 4, f"{P}sequence 2", local_batch=2),
+)  # fmt: skip
+MUTATED = (
+    Row("mutant: noise keyed by rank", 2, f"{P}sequence 2", methods=FINETUNE, mutant="noise_keyed_by_rank"),
+    Row("mutant: sequence gradients", 2, f"{P}sequence 2", methods=FINETUNE, mutant="sequence_gradients_not_divided"),
+    Row("mutant: local norm", 2, f"{P}tensor 2", methods=FINETUNE, mutant="norm_over_local_width"),
+    Row("mutant: mean of means", 2, f"{P}sequence 2", methods=FINETUNE, mutant="mean_of_means"),
+    Row(
+        "mutant: replicated gradient", 2, f"{P}tensor 2 {P}token_region", methods=FINETUNE,
+        mutant="replicated_gradient_not_reduced",
+    ),
+)  # fmt: skip
+CASES = [pytest.param(row, method, id=f"{row.name}-{method}") for row in ROWS for method in row.methods]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Largest relative differences from one process."""
+
+    losses: float
+    gradient_norms: float
+    parameters: float
+
+    @property
+    def largest(self) -> float:
+        return max(self.losses, self.gradient_norms, self.parameters)
+
+
+@pytest.fixture(scope="module")
+def compare(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row, str], Differences]:
+    """What compares one row with one process; trains all rows of as many ranks when the first of them is asked for."""
+    folder = tmp_path_factory.mktemp("matrix")
+
+    @functools.cache
+    def launch(num_ranks: int) -> None:
+        rows = [
+            {"name": _file_name(row, method), "arguments": row.arguments(method, folder / _file_name(row, method)),
+             "mutant": row.mutant}
+            for row in (REFERENCE, *ROWS, *MUTATED) if row.ranks == num_ranks
+            for method in row.methods
+        ]  # fmt: skip
+        _launch(num_ranks, rows, folder)
+
+    def compare(row: Row, method: str) -> Differences:
+        launch(1)
+        launch(row.ranks)
+        return _differences(folder / _file_name(REFERENCE, method), folder / _file_name(row, method))
+
+    return compare
+
+
+def _file_name(row: Row, method: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in f"{row.name}-{method}")
+
+
+def _launch(num_ranks: int, rows: list[dict[str, Any]], folder: Path) -> None:
+    table = folder / f"{num_ranks}.json"
+    table.write_text(json.dumps(rows))
+    worker = [str(Path(__file__).parent / "matrix_worker.py"), str(table), str(folder)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, *(torchrun if num_ranks > 1 else []), *worker],
+        cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, timeout=550, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def _differences(reference: Path, run: Path) -> Differences:
+    expected, found = read_metrics(reference), read_metrics(run)
+    assert len(expected) == len(found) == STEPS
+    worst: dict[str, float] = defaultdict(float)
+    for line, other in zip(expected, found, strict=True):
+        for key, value in line.items():
+            kind = key.partition("/")[0]
+            if kind in ("loss", "grad_norm", "dmd"):
+                worst[kind] = max(worst[kind], abs(other[key] - value) / abs(value))
+    weights, others = load_file(f"{reference}.safetensors"), load_file(f"{run}.safetensors")
+    assert weights.keys() == others.keys()
+    distance = sum((weights[name] - others[name]).double().square().sum() for name in weights)
+    size = sum(tensor.double().square().sum() for tensor in weights.values())
+    assert isinstance(distance, torch.Tensor)
+    return Differences(max(worst["loss"], worst["dmd"]), worst["grad_norm"], float((distance / size).sqrt()))
+
+
+@pytest.mark.parametrize(("row", "method"), CASES)
+def test_layout_does_not_change_training(compare: Callable[[Row, str], Differences], row: Row, method: str) -> None:
+    assert compare(row, method).largest <= row.tolerance
+
+
+@pytest.mark.parametrize("row", MUTATED, ids=[row.mutant for row in MUTATED])
+def test_the_matrix_catches(compare: Callable[[Row, str], Differences], row: Row) -> None:
+    assert compare(row, "finetune").largest > 10 * EXACT
+
+
+def test_every_mutant_is_run() -> None:
+    assert {row.mutant for row in MUTATED} == MUTANTS.keys()
+
+
+def test_write_the_table(compare: Callable[[Row, str], Differences]) -> None:
+    """Rounded to one digit, so that the file changes when a difference does and not with every run."""
+    lines = [
+        "# Layout parity",
+        "",
+        f"Largest relative differences from one process over {STEPS} steps of {GLOBAL_BATCH} samples, tiny Wan, from "
+        "equal weights:",
+        "losses and gradient norms of all roles at every step, all parameters together (L2) at the end. Written by",
+        "`pytest -m distributed tests/distributed/test_layout_matrix.py`.",
+        "",
+        "| layout | ranks | method | losses | gradient norms | parameters | bound |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        for method in row.methods:
+            found = compare(row, method)
+            values = (found.losses, found.gradient_norms, found.parameters, row.tolerance)
+            cells = " | ".join("0" if value == 0 else f"{value:.0e}" for value in values)
+            lines.append(f"| {row.name} | {row.ranks} | {method} | {cells} |")
+    (REPOSITORY / "docs" / "parity.md").write_text("\n".join(lines) + "\n")

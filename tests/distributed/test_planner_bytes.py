@@ -1,0 +1,103 @@
+"""The planner's states against what real gloo ranks hold after one optimizer step, for every kind of layout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import REPOSITORY, tiny_argv
+
+from titan_distill.observability.memory import States
+
+TOLERANCE = 0.02
+
+# Runs one step and writes what each rank holds. Gradients are caught before the optimizer clears them.
+PROBE = """
+import json, os, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from titan_distill import roles, train
+
+def held(tensors):
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    # FSDP cuts the gradients of a unit from one buffer.
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local if t.numel()}
+    return sum(storages.values())
+
+found = {}
+def step(role, *, tick_ema, real=roles.RoleHandle.step):
+    gradients = held(p.grad for p in role.parameters())
+    real(role, tick_ema=tick_ema)
+    found[role.name] = {
+        "parameters": held(role.transformer.parameters()),
+        "gradients": gradients,
+        "optimizer": held(v for o in role.optimizers.values() for s in o.state.values() for v in s.values()),
+        "ema": held(role.ema.shadow.values()) if role.ema else 0,
+    }
+
+def assemble(*args, real=train.assemble):
+    trainer = real(*args)
+    frozen = [role for role in trainer.roles if not role.trainable]
+    for role in frozen:
+        found[role.name] = dict(parameters=held(role.transformer.parameters()), gradients=0, optimizer=0, ema=0)
+    return trainer
+
+roles.RoleHandle.step, train.assemble = step, assemble
+folder, *argv = sys.argv[1:]
+code = train.main(argv)
+Path(folder, f"rank{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
+sys.exit(code)
+"""
+
+# In a process of its own: a process has one world, and tests beside this one may have theirs.
+PLAN = """
+import dataclasses, json, sys
+from titan_distill.config import load_config
+from titan_distill.observability.hardware import GPUS
+from titan_distill.plan import planner
+with planner(int(sys.argv[1]), GPUS["H100"]) as planned:
+    plan = planned.plan(load_config(sys.argv[2:]))
+print(json.dumps({name: dataclasses.asdict(role.states) for name, role in plan.roles.items()}))
+"""
+
+LAYOUTS = {
+    "fsdp 2": (2, ()),
+    "tensor 2": (2, ("--parallelism.tensor", "2")),
+    "teacher sequence 2 in bf16": (2, ("--roles.teacher.parallelism.sequence", "2", "--training.dtype", "bfloat16")),
+    "hsdp 2 x 2": (4, ("--parallelism.dp_replicate", "2", "--parallelism.dp_shard", "2")),
+}
+
+
+def planned(num_ranks: int, arguments: list[str]) -> dict[str, States]:
+    done = subprocess.run(
+        [sys.executable, "-c", PLAN, str(num_ranks), *arguments],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return {name: States(**sizes) for name, sizes in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_states_are_what_ranks_hold(layout: str, tmp_path: Path) -> None:
+    num_ranks, overrides = LAYOUTS[layout]
+    few = ("--training.steps", "1", "--training.local_batch_size", "1", "--checkpoint.enabled", "false")
+    arguments = tiny_argv("dmd2", tmp_path / "run", *few, *overrides)
+    probe = tmp_path / "probe.py"
+    probe.write_text(PROBE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    done = subprocess.run(
+        [*torchrun, str(probe), str(tmp_path), *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+    plan = planned(num_ranks, arguments)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
+    for role, expected in plan.items():
+        for kind in ("parameters", "gradients", "optimizer", "ema"):
+            held = [rank[role][kind] for rank in ranks]
+            assert getattr(expected, kind) == pytest.approx(held[0], rel=TOLERANCE), f"{role}: {kind} on rank 0"
+            assert max(held) <= held[0], f"{role}: {kind} is larger on another rank than on rank 0"
+    assert plan["student"].gradients > 0
+    assert plan["teacher"].gradients == 0

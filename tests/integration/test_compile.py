@@ -1,0 +1,167 @@
+"""Blocks compile to one graph for each shape of block, without breaks, and compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+
+from titan_distill.config_sections import ActivationCheckpointConfig, CompileConfig, Float8Config
+from titan_distill.models.wan.config import FLAVORS, WanConfig
+from titan_distill.models.wan.parallelize import HIGH_PRECISION
+from titan_distill.models.wan.transformer import WanTransformer
+from titan_distill.parallelisms.activation_checkpoint import apply_activation_checkpointing
+from titan_distill.parallelisms.compile import compile_blocks
+from titan_distill.parallelisms.float8 import apply_float8
+from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
+
+CPU = torch.device("cpu")
+ENABLED = CompileConfig(enabled=True)
+FULL = ActivationCheckpointConfig(mode="full")
+SCALAR, PER_TOKEN = torch.tensor([900.0]), torch.tensor([[900.0, 0.0]]).repeat(1, 16)
+
+
+class Counting:
+    """A compiler that counts graphs and runs them as they are."""
+
+    num_graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.num_graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def transformer(
+    checkpointing: ActivationCheckpointConfig,
+    compiling: CompileConfig,
+    backend: Any,
+    *,
+    config: WanConfig | None = None,
+) -> WanTransformer:
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = WanTransformer.from_config(config or FLAVORS["tiny"])
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    apply_activation_checkpointing(model.blocks, checkpointing)
+    compile_blocks(model.blocks, compiling, backend)
+    return model
+
+
+def backward(model: WanTransformer, timestep: Tensor, batch_size: int = 1) -> None:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch_size, 16, 2, 8, 8, generator=generator)
+    text = torch.randn(batch_size, 7, 64, generator=generator)
+    model(latents, timestep.repeat_interleave(batch_size, 0), text).square().mean().backward()
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "num_shapes"),
+    [
+        (ActivationCheckpointConfig(), 1),
+        (FULL, 1),
+        (ActivationCheckpointConfig(mode="selective"), 1),
+        # A block that is skipped has no recomputation in its graph, which makes it another one.
+        (ActivationCheckpointConfig(mode="full", skip_interval=2), 2),
+    ],
+    ids=["none", "full", "selective", "skip"],
+)
+def test_six_blocks_share_one_graph_for_each_form_of_timesteps(
+    checkpointing: ActivationCheckpointConfig, num_shapes: int
+) -> None:
+    counting = Counting()
+    model = transformer(checkpointing, ENABLED, counting)
+    names = list(transformer(checkpointing, CompileConfig(), counting).state_dict())
+    for num_forms, timestep in enumerate((SCALAR, PER_TOKEN), start=1):
+        for _ in range(2):
+            backward(model, timestep)
+        assert counting.num_graphs == num_forms * num_shapes
+    assert not counters["graph_break"]
+    assert list(model.state_dict()) == names
+
+
+def test_batch_sizes_soon_cost_no_more_graphs() -> None:
+    counting = Counting()
+    model = transformer(FULL, ENABLED, counting)
+    for batch_size in (2, 3, 4):  # one graph for the first size, at most two on the way to one for all sizes
+        backward(model, SCALAR, batch_size)
+    num_graphs = counting.num_graphs
+    assert num_graphs <= 3
+    for batch_size in (5, 6):
+        backward(model, SCALAR, batch_size)
+    assert counting.num_graphs == num_graphs
+
+
+def test_blocks_of_another_shape_get_a_graph_of_their_own() -> None:
+    counting = Counting()
+    for config in (FLAVORS["tiny"], replace(FLAVORS["tiny"], ffn_dim=256)):
+        backward(transformer(FULL, ENABLED, counting, config=config), SCALAR)
+    assert counting.num_graphs == 2
+
+
+@pytest.mark.parametrize("all_gather", [False, True])
+def test_float8_under_fsdp_shares_one_graph(all_gather: bool) -> None:
+    counting = Counting()
+    with torch.device("meta"):
+        model = WanTransformer.from_config(FLAVORS["tiny"])
+    float8 = Float8Config(enabled=True, emulate=True, min_features=16, all_gather=all_gather)
+    apply_float8(model, float8, high_precision=HIGH_PRECISION, device=CPU)
+    apply_activation_checkpointing(model.blocks, FULL)
+    compile_blocks(model.blocks, ENABLED, counting)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
+    apply_fsdp(model, list(model.blocks), mesh, FsdpOptions(torch.float32))
+    model.to_empty(device="cpu")
+    model.reset_parameters()
+    backward(model, SCALAR)
+    dist.destroy_process_group()
+    assert counting.num_graphs == 1
+    assert not counters["graph_break"]
+
+
+def test_a_graph_break_is_an_error() -> None:
+    class Breaking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            print(x.sum().item())
+            torch._dynamo.graph_break()
+            return x
+
+    block = Breaking()
+    compile_blocks([block], ENABLED, Counting())
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        block(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "checkpointing", [FULL, ActivationCheckpointConfig(mode="selective")], ids=["full", "selective"]
+)
+def test_inductor_computes_the_same_gradients(checkpointing: ActivationCheckpointConfig) -> None:
+    config = replace(FLAVORS["tiny"], num_layers=2)
+    plain = transformer(ActivationCheckpointConfig(), CompileConfig(), None, config=config)
+    compiled = transformer(checkpointing, ENABLED, "inductor", config=config)
+    for model in (plain, compiled):
+        backward(model, SCALAR)
+    for (name, expected), found in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        assert expected.grad is not None and found.grad is not None
+        assert (found.grad - expected.grad).norm() <= 1e-5 * expected.grad.norm(), name
+
+
+def test_mode_without_compilation_is_refused() -> None:
+    with pytest.raises(ValueError, match="mode = 'max-autotune-no-cudagraphs' has no effect with enabled = false"):
+        CompileConfig(mode="max-autotune-no-cudagraphs")

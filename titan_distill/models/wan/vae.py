@@ -1,0 +1,60 @@
+"""Between pixels and the normalised latents that Wan's transformer works on.
+
+The one place that knows both conventions: pixels are uint8 frames [B, T, H, W, 3], [-1, 1] inside the VAE; latents are
+`(z - latents_mean) / latents_std`, with the statistics of the VAE's config, [B, C, F, H, W].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+# A few at a time: a decoder's activations are large, and on a CPU larger batches fall out of the caches.
+DECODE_BATCH = 4
+
+
+def load_vae(path: Path, device: torch.device | str) -> AutoencoderKLWan:
+    """diffusers' AutoencoderKLWan in fp32 from its folder, or from the pipeline folder around it; raises `ValueError`
+    when there is none."""
+    from diffusers import AutoencoderKLWan
+
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise ValueError(f"no VAE in {folder}: expected config.json and *.safetensors")
+    vae = AutoencoderKLWan.from_pretrained(
+        folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
+    return vae.requires_grad_(False).eval().to(device)
+
+
+@torch.no_grad()
+def encode_video(vae: AutoencoderKLWan, frames_BTHW3: Tensor) -> Tensor:
+    """Normalised latents, fp32 on the VAE's device, of uint8 frames on any device: the posterior's mean, because
+    training adds noise of its own and the mean is reproducible."""
+    video_BCTHW = frames_BTHW3.to(vae.device).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
+    latents_BCFHW = vae.encode(video_BCTHW.to(vae.dtype)).latent_dist.mode().float()
+    mean, std = _statistics(vae)
+    return (latents_BCFHW - mean) / std
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
+    """uint8 frames [B, T, H, W, 3] on the VAE's device of normalised latents."""
+    mean, std = _statistics(vae)
+    chunks = (latents_BCFHW.float() * std + mean).to(vae.dtype).split(DECODE_BATCH)
+    pixels_BCTHW = torch.cat([vae.decode(chunk).sample.float() for chunk in chunks])
+    return pixels_BCTHW.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+
+def _statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+    shape = (1, vae.config.z_dim, 1, 1, 1)
+    return (
+        torch.tensor(vae.config.latents_mean, device=vae.device).view(shape),
+        torch.tensor(vae.config.latents_std, device=vae.device).view(shape),
+    )

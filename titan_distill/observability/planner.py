@@ -1,0 +1,329 @@
+"""What a run will need, worked out on a CPU: memory a rank, FLOPs, bytes between ranks and seconds a step.
+
+`fake_world` lets one process play rank 0 of any number of ranks, on whose meshes the roles are really built on the meta
+device; rank 0 holds the largest shard of everything, so no rank needs more. The rest is arithmetic: `memory` and
+`communication` say what one forward costs, the method's `work` how often each role runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from titan_kernels import tile_layout
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from titan_distill.config_world import RunLayout, role_parallelism
+from titan_distill.dispatch import method_class
+from titan_distill.methods.base import Passes
+from titan_distill.observability import communication, memory
+from titan_distill.observability.communication import Links, Transfer, Weights
+from titan_distill.observability.flops import DiTConfig, ForwardFlops, forward_flops, recomputed_share
+from titan_distill.observability.hardware import COMPUTE_EFFICIENCY, Gpu
+from titan_distill.observability.memory import LocalForward, States
+from titan_distill.parallelisms.activation_checkpoint import is_checkpointed
+from titan_distill.parallelisms.degrees import Degrees
+from titan_distill.parallelisms.mesh import World
+from titan_distill.parallelisms.sequence import Method, TokenShards, choose_method
+
+if TYPE_CHECKING:
+    from titan_distill.config import Config
+    from titan_distill.roles import RoleHandle, RoleManager
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    """A role as rank 0 holds it."""
+
+    name: str
+    architecture: DiTConfig
+    degrees: Degrees
+    method: Method
+    shards: TokenShards
+    num_exchanged: int
+    """Data groups whose samples it runs together."""
+    states: States
+    weights: Weights
+    offloaded: bool
+    graph: float = 0.0
+    """Activations kept for its backward."""
+    temporary: float = 0.0
+    """The most it needs beside them: gathered weights, working sets, buffers."""
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One declared phase of a step."""
+
+    passes: Passes
+    executed_flops: float
+    """Of the global batch, with what is recomputed."""
+    dense_flops: float
+    """What the mathematics needs with dense attention, without recomputation."""
+    compute_seconds: float
+    transfers: tuple[Transfer, ...]
+    """Of one rank, with the seconds they take."""
+
+    @property
+    def exposed_seconds(self) -> float:
+        """Communication that the step waits for."""
+        beside = sum(t.seconds for t in self.transfers if t.overlaps)
+        return sum(t.seconds for t in self.transfers if not t.overlaps) + max(0.0, beside - self.compute_seconds)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the report shows."""
+
+    gpu: Gpu
+    layout: RunLayout
+    grid: tuple[int, int, int]
+    roles: dict[str, RolePlan]
+    phases: tuple[PhasePlan, ...]
+    encoders: float
+    """Bytes of VAE and text encoder."""
+    peak: float
+    """Bytes on the fullest rank in the dearest update."""
+    peak_update: str
+    left_out: tuple[str, ...]
+    """What the configuration asks for and the plan does not price."""
+
+    @property
+    def seconds(self) -> float:
+        """A step's, averaged over the method's cadence."""
+        return sum(phase.compute_seconds + phase.exposed_seconds for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.gpu.usable_gib * memory.GIB
+
+
+@contextmanager
+def fake_world(num_ranks: int) -> Iterator[World]:
+    """This process as rank 0 of ``num_ranks``, whose collectives do nothing; for building on the meta device."""
+    assert not dist.is_initialized(), "a process has one world"
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        yield World(rank=0, size=num_ranks, device=torch.device("meta"))
+    finally:
+        dist.destroy_process_group()
+
+
+def can_plan(config: Config, roles: RoleManager) -> bool:
+    """Whether the family's networks are video transformers, whose costs are known."""
+    return hasattr(config.pipeline_config, "num_frames") and all(hasattr(role.transformer, "config") for role in roles)
+
+
+def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -> Plan:
+    """The plan of a run whose ``roles`` were built on the meta device.
+
+    Raises ValueError for a family whose networks are no video transformers.
+    """
+    if not can_plan(config, roles):
+        raise ValueError(f"recipe.family = {config.recipe.family!r} has no video transformers that a plan is made for")
+    grid = _token_grid(config)
+    plans = {role.name: _role_plan(config, layout, role, grid) for role in roles}
+    work = method_class(config.recipe.method).work(config.method_config)
+    planner = _Planner(config, layout, gpu, plans, grid)
+    plans = planner.plans = {name: planner.with_activations(plan, work) for name, plan in plans.items()}
+    encoders = _encoder_bytes(config)
+    updates = list(dict.fromkeys(passes.update for passes in work)) or [role.name for role in roles.trainable]
+    peaks = {update: planner.peak(update, work) + encoders for update in updates}
+    peak_update = max(peaks, key=peaks.__getitem__)
+    return Plan(
+        gpu=gpu,
+        layout=layout,
+        grid=grid,
+        roles=plans,
+        phases=tuple(planner.phase(passes) for passes in work if passes.num_forwards),
+        encoders=encoders,
+        peak=peaks[peak_update],
+        peak_update=peak_update,
+        left_out=tuple(_left_out(config, plans)),
+    )
+
+
+@dataclass
+class _Planner:
+    """What all parts of one plan share."""
+
+    config: Config
+    layout: RunLayout
+    gpu: Gpu
+    plans: dict[str, RolePlan]
+    grid: tuple[int, int, int]
+
+    def forward(self, passes: Passes) -> LocalForward:
+        """One of the passes, as rank 0 sees it."""
+        role, config = self.plans[passes.role], self.config
+        return LocalForward(
+            architecture=role.architecture,
+            samples=config.training.local_batch_size * role.num_exchanged * passes.num_conditions,
+            num_tokens=role.shards.padded_length,
+            num_text_tokens=config.data.max_text_tokens,
+            sequence=role.degrees.sequence,
+            tensor=role.degrees.tensor,
+            gathers_keys=role.degrees.sequence > 1 and role.method == "all_gather",
+            token_region=role_parallelism(config, passes.role).token_region,
+            compute_bytes=BYTES[config.training.dtype],
+        )
+
+    def with_activations(self, role: RolePlan, work: list[Passes]) -> RolePlan:
+        """The role with the most that any of its passes keeps and needs."""
+        own = [passes for passes in work if passes.role == role.name and passes.num_forwards]
+        graph = max((self._graph(passes) for passes in own), default=0.0)
+        temporary = max((self._working_set(passes) for passes in own), default=0.0)
+        return replace(role, graph=graph, temporary=temporary + role.weights.lasting)
+
+    def peak(self, update: str, work: list[Passes]) -> float:
+        """Bytes on the device in the update of one role."""
+        own = [passes for passes in work if passes.update == update and passes.num_forwards]
+        held = (0 if role.offloaded else role.states.lasting for role in self.plans.values())
+        lasting = sum(held) + sum(role.weights.lasting for role in self.plans.values())
+        gradients = 0 if self.plans[update].offloaded else self.plans[update].states.gradients
+        graph = max((self._graph(passes) for passes in own), default=0.0)
+        return lasting + gradients + graph + max((self._working_set(passes) for passes in own), default=0.0)
+
+    def phase(self, passes: Passes) -> PhasePlan:
+        """FLOPs of the whole step and global batch, seconds and bytes of one rank."""
+        role, training, forward = self.plans[passes.role], self.config.training, self.forward(passes)
+        flops = self._flops(role)
+        again = self._recomputed(role) if passes.backward else 0.0
+        times = passes.num_forwards * passes.updates_per_step
+        samples = times * passes.num_conditions * training.global_batch_size
+        dense = samples * (flops.total + passes.backward * flops.backward)
+        executed = dense + samples * again
+        # Padded tokens are computed, too, and every rank waits for the one with the longest run.
+        stretch = role.degrees.sequence * role.shards.padded_length / role.shards.bounds[-1]
+        rank_flops = executed * stretch / self.layout.default.world_size
+        calls = times * self.layout.num_micro_batches
+        return PhasePlan(
+            passes=passes,
+            executed_flops=executed,
+            dense_flops=dense,
+            compute_seconds=rank_flops / (self.gpu.peak_flops * COMPUTE_EFFICIENCY),
+            transfers=tuple(_times(calls, transfer) for transfer in self._transfers(passes, forward)),
+        )
+
+    def _transfers(self, passes: Passes, forward: LocalForward) -> Iterator[Transfer]:
+        role = self.plans[passes.role]
+        links, reduces = Links(role.degrees, self.gpu), 1 / self.layout.num_micro_batches
+        yield from communication.weight_transfers(role.weights, links, backward=passes.backward, reduces=reduces)
+        # A checkpointed block exchanges its tokens again, whatever it keeps.
+        mode = self.config.activation_checkpoint
+        recomputed = sum(is_checkpointed(index, mode) for index in range(role.architecture.num_layers))
+        directions = 1 + passes.backward * (1 + recomputed / role.architecture.num_layers)
+        yield from communication.token_transfers(forward, links, directions=directions)
+        if role.offloaded:
+            trips = 1 + passes.backward * (1 + reduces)  # weights for both directions, gradients back
+            size = role.states.parameters * trips
+            yield Transfer("weights and gradients, host", size, size / self.gpu.host_bytes, overlaps=True)
+        if role.num_exchanged > 1:
+            latents = role.architecture.in_channels * 4 * forward.num_tokens * role.degrees.sequence
+            text = role.architecture.text_dim * forward.num_text_tokens
+            size = memory.FP32 * forward.samples * (latents + text) * (1 + passes.backward)
+            yield links.transfer("samples, exchange all-gather", "exchange", size)
+
+    def _flops(self, role: RolePlan) -> ForwardFlops:
+        return forward_flops(role.architecture, role.shards.bounds[-1], self.config.data.max_text_tokens)
+
+    def _recomputed(self, role: RolePlan) -> float:
+        """FLOPs that the backward of one sample computes again."""
+        sizes = (role.shards.bounds[-1], self.config.data.max_text_tokens)
+        return self._flops(role).total * recomputed_share(role.architecture, self.config.activation_checkpoint, *sizes)
+
+    def _graph(self, passes: Passes) -> float:
+        return memory.graph(self.forward(passes), self.config.activation_checkpoint) if passes.backward else 0.0
+
+    def _working_set(self, passes: Passes) -> float:
+        """What passes need beside graph and states."""
+        weights, forward = self.plans[passes.role].weights, self.forward(passes)
+        if not passes.backward:
+            return weights.passing + memory.forward_working_set(forward)
+        # A block's gradients in the compute type and, twice, in fp32 on the way to be reduced.
+        reduced = max(weights.blocks) * (weights.compute_bytes + 2 * memory.FP32)
+        # Micro-batches before the last one keep all gradients whole, in fp32.
+        whole = memory.FP32 * weights.total if self.layout.num_micro_batches > 1 else 0
+        working = memory.backward_working_set(forward, self.config.activation_checkpoint)
+        return weights.passing + reduced + whole + max(working, memory.forward_working_set(forward))
+
+
+def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[int, int, int]) -> RolePlan:
+    architecture = cast(DiTConfig, role.transformer.config)
+    degrees, parallelism = layout.roles[role.name], role_parallelism(config, role.name)
+    method = parallelism.sequence_method
+    if method == "auto":
+        method = choose_method(architecture.num_attention_heads, degrees.sequence, degrees.tensor)
+    return RolePlan(
+        name=role.name,
+        architecture=architecture,
+        degrees=degrees,
+        method=method,
+        shards=TokenShards.of(tile_layout(grid), degrees.sequence, degrees.tensor if parallelism.token_region else 1),
+        num_exchanged=degrees.model_parallel // layout.default.model_parallel,
+        states=memory.states(role.transformer, has_ema=bool(config.ema.decay) and config.ema.role == role.name),
+        weights=_weights(role.transformer, BYTES[config.training.dtype], parallelism.reshard_after_forward),
+        offloaded=parallelism.cpu_offload,
+    )
+
+
+def _weights(module: nn.Module, compute_bytes: int, reshards: bool) -> Weights:
+    blocks = [list(block.parameters()) for block in cast(nn.ModuleList, module.blocks)]
+    inside = {id(p) for parameters in blocks for p in parameters}
+    return Weights(
+        blocks=tuple(memory.num_gathered(parameters) for parameters in blocks),
+        root=memory.num_gathered([p for p in module.parameters() if id(p) not in inside]),
+        compute_bytes=compute_bytes,
+        reshards=reshards,
+    )
+
+
+def _token_grid(config: Config) -> tuple[int, int, int]:
+    """Video tokens along frames, height and width: VAE's 4 × 8 × 8, then patches of 1 × 2 × 2."""
+    pipeline = config.pipeline_config
+    return (pipeline.num_frames - 1) // 4 + 1, pipeline.height // 16, pipeline.width // 16
+
+
+# Of Wan 2.1's files; any other pipeline folder must be there to be read.
+VAE_NUMBERS, TEXT_ENCODER_NUMBERS = 126_892_531, 5_680_910_336
+
+
+def _encoder_bytes(config: Config) -> float:
+    """VAE in fp32 and text encoder in the compute type: they stay on rank 0 once it has embedded a prompt."""
+    if not config.pipeline_config.path:
+        return 0.0
+    folder, in_bytes = Path(config.pipeline_config.path), BYTES[config.training.dtype]
+    vae = _numbers_in(folder / "vae") or VAE_NUMBERS
+    text = _numbers_in(folder / "text_encoder") or TEXT_ENCODER_NUMBERS
+    return memory.FP32 * vae + in_bytes * text
+
+
+def _numbers_in(folder: Path) -> int:
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def _left_out(config: Config, roles: dict[str, RolePlan]) -> Iterator[str]:
+    if config.float8.enabled:
+        yield "float8: seconds are those of bf16"
+    if config.compile.enabled:
+        yield "compile: activations are those of eager mode, an upper bound"
+    if any(role.offloaded and role.states.optimizer for role in roles.values()):
+        yield "optimizer steps on the host"
+
+
+def _times(calls: float, transfer: Transfer) -> Transfer:
+    return replace(transfer, bytes_sent=calls * transfer.bytes_sent, seconds=calls * transfer.seconds)

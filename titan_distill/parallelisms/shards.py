@@ -1,0 +1,41 @@
+"""Which part of a whole tensor a rank holds, without communication."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Shard
+
+
+def local_region(tensor: Tensor) -> tuple[slice, ...]:
+    """The slices of the whole tensor that make this rank's values of ``tensor``; all of it for a plain tensor.
+
+    Parameters are cut by tensor parallelism first and by FSDP within what that left, whatever the order of the axes in
+    the mesh; DTensor calls the second cut strided where both are along one dim.
+    """
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    mesh, placements = tensor.device_mesh, tensor.placements
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "every rank is part of every role"
+    region = [slice(0, size) for size in tensor.shape]
+    cuts = [axis for axis, placement in enumerate(placements) if _dim(placement) is not None]
+    for axis in sorted(cuts, key=lambda axis: _is_strided(placements[axis])):
+        dim = _dim(placements[axis])
+        assert dim is not None
+        region[dim] = _chunk(region[dim], mesh.size(axis), coordinate[axis])
+    return tuple(region)
+
+
+def _dim(placement: Placement) -> int | None:
+    return getattr(placement, "dim", None)
+
+
+def _is_strided(placement: Placement) -> bool:
+    return not isinstance(placement, Shard) or type(placement) is not Shard
+
+
+def _chunk(whole: slice, num_chunks: int, index: int) -> slice:
+    """Chunk ``index`` as torch.chunk cuts: equal sizes rounded up, so that the last ones may be short or empty."""
+    length = whole.stop - whole.start
+    size = -(-length // num_chunks)
+    return slice(whole.start + min(length, index * size), whole.start + min(length, (index + 1) * size))

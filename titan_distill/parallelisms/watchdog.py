@@ -1,0 +1,280 @@
+"""Names the rank that died or hangs, and ends the run.
+
+A collective that waits for a lost rank fails after its timeout, on every rank but the lost one, with an error that
+names network addresses at best; torchrun then calls the first *survivor* to fail the root cause. So every rank keeps a
+heartbeat: a thread writes a counter, the step and the line its main thread is at into the store through which the ranks
+found each other. Within ``timeout`` seconds of losing a rank one of three things happens:
+
+- *No heartbeat* (killed, stopped, machine down): the other ranks' threads notice after three quarters of the timeout,
+  say who it is, kill it where it is a sibling under the same torchrun (a stopped process would otherwise hold the job
+  for torchrun's 30 s of grace), and leave. This needs no collective and is the same on gloo and NCCL.
+- *Heartbeat, but the others wait for it* (deadlock, endless loop, dead file system): nothing but the collectives' own
+  timeout can tell this from a long step, so they end the run. gloo raises in the main thread; ``__exit__`` then names
+  the ranks that have not failed. NCCL aborts the process without asking Python; so a rank that has been in one and the
+  same call for three quarters of the timeout already says which ranks are elsewhere, and where.
+- *It failed by itself*: it says so in the store on its way out, and the others repeat that instead of their own error.
+
+The store is served by torchrun's agent on the first node, not by a rank, so it outlives any rank; when the agent's
+machine goes, every other rank says that and leaves. The price is one small message a rank every tenth of the timeout.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Literal, NoReturn
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+log = logging.getLogger(__name__)
+
+BEATS_A_TIMEOUT = 10
+PATIENCE = 0.75
+"""Share of the timeout after which a rank without heartbeat is lost: noticing takes up to two beats more."""
+SECONDS_TO_BE_ENDED = 3.0
+"""How long a survivor waits for torchrun to end it, so that torchrun sees the lost rank's death first."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank died, hangs or failed; the message says which."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself."""
+
+    host: str
+    pid: int
+    agent: int
+    """Process id of the rank's torchrun."""
+    count: int = 0
+    step: int = 0
+    position: str = "start"
+    """Where the main thread is: the innermost line outside of torch."""
+    waits: bool = False
+    """Whether that line is inside torch.distributed."""
+    same_call_seconds: float = 0.0
+    """How long the main thread has been in the same call."""
+    state: Literal["running", "failed", "done"] = "running"
+    error: str = ""
+    """Of a failed rank: what it raised; "" when that was only a collective's complaint."""
+
+
+class Silence:
+    """When each rank's counter last moved, by this process's clock: clocks of machines need not agree."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[int, float]] = {}
+
+    def update(self, beats: Mapping[int, Beat], now: float) -> dict[int, float]:
+        """Seconds without a new beat, of every rank that still ought to beat."""
+        for rank, beat in beats.items():
+            if rank not in self._last or self._last[rank][0] != beat.count:
+                self._last[rank] = (beat.count, now)
+        return {rank: now - self._last[rank][1] for rank, beat in beats.items() if beat.state == "running"}
+
+
+class Watchdog:
+    """Heartbeat of this rank and eye on the others, around the whole run: ``with watchdog: trainer.run()``."""
+
+    def __init__(self, rank: int, world_size: int, timeout_seconds: float) -> None:
+        """Starts beating. Needs torchrun's environment; with one rank there is nobody to watch and nothing starts."""
+        self.step = 0
+        """Steps done; the trainer sets it."""
+        self._rank, self._world_size, self._timeout = rank, world_size, timeout_seconds
+        self._beat = Beat(socket.gethostname(), os.getpid(), os.getppid())
+        self._main_thread = threading.get_ident()
+        self._call: tuple[int, int] = (0, 0)
+        self._call_since = time.monotonic()
+        self._has_complained = self._have_started = False
+        self._is_over = False
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        if world_size > 1:
+            self._store = _connect(timeout_seconds)
+            self._write()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def tighten(self, timeout_seconds: float) -> None:
+        """The timeout from now on: start-up, with loading and compiling, is given more."""
+        self._timeout = timeout_seconds
+        self._wake.set()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Says goodbye. Raises LostRankError in place of a collective's error that another rank caused."""
+        if self._thread is None:
+            return
+        self._is_over = True
+        self._wake.set()
+        self._thread.join()
+        own_fault = error is not None and not _is_from_collective(error)
+        message = f"{type(error).__name__}: {error}" if own_fault else ""
+        self._beat = replace(self._beat, state="done" if error is None else "failed", error=message[:2000])
+        self._write()
+        if error is not None and not own_fault:
+            raise LostRankError(self._find_cause()) from error
+
+    # The thread ------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        silence = Silence()
+        while not self._is_over:
+            self._wake.wait(self._timeout / BEATS_A_TIMEOUT)
+            self._wake.clear()
+            try:
+                self._look_at_main_thread()
+                self._write()
+                beats = self._read() if self._all_have_started() else {}
+            except RuntimeError as error:  # of the store
+                gone = f"the store on {os.environ['MASTER_ADDR']} does not answer: that machine or its torchrun is gone"
+                self._leave(f"{gone} ({error})")
+            now = time.monotonic()
+            seconds = silence.update(beats, now)
+            if lost := {rank: beats[rank] for rank, value in seconds.items() if value >= PATIENCE * self._timeout}:
+                self._kill_siblings(lost)
+                self._leave(_no_sign_of_life(lost, PATIENCE * self._timeout))
+            if self._beat.same_call_seconds >= PATIENCE * self._timeout:
+                self._complain(beats)
+
+    def _look_at_main_thread(self) -> None:
+        frame = sys._current_frames()[self._main_thread]
+        call, now = (id(frame), frame.f_lasti), time.monotonic()
+        if call != self._call:
+            self._call, self._call_since, self._has_complained = call, now, False
+        position, waits = describe_position(frame)
+        seconds = now - self._call_since
+        self._beat = replace(self._beat, step=self.step, position=position, waits=waits, same_call_seconds=seconds)
+
+    def _complain(self, beats: Mapping[int, Beat]) -> None:
+        elsewhere = {rank: beat for rank, beat in beats.items() if beat.position != self._beat.position}
+        if elsewhere and not self._has_complained:
+            self._has_complained = True
+            log.warning(
+                "rank %d has been at %s for %.0f s; not there: %s",
+                self._rank, self._beat.position, self._beat.same_call_seconds, _list_ranks(elsewhere),
+            )  # fmt: skip
+
+    def _kill_siblings(self, lost: Mapping[int, Beat]) -> None:
+        # torchrun then sees the lost rank fail first and names it; SIGTERM, its own way, does not reach a stopped one.
+        for beat in lost.values():
+            if (beat.host, beat.agent) == (self._beat.host, self._beat.agent):
+                with suppress(ProcessLookupError):
+                    os.kill(beat.pid, signal.SIGKILL)
+
+    def _leave(self, message: str) -> NoReturn:
+        log.error("error: %s", message)
+        try:
+            raise LostRankError(message)
+        except LostRankError as error:  # torchrun's summary shows it, whichever ranks' output is shown
+            get_error_handler().record_exception(error)
+        time.sleep(SECONDS_TO_BE_ENDED)
+        os._exit(1)  # the main thread waits in a collective, where no exception reaches it
+
+    # The store -------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        self._beat = replace(self._beat, count=self._beat.count + 1)
+        self._store.set(f"{self._rank}", json.dumps(asdict(self._beat)))
+
+    def _all_have_started(self) -> bool:
+        # Before that there is nothing to compare with, and reading would block.
+        self._have_started = self._have_started or self._store.check([f"{rank}" for rank in range(self._world_size)])
+        return self._have_started
+
+    def _read(self) -> dict[int, Beat]:
+        values = self._store.multi_get([f"{rank}" for rank in range(self._world_size)])
+        return {rank: Beat(**json.loads(value)) for rank, value in enumerate(values)}
+
+    def _find_cause(self) -> str:
+        """Who made a collective fail: a rank that failed by itself, else one that fell silent, else one that neither
+        failed nor waits."""
+        interval = self._timeout / BEATS_A_TIMEOUT
+        before, deadline = self._read(), time.monotonic() + 2.5 * interval
+        while True:
+            beats = self._read()
+            if failed := {rank: beat for rank, beat in beats.items() if beat.error}:
+                return "; ".join(f"rank {rank} {_where(beat)} failed: {beat.error}" for rank, beat in failed.items())
+            running = {rank: beat for rank, beat in beats.items() if beat.state == "running"}
+            silent = {rank: beat for rank, beat in running.items() if beat.count == before[rank].count}
+            if not silent or time.monotonic() > deadline:
+                break
+            time.sleep(interval / 4)
+        if silent:
+            self._kill_siblings(silent)
+            return _no_sign_of_life(silent, 2.5 * interval)
+        if not running:
+            return "a collective failed on all ranks alike; what it raised stands above"
+        busy = {rank: beat for rank, beat in running.items() if not beat.waits}
+        return f"the other ranks waited in vain for {_list_ranks(busy or running)}"
+
+
+def record_collectives(folder: Path, init_timeout_seconds: int) -> None:
+    """Sets, where the user has not, what NCCL's own watchdog reads; call it before the process group is made.
+
+    Each rank then keeps its last collectives and writes them to ``folder`` when one times out: ``torchfrtrace`` reads
+    the files of all ranks and says who never entered which. gloo has nothing of the kind.
+    """
+    settings = {
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(folder / "collectives_rank_"),  # torch appends the rank
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(init_timeout_seconds),  # for the case that NCCL's watchdog hangs
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def describe_position(frame: FrameType) -> tuple[str, bool]:
+    """The innermost line outside of torch, as ``trainer.py:113 in forward_backward``, and whether torch.distributed is
+    what runs there."""
+    waits = frame.f_globals.get("__name__", "").startswith("torch.distributed")
+    outer: FrameType | None = frame
+    while outer is not None and outer.f_globals.get("__name__", "").partition(".")[0] == "torch":
+        outer = outer.f_back
+    shown = outer or frame
+    code = shown.f_code
+    return f"{os.path.basename(code.co_filename)}:{shown.f_lineno} in {code.co_name}", waits
+
+
+def _connect(timeout_seconds: float) -> dist.Store:
+    # A connection of its own: a main thread that waits in the default store would hold the heartbeat up.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=timeout_seconds))
+    return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _is_from_collective(error: BaseException) -> bool:
+    """NCCL's errors have types of their own, gloo's are RuntimeErrors that name its source file."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo/" in str(error))
+
+
+def _no_sign_of_life(lost: Mapping[int, Beat], seconds: float) -> str:
+    return f"no sign of life for {seconds:.1f} s from {_list_ranks(lost)}: killed, stopped, or its machine is down"
+
+
+def _list_ranks(beats: Mapping[int, Beat]) -> str:
+    shown = [f"rank {rank} {_where(beat)}" for rank, beat in list(beats.items())[:8]]
+    return ", ".join(shown) + (f" and {len(beats) - 8} more" if len(beats) > 8 else "")
+
+
+def _where(beat: Beat) -> str:
+    return f"({beat.host}, pid {beat.pid}; after step {beat.step}, at {beat.position})"
