@@ -14,8 +14,10 @@ from titan_distill.config import load_config
 from titan_distill.data.footage import read_clips
 from titan_distill.data.parquet import ParquetDataset
 from titan_distill.dispatch import model_family
+from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.train import main
 
+CPU = torch.device("cpu")
 CLIPS = REPOSITORY.parent / "shared" / "clips"
 
 pytestmark = pytest.mark.skipif(not CLIPS.is_dir(), reason=f"the real clips are not in {CLIPS}")
@@ -50,7 +52,7 @@ def test_stored_latents_decode_to_the_footage(data: Path, monkeypatch: pytest.Mo
     """Decoded frames follow the footage they came from, and not the other film: recognisable, not merely present."""
     monkeypatch.chdir(REPOSITORY)
     config = load_config(["--job.config_file", "train_configs/tiny_wan_finetune.toml"])
-    adapter = model_family("wan")(config).build_adapter(torch.device("cpu"))
+    adapter = model_family("wan")(config).build_adapter(CPU, Layouts.alone(CPU))
     rows = [ParquetDataset(data)[index] for index in range(6)]
     first = next(row for row in rows if row.file_name.startswith("bikes")).vae_latent
     assert first is not None
