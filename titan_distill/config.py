@@ -134,6 +134,10 @@ class Config:
         for name in self.roles:
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
                 raise ValueError(f"[roles.{name!r}] becomes part of keys and file names; use letters, digits, _ and -")
+        if self.parallelism.async_tensor and not self.compile.enabled:
+            raise ValueError(
+                "parallelism.async_tensor = true is the compiler's work, but compile.enabled = false; set it to true"
+            )
         self._check_ema()
         self._check_float8()
         trace_end = self.profiling.start_step + self.profiling.num_steps

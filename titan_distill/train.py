@@ -39,6 +39,7 @@ from titan_distill.observability.profiling import Profiler
 from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
 from titan_distill.parallelisms.mesh import Layouts, World, default_device, num_ranks, start_world
+from titan_distill.parallelisms.tensor import check_async_communication
 from titan_distill.parallelisms.watchdog import Watchdog, record_collectives
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 from titan_distill.trainer import NonFiniteError, Trainer
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not config.job.dry_run:
             check_paths(config)
             check_hardware(config.float8, default_device())
+            if config.parallelism.async_tensor:
+                check_async_communication(default_device())
         model_family(config.recipe.family)(config).check_layouts(run_layout.roles)
         if config.job.dry_run:
             print(dry_run(config))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from runs import REPOSITORY, tiny_argv
 
-from titan_distill.train import main
+from titan_distill.train import CHECK, main
 
 CASES = {
     "wrong key": (("--training.stepz", "5"), ("training.stepz", "training.steps")),
@@ -42,6 +42,34 @@ def test_one_sentence(
     shown = capsys.readouterr().err.strip()
     assert shown.startswith("error: ")
     assert "\n" not in shown
+    assert all(part in shown for part in expected), shown
+
+
+LAYOUT_CASES = {
+    "degree that does not divide the ranks": (("tensor", "3"), ("tensor = 3", "4", "2 or 4")),
+    "ranks that share no sample": (("sequence", "3"), ("sequence = 3", "set it to 2 or 4")),
+    "ranks that are not there": (
+        ("tensor", "2", "dp_shard", "4"),
+        ("makes 8 ranks", "set dp_shard to 2"),
+    ),
+    "overlap without a GPU": (("tensor", "2", "async_tensor", "true"), ("async_tensor", "CUDA", "false")),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUT_CASES)
+def test_layouts_are_checked_before_ranks_start(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    keys, expected = LAYOUT_CASES[name]
+    overrides = [f"--parallelism.{part}" if index % 2 == 0 else part for index, part in enumerate(keys)]
+    assert (
+        main([*tiny_argv("dmd2", tmp_path, "--training.local_batch_size", "1", "--compile.enabled", *overrides), CHECK])
+        == 2
+    )
+    shown = capsys.readouterr().err.strip()
+    assert shown.startswith("error: ") and "\n" not in shown
     assert all(part in shown for part in expected), shown
 
 

@@ -236,6 +236,7 @@ ERRORS = [
     (["--roles.teacher.optimizer.lr", "1"], {}, ["roles.teacher.trainable = false", "without effect"]),
     (["--training.local_batch_size", "3"], {}, ["global_batch_size = 8", "local_batch_size = 3; choose 6 or 9"]),
     (["--parallelism.sequence", "0"], {}, ["parallelism.sequence = 0 is out of range"]),
+    (["--parallelism.tensor", "2", "--parallelism.async_tensor"], {}, ["async_tensor = true", "compile.enabled"]),
     (["--parallelism.token_region"], {}, ["token_region = true has no effect with tensor = 1"]),
     (["--roles.student.parallelism.tensor", "0"], {}, ["roles.student.parallelism.tensor = 0 is out of range"]),
     (["--roles.student.parallelism.tensors", "2"], {}, ["tensors", "tensor"]),

@@ -164,16 +164,20 @@ def _shared_rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return (wide * inverse).to(x.dtype) * local(norm.weight)
 
 
+def check_async_communication(device: torch.device) -> None:
+    """Raises ValueError where regions' communication can't overlap with products: without CUDA's symmetric memory."""
+    if device.type != "cuda":
+        raise ValueError(
+            f"parallelism.async_tensor = true needs CUDA and symmetric memory, but this run is on {device.type}; "
+            "set it to false"
+        )
+
+
 def enable_async_communication(mesh: DeviceMesh) -> None:
     """Lets the compiler split regions' collectives and overlap them with the matrix products next to them.
 
-    Process-wide, as PyTorch has it. Raises ValueError where there is no CUDA device.
+    Process-wide, as PyTorch has it.
     """
-    if mesh.device_type != "cuda":
-        raise ValueError(
-            "parallelism.async_tensor = true needs CUDA and symmetric memory, but this run is on "
-            f"{mesh.device_type}; set it to false"
-        )
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
     torch._inductor.config._micro_pipeline_tp = True
