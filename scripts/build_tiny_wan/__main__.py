@@ -1,4 +1,4 @@
-"""Builds the small real Wan from nothing: `python scripts/build_tiny_wan`, about an hour on 2 cores.
+"""Builds the small real Wan from nothing: `python scripts/build_tiny_wan`, about two hours on 2 cores.
 
 Stages, each of which needs the ones before it: `vae` and `text_encoder` (frozen parts of a diffusers folder in
 tests/assets/tiny_wan), `data` (drawn clips as parquet: 192 shipped in tests/assets/tiny_shapes, more in
@@ -32,7 +32,7 @@ class BuildConfig:
 
     stage: Literal["vae", "text_encoder", "data", "teacher", "all"] = "all"
     """One stage, or all of them in order."""
-    minutes: float = 30.0
+    minutes: float = 60.0
     """Wall-clock minutes for the VAE; below 20 its colours are wrong."""
     vae_start_at: float = 0.0
     """Above 0: train the VAE in the folder on from this share of the schedule, with `minutes` for the rest."""
