@@ -261,14 +261,12 @@ class _Planner:
 def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[int, int, int]) -> RolePlan:
     architecture = cast(DiTConfig, role.transformer.config)
     degrees, parallelism = layout.roles[role.name], role_parallelism(config, role.name)
-    method = parallelism.sequence_method
-    if method == "auto":
-        method = choose_method(architecture.num_attention_heads, degrees.sequence, degrees.tensor)
+    heads = architecture.num_attention_heads
     return RolePlan(
         name=role.name,
         architecture=architecture,
         degrees=degrees,
-        method=method,
+        method=choose_method(heads, degrees.sequence, degrees.tensor, parallelism.sequence_method),
         shards=TokenShards.of(tile_layout(grid), degrees.sequence, degrees.tensor if parallelism.token_region else 1),
         num_exchanged=degrees.model_parallel // layout.default.model_parallel,
         states=memory.states(role.transformer, has_ema=bool(config.ema.decay) and config.ema.role == role.name),

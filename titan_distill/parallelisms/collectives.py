@@ -32,7 +32,7 @@ Group = dist.ProcessGroup
 
 def _all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
     parts = x.new_empty((group.size(), *x.shape))
-    dist.all_gather_into_tensor(parts.flatten(0, 1) if x.ndim else parts, x.contiguous(), group=group)
+    dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=group)
     return torch.cat(parts.unbind(0), dim=dim)
 
 

@@ -33,8 +33,12 @@ from titan_distill.parallelisms import collectives
 Method = Literal["ulysses", "all_gather"]
 
 
-def choose_method(num_heads: int, sequence: int, tensor: int) -> Method:
-    """Ulysses where it can be had: where sequence × tensor ranks divide the heads."""
+def choose_method(
+    num_heads: int, sequence: int, tensor: int, asked: Literal["auto", "ulysses", "all_gather"] = "auto"
+) -> Method:
+    """What was asked for; for ``auto``, Ulysses where it can be had: where sequence × tensor ranks divide the heads."""
+    if asked != "auto":
+        return asked
     return "all_gather" if num_heads % (sequence * tensor) else "ulysses"
 
 

@@ -31,7 +31,7 @@ def _dim(placement: Placement) -> int | None:
 
 
 def _is_strided(placement: Placement) -> bool:
-    return not isinstance(placement, Shard) or type(placement) is not Shard
+    return type(placement) is not Shard
 
 
 def _chunk(whole: slice, num_chunks: int, index: int) -> slice:

@@ -96,9 +96,8 @@ def apply_sequence_parallel(model: WanTransformer, mesh: RoleMesh, parallelism: 
     multiple = degrees.tensor if parallelism.token_region else 1
     if degrees.sequence == 1 and multiple == 1:
         return
-    method = parallelism.sequence_method
-    if method == "auto":
-        method = choose_method(model.config.num_attention_heads, degrees.sequence, degrees.tensor)
+    heads = model.config.num_attention_heads
+    method = choose_method(heads, degrees.sequence, degrees.tensor, parallelism.sequence_method)
     model.sequence = SequenceParallel(mesh.sequence_group, method, multiple)
     model.set_self_attention(model.sequence.attention(dense_attention))
 

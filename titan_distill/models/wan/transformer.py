@@ -128,18 +128,15 @@ class WanTransformer(nn.Module):
     def _run_blocks(
         self, x_BLM: Tensor, text_BSM: Tensor, image_BSM: Tensor | None, rows_R6M: Tensor, context: TokenContext
     ) -> Tensor:
-        if self.token_region is None:
-            for block in self.blocks:
-                x_BLM = block(x_BLM, text_BSM, image_BSM, rows_R6M, context)
-            return x_BLM
-        # Tensor-parallel ranks hold a run of tokens each; phases stay whole, for attention is a region with all tokens.
-        group = self.token_region.group
-        x_BLM = collectives.shard(x_BLM, 1, group)
-        if context.row_BL is not None:
-            context = replace(context, row_BL=collectives.shard(context.row_BL, 1, group))
+        group = None if self.token_region is None else self.token_region.group
+        # Where tensor-parallel ranks hold a run of tokens each, phases stay whole: attention sees all tokens.
+        if group is not None:
+            x_BLM = collectives.shard(x_BLM, 1, group)
+            if context.row_BL is not None:
+                context = replace(context, row_BL=collectives.shard(context.row_BL, 1, group))
         for block in self.blocks:
             x_BLM = block(x_BLM, text_BSM, image_BSM, rows_R6M, context)
-        return collectives.gather(x_BLM, 1, group)
+        return x_BLM if group is None else collectives.gather(x_BLM, 1, group)
 
     def _head(self, x_BLM: Tensor, embedded_RM: Tensor, context: TokenContext) -> Tensor:
         table_12M = local(self.scale_shift_table)
