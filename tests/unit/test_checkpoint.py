@@ -397,3 +397,15 @@ def largest_file(num_bytes: int) -> Any:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Interrupted:
+    """Somebody presses Ctrl-C just when this is written."""
+
+    def __reduce__(self) -> str:
+        raise KeyboardInterrupt
+
+
+def test_interrupt_in_a_save_stays_an_interrupt(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        storage.write({"value": Interrupted()}, tmp_path / "step", None)

@@ -170,5 +170,7 @@ def _dcp_errors(doing: str, folder: Path) -> Iterator[None]:
         try:
             yield
         except CheckpointException as error:
+            if any(isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
+                raise KeyboardInterrupt from error  # DCP wraps Ctrl-C like any failure, but it is somebody's wish
             causes = "; ".join(f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in error.failures.items())
             raise RuntimeError(f"{doing} {folder} failed on {causes}") from error
