@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,20 @@ DEFAULT_TILE: Grid = (4, 4, 4)
 # Each entry holds two int64 vectors (1.2 MB at 75,600 tokens). Training, validation and a second resolution are in use
 # at once at most, so a short memory is enough and an old grid's tensors go away by themselves.
 _NUM_CACHED_LAYOUTS = 8
+
+
+class Tiles(NamedTuple):
+    """Runs of tokens that a kernel treats as blocks.
+
+    Attributes:
+        start: int32 [tiles], the first token of each.
+        length: int32 [tiles], the tokens of each.
+        longest: no tile has more tokens; known without asking the device.
+    """
+
+    start: torch.Tensor
+    length: torch.Tensor
+    longest: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +74,29 @@ class TileLayout:
     @property
     def num_tiles(self) -> int:
         return math.prod(self.tile_grid)
+
+    def tiles(self, run: range | None = None, join: int = 1) -> Tiles:
+        """The tiles of `run` (all by default), with tokens counted from the run's first.
+
+        `join` neighbouring tiles count as one; the last of a run may be made of fewer. Joined tiles are one run of
+        tokens because tile order puts them next to each other.
+
+        Raises:
+            ValueError: `run` is empty, not contiguous or beyond the last tile, or `join` is not positive.
+        """
+        run = range(self.num_tiles) if run is None else run
+        if not run or run.step != 1 or run.start < 0 or run.stop > self.num_tiles or join < 1:
+            raise ValueError(
+                f"run {run} joined by {join} must be a contiguous part of the layout's {self.num_tiles} tiles"
+            )
+        if len(run) == self.num_tiles and join == 1:
+            return Tiles(self.start, self.length, math.prod(self.tile))
+        start = self.start[run.start : run.stop]
+        ends = (start + self.length[run.start : run.stop])[join - 1 :: join]
+        if len(run) % join:
+            ends = torch.cat((ends, (start[-1:] + self.length[run.stop - 1 : run.stop])))
+        first = start[::join]
+        return Tiles(first - start[0], ends - first, join * math.prod(self.tile))
 
 
 def tile_layout(
