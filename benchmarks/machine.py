@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -15,7 +16,10 @@ import torch
 
 def machine() -> dict[str, Any]:
     """Processor, accelerator, versions, commit and date."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = ""
+    if shutil.which("git"):  # lent machines hold a copy of the tree, and not always git
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = head.stdout.strip()
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": _processor(),

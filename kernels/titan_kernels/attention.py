@@ -21,6 +21,8 @@ from torch import Tensor
 from titan_kernels import ops
 from titan_kernels.layout import TileLayout, Tiles
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 _COARSE_BLOCK = 64
 """Tile means that one block of the coarse branch's attention holds."""
 
@@ -31,8 +33,8 @@ def video_sparse_attention(
     """Attention of every video token to the `topk` most relevant tiles, plus a gated view of all tiles' means.
 
     Args:
-        q, k, v: [B, L, H, D] in tile order, unpadded; float16, bfloat16 or float32; D 16 … 128. Scores are scaled by
-            1/sqrt(D), after the products.
+        q, k, v: [B, L, H, D] in tile order, unpadded; float16, bfloat16 or float32, on CPUs float64 too; D 16 … 128.
+            Scores are scaled by 1/sqrt(D), after the products.
         layout: the tiles of the L tokens, on the same device.
         topk: key tiles that a query tile attends to, 1 … `layout.num_tiles`; a plain number, so changing it compiles
             nothing. With all tiles the fine branch is dense attention.
@@ -161,6 +163,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, topk: int, gate:
                 f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, but q is {q.dtype} {tuple(q.shape)} on "
                 f"{q.device}; all must be [batch, tokens, heads, head dim] alike"
             )
+    if q.dtype not in _DTYPES and (q.dtype != torch.float64 or q.is_cuda):
+        raise ValueError(f"q is {q.dtype}; attention takes float16, bfloat16 and float32, and on CPUs float64")
+    if not 16 <= q.shape[-1] <= 128:
+        raise ValueError(f"q has head dim {q.shape[-1]}, but the kernels take 16 to 128")
+    if layout.start.device != q.device:
+        raise ValueError(f"layout is on {layout.start.device}, but q is on {q.device}: give tile_layout that device")
     if q.shape[1] != layout.num_tokens:
         raise ValueError(f"q has {q.shape[1]} tokens, but the layout's grid {layout.grid} has {layout.num_tokens}")
     if not 1 <= topk <= layout.num_tiles:

@@ -186,6 +186,7 @@ def _save_for_vsa(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, q_start, q_length, ctx.q_longest, kv_start, kv_length, ctx.kv_longest = inputs
     ctx.save_for_backward(*tensors, *output, q_start, q_length, kv_start, kv_length)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp
 
 
 def _vsa_gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:

@@ -90,8 +90,9 @@ def vsa_forward(
     for rows, columns_BHC, valid_BHC in _query_tiles(lists_BHNK, q_tiles, kv_tiles):
         scores_BHMC = _scores(q[:, :, rows], _take(k, columns_BHC), valid_BHC)
         sums.append(scores_BHMC.logsumexp(-1))
-        outs.append((scores_BHMC - sums[-1][..., None]).exp() @ _take(v, columns_BHC))
-    return torch.cat(outs, 2).transpose(1, 2).to(q_BLHD.dtype), torch.cat(sums, 2)
+        # Not exp(scores - sums): a large sum is rounded coarsely, and the backward subtracts products of this output.
+        outs.append(scores_BHMC.softmax(-1) @ _take(v, columns_BHC))
+    return torch.cat(outs, 2).transpose(1, 2).contiguous().to(q_BLHD.dtype), torch.cat(sums, 2)
 
 
 def vsa_backward(
@@ -125,7 +126,8 @@ def gated_add(fine_BLHD: Tensor, coarse_BNHD: Tensor, gate_BLHD: Tensor, tiles: 
     """`fine + gate * coarse`, the coarse row of a tile for all of its tokens; in the dtype of `fine`."""
     coarse_BLHD = coarse_BNHD.repeat_interleave(tiles.length.long(), dim=1)
     wide = torch.promote_types(coarse_BNHD.dtype, fine_BLHD.dtype)
-    return torch.addcmul(fine_BLHD.to(wide), gate_BLHD.to(wide), coarse_BLHD.to(wide)).to(fine_BLHD.dtype)
+    out_BLHD = torch.addcmul(fine_BLHD.to(wide), gate_BLHD.to(wide), coarse_BLHD.to(wide))
+    return out_BLHD.contiguous().to(fine_BLHD.dtype)
 
 
 def gated_add_backward(
@@ -137,7 +139,7 @@ def gated_add_backward(
     grad, gate = grad_BLHD.to(wide), gate_BLHD.to(wide)
     grad_gate = grad * coarse_BNHD.to(wide).repeat_interleave(length, dim=1)
     grad_coarse = _means(grad * gate, tiles) * length[:, None, None]
-    return grad_coarse.to(coarse_BNHD.dtype), grad_gate.to(gate_BLHD.dtype)
+    return grad_coarse.to(coarse_BNHD.dtype), grad_gate.contiguous().to(gate_BLHD.dtype)
 
 
 def video_sparse_attention(

@@ -68,3 +68,25 @@ def test_fake_tensors_stay_out_of_the_cache():
 def test_impossible_sizes_are_refused(grid, tile):
     with pytest.raises(ValueError, match="must be three positive sizes"):
         tile_layout(grid, tile)
+
+
+@pytest.mark.parametrize("join", [1, 2, 3, 9])
+@pytest.mark.parametrize("run", [None, range(8), range(1, 6), range(7, 8)])
+def test_tiles_of_a_run_joined(run, join):
+    layout = tile_layout((5, 6, 6))
+    tiles = list(run or range(8))
+    groups = [tiles[first : first + join] for first in range(0, len(tiles), join)]
+    lengths = [sum(layout.length[tile].item() for tile in group) for group in groups]
+    start, length, longest = layout.tiles(run, join)
+    assert length.tolist() == lengths
+    assert start.tolist() == [0, *itertools.accumulate(lengths[:-1])]
+    assert start.dtype == length.dtype == torch.int32
+    assert longest == join * 64 >= max(lengths)
+
+
+@pytest.mark.parametrize(
+    "run, join", [(range(0), 1), (range(0, 8, 2), 1), (range(5, 9), 1), (range(-1, 3), 1), (None, 0)]
+)
+def test_impossible_runs_of_tiles_are_refused(run, join):
+    with pytest.raises(ValueError, match="contiguous part of the layout's 8 tiles"):
+        tile_layout((5, 6, 6)).tiles(run, join)

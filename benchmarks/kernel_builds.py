@@ -1,0 +1,230 @@
+"""Ahead-of-time builds of the attention kernels, and what their machine code tells:
+``python -m benchmarks.kernel_builds --arch 80 90 100 --out FILE``.
+
+No GPU is needed: Triton compiles for a named target, and the disassembler in its package reads the result. What can be
+seen so: registers, spills and shared memory, hence how many programs share a multiprocessor; whether matrix units and
+the copy engine are used; and whether two settings are the same machine code under two names. What cannot: time.
+
+Builds are for contiguous inputs (strides divisible by 16), and for ragged tiles, which is the general case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from titan_kernels.tuning import KEPT, Candidate
+from titan_kernels.vsa_backward import grad_kv_kernel, grad_q_kernel
+from titan_kernels.vsa_forward import forward_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.machine import write_result
+
+KERNELS = {"forward": forward_kernel, "grad_q": grad_q_kernel, "grad_kv": grad_kv_kernel}
+_DESCRIBED = {"forward": ("k", "v"), "grad_q": ("k", "v"), "grad_kv": ("q", "grad")}
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_MOST_SHARED_KIB = {80: 163, 90: 227, 100: 227}
+_GROUPS = {
+    "wgmma": r"HGMMA",
+    "mma": r"HMMA|UTC\w*MMA",
+    "exp2": r"MUFU",
+    "float": r"FFMA|FADD|FMUL|FMNMX|FSEL",
+    "shared": r"LDS|LDSM|STS|STSM",
+    "local": r"LDL|STL",
+    "barrier": r"BAR|SYNCS",
+    "tma": r"UTMALDG",
+    "async_copy": r"LDGSTS",
+    "wait": r"WARPGROUP",
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel as compiled for one architecture.
+
+    Attributes:
+        registers: per thread.
+        local_bytes: stack and local memory per thread; above zero, something spilled.
+        shared_bytes: per program.
+        programs: that fit on one multiprocessor, by registers, shared memory and warps.
+        instructions: in all.
+        mix: instructions by group, each where it stands in the code; loops count once.
+        sass: SHA-256 of the instructions.
+    """
+
+    kernel: str
+    rows: int
+    dtype: str
+    head_dim: int
+    arch: int
+    candidate: Candidate
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    programs: int
+    instructions: int
+    mix: dict[str, int]
+    sass: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether a program gets the shared memory that it asks for."""
+        return self.shared_bytes <= _MOST_SHARED_KIB[self.arch] * 1024
+
+
+def build(
+    kernel: str, candidate: Candidate, arch: int, rows: int, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
+) -> Build:
+    """Compiles for compute capability ``arch`` / 10 and reads the machine code.
+
+    Raises whatever Triton raises for what it cannot build.
+    """
+    compiled = triton.compile(
+        source(kernel, candidate, rows, dtype, head_dim),
+        target=GPUTarget("cuda", arch, 32),
+        options=candidate.options,
+    )
+    usage, code = _disassemble(compiled.asm["cubin"])
+    # An instruction's line: /*address*/ @predicate NAME.MODIFIERS operands ;
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", code, re.M)
+    names = Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in lines)
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    shared = compiled.metadata.shared
+    return Build(
+        kernel,
+        rows,
+        _TYPES[dtype],
+        head_dim,
+        arch,
+        candidate,
+        registers,
+        stack + local,
+        shared,
+        _programs(registers, shared, candidate.warps, arch),
+        len(lines),
+        {group: sum(n for name, n in names.items() if re.fullmatch(p, name)) for group, p in _GROUPS.items()},
+        hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+    )
+
+
+def source(kernel: str, candidate: Candidate, rows: int, dtype: torch.dtype, head_dim: int) -> ASTSource:
+    """The kernel specialised as its launcher does for contiguous inputs and tiles of at most 64 tokens."""
+    function = KERNELS[kernel]
+    block_d = triton.next_power_of_2(head_dim)
+    columns = min(rows, 64)
+    constants = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": rows, "BLOCK_N": columns, "TMA": candidate.tma}
+    # Tiles of 64 tokens come in one piece, or as two halves for fp32.
+    constants |= {"Q_CHUNKS": 64 // columns, "KV_CHUNKS": 64 // columns}
+    types = {name: _type(name, dtype) for name in function.arg_names} | dict.fromkeys(constants, "constexpr")
+    if candidate.tma:
+        types |= dict.fromkeys(_DESCRIBED[kernel], f"tensordesc<{_TYPES[dtype]}[64, {head_dim}]>")
+    divisible = [
+        i
+        for i, (name, kind) in enumerate(types.items())
+        if kind.startswith("*") or (head_dim % 16 == 0 and "stride" in name)
+    ]
+    positions = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    return ASTSource(function, types, positions, {(i,): [["tt.divisibility", 16]] for i in divisible})
+
+
+def _type(name: str, dtype: torch.dtype) -> str:
+    if name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"):
+        return f"*{_TYPES[dtype]}"
+    if name in ("lists", "offset", "chosen_by", "q_start", "q_length", "kv_start", "kv_length"):
+        return "*i32"
+    if name in ("lse", "sums"):
+        return "*fp32"
+    return "fp32" if name.startswith("scale") else "i32"
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """What the disassembler says of resources, and the code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        outputs = (
+            subprocess.run(
+                [_BINARIES / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+        return tuple(outputs)  # type: ignore[return-value]
+
+
+def _programs(registers: int, shared: int, warps: int, arch: int) -> int:
+    # Registers are handed out in eights; the system keeps 1 KiB of shared memory for each program.
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    return min(by_registers, (_MOST_SHARED_KIB[arch] + 1) * 1024 // (shared + 1024), 64 // warps)
+
+
+def space(kernel: str, rows: int, dtype: torch.dtype) -> Iterator[Candidate]:
+    """Everything that was considered: stages 1-6 x warps 4/8 x pointers or TMA, and room for a second program."""
+    for tma in (True, False):
+        for warps in (4, 8):
+            for stages in range(1, 7):
+                yield Candidate(warps, stages, tma)
+    if rows == 128:
+        yield Candidate(8, 2, True, registers=128)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Triton's and its assembler's."""
+    text = subprocess.run([_BINARIES / "ptxas", "--version"], capture_output=True, text=True, check=True).stdout
+    return {"triton": triton.__version__, "ptxas": re.search(r"V([\d.]+)", text)[1]}
+
+
+def _line(name: str, tried: Build) -> str:
+    c, mix = tried.candidate, tried.mix
+    how = f"{c.warps} warps, {c.stages} stages, {'TMA' if c.tma else 'pointers'}" + (
+        f", {c.registers} registers at most" if c.registers else ""
+    )
+    counts = " ".join(f"{group}:{n}" for group, n in mix.items() if n)
+    return (
+        f"{name:<12} sm_{tried.arch:<4}{how:<34} {tried.registers:>4} regs {tried.local_bytes:>4} B local "
+        f"{tried.shared_bytes / 1024:6.1f} KiB {tried.programs} a SM  {counts}  {tried.sass[:8]}"
+    )
+
+
+def main() -> None:
+    """Builds, prints a line for each, and with --out adds them to a JSON under this version of Triton."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(_MOST_SHARED_KIB), default=[90])
+    parser.add_argument("--kernel", nargs="+", choices=sorted(KERNELS), default=sorted(KERNELS))
+    parser.add_argument("--all", action="store_true", help="the whole space instead of what is kept")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    builds: list[dict[str, Any]] = []
+    for (kernel, rows, bits), kept in KEPT.items():
+        dtype = torch.bfloat16 if bits == 16 else torch.float32
+        if kernel not in arguments.kernel:
+            continue
+        for arch in arguments.arch:
+            for candidate in space(kernel, rows, dtype) if arguments.all and bits == 16 else kept:
+                if candidate.tma and arch < 90:
+                    continue
+                tried = build(kernel, candidate, arch, rows, dtype)
+                print(_line(f"{kernel} {rows}", tried), flush=True)
+                builds.append(asdict(tried))
+    if arguments.out:
+        earlier = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"builds": {}}
+        key = f"triton {versions()['triton']}, ptxas {versions()['ptxas']}" + (", whole space" if arguments.all else "")
+        write_result(arguments.out, {"command": "kernel_builds", "builds": {**earlier["builds"], key: builds}})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""How a kernel is launched: the candidates that are worth timing, and which of them a shape uses.
+
+The space is pipeline stages 1-6 x warps 4/8 x rows fetched by pointers or by the copy engine (TMA) x a register limit.
+All of it was built ahead of time; `KEPT` is what is left after dropping what spills, what does not fit beside a second
+program without a reason, and what is the same machine code as another (docs/kernels.md, `benchmarks.kernel_builds`).
+
+On a GPU the first launch of a shape times its candidates and keeps the fastest for the life of the process. A shape is
+known by what changes the balance between loading and computing: head dim, dtype, block sizes, heads, and the density of
+the lists in steps of a factor of sqrt(2). Candidates do the same arithmetic in the same order: they
+differ in time only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from titan_kernels.layout import Tiles
+
+_MOST_ROWS = {torch.float32: (32, 32)}
+"""Rows of a block of queries and of keys, for types other than 16-bit ones: exact fp32 products run without matrix
+units, and blocks of 64 x 64 unroll to 12,840 instructions that spill 10 KB."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to build a kernel.
+
+    Attributes:
+        warps, stages: Triton's.
+        tma: fetch rows by the copy engine; Hopper and later.
+        registers: limit per thread, so that another program fits beside; None for the compiler's choice.
+        reason: why it is worth timing.
+    """
+
+    warps: int
+    stages: int
+    tma: bool = False
+    registers: int | None = None
+    reason: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's launch options."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a launch is specialised on (`constants`), and what else its best candidate depends on."""
+
+    head_dim: int
+    dtype: torch.dtype
+    block_m: int
+    block_n: int
+    q_chunks: int
+    kv_chunks: int
+    num_heads: int
+    density: int
+
+    @classmethod
+    def of(cls, q_BLHD: Tensor, lists_BHNK: Tensor, q_tiles: Tiles, kv_tiles: Tiles) -> Shape:
+        most_m, most_n = _MOST_ROWS.get(q_BLHD.dtype, (128, 64))
+        block_m, block_n = _block(q_tiles.longest, most_m), _block(kv_tiles.longest, most_n)
+        return cls(
+            q_BLHD.shape[-1],
+            q_BLHD.dtype,
+            block_m,
+            block_n,
+            -(-q_tiles.longest // block_m),
+            -(-kv_tiles.longest // block_n),
+            q_BLHD.shape[2],
+            round(2 * math.log2(len(kv_tiles.start) / lists_BHNK.shape[-1])),
+        )
+
+    def with_rows(self, most: int, longest: int) -> Shape:
+        """The same launch with query blocks of at most `most` rows, for blocks of `longest` tokens."""
+        block_m = min(self.block_m, most)
+        return replace(self, block_m=block_m, q_chunks=-(-longest // block_m))
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments that the attention kernels share."""
+        return {
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_D": _block(self.head_dim, self.head_dim * 2),
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "Q_CHUNKS": self.q_chunks,
+            "KV_CHUNKS": self.kv_chunks,
+        }
+
+
+def _block(size: int, most: int) -> int:
+    # Matrix units multiply 16 rows at least.
+    return min(max(16, triton.next_power_of_2(size)), most)
+
+
+_TWO_PROGRAMS = "two programs on a multiprocessor, one computing while the other waits"
+_DEEPER = "one more tile in flight, for lists that miss the L2"
+_ANYWHERE = "no TMA: before Hopper, strided inputs, head dims between powers of two"
+_NO_MATRIX_UNITS = "exact fp32 products: with 4 warps the unrolled sums spill"
+
+KEPT: dict[tuple[str, int, int], tuple[Candidate, ...]] = {
+    ("forward", 64, 16): (
+        Candidate(4, 2, True, reason=_TWO_PROGRAMS),
+        Candidate(4, 1, True, reason="three programs instead of prefetching"),
+        Candidate(4, 2, reason=_ANYWHERE),
+        Candidate(4, 1, reason="the same where shared memory is short"),
+    ),
+    ("forward", 128, 16): (
+        Candidate(8, 2, True, reason="half the traffic of 64 rows; two warpgroups of one program"),
+        Candidate(8, 3, True, reason=_DEEPER),
+        Candidate(8, 2, reason=_ANYWHERE),
+        Candidate(8, 3, reason=_DEEPER),
+    ),
+    ("grad_q", 64, 16): (
+        Candidate(4, 2, True, reason=_TWO_PROGRAMS),
+        Candidate(4, 2, reason=_ANYWHERE),
+        Candidate(4, 1, reason="the same where shared memory is short"),
+    ),
+    ("grad_q", 128, 16): (
+        Candidate(8, 2, True, reason="half the traffic of 64 rows; two warpgroups of one program"),
+        Candidate(8, 3, True, reason=_DEEPER),
+        Candidate(8, 2, reason=_ANYWHERE),
+    ),
+    ("grad_kv", 64, 16): (
+        Candidate(4, 2, True, reason=_TWO_PROGRAMS),
+        Candidate(8, 3, True, reason="both accumulators over two warpgroups, a tile more in flight"),
+        Candidate(8, 2, reason=_ANYWHERE),
+    ),
+    ("forward", 32, 32): (Candidate(8, 1, reason=_NO_MATRIX_UNITS),),
+    ("grad_q", 32, 32): (Candidate(8, 1, reason=_NO_MATRIX_UNITS),),
+    ("grad_kv", 32, 32): (Candidate(8, 1, reason=_NO_MATRIX_UNITS),),
+}
+"""By kernel, most rows of a query block and bits of a number. The first is what runs where nothing may be timed."""
+
+
+def candidates(kernel: str, rows: int, dtype: torch.dtype, tma: bool) -> list[Candidate]:
+    """What is kept for blocks of `rows` queries; without those that need TMA where there is none."""
+    bits = 8 * dtype.itemsize
+    kept = next(kept for (name, most, width), kept in KEPT.items() if (name, width) == (kernel, bits) and rows <= most)
+    return [candidate for candidate in kept if tma or not candidate.tma]
+
+
+_may_time: ContextVar[bool] = ContextVar("may_time", default=True)
+
+
+@contextmanager
+def untimed() -> Iterator[None]:
+    """Within it every launch takes its first candidate."""
+    token = _may_time.set(False)
+    try:
+        yield
+    finally:
+        _may_time.reset(token)
+
+
+_fastest: dict[tuple, Candidate] = {}
+
+
+def launch(kernel: str, shape: Shape, start: Callable[[Candidate], None], *, tma: bool) -> None:
+    """Starts `kernel` with the fastest candidate for `shape`; the first time, finds out which that is.
+
+    Launches are repeated for that, so `start` must overwrite its outputs whole. Nothing is timed on CPUs (Triton's
+    interpreter), during graph capture, or within `untimed`.
+    """
+    kept = candidates(kernel, shape.block_m, shape.dtype, tma)
+    if (
+        len(kept) == 1
+        or not _may_time.get()
+        or not torch.cuda.is_available()
+        or torch.cuda.is_current_stream_capturing()
+    ):
+        return start(kept[0])
+    key = (kernel, shape, tma, torch.cuda.current_device())
+    if key not in _fastest:
+        _fastest[key] = min(kept, key=lambda candidate: _milliseconds(start, candidate))
+    start(_fastest[key])
+
+
+def _milliseconds(start: Callable[[Candidate], None], candidate: Candidate) -> float:
+    try:
+        return triton.testing.do_bench(lambda: start(candidate), warmup=10, rep=50, return_mode="median")
+    except OutOfResources:  # this GPU has less shared memory than those the list was made for
+        return math.inf

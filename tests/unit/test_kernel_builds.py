@@ -1,0 +1,94 @@
+"""The attention kernels as machine code, built without a GPU: what every kept candidate must be, and how often a
+schedule of sparsities compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+from titan_kernels.tuning import KEPT, Candidate
+from titan_kernels.vsa_forward import forward_kernel
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import MockTensor
+
+from benchmarks.kernel_builds import build
+
+SIXTEEN_BIT = [
+    (kernel, rows, candidate) for (kernel, rows, bits), kept in KEPT.items() for candidate in kept if bits == 16
+]
+FIRST = [(kernel, rows, kept[0]) for (kernel, rows, bits), kept in KEPT.items() if bits == 16]
+
+
+def check(kernel: str, rows: int, candidate: Candidate) -> str:
+    """Builds for sm_90 at d = 128 in bf16, asserts, and returns the machine code's digest."""
+    built = build(kernel, candidate, 90, rows)
+    assert built.mix["wgmma"] > 0
+    assert built.local_bytes == 0 and built.mix["local"] == 0
+    assert built.fits
+    assert (built.mix["tma"] > 0) == candidate.tma
+    return built.sass
+
+
+@pytest.mark.parametrize(("kernel", "rows", "candidate"), FIRST)
+def test_first_candidates_use_hopper_well(kernel: str, rows: int, candidate: Candidate) -> None:
+    check(kernel, rows, candidate)
+
+
+@pytest.mark.nightly
+def test_kept_candidates_use_hopper_well_and_differ() -> None:
+    digests = [check(*each) for each in SIXTEEN_BIT]
+    assert len(set(digests)) == len(digests)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_kept_candidates_compile_everywhere(arch: int) -> None:
+    for (kernel, rows, bits), kept in KEPT.items():
+        dtype = torch.bfloat16 if bits == 16 else torch.float32
+        for candidate in kept:
+            if arch >= 90 or not candidate.tma:
+                build(kernel, candidate, arch, rows, dtype)
+
+
+class Hopper:
+    """Stands in for a driver: says what to compile for, and has nothing to launch on."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def hopper() -> Iterator[None]:
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(Hopper())
+    yield
+    triton.runtime.driver._active = before
+
+
+def num_compiled(kernel: Any, listed: list[int]) -> int:
+    """How many binaries the forward needs for these numbers of listed tiles."""
+    kernel.device_caches.clear()
+    tensors = [MockTensor(torch.bfloat16)] * 4 + [MockTensor(torch.float32)] + [MockTensor(torch.int32)] * 5
+    constants = {"HEAD_DIM": 16, "BLOCK_D": 16, "BLOCK_M": 64, "BLOCK_N": 64, "Q_CHUNKS": 1, "KV_CHUNKS": 1}
+    for num_listed in listed:
+        sizes = (12, 30, num_listed, 1920, 1920)
+        kernel.warmup(*tensors, *[192] * 9, *sizes, 1.0, **constants, TMA=False, grid=(1,), num_warps=4, num_stages=2)
+    return len(kernel.device_caches[0][0])
+
+
+def test_a_schedule_of_thirty_sparsities_compiles_once(hopper: None) -> None:
+    assert num_compiled(forward_kernel, list(range(1, 31))) == 1
+
+
+def test_specialised_lists_would_compile_again(hopper: None) -> None:
+    specialised = triton.jit(forward_kernel.fn)
+    assert num_compiled(specialised, [1, 2, 16, 30]) > 1
