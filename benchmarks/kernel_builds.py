@@ -129,6 +129,8 @@ def source(kernel: str, candidate: Candidate, rows: int, dtype: torch.dtype, hea
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": rows, "BLOCK_N": columns, "TMA": candidate.tma}
     # Tiles of 64 tokens come in one piece, or as two halves for fp32.
     constants |= {"Q_CHUNKS": 64 // columns, "KV_CHUNKS": 64 // columns}
+    if kernel == "forward":
+        constants["PERSISTENT"] = bool(candidate.persistent)
     types = {name: _type(name, dtype) for name in function.arg_names} | dict.fromkeys(constants, "constexpr")
     if candidate.tma:
         types |= dict.fromkeys(_DESCRIBED[kernel], f"tensordesc<{_TYPES[dtype]}[64, {head_dim}]>")
@@ -172,11 +174,14 @@ def _programs(registers: int, shared: int, warps: int, arch: int) -> int:
 
 
 def space(kernel: str, rows: int, dtype: torch.dtype) -> Iterator[Candidate]:
-    """Everything that was considered: stages 1-6 x warps 4/8 x pointers or TMA, and room for a second program."""
+    """Everything that was considered: stages 1-6 x warps 4/8 x pointers or TMA, persistent programs, and room for a
+    second program."""
     for tma in (True, False):
         for warps in (4, 8):
             for stages in range(1, 7):
                 yield Candidate(warps, stages, tma)
+                if kernel == "forward":
+                    yield Candidate(warps, stages, tma, persistent=1)
     if rows == 128:
         yield Candidate(8, 2, True, registers=128)
 
@@ -191,7 +196,7 @@ def versions() -> dict[str, str]:
 def _line(name: str, tried: Build) -> str:
     c, mix = tried.candidate, tried.mix
     how = f"{c.warps} warps, {c.stages} stages, {'TMA' if c.tma else 'pointers'}" + (
-        f", {c.registers} registers at most" if c.registers else ""
+        f", {c.registers} registers at most" if c.registers else ", persistent" if c.persistent else ""
     )
     counts = " ".join(f"{group}:{n}" for group, n in mix.items() if n)
     return (

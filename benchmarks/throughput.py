@@ -48,7 +48,7 @@ from titan_distill.observability.flops import BACKWARD_FORWARDS, Work, peak_flop
 from titan_distill.observability.metrics import memory_gib
 from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.mesh import Layouts, World, num_ranks, start_world
-from titan_distill.roles import RoleHandle
+from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.train import EXIT_BAD_INPUT, assemble
 from titan_distill.trainer import Trainer
 
@@ -105,6 +105,9 @@ class MeasuredAdapter(Adapter):
         backward = Work(total.model_flops - forward, total.hardware_flops - forward)
         self.ledger += [(phase, role.name, Work(forward, forward)), (BACKWARD, role.name, backward)]
         return velocity
+
+    def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
+        return self.inner.start_step(roles, step)
 
     def prepare_batch(self, batch: Batch) -> Batch:
         return self.inner.prepare_batch(batch)

@@ -49,6 +49,7 @@ from titan_distill.config_sections import (
     ProfilingConfig,
     RecipeConfig,
     RoleConfig,
+    SparseAttentionConfig,
     TrainingConfig,
     ValidationConfig,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "ProfilingConfig",
     "RecipeConfig",
     "RoleConfig",
+    "SparseAttentionConfig",
     "TrainingConfig",
     "ValidationConfig",
     "check_paths",
@@ -117,6 +119,8 @@ class Config:
     """torch.compile."""
     float8: Float8Config = field(default_factory=Float8Config)
     """Matrix products in 8 bits."""
+    sparse_attention: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
+    """Video sparse attention of the roles that have attention = "sparse"."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     """Moving average of one role's weights, used in validation and export."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -140,6 +144,7 @@ class Config:
             )
         self._check_ema()
         self._check_float8()
+        self._check_sparse_attention()
         trace_end = self.profiling.start_step + self.profiling.num_steps
         if self.profiling.enabled and trace_end > self.training.steps:
             raise ValueError(
@@ -172,6 +177,17 @@ class Config:
                         f"float8.backend = 'transformer_engine' does not go with {key} = {value}; change it or set "
                         "float8.backend to 'torchao'"
                     )
+
+    def _check_sparse_attention(self) -> None:
+        if any(role.attention == "sparse" for role in self.roles.values()):
+            return
+        for f in fields(self.sparse_attention):
+            value = getattr(self.sparse_attention, f.name)
+            if value != f.default:
+                raise ValueError(
+                    f"sparse_attention.{f.name} = {value} has no effect, because no role has attention = 'sparse'; set "
+                    "it for a role or remove the section"
+                )
 
     def optimizer_for(self, role: str) -> OptimizerConfig:
         """[optimizer] with the role's own table laid over it."""

@@ -95,8 +95,8 @@ class RoleConfig:
     """Architecture by name, e.g. tiny, 1.3B, 14B; weights come from init_from."""
     init_from: str = ""
     """Diffusers folder with the weights of a flavor; "" starts from random weights."""
-    attention: Literal["dense"] = "dense"
-    """Self-attention of this role."""
+    attention: Literal["dense", "sparse"] = "dense"
+    """Self-attention of this role; sparse follows [sparse_attention], and may start from dense weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Storage of the weights; auto keeps fp32 masters for trained roles and training.dtype for frozen ones."""
     optimizer: OptimizerOverride = field(default_factory=OptimizerOverride)
@@ -336,6 +336,38 @@ class Float8Config:
     def for_role(self, role: str) -> Float8Config:
         """This section for a role in float8, a disabled one for all others."""
         return self if not self.roles or role in self.roles else Float8Config()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseAttentionConfig:
+    sparsity: float = 0.9
+    """Share of the video's tiles that a tile does not attend to, in the end."""
+    schedule_rate: float = 0.0
+    """Sparsity grows from 0 by this much every schedule_interval steps; 0 starts with all of it."""
+    schedule_interval: int = 1
+    """Steps between two changes of the sparsity."""
+    crossover: float = 0.5
+    """Below this sparsity all tiles are read, by dense attention, which is then the faster one; 0 never is dense."""
+    tiles_per_list: int = 1
+    """Neighbouring tiles that choose together what they read: 2 make better use of the tensor cores, and are no longer
+    quite the published method."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "sparsity", least=0, below=1)
+        check_range(self, "schedule_rate", least=0, below=1)
+        check_range(self, "schedule_interval", least=1)
+        check_range(self, "crossover", least=0, most=1)
+        check_range(self, "tiles_per_list", least=1, most=2)
+        if self.schedule_interval > 1 and not self.schedule_rate:
+            raise ValueError(
+                f"schedule_interval = {self.schedule_interval} has no effect with schedule_rate = 0; set "
+                "schedule_rate, or remove it"
+            )
+        if self.schedule_rate > self.sparsity:
+            raise ValueError(
+                f"schedule_rate = {self.schedule_rate} is more than sparsity = {self.sparsity}, where the schedule "
+                f"ends; set it to {self.sparsity} or less"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

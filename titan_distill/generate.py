@@ -78,16 +78,16 @@ def load_role(
             f"{checkpoint} lies in no run folder: {config_file} is missing; keep checkpoints below their run"
         )
     config = load_config(["--job.config_file", str(config_file)])
-    trained = convert.trained_role(checkpoint, read_manifest(checkpoint), role)
+    manifest = read_manifest(checkpoint)
+    trained = convert.trained_role(checkpoint, manifest, role)
     tensors = convert.role_tensors(checkpoint, role, use_ema=trained.has_ema and not raw_weights)
     family = model_family(config.recipe.family)(config)
     module = family.restore_module(trained.architecture, tensors, device)
-    handle, adapter = (
-        RoleHandle(role, {"transformer": module}, trainable=False),
-        family.build_adapter(device, Layouts.alone(device)),
-    )
+    handle = RoleHandle(role, {"transformer": module}, trainable=False)
+    roles, adapter = RoleManager([handle]), family.build_adapter(device, Layouts.alone(device))
+    adapter.start_step(roles, max(0, manifest.step - 1))  # the last one trained, as validation finds the models
     method = method_class(config.recipe.method)(
-        config.method_config, RoleManager([handle]), adapter, KeyedNoise(config.job.seed), PhaseTimer(device)
+        config.method_config, roles, adapter, KeyedNoise(config.job.seed), PhaseTimer(device)
     )
     request = next(
         sample for sample in method.validation_request().samples if sample.role == role and not sample.baseline

@@ -78,7 +78,7 @@ class Trainer:
         step = self.state.step
         with self.timer("data"):
             batch = self.adapter.prepare_batch(next(self.loader))
-        values: dict[str, float] = {}
+        values = self.adapter.start_step(self.roles, step)
         for update in self.method.updates(step):
             values |= self.run_update(update, batch)
         self.state.step += 1

@@ -1,6 +1,7 @@
 """How a kernel is launched: the candidates that are worth timing, and which of them a shape uses.
 
-The space is pipeline stages 1-6 x warps 4/8 x rows fetched by pointers or by the copy engine (TMA) x a register limit.
+The space is pipeline stages 1-6 x warps 4/8 x rows fetched by pointers or by the copy engine (TMA) x a register limit x
+a program a block or persistent programs.
 All of it was built ahead of time; `KEPT` is what is left after dropping what spills, what does not fit beside a second
 program without a reason, and what is the same machine code as another (docs/kernels.md, `benchmarks.kernel_builds`).
 
@@ -39,6 +40,7 @@ class Candidate:
         warps, stages: Triton's.
         tma: fetch rows by the copy engine; Hopper and later.
         registers: limit per thread, so that another program fits beside; None for the compiler's choice.
+        persistent: programs a multiprocessor that walk over all blocks (forward only); 0 starts a program a block.
         reason: why it is worth timing.
     """
 
@@ -46,6 +48,7 @@ class Candidate:
     stages: int
     tma: bool = False
     registers: int | None = None
+    persistent: int = 0
     reason: str = ""
 
     @property
@@ -109,18 +112,21 @@ def _block(size: int, most: int) -> int:
 _TWO_PROGRAMS = "two programs on a multiprocessor, one computing while the other waits"
 _DEEPER = "one more tile in flight, for lists that miss the L2"
 _ANYWHERE = "no TMA: before Hopper, strided inputs, head dims between powers of two"
+_RESIDENT = "programs that stay: a block's first loads wait for no launch"
 _NO_MATRIX_UNITS = "exact fp32 products: with 4 warps the unrolled sums spill"
 
 KEPT: dict[tuple[str, int, int], tuple[Candidate, ...]] = {
     ("forward", 64, 16): (
         Candidate(4, 2, True, reason=_TWO_PROGRAMS),
         Candidate(4, 1, True, reason="three programs instead of prefetching"),
+        Candidate(4, 2, True, persistent=2, reason=_RESIDENT),
         Candidate(4, 2, reason=_ANYWHERE),
         Candidate(4, 1, reason="the same where shared memory is short"),
     ),
     ("forward", 128, 16): (
         Candidate(8, 2, True, reason="half the traffic of 64 rows; two warpgroups of one program"),
         Candidate(8, 3, True, reason=_DEEPER),
+        Candidate(8, 2, True, persistent=1, reason=_RESIDENT),
         Candidate(8, 2, reason=_ANYWHERE),
         Candidate(8, 3, reason=_DEEPER),
     ),
@@ -151,6 +157,11 @@ def candidates(kernel: str, rows: int, dtype: torch.dtype, tma: bool) -> list[Ca
     bits = 8 * dtype.itemsize
     kept = next(kept for (name, most, width), kept in KEPT.items() if (name, width) == (kernel, bits) and rows <= most)
     return [candidate for candidate in kept if tma or not candidate.tma]
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; 1 for Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 _may_time: ContextVar[bool] = ContextVar("may_time", default=True)

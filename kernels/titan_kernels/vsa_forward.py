@@ -14,6 +14,9 @@ neighbours in time read the same head, whose keys and values stay in L2.
 Rows of a ragged tile's successor may be read (and, at the very end, zeros); their scores become -inf, so they weigh
 exactly nothing. That a tile is ragged is tested once a tile, not once an element.
 
+A candidate may be *persistent*: as many programs as fit on the GPU at once, each walking over blocks in strides, which
+saves the start of a program a block.
+
 Shape suffixes: B batch, L query tokens, S key tokens, H heads, D head dim, N query blocks, K tiles listed for each;
 inside kernels M rows of a query block, N of a key block.
 """
@@ -112,8 +115,9 @@ def block_of(i, blocks, starts, lengths, ROWS: tl.constexpr, CHUNKS: tl.constexp
     return tl.load(starts + block) + skip, tl.load(lengths + block) - skip
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def forward_kernel(
+@triton.jit
+def attend_block(
+    program,
     q,
     k,
     v,
@@ -147,11 +151,12 @@ def forward_kernel(
     KV_CHUNKS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    item = tl.program_id(0) // Q_CHUNKS
+    """One block of queries of one head, or one chunk of a longer block."""
+    item = program // Q_CHUNKS
     block = item % num_q_blocks
     head = item // num_q_blocks % num_heads
     batch = item // num_q_blocks // num_heads
-    skip = tl.program_id(0) % Q_CHUNKS * BLOCK_M
+    skip = program % Q_CHUNKS * BLOCK_M
     first = tl.load(q_start + block) + skip
     num_rows = tl.load(q_length + block) - skip
 
@@ -206,6 +211,118 @@ def forward_kernel(
     tl.store(lse + row, (highest + tl.log2(total)) * 0.6931471805599453, mask=row < num_rows)
 
 
+@triton.jit(do_not_specialize=[*RUNTIME, "num_programs"])
+def forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    lists,
+    q_start,
+    q_length,
+    kv_start,
+    kv_length,
+    q_stride_b,
+    q_stride_l,
+    q_stride_h,
+    k_stride_b,
+    k_stride_l,
+    k_stride_h,
+    v_stride_b,
+    v_stride_l,
+    v_stride_h,
+    num_heads,
+    num_q_blocks,
+    num_listed,
+    num_queries,
+    num_keys,
+    num_programs,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    Q_CHUNKS: tl.constexpr,
+    KV_CHUNKS: tl.constexpr,
+    TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    if PERSISTENT:
+        for program in range(tl.program_id(0), num_programs, tl.num_programs(0)):
+            attend_block(
+                program,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                lists,
+                q_start,
+                q_length,
+                kv_start,
+                kv_length,
+                q_stride_b,
+                q_stride_l,
+                q_stride_h,
+                k_stride_b,
+                k_stride_l,
+                k_stride_h,
+                v_stride_b,
+                v_stride_l,
+                v_stride_h,
+                num_heads,
+                num_q_blocks,
+                num_listed,
+                num_queries,
+                num_keys,
+                scale_log2,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_M,
+                BLOCK_N,
+                Q_CHUNKS,
+                KV_CHUNKS,
+                TMA,
+            )
+    else:
+        attend_block(
+            tl.program_id(0),
+            q,
+            k,
+            v,
+            out,
+            lse,
+            lists,
+            q_start,
+            q_length,
+            kv_start,
+            kv_length,
+            q_stride_b,
+            q_stride_l,
+            q_stride_h,
+            k_stride_b,
+            k_stride_l,
+            k_stride_h,
+            v_stride_b,
+            v_stride_l,
+            v_stride_h,
+            num_heads,
+            num_q_blocks,
+            num_listed,
+            num_queries,
+            num_keys,
+            scale_log2,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_M,
+            BLOCK_N,
+            Q_CHUNKS,
+            KV_CHUNKS,
+            TMA,
+        )
+
+
 def vsa_forward(
     q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, lists_BHNK: Tensor, q_tiles: Tiles, kv_tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
@@ -216,17 +333,19 @@ def vsa_forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, num_heads, num_queries), dtype=torch.float32, device=q.device)
     shape = tuning.Shape.of(q, lists_BHNK, q_tiles, kv_tiles)
-    grid = (batch * num_heads * len(q_tiles.start) * shape.q_chunks,)
+    num_programs = batch * num_heads * len(q_tiles.start) * shape.q_chunks
 
     def launch(candidate: tuning.Candidate) -> None:
         k_rows, v_rows = (described(x, shape.block_n) if candidate.tma else x for x in (k, v))
-        forward_kernel[grid](
+        resident = candidate.persistent * tuning.num_multiprocessors(q.device)
+        forward_kernel[(min(resident, num_programs) if resident else num_programs,)](
             *(q, k_rows, v_rows, out, lse, lists, *q_tiles[:2], *kv_tiles[:2]),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-            *(num_heads, len(q_tiles.start), lists_BHNK.shape[-1], num_queries, k.shape[1]),
+            *(num_heads, len(q_tiles.start), lists_BHNK.shape[-1], num_queries, k.shape[1], num_programs),
             math.log2(math.e) / math.sqrt(head_dim),
             **shape.constants,
             TMA=candidate.tma,
+            PERSISTENT=bool(candidate.persistent),
             **candidate.options,
         )
 

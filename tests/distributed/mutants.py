@@ -11,13 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from titan_kernels import tile_layout
+from titan_kernels import Tiles, tile_layout
 from torch import Tensor, nn
 
 import titan_distill.train
+from titan_distill.attention.placement import add_coarse
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.methods import losses
-from titan_distill.parallelisms import collectives, tensor
+from titan_distill.models.wan import tensor_plan
+from titan_distill.models.wan.layers import SelfAttention
+from titan_distill.parallelisms import collectives, sequence, tensor
 from titan_distill.parallelisms.sequence import token_bounds
 
 
@@ -59,6 +62,28 @@ def replicated_gradient_not_reduced(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(collectives._EnterParts, "backward", staticmethod(lambda ctx, *gradients: (gradients[0], None)))
 
 
+def coarse_rows_of_the_next_tile(patch: pytest.MonkeyPatch) -> None:
+    def shifted(fine: Tensor, coarse: Tensor | None, gate: Tensor | None, tiles: Tiles) -> Tensor:
+        return add_coarse(fine, None if coarse is None else coarse.roll(-1, 1), gate, tiles)
+
+    patch.setattr(sequence, "add_coarse", shifted)
+
+
+def gate_outside_of_the_region(patch: pytest.MonkeyPatch) -> None:
+    """The gate is made from replicated tokens, so that their gradient through it is only this rank's part."""
+
+    def enter_region(module: nn.Module, region: tensor.Region) -> None:
+        tensor.enter_region(module, region)
+        if isinstance(module, SelfAttention):
+            module.register_forward_pre_hook(gate_first, prepend=True)
+
+    def gate_first(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_BLM, context, to_gate = args
+        return x_BLM, context, to_gate and (lambda entered: to_gate(x_BLM.to(entered.dtype)))
+
+    patch.setattr(tensor_plan, "enter_region", enter_region)
+
+
 MUTANTS = {
     mutant.__name__: mutant
     for mutant in (
@@ -67,6 +92,8 @@ MUTANTS = {
         norm_over_local_width,
         mean_of_means,
         replicated_gradient_not_reduced,
+        coarse_rows_of_the_next_tile,
+        gate_outside_of_the_region,
     )
 }
 

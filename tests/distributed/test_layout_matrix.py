@@ -2,6 +2,9 @@
 
 Every row trains six steps from the same weights and is compared with one process: losses, gradient norms and, at the
 end, every parameter. `docs/parity.md` is written from what was found. Rows with as many ranks share a launch.
+
+Rows with a sparse student have a reference of their own. Its gates are open from the start, or the coarse branch would
+count for nothing, and its sparsity changes at every step until the fourth: 0, by dense attention, 1/4, 1/2, 3/4.
 """
 
 from __future__ import annotations
@@ -13,15 +16,17 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mutants import MUTANTS
-from runs import REPOSITORY, read_metrics, tiny_argv
+from runs import REPOSITORY, TINY_WAN, read_metrics, tiny_argv
 from safetensors.torch import load_file
+
+from titan_distill.models.wan.state_dict import WEIGHTS_NAME, read_config, save_folder
 
 STEPS = 6
 GLOBAL_BATCH = 4
@@ -42,13 +47,19 @@ class Row:
     local_batch: int = 4
     methods: tuple[str, ...] = ("dmd2", "finetune")
     mutant: str | None = None
+    sparse: bool = False
+
+    @property
+    def reference(self) -> Row:
+        return SPARSE_REFERENCE if self.sparse else REFERENCE
 
     def arguments(self, method: str, output: Path) -> list[str]:
+        sparse = ("--roles.student.path", str(output.parent / SPARSE_WEIGHTS), *SPARSE) if self.sparse else ()
         return tiny_argv(
             method, output,
             "--training.steps", str(STEPS), "--checkpoint.enabled", "false",
             "--training.global_batch_size", str(GLOBAL_BATCH), "--training.local_batch_size", str(self.local_batch),
-            *self.overrides.split(),
+            *self.overrides.split(), *sparse,
         )  # fmt: skip
 
 
@@ -56,6 +67,13 @@ P = "--parallelism."
 TEACHER, STUDENT = "--roles.teacher.parallelism.", "--roles.student.parallelism."
 DMD2, FINETUNE = ("dmd2",), ("finetune",)
 REFERENCE = Row("one process", 1, "")
+SPARSE = (
+    "--roles.student.attention", "sparse", "--sparse_attention.sparsity", "0.75",
+    "--sparse_attention.schedule_rate", "0.25", "--sparse_attention.crossover", "0.2",
+)  # fmt: skip
+SPARSE_WEIGHTS = "sparse_wan"
+SPARSE_REFERENCE = Row("one process, sparse", 1, "", sparse=True)
+CHECKPOINT = "--activation_checkpoint.mode "
 ROWS = (
     Row("accumulation 4", 1, "", local_batch=1),
     Row("full checkpointing", 1, "--activation_checkpoint.mode full"),
@@ -80,6 +98,17 @@ ROWS = (
     Row("tensor 2 × sequence 2, token region", 4, f"{P}tensor 2 {P}sequence 2 {P}token_region"),
     Row("fsdp 2 × tensor 2", 4, f"{P}tensor 2", local_batch=2),
     Row("fsdp 2 × sequence 2", 4, f"{P}sequence 2", local_batch=2),
+    Row("sparse, accumulation 4, full checkpointing", 1, f"{CHECKPOINT}full", EXACT, 1, FINETUNE, sparse=True),
+    Row("sparse, fsdp 2, selective checkpointing", 2, f"{CHECKPOINT}selective", EXACT, 2, FINETUNE, sparse=True),
+    Row(
+        "sparse, tensor 2, token region, full checkpointing", 2, f"{P}tensor 2 {P}token_region {CHECKPOINT}full",
+        methods=FINETUNE, sparse=True,
+    ),
+    Row("sparse, sequence 2", 2, f"{P}sequence 2", methods=FINETUNE, sparse=True),
+    Row("sparse student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", EXACT, 2, DMD2, sparse=True),
+    Row("sparse, sequence 3, all-gather", 3, f"{P}sequence 3", methods=FINETUNE, sparse=True),
+    Row("sparse, hsdp 2 × 2", 4, f"{P}dp_replicate 2", EXACT, 1, FINETUNE, sparse=True),
+    Row("sparse, tensor 2 × sequence 2", 4, f"{P}tensor 2 {P}sequence 2", methods=FINETUNE, sparse=True),
 )  # fmt: skip
 MUTATED = (
     Row("mutant: noise keyed by rank", 2, f"{P}sequence 2", methods=FINETUNE, mutant="noise_keyed_by_rank"),
@@ -89,6 +118,13 @@ MUTATED = (
     Row(
         "mutant: replicated gradient", 2, f"{P}tensor 2 {P}token_region", methods=FINETUNE,
         mutant="replicated_gradient_not_reduced",
+    ),
+    Row(
+        "mutant: coarse rows", 2, f"{P}sequence 2", methods=FINETUNE, mutant="coarse_rows_of_the_next_tile",
+        sparse=True,
+    ),
+    Row(
+        "mutant: gate outside", 2, f"{P}tensor 2", methods=FINETUNE, mutant="gate_outside_of_the_region", sparse=True,
     ),
 )  # fmt: skip
 CASES = [pytest.param(row, method, id=f"{row.name}-{method}") for row in ROWS for method in row.methods]
@@ -108,16 +144,23 @@ class Differences:
 
 
 @pytest.fixture(scope="module")
-def compare(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row, str], Differences]:
-    """What compares one row with one process; trains all rows of as many ranks when the first of them is asked for."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where rows write: each its run, and its weights at the end."""
     folder = tmp_path_factory.mktemp("matrix")
+    _open_gates(folder / SPARSE_WEIGHTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compare(folder: Path) -> Callable[[Row, str], Differences]:
+    """What compares one row with one process; trains all rows of as many ranks when the first of them is asked for."""
 
     @functools.cache
     def launch(num_ranks: int) -> None:
         rows = [
             {"name": _file_name(row, method), "arguments": row.arguments(method, folder / _file_name(row, method)),
              "mutant": row.mutant}
-            for row in (REFERENCE, *ROWS, *MUTATED) if row.ranks == num_ranks
+            for row in (REFERENCE, SPARSE_REFERENCE, *ROWS, *MUTATED) if row.ranks == num_ranks
             for method in row.methods
         ]  # fmt: skip
         _launch(num_ranks, rows, folder)
@@ -125,9 +168,22 @@ def compare(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row, str], Di
     def compare(row: Row, method: str) -> Differences:
         launch(1)
         launch(row.ranks)
-        return _differences(folder / _file_name(REFERENCE, method), folder / _file_name(row, method))
+        return _differences(folder / _file_name(row.reference, method), folder / _file_name(row, method))
 
     return compare
+
+
+def _open_gates(folder: Path) -> None:
+    """The weights of the small Wan as those of a sparse model whose coarse branch counts."""
+    dense = TINY_WAN / "transformer"
+    config = replace(read_config(dense), sparse_attention=True)
+    generator = torch.Generator().manual_seed(0)
+    gates = {
+        f"blocks.{index}.to_gate_compress.{leaf}": 0.02 * torch.randn(shape, generator=generator)
+        for index in range(config.num_layers)
+        for leaf, shape in (("weight", (config.inner_dim, config.inner_dim)), ("bias", (config.inner_dim,)))
+    }
+    save_folder(load_file(dense / WEIGHTS_NAME) | gates, config, folder)
 
 
 def _file_name(row: Row, method: str) -> str:
@@ -168,6 +224,16 @@ def _differences(reference: Path, run: Path) -> Differences:
 @pytest.mark.parametrize(("row", "method"), CASES)
 def test_layout_does_not_change_training(compare: Callable[[Row, str], Differences], row: Row, method: str) -> None:
     assert compare(row, method).largest <= row.tolerance
+
+
+def test_the_sparse_student_follows_its_schedule_and_trains_another_curve(
+    compare: Callable[[Row, str], Differences], folder: Path
+) -> None:
+    compare(SPARSE_REFERENCE, "finetune")
+    dense, sparse = (read_metrics(folder / _file_name(row, "finetune")) for row in (REFERENCE, SPARSE_REFERENCE))
+    assert [line["vsa_sparsity"] for line in sparse] == [0, 0.25, 0.5, 0.75, 0.75, 0.75]
+    for line, other in zip(dense, sparse, strict=True):
+        assert abs(other["loss/student"] - line["loss/student"]) > 100 * EXACT * line["loss/student"]
 
 
 @pytest.mark.parametrize("row", MUTATED, ids=[row.mutant for row in MUTATED])

@@ -1,5 +1,6 @@
-"""What the layout matrix has no data for: timesteps per frame and per token, and image tokens, on shared tokens and
-shared weights. One forward and backward of the transformer, against the same on one process."""
+"""What the layout matrix has no data for: timesteps per frame and per token, image tokens, and lists that two tiles
+share, on shared tokens and shared weights. One forward and backward of the transformer, against one process.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from titan_kernels import tile_layout
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config_sections import (
     ActivationCheckpointConfig,
     CompileConfig,
     Float8Config,
     ParallelismConfig,
+    SparseAttentionConfig,
 )
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.parallelize import Layout, apply_sequence_parallel, build_transformer
@@ -31,14 +35,23 @@ from titan_distill.parallelisms.mesh import RoleMesh
 
 TEXT_TO_VIDEO = replace(FLAVORS["tiny"], num_layers=2)
 IMAGE_TO_VIDEO = replace(TEXT_TO_VIDEO, in_channels=36, image_dim=32, added_kv_proj_dim=128)
+# Step 0 reads all tiles by dense attention, step 1 half of them, step 2 a quarter.
+SPARSE = SparseAttentionConfig(sparsity=0.75, schedule_rate=0.5, crossover=0.25)
+MODELS: tuple[tuple[WanConfig, SparseAttentionConfig | None], ...] = (
+    (TEXT_TO_VIDEO, None),
+    (IMAGE_TO_VIDEO, None),
+    (replace(TEXT_TO_VIDEO, sparse_attention=True), SPARSE),
+    (replace(TEXT_TO_VIDEO, sparse_attention=True), replace(SPARSE, tiles_per_list=2)),
+)
 LAYOUTS = {
     "Ulysses": ParallelismConfig(sequence=2),
     "gathered keys and values": ParallelismConfig(sequence=2, sequence_method="all_gather"),
     "tensor": ParallelismConfig(tensor=2),
     "tensor, token region": ParallelismConfig(tensor=2, token_region=True),
 }
-FRAMES, HEIGHT, WIDTH = 5, 6, 7
-"""Tokens: 210 in 8 ragged tiles."""
+FRAMES, HEIGHT, WIDTH = 5, 5, 7
+"""Tokens: 175 in 8 tiles, 7 of them ragged. Two ranks share them evenly after the first tile, or after the first pair.
+"""
 CPU = torch.device("cpu")
 
 
@@ -52,8 +65,8 @@ def inputs(config: WanConfig) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor |
         yield latents, 1000 * torch.rand(shape, generator=generator), text, image
 
 
-def whole_model(config: WanConfig) -> WanTransformer:
-    model = WanTransformer.from_config(config)
+def whole_model(config: WanConfig, sparse: SparseAttentionConfig | None) -> WanTransformer:
+    model = WanTransformer.from_config(config, None if sparse is None else SparseAttention(sparse))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():  # gates start at zero and would hide everything behind them
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -77,23 +90,44 @@ def check(rank: int, store: str, name: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     parallelism = LAYOUTS[name]
     mesh = RoleMesh(Degrees(sequence=parallelism.sequence, tensor=parallelism.tensor), 2, "cpu")
-    layout = Layout(
-        mesh, parallelism, CPU, True, torch.float32, torch.float32,
-        ActivationCheckpointConfig(), CompileConfig(), Float8Config(),
-    )  # fmt: skip
-    for config in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO):
-        whole, shared = whole_model(config), build_transformer(config, None, layout, seed=0)
+    for config, sparse in MODELS:
+        layout = Layout(
+            mesh, parallelism, CPU, True, torch.float32, torch.float32,
+            ActivationCheckpointConfig(), CompileConfig(), Float8Config(), sparse,
+        )  # fmt: skip
+        whole, shared = whole_model(config, sparse), build_transformer(config, None, layout, seed=0)
         for parameter, value in zip(shared.parameters(), whole.parameters(), strict=True):
             copy_full_tensor(parameter, value.detach())
-        for arguments in inputs(config):
+        _expect_empty_padding(shared)
+        for step, arguments in enumerate(inputs(config)):
+            for model in (whole, shared):
+                if model.sparse_attention is not None:
+                    model.sparse_attention.start_step(step)
             velocity, expected = gradients(whole, *arguments)
             found_velocity, found = gradients(shared, *arguments)
             torch.testing.assert_close(found_velocity, velocity, rtol=1e-5, atol=1e-5)
+            assert sparse is None or expected["blocks.1.to_gate_compress.weight"].norm() > 1e-4
             for key, gradient in expected.items():
                 difference = (found[key] - gradient).norm() / gradient.norm().clamp(min=1e-6)
                 assert difference < 1e-5, f"{key}, timesteps {tuple(arguments[1].shape)}: {difference:.1e}"
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _expect_empty_padding(model: WanTransformer) -> None:
+    """Rows of padding come out of attention as zeros."""
+    parallel = model.sequence
+    if parallel is None:
+        return
+    shards = parallel.shards(tile_layout((FRAMES, HEIGHT, WIDTH)))
+    assert shards.is_padded
+    length = shards.lengths[0 if parallel.group is None else parallel.group.rank()]
+
+    def check_rows(module: torch.nn.Module, args: tuple[Tensor]) -> None:
+        assert args[0].shape[1] == shards.padded_length and not args[0][:, length:].any()
+
+    for block in model.blocks:
+        block.attn1.to_out[0].register_forward_pre_hook(check_rows)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -110,16 +144,19 @@ def check_one_graph(rank: int, store: str, by_tokens: bool) -> None:
         graphs.append(graph)
         return graph.forward
 
-    with torch.device("meta"):
-        model = WanTransformer.from_config(TEXT_TO_VIDEO)
     mesh = RoleMesh(Degrees(tensor=2), 2, "cpu")
     assert mesh.tensor is not None
-    apply_tensor_parallel(model, mesh.tensor, by_tokens=by_tokens)
-    apply_sequence_parallel(model, mesh, ParallelismConfig(tensor=2, token_region=by_tokens))
-    compile_blocks(model.blocks, CompileConfig(enabled=True), backend=count)
-    model.to_empty(device="cpu").reset_parameters(seed=0)
-    gradients(model, *next(inputs(TEXT_TO_VIDEO)))
-    assert len(graphs) == 1
+    for num_models, (config, sparse) in enumerate((MODELS[0], MODELS[2]), start=1):
+        with torch.device("meta"):
+            model = WanTransformer.from_config(config, None if sparse is None else SparseAttention(sparse))
+        if model.sparse_attention is not None:
+            model.sparse_attention.start_step(1)
+        apply_tensor_parallel(model, mesh.tensor, by_tokens=by_tokens)
+        apply_sequence_parallel(model, mesh, ParallelismConfig(tensor=2, token_region=by_tokens))
+        compile_blocks(model.blocks, CompileConfig(enabled=True), backend=count)
+        model.to_empty(device="cpu").reset_parameters(seed=0)
+        gradients(model, *next(inputs(config)))
+        assert len(graphs) == num_models
     dist.barrier()
     dist.destroy_process_group()
 

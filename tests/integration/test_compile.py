@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 
-from titan_distill.config_sections import ActivationCheckpointConfig, CompileConfig, Float8Config
+from titan_distill.attention.sparse import SparseAttention
+from titan_distill.config_sections import (
+    ActivationCheckpointConfig,
+    CompileConfig,
+    Float8Config,
+    SparseAttentionConfig,
+)
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.parallelize import HIGH_PRECISION
 from titan_distill.models.wan.transformer import WanTransformer
@@ -52,21 +58,25 @@ def transformer(
     backend: Any,
     *,
     config: WanConfig | None = None,
+    sparse: SparseAttentionConfig | None = None,
 ) -> WanTransformer:
     torch.manual_seed(0)
+    config = replace(config or FLAVORS["tiny"], sparse_attention=sparse is not None)
     with torch.device("meta"):
-        model = WanTransformer.from_config(config or FLAVORS["tiny"])
+        model = WanTransformer.from_config(config, None if sparse is None else SparseAttention(sparse))
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
-    apply_activation_checkpointing(model.blocks, checkpointing)
+    apply_activation_checkpointing(model.blocks, checkpointing, selects=sparse is not None)
     compile_blocks(model.blocks, compiling, backend)
     return model
 
 
-def backward(model: WanTransformer, timestep: Tensor, batch_size: int = 1) -> None:
+def backward(
+    model: WanTransformer, timestep: Tensor, batch_size: int = 1, size: tuple[int, int, int] = (2, 8, 8)
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(batch_size, 16, 2, 8, 8, generator=generator)
+    latents = torch.randn(batch_size, 16, *size, generator=generator)
     text = torch.randn(batch_size, 7, 64, generator=generator)
     model(latents, timestep.repeat_interleave(batch_size, 0), text).square().mean().backward()
 
@@ -106,6 +116,47 @@ def test_batch_sizes_soon_cost_no_more_graphs() -> None:
     for batch_size in (5, 6):
         backward(model, SCALAR, batch_size)
     assert counting.num_graphs == num_graphs
+
+
+@pytest.mark.parametrize(
+    "checkpointing",
+    [ActivationCheckpointConfig(), FULL, ActivationCheckpointConfig(mode="selective")],
+    ids=["none", "full", "selective"],
+)
+def test_a_schedule_of_thirty_sparsities_costs_a_handful_of_graphs(checkpointing: ActivationCheckpointConfig) -> None:
+    """One while attention is dense, at most one for the first sparsity, one for all others, one for a single tile."""
+    counting = Counting()
+    schedule = SparseAttentionConfig(sparsity=0.99, schedule_rate=0.033, crossover=0.05)
+    model = transformer(
+        checkpointing, ENABLED, counting, config=replace(FLAVORS["tiny"], num_layers=2), sparse=schedule
+    )
+    assert model.sparse_attention is not None
+    selected = []
+    for step in range(31):
+        model.sparse_attention.start_step(step)
+        backward(model, SCALAR, size=(1, 2, 2 * 127))  # 32 tiles of 4 tokens
+        selected.append(model.sparse_attention.num_selected(32))
+    assert len(set(selected)) >= 30 and selected[:3] == [32, 32, 30] and selected[-1] == 1
+    assert counting.num_graphs <= 4
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+def test_compiled_blocks_follow_a_schedule(backend: str) -> None:
+    config, schedule = replace(FLAVORS["tiny"], num_layers=1), SparseAttentionConfig(sparsity=0.6, schedule_rate=0.15)
+    schedule = replace(schedule, crossover=0.1)
+    plain = transformer(ActivationCheckpointConfig(), CompileConfig(), None, config=config, sparse=schedule)
+    compiled = transformer(FULL, ENABLED, backend, config=config, sparse=schedule)
+    for step in range(5):
+        for model in (plain, compiled):
+            assert model.sparse_attention is not None
+            model.sparse_attention.start_step(step)
+            model.zero_grad()
+            backward(model, SCALAR, size=(5, 10, 14))
+        for (name, expected), found in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            assert expected.grad is not None and found.grad is not None
+            assert (found.grad - expected.grad).norm() <= 1e-5 * expected.grad.norm(), name
+    assert 2 <= counters["stats"]["unique_graphs"] <= 3
 
 
 def test_blocks_of_another_shape_get_a_graph_of_their_own() -> None:

@@ -78,11 +78,24 @@ def test_random_exits_reach_the_guided_law_together(tmp_path: Path) -> None:
     assert law(samples_by_exit(trainer)) == pytest.approx((MEAN, STD), abs=0.1)
 
 
-def test_finetuning_reaches_the_data(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path, "finetune", *COMMON, "--optimizer.lr", "5e-3", "--method_config.cfg_dropout", "0.2")
+# The negative prompt replaces the caption of real samples, so its law is the data's as well: unless a teacher knows it.
+@pytest.mark.parametrize(
+    ("target", "unconditional_mean", "overrides"),
+    [
+        ("data", toy_family.CONDITIONAL_MEAN, ()),
+        ("teacher", toy_family.UNCONDITIONAL_MEAN, ("--roles.teacher.flavor", "analytic")),
+    ],
+)
+def test_finetuning_reaches_its_target(
+    target: str, unconditional_mean: float, overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    if overrides:
+        overrides += ("--roles.teacher.trainable", "false", "--method_config.target", target)
+    options = (*COMMON, "--optimizer.lr", "5e-3", "--method_config.cfg_dropout", "0.2", *overrides)
+    trainer = toy_trainer(tmp_path, "finetune", *options)
     trainer.run()
     noise = torch.randn(512, 64, generator=torch.Generator().manual_seed(1))
-    for label, mean in ((1.0, toy_family.CONDITIONAL_MEAN), (0.0, None)):
+    for label, mean in ((1.0, toy_family.CONDITIONAL_MEAN), (0.0, unconditional_mean)):
         condition = {"label": torch.full((512, 1), label)}
         x0 = sampler.sample_ode(
             lambda x, sigma_B, condition=condition: trainer.adapter.predict_velocity(
@@ -90,8 +103,7 @@ def test_finetuning_reaches_the_data(tmp_path: Path) -> None:
             ),
             noise, num_steps=32, shift=1.0, solver="euler",
         )  # fmt: skip
-        # The negative prompt replaces the caption of real samples, so its law is the data's as well.
-        assert x0.mean().item() == pytest.approx(toy_family.CONDITIONAL_MEAN if mean is None else mean, abs=0.05)
+        assert x0.mean().item() == pytest.approx(mean, abs=0.05)
         assert x0.std().item() == pytest.approx(toy_family.VARIANCE**0.5, abs=0.05)
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from titan_kernels import reference
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from benchmarks.activation_memory import MODES, peak_bytes
-from titan_distill.config_sections import ActivationCheckpointConfig
+from titan_distill.attention.sparse import SparseAttention
+from titan_distill.config_sections import ActivationCheckpointConfig, SparseAttentionConfig
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.observability.flops import block_matmuls, forward_flops, recomputed_share
+from titan_distill.parallelisms import activation_checkpoint
 from titan_distill.parallelisms.activation_checkpoint import (
     _Policy,
     apply_activation_checkpointing,
@@ -153,6 +159,71 @@ def test_a_registered_operation_is_kept() -> None:
         apply_activation_checkpointing([block], CONFIGS["selective 2"])
         block(torch.ones(3, requires_grad=True)).sum().backward()
         assert num_runs == expected
+
+
+def sparse_tiny(config: ActivationCheckpointConfig) -> WanTransformer:
+    """Two of eight tiles are selected, and gates are open."""
+    torch.manual_seed(0)
+    core = SparseAttention(SparseAttentionConfig(sparsity=0.75))
+    with torch.device("meta"):
+        model = WanTransformer.from_config(replace(FLAVORS["tiny"], num_layers=3, sparse_attention=True), core)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    apply_activation_checkpointing(model.blocks, config, selects=True)
+    return model
+
+
+def sparse_gradients(model: WanTransformer) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 16, 5, 10, 10, generator=generator)
+    model(latents, torch.tensor([500.0]), torch.randn(1, 7, 64, generator=generator)).square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+class Runs:
+    """Counts how often a kernel runs, and gives selections made in a recomputation another outcome."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *names: str) -> None:
+        self.count: Counter[str] = Counter()
+        for name in names:
+            patch.setattr(reference, name, functools.partial(self.run, name, getattr(reference, name)))
+
+    def run(self, name: str, kernel: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+        self.count[name] += 1
+        if name == "block_topk" and self.count[name] > 3:  # three blocks have selected already
+            x = torch.rand(x.shape, generator=torch.Generator().manual_seed(self.count[name]))
+        return kernel(x, *args)
+
+
+@pytest.mark.parametrize("name", ["none", *CONFIGS])
+def test_a_selection_is_made_once_in_every_mode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = sparse_gradients(sparse_tiny(NONE))
+    runs = Runs(monkeypatch, "block_topk", "vsa_forward")
+    found = sparse_gradients(sparse_tiny(CONFIGS.get(name, NONE)))
+    assert runs.count["block_topk"] == 3
+    # Coarse and fine branch: three blocks, and those of them that keep no attention again.
+    recomputed = {"full": 3, "full with skip": 2}.get(name, 0)
+    assert runs.count["vsa_forward"] == 2 * (3 + recomputed)
+    assert found.keys() == expected.keys() and len(found) > 3 * 20
+    assert all(torch.equal(found[key], gradient) for key, gradient in expected.items())
+
+
+def test_a_selection_made_anew_would_change_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = sparse_gradients(sparse_tiny(NONE))
+    monkeypatch.setattr(activation_checkpoint, "_SELECTIONS", set())
+    runs = Runs(monkeypatch, "block_topk")
+    found = sparse_gradients(sparse_tiny(CONFIGS["full"]))
+    assert runs.count["block_topk"] == 6
+    gradient = found["blocks.0.attn1.to_q.weight"] - expected["blocks.0.attn1.to_q.weight"]
+    assert gradient.norm() > 1e-2 * expected["blocks.0.attn1.to_q.weight"].norm()
+
+
+def test_full_checkpointing_of_dense_blocks_looks_at_no_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activation_checkpoint, "_Policy", None)
+    loss(tiny(CONFIGS["full"])).backward()
+    with pytest.raises(TypeError):
+        sparse_gradients(sparse_tiny(CONFIGS["full"]))
 
 
 def test_peak_memory_falls_from_none_over_selective_to_full() -> None:

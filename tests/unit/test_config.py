@@ -24,7 +24,7 @@ from titan_distill.config import (
     to_dict,
     to_toml,
 )
-from titan_distill.config_sections import RoleConfig
+from titan_distill.config_sections import RoleConfig, SparseAttentionConfig
 from titan_distill.config_text import field_docs, field_types
 from titan_distill.config_world import check_world
 from titan_distill.dispatch import register_method, register_model
@@ -180,6 +180,7 @@ def test_role_optimizer_is_laid_over_the_default(load: Callable[..., Config]) ->
     assert (student.lr, student.weight_decay, student.betas) == (1e-4, 0.5, (0.0, 0.9))
 
 
+SPARSE = ("--roles.student.attention", "sparse")
 ERRORS = [
     # (overrides, replacements in the file, what the sentence must contain)
     (["--training.stepz", "5"], {}, ["command line: training.stepz", '"5"', "did you mean training.steps?"]),
@@ -207,7 +208,13 @@ ERRORS = [
     (["--training.steps.x", "5"], {}, ["--training.steps.x goes through training.steps, which is a value"]),
     (["--training", "5"], {}, ['command line: training = "5" must be a table']),
     (["--training.dtype", "bfloat"], {}, ['must be one of "float32", "bfloat16"; did you mean "bfloat16"?']),
-    ([], {"trainable = true": 'trainable = true\nattention = "vsa"'}, ['student.attention = "vsa" must be "dense"']),
+    ([], {"trainable = true": 'trainable = true\nattention = "vsa"'}, ['must be one of "dense", "sparse"']),
+    (["--sparse_attention.sparsity", "0.5"], {}, ["sparse_attention.sparsity = 0.5 has no effect, because no role"]),
+    ([*SPARSE, "--sparse_attention.sparsity", "1"], {}, ["sparse_attention.sparsity = 1.0 is out of range"]),
+    ([*SPARSE, "--sparse_attention.crossover", "1.1"], {}, ["sparse_attention.crossover = 1.1 is out of range"]),
+    ([*SPARSE, "--sparse_attention.tiles_per_list", "3"], {}, ["tiles_per_list = 3 is out of range; choose"]),
+    ([*SPARSE, "--sparse_attention.schedule_interval", "2"], {}, ["schedule_interval = 2 has no effect with"]),
+    ([*SPARSE, "--sparse_attention.schedule_rate", "0.95"], {}, ["schedule_rate = 0.95 is more than sparsity = 0.9"]),
     (["--optimizer.betas", "0.9"], {}, ["has 1 items but must be a list of 2"]),
     (["--optimizer.betas", "[0.9"], {}, ["must be a list of 2"]),
     (["--optimizer.betas", "[0.9, 1]\nx = 1"], {}, ["must be a list of 2"]),
@@ -309,6 +316,17 @@ def test_resolved_file_reads_back(load: Callable[..., Config], tmp_path: Path) -
     assert again == config
     assert again.method_config.weights == {"a.b \n": 1.0} and again.pipeline_config.negative_prompt == odd
     assert to_toml(again) == to_toml(config)
+
+
+def test_sparse_attention_reads_back(load: Callable[..., Config], tmp_path: Path) -> None:
+    values = {"sparsity": 0.8, "schedule_rate": 0.05, "schedule_interval": 3, "crossover": 0.25, "tiles_per_list": 2}
+    given = [text for key, value in values.items() for text in (f"--sparse_attention.{key}", str(value))]
+    config = load(*SPARSE, *given)
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(to_toml(config))
+    again = load_config(["--job.config_file", str(resolved)])
+    assert again.sparse_attention == SparseAttentionConfig(**values) == config.sparse_attention
+    assert again.roles["student"].attention == "sparse"
 
 
 def test_secrets_are_redacted_everywhere(load: Callable[..., Config]) -> None:

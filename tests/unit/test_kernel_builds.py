@@ -80,8 +80,9 @@ def num_compiled(kernel: Any, listed: list[int]) -> int:
     tensors = [MockTensor(torch.bfloat16)] * 4 + [MockTensor(torch.float32)] + [MockTensor(torch.int32)] * 5
     constants = {"HEAD_DIM": 16, "BLOCK_D": 16, "BLOCK_M": 64, "BLOCK_N": 64, "Q_CHUNKS": 1, "KV_CHUNKS": 1}
     for num_listed in listed:
-        sizes = (12, 30, num_listed, 1920, 1920)
-        kernel.warmup(*tensors, *[192] * 9, *sizes, 1.0, **constants, TMA=False, grid=(1,), num_warps=4, num_stages=2)
+        sizes = (12, 30, num_listed, 1920, 1920, 360)
+        constants |= {"TMA": False, "PERSISTENT": False}
+        kernel.warmup(*tensors, *[192] * 9, *sizes, 1.0, **constants, grid=(1,), num_warps=4, num_stages=2)
     return len(kernel.device_caches[0][0])
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from titan_kernels import tile_layout
 
+from titan_distill.attention.sparse import SparseAttention
+from titan_distill.config_sections import SparseAttentionConfig
 from titan_distill.models.wan.config import FLAVORS
 from titan_distill.models.wan.parallelize import check_degrees
 from titan_distill.parallelisms.degrees import Degrees
@@ -38,6 +40,28 @@ def test_as_many_ranks_as_tiles_have_one_each() -> None:
     assert TokenShards.of(layout, 8).lengths == layout.length.tolist()
     with pytest.raises(ValueError, match="8 tiles of tokens can't be shared by 9"):
         token_bounds(layout, 9)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("grid", [(5, 5, 7), *GRIDS])
+def test_ranks_do_not_part_tiles_that_share_a_list(grid: tuple[int, int, int], num_ranks: int) -> None:
+    layout = tile_layout(grid)
+    shards = TokenShards.of(layout, num_ranks, join=2)
+    whole, runs = layout.tiles(join=2), [shards.tile_run(rank) for rank in range(num_ranks)]
+    starts = [start + shards.bounds[rank] for rank, run in enumerate(runs) for start in layout.tiles(run, 2).start]
+    assert starts == whole.start.tolist()
+    assert torch.equal(torch.cat([layout.tiles(run, 2).length for run in runs]), whole.length)
+    assert [shards.bounds[rank + 1] - shards.bounds[rank] for rank in range(num_ranks)] == [
+        layout.length[run.start : run.stop].sum() for run in runs
+    ]
+
+
+def test_pairs_move_a_bound_and_limit_the_ranks() -> None:
+    layout = tile_layout((5, 5, 7))
+    assert TokenShards.of(layout, 2).tiles.bounds == (0, 1, 8)
+    assert TokenShards.of(layout, 2, join=2).tiles.bounds == (0, 2, 8)
+    with pytest.raises(ValueError, match="4 groups of 2 tiles of tokens can't be shared by 5 sequence ranks; lower"):
+        token_bounds(layout, 5, join=2)
 
 
 @pytest.mark.parametrize(("num_ranks", "multiple"), [(1, 1), (1, 7), (3, 1), (3, 4)])
@@ -76,6 +100,13 @@ def test_degrees_that_do_not_fit_are_named(flavor: str, degrees: Degrees, method
     with pytest.raises(ValueError) as caught:
         check_degrees("roles.x", FLAVORS[flavor], degrees, method, (5, 30, 52))
     assert str(caught.value).startswith("roles.x: ") and sentence in str(caught.value)
+
+
+def test_lists_that_tiles_share_limit_gathering_ranks() -> None:
+    core, grid = SparseAttention(SparseAttentionConfig(tiles_per_list=2)), (5, 5, 7)
+    check_degrees("roles.x", FLAVORS["14B"], Degrees(sequence=8), "ulysses", grid, core)
+    with pytest.raises(ValueError, match=r"8 ranks can't share the 4 groups of 2 tiles .* set it to 4 or less"):
+        check_degrees("roles.x", FLAVORS["14B"], Degrees(sequence=8), "all_gather", grid, core)
 
 
 def test_degrees_that_fit_pass() -> None:

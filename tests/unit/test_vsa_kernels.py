@@ -43,7 +43,16 @@ CASES: dict[str, dict[str, Any]] = {
     "small inputs": {"grid": (3, 6, 4), "heads": 1, "dim": 64, "topk": 2, "scale": 0.1},
     "large inputs": {"grid": (3, 6, 4), "heads": 1, "dim": 64, "topk": 2, "scale": 10},
     "huge inputs": {"grid": (3, 6, 4), "heads": 1, "dim": 64, "topk": 2, "scale": 50},
-    "copy engine": {"grid": (3, 6, 5), "heads": 2, "dim": 16, "topk": 2, "batch": 2, "tma": True, "dtype": "float16"},
+    "copy engine": {
+        "grid": (3, 6, 5),
+        "heads": 2,
+        "dim": 16,
+        "topk": 2,
+        "batch": 2,
+        "candidate": {"tma": True},
+        "dtype": "float16",
+    },
+    "persistent": {"grid": (3, 6, 5), "heads": 2, "dim": 16, "topk": 2, "batch": 2, "candidate": {"persistent": 3}},
 }
 
 

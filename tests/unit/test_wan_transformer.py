@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from titan_distill.attention.dense import dense_attention
+from titan_distill.attention.placement import LocalAttention
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.embeddings import timestep_features
 from titan_distill.models.wan.layers import add_gated
@@ -132,24 +132,21 @@ def test_blocks_see_tokens_in_tile_order():
     assert (tiles - raster).abs().max() > 0.1
 
 
-def test_self_attention_core_is_exchangeable():
+def test_attention_of_all_blocks_is_exchangeable():
     model = random_model("tiny")
     inputs = random_inputs(model.config)
     layouts = []
 
-    def attend_to_own_value(q, k, v, layout):
+    def attend_to_own_value(q, k, v, layout, gate, num_selected):
         layouts.append(layout)
         return v
 
     dense = model(**inputs)
-    model.set_self_attention(attend_to_own_value)
+    model.set_placement(attend_to_own_value)
     replaced = model(**inputs)
     assert layouts == [tile_layout(ODD_GRID)] * model.config.num_layers
     assert (replaced - dense).abs().max() > 0.1
-    built = WanTransformer.from_config(model.config, attend_to_own_value)
-    built.load_state_dict(model.state_dict())
-    assert torch.equal(built(**inputs), replaced)
-    model.set_self_attention(dense_attention)
+    model.set_placement(LocalAttention(model.attention_core))
     assert torch.equal(model(**inputs), dense)
 
 

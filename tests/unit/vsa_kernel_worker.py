@@ -56,8 +56,8 @@ def errors(case: dict[str, Any], seed: int) -> dict[str, float | bool]:
         out, lse = vsa_forward(q, k, v, lists, q_tiles, kv_tiles)
         return out, lse, *vsa_backward(grad, q, k, v, out, lse, lists, q_tiles, kv_tiles)
 
-    if case.get("tma"):
-        tuning.candidates = lambda *args: [tuning.Candidate(4, 2, tma=True)]
+    if "candidate" in case:
+        tuning.candidates = lambda *args: [tuning.Candidate(4, 2, **case["candidate"])]
     torch.empty = poisoned
     first = kernels()
     second = kernels() if case.get("twice") else None

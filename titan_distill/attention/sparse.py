@@ -8,26 +8,34 @@ have been whole.
 At low sparsity the kernels' irregular work costs more than it saves. Below `crossover` the fine branch therefore runs
 dense, which is the mathematics of sparsity 0; the coarse branch and its gate stay, so nothing jumps but the selection.
 
-The core is one object shared by all blocks of a role, and its sparsity is plain integers: a step of the schedule
-changes what the blocks' next forward reads, and compiles nothing.
+The core is one object shared by all blocks of a role. What a step of the schedule changes, the number of tiles to read,
+reaches the blocks as an argument of their forward: the compiler makes such a number a variable of one graph, where it
+would make an attribute of a module a constant, and a graph for each of its values.
 
-Shape suffixes: B batch, L query tokens, S key tokens, H heads, D head dim, T query tiles.
+Shape suffixes: B batch, L query tokens, S key tokens, H heads, D head dim, N query tiles.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import titan_kernels
+import torch
 from titan_kernels import TileLayout
 from torch import Tensor
 
 from titan_distill.attention.dense import dense_attention
+from titan_distill.parallelisms.activation_checkpoint import register_attention, register_selection
 
 if TYPE_CHECKING:
     from titan_distill.config_sections import SparseAttentionConfig
+
+
+register_attention(torch.ops.titan_kernels.vsa_forward.default)
+register_selection(torch.ops.titan_kernels.block_topk.default)
 
 
 def exact(decimal: float) -> Fraction:
@@ -60,13 +68,19 @@ class SparsitySchedule:
         return min(step // self.interval * self.rate, self.target)
 
 
-def num_selected(sparsity: Fraction, num_tiles: int) -> int:
-    """Key tiles that each query tile attends to: (1 - sparsity) of `num_tiles`, rounded up, at least one."""
-    return max(1, _ceil((1 - sparsity) * num_tiles))
+@dataclass(frozen=True)
+class TilesRead:
+    """What one forward of a sparse core reads: all that its cost depends on.
 
+    Attributes:
+        num_tiles: of the whole grid.
+        num_selected: key tiles of each query tile's fine branch; all of them while it runs dense.
+        num_lists: query blocks that choose their tiles; 0 while the fine branch runs dense.
+    """
 
-def _ceil(fraction: Fraction) -> int:
-    return -(-fraction.numerator // fraction.denominator)
+    num_tiles: int
+    num_selected: int
+    num_lists: int
 
 
 class SparseAttention:
@@ -82,29 +96,37 @@ class SparseAttention:
         """Follows the schedule to a training step."""
         self.sparsity = self.schedule.at(step)
         self.is_dense = self.sparsity < self.crossover
-        # What blocks read: the compiler knows integers, and follows them without a new graph for each.
-        self._kept, self._of = (1 - self.sparsity).as_integer_ratio()
 
     def num_selected(self, num_tiles: int) -> int:
-        """Key tiles that the fine branch of each query tile reads now."""
-        return num_tiles if self.is_dense else max(1, -(-self._kept * num_tiles // self._of))
+        """Key tiles that the fine branch of each query tile reads now: (1 - sparsity) of all, rounded up, at least
+        one."""
+        return num_tiles if self.is_dense else max(1, math.ceil((1 - self.sparsity) * num_tiles))
+
+    def selection(self, num_tiles: int) -> int | None:
+        """What blocks are told: `num_selected`, or None while the fine branch runs dense."""
+        return None if self.is_dense else self.num_selected(num_tiles)
+
+    def tiles_read(self, num_tiles: int) -> TilesRead:
+        """The work of one forward on a grid of `num_tiles`."""
+        num_lists = 0 if self.is_dense else -(-num_tiles // self.tiles_per_list)
+        return TilesRead(num_tiles, self.num_selected(num_tiles), num_lists)
 
     def mix(
-        self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, layout: TileLayout, queries: range | None = None
+        self,
+        q_BLHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        layout: TileLayout,
+        num_selected: int | None,
+        queries: range | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The fine output [B, L, H, D] and the coarse one [B, T, H, D], one row a query tile.
-
-        `queries` are the tiles whose tokens `q_BLHD` holds; all by default.
-        """
-        if self.is_dense:
+        """The fine output [B, L, H, D] and the coarse one [B, N, H, D], one row a query tile; see `AttentionCore`."""
+        if num_selected is None:
             fine_BLHD = dense_attention(q_BLHD, k_BSHD, v_BSHD)
-            return fine_BLHD, titan_kernels.coarse_branch(q_BLHD, k_BSHD, v_BSHD, layout, queries)
-        return titan_kernels.branches(
-            q_BLHD,
-            k_BSHD,
-            v_BSHD,
-            layout,
-            self.num_selected(layout.num_tiles),
-            queries=queries,
-            tiles_per_list=self.tiles_per_list,
-        )
+            coarse_BNHD = titan_kernels.coarse_branch(q_BLHD, k_BSHD, v_BSHD, layout, queries)
+        else:
+            fine_BLHD, coarse_BNHD = titan_kernels.branches(
+                q_BLHD, k_BSHD, v_BSHD, layout, num_selected, queries=queries, tiles_per_list=self.tiles_per_list
+            )
+        # Rounded like the fine output also where it need not travel: the same numbers in every layout.
+        return fine_BLHD, coarse_BNHD.to(q_BLHD.dtype)

@@ -99,10 +99,15 @@ class TrainingMethod(ABC):
     config_class: ClassVar[type]
     """Frozen dataclass that types ``[method_config]``."""
     roles_required: ClassVar[dict[str, bool]]
-    """Role name -> whether it must be trainable."""
+    """Role name -> whether it must be trainable; `required_roles` refines it."""
 
     def __init__(self, config: Any, roles: RoleManager, adapter: Adapter, noise: KeyedNoise, timer: PhaseTimer) -> None:
         self.config, self.roles, self.adapter, self.noise, self.timer = config, roles, adapter, noise, timer
+
+    @classmethod
+    def required_roles(cls, config: Any) -> dict[str, bool]:
+        """The roles under this ``method_config``: name -> whether it must be trainable."""
+        return cls.roles_required
 
     @classmethod
     def needs_latents(cls, config: Any) -> bool:
@@ -117,7 +122,8 @@ class TrainingMethod(ABC):
     @classmethod
     def validate(cls, config: Config) -> None:
         """Checks the whole configuration against the method's invariants. Raises ValueError."""
-        for name, trainable in cls.roles_required.items():
+        required = cls.required_roles(config.method_config)
+        for name, trainable in required.items():
             if name not in config.roles:
                 raise ValueError(
                     f"recipe.method = {config.recipe.method!r} needs [roles.{name}], but the configuration has only "
@@ -128,10 +134,10 @@ class TrainingMethod(ABC):
                     f"roles.{name}.trainable = {str(not trainable).lower()}, but {config.recipe.method!r} "
                     f"{'trains' if trainable else 'never trains'} its {name}; set it to {str(trainable).lower()}"
                 )
-        if unused := sorted(set(config.roles) - set(cls.roles_required)):
+        if unused := sorted(set(config.roles) - set(required)):
             raise ValueError(
                 f"[roles.{unused[0]}] is not used by recipe.method = {config.recipe.method!r}, "
-                f"whose roles are {', '.join(cls.roles_required)}; remove the table"
+                f"whose roles are {', '.join(required)}; remove the table"
             )
 
     @abstractmethod

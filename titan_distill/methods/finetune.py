@@ -1,8 +1,13 @@
-"""Flow-matching finetuning: regress the velocity ``ε - x0`` at a random noise level.
+"""Flow-matching finetuning: regress a velocity at a random noise level.
 
-The teacher of a distillation is made with this, and so is a student that should first see new footage. Classifier-free
-guidance needs a model that also knows the negative prompt: with probability ``cfg_dropout`` a sample's text is replaced
-by it. Timestep, noise and dropout are keyed draws, so the loss curve does not depend on the layout.
+The velocity is that of the data, ``ε - x0``: the teacher of a distillation is made with this, and so is a student that
+should first see new footage. Or it is a frozen teacher's (``target = "teacher"``): a student whose network changes,
+from dense to sparse attention above all, then learns to be the model it was, instead of a new one. The teacher's
+velocity is the mean of ``ε - x0`` over all data that could have led to the noisy input, so it is the same target with
+far less noise.
+
+Classifier-free guidance needs a model that also knows the negative prompt: with probability ``cfg_dropout`` a sample's
+text is replaced by it. Timestep, noise and dropout are keyed draws, so the loss curve does not depend on the layout.
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ from titan_distill.models.base import Condition
 class FinetuneConfig:
     """[method_config] of ``recipe.method = "finetune"``."""
 
+    target: Literal["data", "teacher"] = "data"
+    """Velocity to regress: of the data, or of the frozen role ``teacher`` for the same input and text."""
     cfg_dropout: float = 0.1
     """Probability of training a sample on the negative prompt instead of its caption."""
     timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
@@ -53,20 +60,25 @@ class FinetuneConfig:
 
 @register_method("finetune")
 class Finetune(TrainingMethod):
-    """One role, ``student``, one update a step."""
+    """Role ``student``, one update a step; with target = "teacher" also the frozen role ``teacher``."""
 
     config_class: ClassVar[type] = FinetuneConfig
     roles_required: ClassVar[dict[str, bool]] = {"student": True}
 
     @classmethod
+    def required_roles(cls, config: FinetuneConfig) -> dict[str, bool]:
+        return cls.roles_required | ({"teacher": False} if config.target == "teacher" else {})
+
+    @classmethod
     def work(cls, config: FinetuneConfig) -> list[Passes]:
-        return [Passes("student", "student", "student", 1, 1.0, backward=True)]
+        student = Passes("student", "student", "student", 1, 1.0, backward=True)
+        return [student, Passes("student", "teacher", "teacher", 1, 1.0)] if config.target == "teacher" else [student]
 
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.student_loss)]
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:
-        """Velocity regression on real latents, per sample."""
+        """Velocity regression on noised real latents, per sample."""
         assert batch.latents is not None
         config, x0 = self.config, batch.latents
         u = self.noise.uniform("finetune/timestep", step, batch.sample_ids)
@@ -79,9 +91,14 @@ class Finetune(TrainingMethod):
         ).to(x0.device)
         noise = self.noise.normal("finetune/noise", step, batch.sample_ids, x0.shape[1:], device=x0.device)
         x = self.adapter.add_noise(x0, noise, sigma_B)
-        velocity = self.adapter.predict_velocity(self.roles["student"], x, sigma_B, self._condition(batch, step))
+        condition = self._condition(batch, step)
+        velocity = self.adapter.predict_velocity(self.roles["student"], x, sigma_B, condition)
         weight_B = schedule.bell_weight(sigma_B, self.adapter.flow_shift) if config.weighting == "bell" else None
-        return LossResult(losses.flow_matching_loss(velocity, x0, noise, weight_B))
+        if config.target == "data":
+            return LossResult(losses.flow_matching_loss(velocity, x0, noise, weight_B))
+        with torch.no_grad(), self.timer("teacher"):
+            target = self.adapter.predict_velocity(self.roles["teacher"], x, sigma_B, condition)
+        return LossResult(losses.velocity_loss(velocity, target, weight_B))
 
     def _condition(self, batch: Batch, step: int) -> Condition:
         condition = self.adapter.text_condition(batch)

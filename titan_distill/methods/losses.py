@@ -25,12 +25,20 @@ CriticLoss = Literal["flow", "x0", "noise", "v"]
 NORMALISER_FLOOR = 1e-6
 
 
+def velocity_loss(
+    v_pred: Tensor, v_target: Tensor, weight_B: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Return mean (v_θ − v)² a sample, [B], times `weight_B` [B] if given. With v = ε − x0 this is flow matching
+    (2210.02747, eq. 23), with another model's v it is distillation of that model's whole flow."""
+    loss_B = _mean_per_sample((v_pred.double() - v_target.double()) ** 2, mask)
+    return loss_B if weight_B is None else loss_B * weight_B.to(loss_B)
+
+
 def flow_matching_loss(
     v_pred: Tensor, x0: Tensor, noise: Tensor, weight_B: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Return mean (v_θ − (ε − x0))² a sample, [B], times `weight_B` [B] if given (Flow Matching 2210.02747, eq. 23)."""
-    loss_B = _mean_per_sample((v_pred.double() - velocity(x0.double(), noise.double())) ** 2, mask)
-    return loss_B if weight_B is None else loss_B * weight_B.to(loss_B)
+    """`velocity_loss` against the velocity of the data, ε − x0."""
+    return velocity_loss(v_pred, velocity(x0.double(), noise.double()), weight_B, mask)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from titan_distill.observability.flops import WorkCounter
     from titan_distill.parallelisms.degrees import Degrees
     from titan_distill.parallelisms.mesh import Layouts, RoleMesh
-    from titan_distill.roles import RoleHandle
+    from titan_distill.roles import RoleHandle, RoleManager
     from titan_distill.validation.base import Validator
 
 Condition = Mapping[str, Tensor]
@@ -57,6 +57,11 @@ class Adapter(ABC):
     """Shift of the noise schedule, the same for every role of a run."""
     work: WorkCounter | None = None
     """Counts FLOPs of every forward, where the family knows them."""
+
+    def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
+        """Lets models follow schedules of their own to a training step, counted from 0, before anything of it runs.
+        Returns what to log of them."""
+        return {}
 
     @abstractmethod
     def prepare_batch(self, batch: Batch) -> Batch:

@@ -8,6 +8,11 @@ layers, one forward of one sample is
         linear layers         self      cross-attention
 
 where 12 d² is q, k, v, out of self-attention and q, out of cross-attention. At 480p the second term leads already.
+Sparse attention with T tiles, of which each query tile reads K, has (with a gate, the coarse branch, and its scores)
+
+    2 N d²  +  4 N (K N / T) d  +  4 T² d  +  2 T² d      instead of      4 N² d
+
+so TFLOP/s and MFU count what is executed, never the dense work that was saved.
 
 How often networks run is counted where they run (`WorkCounter`), not predicted: random rollout exits, doubled batches
 of guidance and update ratios are then right for every method, including those not written yet. Two totals are kept:
@@ -27,6 +32,7 @@ import torch
 from titan_distill.parallelisms.activation_checkpoint import is_checkpointed, is_kept
 
 if TYPE_CHECKING:
+    from titan_distill.attention.sparse import TilesRead
     from titan_distill.config_sections import ActivationCheckpointConfig
 
 BACKWARD_FORWARDS = 2
@@ -74,11 +80,14 @@ class ForwardFlops:
 
     linear: float
     self_attention: float
+    """Everything between projections, selection included."""
     cross_attention: float
     embeddings: float
     """Patch, text and time embedding, and the output head."""
     data_layers: float
     """Of the embeddings, the layers that read data: a backward has no use for the gradients of their inputs."""
+    selection: float = 0.0
+    """Of self-attention, the scores that choose tiles: they have no gradient."""
 
     @property
     def total(self) -> float:
@@ -87,11 +96,14 @@ class ForwardFlops:
     @property
     def backward(self) -> float:
         """Exact where all weights are trained; ``BACKWARD_FORWARDS * total`` is 0.1 % more."""
-        return BACKWARD_FORWARDS * self.total - self.data_layers
+        return BACKWARD_FORWARDS * (self.total - self.selection) - self.data_layers
 
 
-def forward_flops(config: DiTConfig, num_tokens: int, num_text_tokens: int = 512) -> ForwardFlops:
-    """Cost of one forward for one sample of ``num_tokens`` video tokens, with dense attention and one timestep.
+def forward_flops(
+    config: DiTConfig, num_tokens: int, num_text_tokens: int = 512, sparse: TilesRead | None = None
+) -> ForwardFlops:
+    """Cost of one forward for one sample of ``num_tokens`` video tokens with one timestep; with dense attention, or
+    with a sparse core that reads tiles of average length.
 
     The image tokens that I2V models attend to are left out (0.3 % of a 14B forward at 480p).
     """
@@ -102,31 +114,44 @@ def forward_flops(config: DiTConfig, num_tokens: int, num_text_tokens: int = 512
     )
     text_in, text_out = (2 * num_text_tokens * rows * width for rows in (config.text_dim, width))
     time_in, time_out = 2 * config.freq_dim * width, 2 * 7 * width**2
+    fine, coarse, selection = 4.0 * num_tokens**2 * width, 0.0, 0.0
+    if sparse is not None:
+        fine *= sparse.num_selected / sparse.num_tiles
+        coarse = 4 * sparse.num_tiles**2 * width
+        selection = 2 * sparse.num_lists * sparse.num_tiles * width
     return ForwardFlops(
-        linear=config.num_layers * num_tokens * (12 * width**2 + 4 * width * config.ffn_dim),
-        self_attention=config.num_layers * 4 * num_tokens**2 * width,
+        linear=config.num_layers * num_tokens * ((12 + 2 * bool(sparse)) * width**2 + 4 * width * config.ffn_dim),
+        self_attention=config.num_layers * (fine + coarse + selection),
         cross_attention=config.num_layers * 4 * num_text_tokens * width * (num_tokens + width),
         embeddings=patches_in + patches_out + text_in + text_out + time_in + time_out,
         data_layers=patches_in + text_in + time_in,
+        selection=config.num_layers * selection,
     )
 
 
-def block_matmuls(config: DiTConfig, num_tokens: int, num_text_tokens: int = 512) -> tuple[float, ...]:
+def block_matmuls(
+    config: DiTConfig, num_tokens: int, num_text_tokens: int = 512, *, gated: bool = False
+) -> tuple[float, ...]:
     """FLOPs of the matrix products of one block for one sample, attention aside, in the order in which they run: query,
-    key, value and output of self-attention, the same of cross-attention, both layers of the feed-forward."""
+    key, value, the gate where there is one and output of self-attention, query, key, value and output of
+    cross-attention, both layers of the feed-forward."""
     width = config.num_attention_heads * config.attention_head_dim
     video, text = 2 * num_tokens * width**2, 2 * num_text_tokens * width**2
     hidden = 2 * num_tokens * width * config.ffn_dim
-    return (video, video, video, video, video, text, text, video, hidden, hidden)
+    return (video, video, video, *[video] * gated, video, video, text, text, video, hidden, hidden)
 
 
 def recomputed_share(
-    config: DiTConfig, checkpointing: ActivationCheckpointConfig, num_tokens: int, num_text_tokens: int = 512
+    config: DiTConfig,
+    checkpointing: ActivationCheckpointConfig,
+    num_tokens: int,
+    num_text_tokens: int = 512,
+    sparse: TilesRead | None = None,
 ) -> float:
     """Share of a forward's FLOPs that its backward computes again: in each checkpointed block the matrix products that
     are not kept and, where only inputs are kept, attention. Embeddings and head are never recomputed."""
-    forward = forward_flops(config, num_tokens, num_text_tokens)
-    matmuls = block_matmuls(config, num_tokens, num_text_tokens)
+    forward = forward_flops(config, num_tokens, num_text_tokens, sparse)
+    matmuls = block_matmuls(config, num_tokens, num_text_tokens, gated=sparse is not None)
     recomputed = sum(flops for index, flops in enumerate(matmuls) if not is_kept(index, checkpointing))
     if checkpointing.mode == "full":
         recomputed += (forward.total - forward.embeddings) / config.num_layers - sum(matmuls)

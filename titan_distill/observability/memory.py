@@ -28,6 +28,7 @@ from titan_distill.observability.flops import DiTConfig
 from titan_distill.parallelisms.activation_checkpoint import is_checkpointed, is_kept
 
 if TYPE_CHECKING:
+    from titan_distill.attention.sparse import TilesRead
     from titan_distill.config import ActivationCheckpointConfig
 
 FP32 = 4
@@ -97,6 +98,7 @@ class LocalForward:
         token_region: tensor ranks hold a run of the tokens each between regions.
         compute_bytes: of a number in the compute type.
         fused_norms: RMS norms save their input alone, as they do on GPUs; on CPUs they save two fp32 tensors.
+        sparse: what sparse attention reads, of all heads and ranks; None with dense attention.
     """
 
     architecture: DiTConfig
@@ -109,6 +111,7 @@ class LocalForward:
     token_region: bool = False
     compute_bytes: int = 2
     fused_norms: bool = True
+    sparse: TilesRead | None = None
 
     @property
     def width(self) -> int:
@@ -157,6 +160,21 @@ class LocalForward:
         return FP32 * self.architecture.num_attention_heads / self.tensor * self.tokens
 
     @property
+    def selection(self) -> float:
+        """Bytes of the lists of chosen tiles."""
+        if self.sparse is None:
+            return 0.0
+        listed = self.sparse.num_lists * self.sparse.num_selected
+        return 4 * self.samples * self.architecture.num_attention_heads * listed / (self.sequence * self.tensor)
+
+    @property
+    def coarse(self) -> float:
+        """Bytes of one tensor of tile means."""
+        if self.sparse is None:
+            return 0.0
+        return FP32 * self.samples * self.sparse.num_tiles * self.width / (self.sequence * self.tensor)
+
+    @property
     def text_heads(self) -> float:
         """Bytes of all text tokens' features in this rank's heads."""
         return self.compute_bytes * self.width * self.samples * self.num_text_tokens / self.tensor
@@ -170,6 +188,9 @@ def saved_by_block(forward: LocalForward) -> float:
     linear_inputs = 3 * forward.activation + 2 * forward.hidden
     attention = (4 + 2 + foreign + 3 * forward.norm) * forward.heads + 2 * forward.log_sums
     rms = 3 * FP32 * forward.tokens
+    if forward.sparse is not None:
+        # Gate and ungated output; means of queries, keys and values, and what becomes of them.
+        attention += 2 * forward.heads + forward.selection + 4 * forward.coarse
     return layer_norms + linear_inputs + attention + rms + (2 + forward.norm) * forward.text_heads
 
 
@@ -177,9 +198,9 @@ def kept_by_block(forward: LocalForward, index: int, config: ActivationCheckpoin
     """What block ``index`` keeps under activation checkpointing; the rest of `saved_by_block` is recomputed."""
     if not is_checkpointed(index, config):
         return saved_by_block(forward)
-    kept = forward.residual
+    kept = forward.residual + forward.selection
     if config.mode == "selective":
-        kept += 2 * forward.heads + 2 * forward.log_sums
+        kept += 2 * forward.heads + 2 * forward.log_sums + forward.coarse
         kept += sum(size for order, size in enumerate(matmul_outputs(forward)) if is_kept(order, config))
     return kept
 
@@ -187,7 +208,8 @@ def kept_by_block(forward: LocalForward, index: int, config: ActivationCheckpoin
 def matmul_outputs(forward: LocalForward) -> list[float]:
     """Bytes of the outputs of a block's linear layers, in the order they run."""
     heads, text, whole = forward.heads, forward.text_heads, forward.activation
-    return [heads, heads, heads, whole, heads, text, text, whole, forward.hidden, whole]
+    gate = [] if forward.sparse is None else [heads]
+    return [heads, heads, heads, *gate, whole, heads, text, text, whole, forward.hidden, whole]
 
 
 def graph(forward: LocalForward, config: ActivationCheckpointConfig) -> float:

@@ -92,7 +92,7 @@ def _flops_table(plan: Plan) -> str:
     executed, dense = (sum(getattr(phase, name) for phase in plan.phases) for name in ("executed_flops", "dense_flops"))
     rows.append(("step", *[""] * 4, f"{executed / 1e12:,.0f}", f"{dense / 1e12:,.0f}", "", ""))
     names = ("update", "phase", "role", "passes", "a sample × a step", "executed", "dense", "compute s", "waiting s")
-    title = "WORK     TFLOP a step of all ranks; executed adds recomputation to what dense attention needs"
+    title = "WORK     TFLOP a step of all ranks; dense: without recomputation and with dense attention for every role"
     return table(title, names, rows)
 
 

@@ -32,9 +32,10 @@ from titan_distill.observability.memory import LocalForward, States
 from titan_distill.parallelisms.activation_checkpoint import is_checkpointed
 from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.mesh import World
-from titan_distill.parallelisms.sequence import Method, TokenShards, choose_method
+from titan_distill.parallelisms.sequence import Method, SequenceParallel, TokenShards, choose_method
 
 if TYPE_CHECKING:
+    from titan_distill.attention.sparse import SparseAttention, TilesRead
     from titan_distill.config import Config
     from titan_distill.roles import RoleHandle, RoleManager
 
@@ -55,6 +56,8 @@ class RolePlan:
     states: States
     weights: Weights
     offloaded: bool
+    sparse: TilesRead | None = None
+    """What its attention reads at the end of the schedule; None where it is dense."""
     graph: float = 0.0
     """Activations kept for its backward."""
     temporary: float = 0.0
@@ -176,6 +179,7 @@ class _Planner:
             gathers_keys=role.degrees.sequence > 1 and role.method == "all_gather",
             token_region=role_parallelism(config, passes.role).token_region,
             compute_bytes=BYTES[config.training.dtype],
+            sparse=role.sparse,
         )
 
     def with_activations(self, role: RolePlan, work: list[Passes]) -> RolePlan:
@@ -197,12 +201,12 @@ class _Planner:
     def phase(self, passes: Passes) -> PhasePlan:
         """FLOPs of the whole step and global batch, seconds and bytes of one rank."""
         role, training, forward = self.plans[passes.role], self.config.training, self.forward(passes)
-        flops = self._flops(role)
+        flops, dense_flops = self._flops(role), self._flops(replace(role, sparse=None))
         again = self._recomputed(role) if passes.backward else 0.0
         times = passes.num_forwards * passes.updates_per_step
         samples = times * passes.num_conditions * training.global_batch_size
-        dense = samples * (flops.total + passes.backward * flops.backward)
-        executed = dense + samples * again
+        dense = samples * (dense_flops.total + passes.backward * dense_flops.backward)
+        executed = samples * (flops.total + passes.backward * flops.backward + again)
         # Padded tokens are computed, too, and every rank waits for the one with the longest run.
         stretch = role.degrees.sequence * role.shards.padded_length / role.shards.bounds[-1]
         rank_flops = executed * stretch / self.layout.default.world_size
@@ -235,11 +239,12 @@ class _Planner:
             yield links.transfer("samples, exchange all-gather", "exchange", size)
 
     def _flops(self, role: RolePlan) -> ForwardFlops:
-        return forward_flops(role.architecture, role.shards.bounds[-1], self.config.data.max_text_tokens)
+        sizes = (role.shards.bounds[-1], self.config.data.max_text_tokens)
+        return forward_flops(role.architecture, *sizes, role.sparse)
 
     def _recomputed(self, role: RolePlan) -> float:
         """FLOPs that the backward of one sample computes again."""
-        sizes = (role.shards.bounds[-1], self.config.data.max_text_tokens)
+        sizes = (role.shards.bounds[-1], self.config.data.max_text_tokens, role.sparse)
         return self._flops(role).total * recomputed_share(role.architecture, self.config.activation_checkpoint, *sizes)
 
     def _graph(self, passes: Passes) -> float:
@@ -262,16 +267,21 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
     architecture = cast(DiTConfig, role.transformer.config)
     degrees, parallelism = layout.roles[role.name], role_parallelism(config, role.name)
     heads = architecture.num_attention_heads
+    sequence = cast("SequenceParallel | None", role.transformer.sequence)
+    core = cast("SparseAttention | None", role.transformer.sparse_attention)
+    if core is not None:
+        core.start_step(config.training.steps - 1)
     return RolePlan(
         name=role.name,
         architecture=architecture,
         degrees=degrees,
         method=choose_method(heads, degrees.sequence, degrees.tensor, parallelism.sequence_method),
-        shards=TokenShards.of(tile_layout(grid), degrees.sequence, degrees.tensor if parallelism.token_region else 1),
+        shards=TokenShards.of(tile_layout(grid), 1) if sequence is None else sequence.shards(tile_layout(grid)),
         num_exchanged=degrees.model_parallel // layout.default.model_parallel,
         states=memory.states(role.transformer, has_ema=bool(config.ema.decay) and config.ema.role == role.name),
         weights=_weights(role.transformer, BYTES[config.training.dtype], parallelism.reshard_after_forward),
         offloaded=parallelism.cpu_offload,
+        sparse=None if core is None else core.tiles_read(tile_layout(grid).num_tiles),
     )
 
 
@@ -317,6 +327,8 @@ def _numbers_in(folder: Path) -> int:
 def _left_out(config: Config, roles: dict[str, RolePlan]) -> Iterator[str]:
     if config.float8.enabled:
         yield "float8: seconds are those of bf16"
+    if any(role.sparse is not None for role in roles.values()):
+        yield "sparse attention: its kernels as fast, by FLOP, as dense ones; the schedule's way to its last sparsity"
     if config.compile.enabled:
         yield "compile: activations are those of eager mode, an upper bound"
     if any(role.offloaded and role.states.optimizer for role in roles.values()):

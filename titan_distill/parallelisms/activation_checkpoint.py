@@ -4,6 +4,9 @@
 cheap to store: attention outputs, whose work grows with the square of the tokens and whose size does not, and every
 n-th matrix product. *Block skip* leaves every n-th block alone: the coarse knob for memory that is left over.
 
+A block that *selects*, as sparse attention does, must not select again: a recomputed score may differ in its last bit,
+turn a tie around, and give the backward other tiles than the forward had. Every mode keeps selections; they are small.
+
 Which products are kept is a matter of order, not of name: a counter runs over the products of one block's forward and
 starts anew with each block. PyTorch up to 2.12 asks the policy a second time, in the recomputation, later ones look the
 first answer up; forward and recomputation are therefore counted apart.
@@ -55,9 +58,17 @@ _ATTENTION = {
 }
 
 
+_SELECTIONS: set[Operation] = set()
+
+
 def register_attention(operation: Operation) -> None:
     """Lets ``selective`` keep the outputs of one more attention operation; its module calls this at import."""
     _ATTENTION.add(operation)
+
+
+def register_selection(operation: Operation) -> None:
+    """Lets every mode keep the outputs of an operation that selects; its module calls this at import."""
+    _SELECTIONS.add(operation)
 
 
 def is_checkpointed(index: int, config: ActivationCheckpointConfig) -> bool:
@@ -82,11 +93,16 @@ def describe(config: ActivationCheckpointConfig) -> str:
     return text
 
 
-def apply_activation_checkpointing(blocks: Iterable[nn.Module], config: ActivationCheckpointConfig) -> None:
-    """Makes the blocks recompute themselves in backward as ``config`` says."""
+def apply_activation_checkpointing(
+    blocks: Iterable[nn.Module], config: ActivationCheckpointConfig, *, selects: bool = False
+) -> None:
+    """Makes the blocks recompute themselves in backward as ``config`` says.
+
+    ``selects``: they have selections to keep. Without them *full* need not look at every operation.
+    """
     # No block draws random numbers, so there is no generator state to keep.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if config.mode == "selective":
+    if config.mode == "selective" or selects:
         options["context_fn"] = functools.partial(_selective_contexts, config)
     for index, block in enumerate(blocks):
         if is_checkpointed(index, config):
@@ -110,7 +126,7 @@ class _Policy:
     def __call__(
         self, context: SelectiveCheckpointContext, operation: Operation, *args: Any, **kwargs: Any
     ) -> CheckpointPolicy:
-        kept = operation in _ATTENTION
+        kept = operation in _SELECTIONS or (operation in _ATTENTION and self.config.mode == "selective")
         if operation in MATMULS:
             kept = is_kept(self.num_matmuls[context.is_recompute], self.config)
             self.num_matmuls[context.is_recompute] += 1

@@ -5,9 +5,11 @@ Shapes: B batch, C latent channels, F latent frames, H and W latent height and w
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
+from titan_kernels import tile_layout
 from torch import Tensor
 
 from titan_distill.data.loader import Batch
@@ -18,7 +20,7 @@ from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import decode_latents, encode_video
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
 from titan_distill.parallelisms.mesh import Layouts
-from titan_distill.roles import RoleHandle
+from titan_distill.roles import RoleHandle, RoleManager
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -46,11 +48,24 @@ class WanAdapter(Adapter):
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
         self.checkpointing = checkpointing
         _, frames, height, width = latent_shape
-        self.work: WorkCounter = WorkCounter(tokens_per_sample=frames * (height // 2) * (width // 2))
+        self._grid = (frames, height // 2, width // 2)
+        self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(self._grid))
         self.max_text_tokens = max_text_tokens
         self.layouts = layouts
         self.vae, self.text_encoder = vae, text_encoder
         self._negative_LD = None if negative_embedding_LD is None else negative_embedding_LD.to(device)
+
+    def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
+        values = {}
+        for role in roles:
+            core = _transformer(role).sparse_attention
+            if core is not None:
+                core.start_step(step)
+                read = core.tiles_read(tile_layout(self._grid).num_tiles)
+                # What was asked for, and what the fine branch runs: whole tiles, and all of them below the crossover.
+                values["vsa_sparsity"] = float(core.sparsity)
+                values["vsa_sparsity_executed"] = 1 - read.num_selected / read.num_tiles
+        return values
 
     def prepare_batch(self, batch: Batch) -> Batch:
         if batch.latents is not None and tuple(batch.latents.shape[1:]) != self.latent_shape:
@@ -79,15 +94,16 @@ class WanAdapter(Adapter):
         return {"text": self.text_encoder.encode(prompts, self.max_text_tokens).to(self.device)}
 
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        transformer = role.transformer
-        assert isinstance(transformer, WanTransformer)
-        config, num_tokens = transformer.config, (self.work.tokens_per_sample, condition["text"].shape[1])
+        transformer = _transformer(role)
+        config, core = transformer.config, transformer.sparse_attention
+        sparse = None if core is None else core.tiles_read(tile_layout(self._grid).num_tiles)
+        sizes = (self.work.tokens_per_sample, condition["text"].shape[1], sparse)
         # The ranks that load the same samples share their work, in whatever layout.
-        own_flops = forward_flops(config, *num_tokens).total * len(x) / self.layouts.data_group
+        own_flops = forward_flops(config, *sizes).total * len(x) / self.layouts.data_group
         self.work.forward(
             own_flops,
             backward=torch.is_grad_enabled() and role.trainable,
-            recompute=recomputed_share(config, self.checkpointing, *num_tokens),
+            recompute=recomputed_share(config, self.checkpointing, *sizes),
         )
 
         def forward(x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
@@ -109,3 +125,9 @@ class WanAdapter(Adapter):
                 "no VAE to go between pixels and latents; set pipeline_config.path to a diffusers folder with vae"
             )
         return self.vae
+
+
+def _transformer(role: RoleHandle) -> WanTransformer:
+    transformer = role.transformer
+    assert isinstance(transformer, WanTransformer)
+    return transformer

@@ -49,6 +49,9 @@ class WanConfig:
     """Largest grid size, in tokens along one dimension, that rotary phases are defined for."""
     pos_embed_seq_len: int | None = None
     """Image tokens that get a learned position (first-last-frame models); None for none."""
+    sparse_attention: bool = False
+    """Blocks have a gate, `to_gate_compress`, for the coarse branch of video sparse attention. Not diffusers' key: it
+    is written only where it is true, and diffusers then says that it ignores it."""
 
     @property
     def inner_dim(self) -> int:
@@ -100,7 +103,10 @@ class WanConfig:
 
     def to_diffusers(self) -> dict[str, Any]:
         """Return the dict that diffusers' `config.json` holds."""
-        return {"_class_name": DIFFUSERS_CLASS_NAME, **asdict(self), "patch_size": list(self.patch_size)}
+        values = asdict(self)
+        if not self.sparse_attention:
+            del values["sparse_attention"]
+        return {"_class_name": DIFFUSERS_CLASS_NAME, **values, "patch_size": list(self.patch_size)}
 
 
 def _check_positive(name: str, value: Any) -> None:

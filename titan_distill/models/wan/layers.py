@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_distill.attention.dense import AttentionCore, dense_attention
+from titan_distill.attention.dense import dense_attention
+from titan_distill.attention.placement import Placement
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.tokens import TokenContext, apply_rotary
 from titan_distill.parallelisms.tensor import local
@@ -107,18 +108,21 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Attention among video tokens, through an exchangeable core."""
+    """Attention among video tokens, through an exchangeable core, wherever the tokens are."""
 
-    def __init__(self, config: WanConfig, core: AttentionCore) -> None:
+    def __init__(self, config: WanConfig, placement: Placement) -> None:
         super().__init__(config)
-        self.core = core
+        self.placement = placement
 
-    def forward(self, x_BLM: Tensor, context: TokenContext) -> Tensor:
+    def forward(self, x_BLM: Tensor, context: TokenContext, to_gate: nn.Linear | None = None) -> Tensor:
+        """Return [B, L, M]. `to_gate` is the block's layer for the gate of a sparse core; it is applied here, to what
+        queries are made from, so that under tensor parallelism both enter the region together."""
         x_BLM = x_BLM.to(self.to_q.weight.dtype)
         q_BLND = apply_rotary(self.split_heads(self.norm_q(self.to_q(x_BLM))), context)
         k_BLND = apply_rotary(self.split_heads(self.norm_k(self.to_k(x_BLM))), context)
         v_BLND = self.split_heads(self.to_v(x_BLM))
-        mixed_BLND = self.core(q_BLND, k_BLND, v_BLND, context.layout)
+        gate_BLND = None if to_gate is None else self.split_heads(to_gate(x_BLM))
+        mixed_BLND = self.placement(q_BLND, k_BLND, v_BLND, context.layout, gate_BLND, context.num_selected)
         return self.to_out[0](mixed_BLND.flatten(2))
 
 
@@ -175,11 +179,13 @@ class WanBlock(nn.Module):
 
     share: Callable[[Tensor], Tensor] = staticmethod(_unchanged)
 
-    def __init__(self, config: WanConfig, self_attention: AttentionCore) -> None:
+    def __init__(self, config: WanConfig, placement: Placement) -> None:
         super().__init__()
         dim = config.inner_dim
         self.norm1 = Float32LayerNorm(dim, config.eps, elementwise_affine=False)
-        self.attn1 = SelfAttention(config, self_attention)
+        self.attn1 = SelfAttention(config, placement)
+        # The name and the place that published sparse checkpoints have it under.
+        self.to_gate_compress = nn.Linear(dim, dim) if config.sparse_attention else None
         self.norm2 = Float32LayerNorm(dim, config.eps) if config.cross_attn_norm else nn.Identity()
         self.attn2 = CrossAttention(config)
         self.norm3 = Float32LayerNorm(dim, config.eps, elementwise_affine=False)
@@ -201,7 +207,8 @@ class WanBlock(nn.Module):
         rows_R6M = self.share(rows_R6M + local(self.scale_shift_table))
         # In two halves: per-token parts are as large as the activations.
         shift, scale, gate = modulation_parts(rows_R6M[:, :3], context.row_BL)
-        x_BLM = add_gated(x_BLM, self.attn1(modulate(self.norm1(x_BLM), shift, scale), context), gate)
+        modulated_BLM = modulate(self.norm1(x_BLM), shift, scale)
+        x_BLM = add_gated(x_BLM, self.attn1(modulated_BLM, context, self.to_gate_compress), gate)
         x_BLM = x_BLM + self.attn2(self.norm2(x_BLM), text_BSM, image_BSM)
         shift, scale, gate = modulation_parts(rows_R6M[:, 3:], context.row_BL)
         return add_gated(x_BLM, self.ffn(modulate(self.norm3(x_BLM), shift, scale)), gate)

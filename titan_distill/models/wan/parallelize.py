@@ -3,14 +3,15 @@ operations."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from titan_kernels import tile_layout
+from titan_kernels.layout import DEFAULT_TILE
 
-from titan_distill.attention.dense import dense_attention
+from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config_parsing import nearest_divisors
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.state_dict import load_weights
@@ -22,7 +23,7 @@ from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.float8 import apply_float8, finish_float8
 from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
 from titan_distill.parallelisms.mesh import RoleMesh
-from titan_distill.parallelisms.sequence import SequenceParallel, choose_method
+from titan_distill.parallelisms.sequence import Method, SequenceParallel, choose_method, describe_tiles
 from titan_distill.parallelisms.tensor import enable_async_communication
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         CompileConfig,
         Float8Config,
         ParallelismConfig,
+        SparseAttentionConfig,
     )
 
 HIGH_PRECISION = ("condition_embedder", "patch_embedding", "proj_out")
@@ -51,6 +53,8 @@ class Layout:
     activation_checkpoint: ActivationCheckpointConfig
     compile: CompileConfig
     float8: Float8Config
+    sparse_attention: SparseAttentionConfig | None = None
+    """None for a dense role; must agree with the architecture."""
 
 
 def build_transformer(architecture: WanConfig, weights: Path | None, layout: Layout, seed: int) -> WanTransformer:
@@ -60,8 +64,9 @@ def build_transformer(architecture: WanConfig, weights: Path | None, layout: Lay
     not fit.
     """
     mesh, parallelism = layout.mesh, layout.parallelism
+    core = None if layout.sparse_attention is None else SparseAttention(layout.sparse_attention)
     with torch.device("meta"):
-        model = WanTransformer.from_config(architecture)
+        model = WanTransformer.from_config(architecture, core)
     model.to(layout.storage_dtype).requires_grad_(layout.trainable)
     apply_float8(model, layout.float8, high_precision=HIGH_PRECISION, device=layout.device)
     if mesh is not None and mesh.tensor is not None:
@@ -71,7 +76,7 @@ def build_transformer(architecture: WanConfig, weights: Path | None, layout: Lay
     if mesh is not None:
         apply_sequence_parallel(model, mesh, parallelism)
     if layout.trainable:
-        apply_activation_checkpointing(model.blocks, layout.activation_checkpoint)
+        apply_activation_checkpointing(model.blocks, layout.activation_checkpoint, selects=core is not None)
     compile_blocks(model.blocks, layout.compile)
     if mesh is not None:
         options = FsdpOptions(layout.compute_dtype, parallelism.reshard_after_forward, parallelism.cpu_offload)
@@ -98,17 +103,37 @@ def apply_sequence_parallel(model: WanTransformer, mesh: RoleMesh, parallelism: 
         return
     heads = model.config.num_attention_heads
     method = choose_method(heads, degrees.sequence, degrees.tensor, parallelism.sequence_method)
-    model.sequence = SequenceParallel(mesh.sequence_group, method, multiple)
-    model.set_self_attention(model.sequence.attention(dense_attention))
+    join = runs_of_tiles(method, model.sparse_attention)
+    model.sequence = SequenceParallel(mesh.sequence_group, method, multiple, join)
+    model.set_placement(model.sequence.placement(model.attention_core))
+
+
+def runs_of_tiles(method: Method, core: SparseAttention | None) -> int:
+    """The tiles that must not be parted between sequence ranks, because one list serves them.
+
+    With Ulysses every rank sees all tiles of its heads, whatever tokens it holds.
+    """
+    return 1 if core is None or method == "ulysses" else core.tiles_per_list
 
 
 def check_degrees(
-    key: str, architecture: WanConfig, degrees: Degrees, sequence_method: str, grid: tuple[int, int, int]
+    key: str,
+    architecture: WanConfig,
+    degrees: Degrees,
+    sequence_method: Literal["auto", "ulysses", "all_gather"],
+    grid: tuple[int, int, int],
+    core: SparseAttention | None = None,
 ) -> None:
-    """Checks degrees against a model and a ``grid`` of tokens along (frames, height, width).
+    """Checks degrees against a model, its sparse ``core`` if it has one, and a ``grid`` of tokens along (frames,
+    height, width).
 
     Raises ValueError with the nearest valid choices.
     """
+    if max(grid) > architecture.rope_max_seq_len:
+        raise ValueError(
+            f"{key}: {grid[0]} × {grid[1]} × {grid[2]} tokens of a video are more than the model's rotary phases, "
+            f"{architecture.rope_max_seq_len} along each dimension; lower pipeline_config.num_frames, height or width"
+        )
     heads, tensor, sequence = architecture.num_attention_heads, degrees.tensor, degrees.sequence
     if heads % tensor:
         raise ValueError(
@@ -120,9 +145,11 @@ def check_degrees(
             f"{key}: Ulysses needs sequence × tensor = {sequence} × {tensor} to divide the {heads} attention heads; "
             f"set sequence to {nearest_divisors(sequence, heads // tensor)}, or sequence_method to 'all_gather'"
         )
-    num_tiles = tile_layout(grid).num_tiles
-    if sequence > num_tiles:
+    join = runs_of_tiles(choose_method(heads, sequence, tensor, sequence_method), core)
+    num_tiles = math.prod(-(-size // tile) for size, tile in zip(grid, DEFAULT_TILE, strict=True))
+    num_runs = -(-num_tiles // join)
+    if sequence > num_runs:
         raise ValueError(
-            f"{key}: sequence = {sequence} ranks can't share the {num_tiles} tiles of "
-            f"{grid[0]} × {grid[1]} × {grid[2]} tokens; set it to {num_tiles} or less"
+            f"{key}: sequence = {sequence} ranks can't share the {describe_tiles(num_tiles, join)} of "
+            f"{grid[0]} × {grid[1]} × {grid[2]} tokens; set it to {num_runs} or less"
         )

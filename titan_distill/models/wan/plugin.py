@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config_world import role_parallelism
 from titan_distill.data.text import TextEncoder
 from titan_distill.dispatch import register_model
@@ -89,6 +90,7 @@ class WanFamily(ModelFamily):
             activation_checkpoint=config.activation_checkpoint,
             compile=config.compile,
             float8=config.float8.for_role(name),
+            sparse_attention=config.sparse_attention if role.attention == "sparse" else None,
         )
         weights = _transformer_folder(role.path or role.init_from)
         if device.type == "meta" and role.flavor:
@@ -107,18 +109,30 @@ class WanFamily(ModelFamily):
                 layout,
                 role_parallelism(self.config, name).sequence_method,
                 ((pipeline.num_frames - 1) // 4 + 1, pipeline.height // 16, pipeline.width // 16),
+                self._core(self.config.roles[name].attention == "sparse"),
             )
 
+    def _core(self, is_sparse: bool) -> SparseAttention | None:
+        return SparseAttention(self.config.sparse_attention) if is_sparse else None
+
     def _architecture(self, name: str, role: RoleConfig, weights: Path | None) -> WanConfig:
+        """What the role's network looks like: dense weights may become a sparse model, but not the other way round."""
         if weights is None:
-            return FLAVORS[role.flavor]
+            return replace(FLAVORS[role.flavor], sparse_attention=role.attention == "sparse")
         found = read_config(weights)
-        if role.flavor and found != FLAVORS[role.flavor]:
-            different = ", ".join(
-                f"{f.name} is {getattr(found, f.name)} instead of {getattr(FLAVORS[role.flavor], f.name)}"
-                for f in dataclasses.fields(found)
-                if getattr(found, f.name) != getattr(FLAVORS[role.flavor], f.name)
+        if found.sparse_attention and role.attention == "dense":
+            raise ValueError(
+                f"roles.{name}.attention = 'dense', but {weights} holds a model trained with sparse attention, whose "
+                f"coarse branch a dense one lacks; set roles.{name}.attention to 'sparse' or choose other weights"
             )
+        found = replace(found, sparse_attention=role.attention == "sparse")
+        expected = replace(FLAVORS.get(role.flavor, found), sparse_attention=found.sparse_attention)
+        different = ", ".join(
+            f"{f.name} is {getattr(found, f.name)} instead of {getattr(expected, f.name)}"
+            for f in dataclasses.fields(found)
+            if getattr(found, f.name) != getattr(expected, f.name)
+        )
+        if different:
             raise ValueError(
                 f"roles.{name}.flavor = {role.flavor!r}, but in {weights} {different}; correct the flavor or init_from"
             )
@@ -130,8 +144,9 @@ class WanFamily(ModelFamily):
     def restore_module(
         self, architecture: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], device: torch.device
     ) -> nn.Module:
+        config = WanConfig.from_diffusers(architecture)
         with torch.device("meta"):
-            model = WanTransformer.from_config(architecture)
+            model = WanTransformer.from_config(config, self._core(config.sparse_attention))
         model.to_empty(device=device).requires_grad_(False)
         parameters = dict(model.named_parameters())
         for name, tensor in tensors:

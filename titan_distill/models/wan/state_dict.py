@@ -32,6 +32,9 @@ WEIGHTS_NAME = f"{WEIGHTS_STEM}.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 CONFIG_NAME = "config.json"
 
+GATE = "to_gate_compress"
+"""In the names of what a sparse model has more than a dense one."""
+
 # Published I2V checkpoints carry a query norm that no Wan code has ever read; diffusers skips it by name, too.
 UNUSED_KEY = "norm_added_q"
 
@@ -64,18 +67,29 @@ def read_config(folder: str | Path) -> WanConfig:
 def load_weights(model: WanTransformer, folder: str | Path) -> None:
     """Fill `model` with the weights of a diffusers folder, in the model's own dtypes, devices and shards.
 
+    A sparse model takes the weights of a dense one, too: its gates are then zero, which leaves the coarse branch out.
+
     Args:
         model: materialised, its parameters plain tensors or DTensors.
         folder: the folder of the transformer itself, not of the pipeline.
 
     Raises:
         ValueError: no such folder or file, a config other than the model's, an index entry that is not a bare file
-            name, a damaged file, or a key that is missing, superfluous or of another shape.
+            name, a damaged file, a key that is missing, superfluous or of another shape, or gates of a sparse model for
+            a dense one.
     """
     folder = Path(folder)
-    _check_same_config(model.config, read_config(folder), folder)
+    config = read_config(folder)
+    _check_same_config(model.config, config, folder)
     parameters = dict(model.named_parameters())
-    _check_keys(parameters, folder)
+    stored = _stored_shapes(folder)
+    if not config.sparse_attention and not any(GATE in name for name in stored):
+        gates = {name for name in parameters if GATE in name}
+        for name in gates:
+            local(parameters[name]).zero_()
+        _check_keys({name: value for name, value in parameters.items() if name not in gates}, stored, folder)
+    else:
+        _check_keys(parameters, stored, folder)
     for path in _weight_files(folder):
         with _open(path) as file:
             for name in _used_keys(file):
@@ -91,6 +105,10 @@ def save_folder(
     max_shard_bytes: float = 5e9,
 ) -> None:
     """Write a folder that diffusers' `WanTransformer3DModel.from_pretrained` and `load_weights` read.
+
+    Diffusers knows no sparse attention: of a sparse model it loads everything but the gates, says so, and then attends
+    densely without the coarse branch. That is another function than the one that was trained, if a close one; where it
+    matters, sample with `titan-distill generate`.
 
     Weights of an earlier save in the same folder are replaced. A process that dies in between leaves a folder without
     `config.json`, which nothing loads.
@@ -170,21 +188,32 @@ def _check_same_config(ours: WanConfig, theirs: WanConfig, folder: Path) -> None
     differing = [
         f"{key} {getattr(theirs, key)!r} (model: {getattr(ours, key)!r})"
         for key in ours.__dataclass_fields__
-        if getattr(theirs, key) != getattr(ours, key)
+        # Whether gates are there is told by the keys, in files of others too.
+        if key != "sparse_attention" and getattr(theirs, key) != getattr(ours, key)
     ]
     if differing:
         raise ValueError(f"weights in {folder} are of another model: {', '.join(differing)}")
 
 
-def _check_keys(parameters: Mapping[str, Tensor], folder: Path) -> None:
-    """Compare names and shapes in all file headers with the model's; report one problem, the first in the alphabet."""
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in all file headers."""
     stored: dict[str, tuple[int, ...]] = {}
     for path in _weight_files(folder):
         with _open(path) as file:
             stored |= {name: tuple(file.get_slice(name).get_shape()) for name in _used_keys(file)}
+    return stored
+
+
+def _check_keys(parameters: Mapping[str, Tensor], stored: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Compare names and shapes of files with the model's; report one problem, the first in the alphabet."""
     missing, extra = sorted(parameters.keys() - stored.keys()), sorted(stored.keys() - parameters.keys())
     if missing:
         raise ValueError(f"weights in {folder} lack {missing[0]} ({len(missing)} of {len(parameters)} keys missing)")
+    if extra and all(GATE in name for name in extra):
+        raise ValueError(
+            f"weights in {folder} have {extra[0]}: they are of a model with sparse attention, whose coarse branch this "
+            "dense one lacks; set the role's attention to 'sparse' or choose other weights"
+        )
     if extra:
         raise ValueError(f"weights in {folder} have {extra[0]}, unknown to the model ({len(extra)} such keys)")
     for name, parameter in sorted(parameters.items()):

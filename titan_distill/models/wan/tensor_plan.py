@@ -1,7 +1,7 @@
 """Tensor parallelism of a Wan transformer: which weights are cut, and where activations enter and leave.
 
-    attention     q, k, v by outputs (whole heads), out by inputs; the q/k norms span all heads, so their sum of squares
-                  is reduced over ranks
+    attention     q, k, v and a sparse role's gate by outputs (whole heads), out by inputs; the q/k norms span all
+                  heads, so their sum of squares is reduced over ranks
     feed-forward  in by outputs, out by inputs
     conditions    text and time MLPs likewise; the time projection by outputs, gathered, because modulation needs all
     head          by inputs: the sum of [B, L, 64] is cheaper than gathering [B, L, width]
@@ -91,7 +91,9 @@ def _shared_norms(attention: Attention) -> list[nn.RMSNorm]:
 
 def _shards(model: WanTransformer) -> dict[str, int]:
     """The dim along which each cut parameter is cut."""
-    by_outputs = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "norm_q", "norm_k", "norm_added_k")
+    by_outputs = (
+        "to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "norm_q", "norm_k", "norm_added_k", "to_gate_compress",
+    )  # fmt: skip
     shards = {}
     for name, _ in model.named_parameters():
         module, leaf = name.rpartition(".")[::2]

@@ -35,12 +35,14 @@ class TokenContext:
         layout: where the tiles lie.
         cos_LD, sin_LD: fp32 rotary phases; a pair of head channels has one cosine twice and one sine as (-sin, sin).
         row_BL: int64, the row of the modulation that each token uses; None if sample b uses row b throughout.
+        num_selected: tiles that each query tile of a sparse role reads; None where it reads all by dense attention.
     """
 
     layout: TileLayout
     cos_LD: Tensor
     sin_LD: Tensor
     row_BL: Tensor | None = None
+    num_selected: int | None = None
 
 
 def token_grid(latents_BCFHW: Tensor, patch_size: Grid) -> Grid:

@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_distill.attention.dense import AttentionCore, dense_attention
+from titan_distill.attention.dense import AttentionCore, DenseAttention
+from titan_distill.attention.placement import LocalAttention, Placement
+from titan_distill.attention.sparse import SparseAttention
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.embeddings import ConditionEmbedding, PatchEmbedding
 from titan_distill.models.wan.layers import (
@@ -45,13 +47,21 @@ from titan_distill.parallelisms.tensor import TokenRegion, local
 class WanTransformer(nn.Module):
     """Predicts velocity; builds on any device, `meta` included (then `to_empty` and load or `reset_parameters`)."""
 
-    def __init__(self, config: WanConfig, self_attention: AttentionCore = dense_attention) -> None:
+    def __init__(self, config: WanConfig, sparse_attention: SparseAttention | None = None) -> None:
         super().__init__()
+        if config.sparse_attention != (sparse_attention is not None):
+            raise ValueError(
+                f"config.sparse_attention = {config.sparse_attention} and the core {sparse_attention} contradict each "
+                "other; give a SparseAttention to sparse models, and only to them"
+            )
         self.config = config
+        self.sparse_attention = sparse_attention
+        """The core that all blocks of a sparse model share; None in a dense one."""
         dim, patch_size = config.inner_dim, config.patch_size
+        placement = LocalAttention(self.attention_core)
         self.patch_embedding = PatchEmbedding(config.in_channels, dim, kernel_size=patch_size, stride=patch_size)
         self.condition_embedder = ConditionEmbedding(config)
-        self.blocks = nn.ModuleList([WanBlock(config, self_attention) for _ in range(config.num_layers)])
+        self.blocks = nn.ModuleList([WanBlock(config, placement) for _ in range(config.num_layers)])
         self.norm_out = Float32LayerNorm(dim, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, config.out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
@@ -63,22 +73,31 @@ class WanTransformer(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: WanConfig | Mapping[str, Any], self_attention: AttentionCore = dense_attention
+        cls, config: WanConfig | Mapping[str, Any], sparse_attention: SparseAttention | None = None
     ) -> WanTransformer:
-        """Build from a `WanConfig` or from the dict of a diffusers `config.json`."""
+        """Build from a `WanConfig` or from the dict of a diffusers `config.json`.
+
+        Raises:
+            ValueError: a sparse model without its core, or a core for a dense model.
+        """
         if not isinstance(config, WanConfig):
             config = WanConfig.from_diffusers(config)
-        return cls(config, self_attention)
+        return cls(config, sparse_attention)
 
-    def set_self_attention(self, core: AttentionCore) -> None:
-        """Let every block mix its video tokens through `core`."""
+    @property
+    def attention_core(self) -> AttentionCore:
+        """How video tokens are mixed."""
+        return DenseAttention() if self.sparse_attention is None else self.sparse_attention
+
+    def set_placement(self, placement: Placement) -> None:
+        """Let every block find its video tokens through `placement`."""
         for module in self.modules():
             if isinstance(module, SelfAttention):
-                module.core = core
+                module.placement = placement
 
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
-        """Initialise for training from scratch: Xavier weights, and modulation and head that start at zero.
+        """Initialise for training from scratch: Xavier weights; modulation, head and coarse gates start at zero.
 
         Zero gates make every block's self-attention and feed-forward start as the identity (adaLN-Zero, Peebles & Xie,
         2212.09748). Each tensor is drawn whole from a generator of its own, keyed by seed and name, so that the values
@@ -110,6 +129,8 @@ class WanTransformer(nn.Module):
         self._check_inputs(hidden_states, encoder_hidden_states, encoder_hidden_states_image)
         grid = token_grid(hidden_states, self.config.patch_size)
         context = token_context(grid, self.config, hidden_states.device)
+        if self.sparse_attention is not None:
+            context = replace(context, num_selected=self.sparse_attention.selection(context.layout.num_tiles))
         timestep_R, context = _timestep_rows(timestep, hidden_states.shape[0], context)
         embedded_RM, rows_R6M, text_BSM, image_BSM = self.condition_embedder(
             timestep_R, encoder_hidden_states, encoder_hidden_states_image
@@ -191,7 +212,8 @@ def _timestep_rows(timestep: Tensor, batch_size: int, context: TokenContext) -> 
 
 
 def _initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
-    if name.endswith(("scale_shift_table", "bias", "pos_embed", "time_proj.weight", "proj_out.weight")):
+    zeros = ("scale_shift_table", "bias", "pos_embed", "time_proj.weight", "proj_out.weight", "to_gate_compress.weight")
+    if name.endswith(zeros):
         return torch.zeros(shape)
     if len(shape) == 1:  # the weight of a norm
         return torch.ones(shape)
