@@ -32,6 +32,7 @@ else:
     import tomli as tomllib
 
 COMMAND_LINE = "command line"
+_LONGEST_MESSAGE = 1000
 _LIMITS = {
     "least": (operator.ge, "at least"),
     "most": (operator.le, "at most"),
@@ -41,7 +42,13 @@ _LIMITS = {
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message is one sentence for the user."""
+    """The configuration cannot be used; the message is one sentence for the user, on one printable line."""
+
+    def __init__(self, message: str) -> None:
+        # Here, because values and file names reach messages by many ways: a terminal obeys control characters, and
+        # nobody finds a fault behind a screenful of one value.
+        line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+        super().__init__(line if len(line) <= _LONGEST_MESSAGE else f"{line[:700]} ... {line[-250:]}")
 
 
 @dataclass(frozen=True)
@@ -61,13 +68,14 @@ class Place:
 
     def child(self, name: str, value: Any) -> Place:
         """The place of ``value``, found here under ``name``."""
-        name = name if BARE_KEY.fullmatch(name) else json.dumps(name)
+        name = name if BARE_KEY.fullmatch(name) else json.dumps(name, ensure_ascii=False)
         source = COMMAND_LINE if isinstance(value, Text) else self.source
         return Place(source, f"{self.key}.{name}" if self.key else name, self.root)
 
     def fail(self, value: Any, problem: str) -> NoReturn:
         """Raises ConfigError: source, key, value, problem."""
-        raise ConfigError(f"{self.source}: {show(self.key, _plain_text(value))} {problem}")
+        shown = f"--{self.key}" if value == Text(None) else show(self.key, _plain_text(value))
+        raise ConfigError(f"{self.source}: {shown} {problem}")
 
 
 # Reading ------------------------------------------------------------------------------------------

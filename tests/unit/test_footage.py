@@ -105,6 +105,30 @@ def test_truncated_video_is_named(tmp_path: Path, name: str, options: dict[str, 
     assert "\n" not in str(error.value)
 
 
+def test_a_timestamp_that_jumps_by_years_is_named(tmp_path: Path) -> None:
+    """Resampled, the frame before it would be repeated ten thousand million times."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for index in range(16):
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), dtype=np.uint8), format="rgb24")
+            frame.pts = index if index < 8 else index + 8 * 10**9
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    clips = read_clips(tmp_path / "a.mkv", num_frames=5, stride=5, height=32, width=48, fps=8)
+    with pytest.raises(ValueError, match=r"a\.mkv stands still for over 600 seconds"):
+        for _ in zip(clips, range(100)):
+            pass
+
+
+def test_a_title_in_another_encoding_does_no_harm(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", num_frames=5)
+    data = path.read_bytes()
+    encoder = data.index(b"Lavf")  # who wrote it, as a tag
+    path.write_bytes(data[:encoder] + b"\xe9" + data[encoder + 1 :])
+    assert len(list(decode(path))) == 5
+
+
 def test_no_video_inside(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match=r"a\.mp4 can't be decoded"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,6 +153,16 @@ def test_no_worker_outlives_a_failure_or_a_resume(dataset: ParquetDataset) -> No
     with pytest.raises(RuntimeError, match="unreadable"):
         next(batches)
     assert not multiprocessing.active_children()
+
+
+def test_a_killed_worker_is_an_error_with_the_path(dataset: ParquetDataset) -> None:
+    """As the kernel does it when memory runs out; all workers, because the others would go on for a while."""
+    batches = loader(dataset, num_workers=2)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=rf"can't load from {dataset.path}: DataLoader worker .*(killed|exited)"):
+        samples(batches, 20)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

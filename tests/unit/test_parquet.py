@@ -160,6 +160,8 @@ def test_writer_refuses_what_the_reader_would(tmp_path: Path) -> None:
         write_rows(file, [make_row(0, vae_latent=torch.full((1, 1, 1, 1), torch.inf))])
     with pytest.raises(ValueError, match=r"text_embedding has dtype torch.float64: use one of float32"):
         write_rows(file, [make_row(0, dtype=torch.float64, vae_latent=None)])
+    with pytest.raises(ValueError, match="'row-0': caption is empty"):
+        write_rows(file, [make_row(0, caption=" ")])
     with pytest.raises(ValueError, match="no rows to write"):
         write_rows(file, [])
     assert not list(tmp_path.iterdir())
@@ -171,8 +173,15 @@ FAULTS = {
     "dimensions": ({"text_embedding_shape": [24]}, r"text_embedding_shape is \[24\]: expected 2 positive sizes"),
     "negative size": ({"vae_latent_shape": [-4, -2, 3, 5]}, "expected 4 positive sizes"),
     "no shape": ({"vae_latent_shape": None}, "expected 4 positive sizes"),
+    "a size that is missing": ({"vae_latent_shape": [4, None, 3, 5]}, r"is \[4, None, 3, 5\]: expected 4 positive"),
+    "bytes that are missing": ({"vae_latent_bytes": None}, r"vae_latent_bytes holds 0 bytes: \[4, 2, 3, 5\]"),
     "not finite": ({"vae_latent_bytes": b"\x00\x00\xc0\x7f" * 120}, "vae_latent has non-finite values"),
-    "nothing to learn from": ({"caption": "", "text_embedding_bytes": b""}, "no text embedding for caption ''"),
+    "no embedding": (
+        {"text_embedding_bytes": b"", "text_embedding_shape": []},
+        "no text embedding for caption 'caption 0'",
+    ),
+    "empty prompt": ({"caption": " \n"}, "caption is empty"),
+    "no prompt": ({"caption": None}, "caption is empty"),
 }
 
 
@@ -242,6 +251,83 @@ def test_flipped_bytes_in_a_row_group_are_bad_rows(tmp_path: Path) -> None:
     assert_same(dataset[31], make_row(31))
     with pytest.raises(BadRowError, match=r"a\.parquet, rows 32 to 39: unreadable"):
         dataset[32]
+
+
+def test_a_changed_byte_is_noticed_wherever_it_is(tmp_path: Path) -> None:
+    """Our own files carry checksums: no flipped bit of a page is taken for data."""
+    row = make_row(0, vae_latent=torch.randint(0, 255, (4, 2, 3, 5)).float())
+    write_rows(tmp_path / "a.parquet", [row])
+    data = (tmp_path / "a.parquet").read_bytes()
+    column = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0).column(1)
+    start = column.dictionary_page_offset or column.data_page_offset
+    for at in range(start, start + column.total_compressed_size, 37):
+        (tmp_path / "a.parquet").write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        try:
+            assert_same(ParquetDataset(tmp_path)[0], row)  # a byte that nothing reads, such as a statistic
+        except BadRowError as error:
+            assert "a.parquet, row" in str(error) and "\n" not in str(error)
+
+
+WRONG_TYPES = {
+    "caption": pa.binary(),
+    "id": pa.int64(),
+    "text_embedding_bytes": pa.list_(pa.uint8()),
+    "text_embedding_shape": pa.list_(pa.float64()),
+    "vae_latent_shape": pa.string(),
+    "vae_latent_dtype": pa.list_(pa.string()),
+    "width": pa.float64(),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG_TYPES))
+def test_column_of_another_type_is_named(tmp_path: Path, name: str) -> None:
+    write_rows(tmp_path / "a.parquet", [make_row(0)])
+    table = pq.ParquetFile(tmp_path / "a.parquet").read()
+    empty = pa.nulls(1, WRONG_TYPES[name])
+    pq.write_table(table.set_column(table.schema.get_field_index(name), name, empty), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=rf"a\.parquet has the column {name} as .*: a dataset has it as"):
+        ParquetDataset(tmp_path)
+
+
+def test_other_spellings_of_the_types_are_read(tmp_path: Path) -> None:
+    """As pandas, polars and DuckDB write them."""
+    write_rows(tmp_path / "a.parquet", [make_row(0)])
+    others = {
+        "caption": pa.dictionary(pa.int32(), pa.string()),
+        "id": pa.large_string(),
+        "text_embedding_bytes": pa.large_binary(),
+        "vae_latent_shape": pa.large_list(pa.int32()),
+        "fps": pa.float32(),
+    }
+    table = pq.ParquetFile(tmp_path / "a.parquet").read()
+    for name, kind in others.items():
+        index = table.schema.get_field_index(name)
+        column = table.column(name)
+        changed = column.dictionary_encode() if name == "caption" else column.cast(kind)
+        table = table.set_column(index, name, changed)
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert_same(ParquetDataset(tmp_path)[0], make_row(0))
+
+
+def test_text_that_is_no_utf8_is_one_bad_row(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.parquet", [make_row(index) for index in range(3)])
+    table = pq.ParquetFile(tmp_path / "a.parquet").read()
+    bad = pa.array([b"caption 0", b"caf\xe9", b"caption 2"]).view(pa.string())
+    pq.write_table(table.set_column(table.schema.get_field_index("caption"), "caption", bad), tmp_path / "a.parquet")
+    dataset = ParquetDataset(tmp_path)
+    assert_same(dataset[2], make_row(2))
+    with pytest.raises(BadRowError, match=r"a\.parquet, row 1: caption is not valid UTF-8"):
+        dataset[1]
+
+
+def test_footer_that_miscounts_is_named(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.parquet", [make_row(index) for index in range(40)])
+    data = (tmp_path / "a.parquet").read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    total = data.index(b"\x16\x50", footer)  # thrift's zigzag of 40, the file's number of rows
+    (tmp_path / "a.parquet").write_bytes(data[:total] + b"\x16\x52" + data[total + 2 :])
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged: its row groups do not add up to 41 rows"):
+        ParquetDataset(tmp_path)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -70,6 +70,11 @@ BAD_CAPTIONS = {
     "twice.csv": ("file_name,caption\na.mp4,x\na.mp4,y\n", r"line 3: a\.mp4 has a caption already"),
     "broken.jsonl": ('\n{"file_name": "a.mp4",\n', "line 2: not JSON"),
     "list.jsonl": ('["a.mp4", "x"]', "line 1: expected an object"),
+    "deep.jsonl": ("[" * 100_000, "line 1: not JSON"),
+    "blank.jsonl": ('\n{"file_name": "a.mp4", "caption": " "}', "line 2: expected a non-empty file_name and caption"),
+    "long.csv": (f"file_name,caption\na.mp4,{'x' * 200_000}\n", "after line 1: not CSV"),
+    "latin.csv": ("file_name,caption\na.mp4,größe\n".encode("latin-1"), r"is not valid UTF-8 \(.* at byte 26"),
+    "wide.jsonl": ('{"file_name": "a.mp4", "caption": "x"}'.encode("utf-16"), "is not valid UTF-8"),
     "number.jsonl": ('{"file_name": "a.mp4", "caption": 3}', "line 1: expected a non-empty file_name and caption"),
 }
 
@@ -78,10 +83,11 @@ BAD_CAPTIONS = {
 def test_bad_captions_file_is_named(tmp_path: Path, name: str) -> None:
     content, message = BAD_CAPTIONS[name]
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as error:
         read_captions(tmp_path / name)
     assert name in str(error.value)
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
 
 
 def test_folder_to_parquet(config: PreprocessConfig, pipeline_folder: Path) -> None:

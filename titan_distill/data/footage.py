@@ -21,6 +21,7 @@ from torch.nn.functional import interpolate
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
 _DURATION_TOLERANCE_SECONDS = 0.25
+_MAX_STANDSTILL_SECONDS = 600.0
 
 
 class TimedFrame(NamedTuple):
@@ -74,7 +75,8 @@ def decode(path: Path) -> Iterator[TimedFrame]:
         ValueError: not a video, damaged, or shorter than its header says.
     """
     try:
-        with av.open(str(path)) as container:
+        # Titles and the like are not read, so their encoding does not matter.
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError(f"{path} has no video stream: remove it from the folder")
             stream = container.streams.video[0]
@@ -83,6 +85,12 @@ def decode(path: Path) -> Iterator[TimedFrame]:
             for frame in container.decode(stream):
                 start = frame.time if frame.time is not None else (last.end if last else 0.0)
                 duration = float(frame.duration * frame.time_base) if frame.duration else interval
+                if start + duration - (last.start if last else start) > _MAX_STANDSTILL_SECONDS:
+                    # A damaged timestamp; resampled, the frame before it would be repeated for hours or for ever.
+                    raise ValueError(
+                        f"{path} stands still for over {_MAX_STANDSTILL_SECONDS:g} seconds: its "
+                        "timestamps are damaged, encode it again or remove it"
+                    )
                 last = TimedFrame(start, start + duration, frame)
                 first = first or last
                 yield last

@@ -19,6 +19,7 @@ import hashlib
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ def build_loader(
         # Without a generator of its own, each new iterator would draw from torch's global one.
         generator=torch.Generator().manual_seed(seed),
     )
-    stream = SampleLoader(loader, ids, order)
+    stream = SampleLoader(loader, ids, order, dataset.path)
     stream.load_state_dict({"samples_seen": samples_seen})
     return stream
 
@@ -116,8 +117,11 @@ def build_loader(
 class SampleLoader(Iterator[Batch]):
     """Endless iterator over one rank's batches; made by `build_loader`."""
 
-    def __init__(self, loader: StatefulDataLoader[Batch | _Failure], ids: _RankSampleIds, order: SampleOrder) -> None:
+    def __init__(
+        self, loader: StatefulDataLoader[Batch | _Failure], ids: _RankSampleIds, order: SampleOrder, path: Path
+    ) -> None:
         self.order = order
+        self._path = path
         self._loader = loader
         self._ids = ids
         self._samples_seen = 0
@@ -126,7 +130,10 @@ class SampleLoader(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._batches is None:
             self._batches = iter(self._loader)
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:  # a worker was killed, most often for its memory, and could not say where it was
+            raise RuntimeError(f"can't load from {self._path}: {' '.join(str(error).split())}") from error
         if isinstance(batch, _Failure):
             # Ends the workers now: left to the garbage collector, each would block it for seconds.
             self.load_state_dict(self.state_dict())

@@ -8,7 +8,8 @@ Trade-offs. Training reads rows in random order, and parquet's smallest readable
 keeps groups small (`MAX_GROUP_ROWS`, `MAX_GROUP_BYTES`), at the price of a little compression, and the reader keeps the
 groups it used last, up to ``cache_bytes``: a small dataset ends up in memory whole, a large one costs one group a row.
 Opening a folder reads only the footers. Every row is checked when it is read, not when the folder is opened, because
-checking means reading everything; `titan_distill.data.summary.inspect` does that in advance.
+checking means reading everything; `titan_distill.data.summary.inspect` does that in advance. The writer adds parquet's
+own checksum to each page: a byte that changed on disk is then noticed, not trained on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import itertools
 import logging
 import math
 import os
+import textwrap
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -59,6 +61,9 @@ SCHEMA = pa.schema(
 REQUIRED_COLUMNS = ("caption", "text_embedding_bytes", "text_embedding_shape", "text_embedding_dtype")
 LATENT_COLUMNS = ("vae_latent_bytes", "vae_latent_shape", "vae_latent_dtype")
 
+_READ_ERRORS = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)
+"""What pyarrow raises for a damaged file; a damaged length makes it ask for any amount of memory."""
+
 
 @dataclass(frozen=True)
 class LatentRow:
@@ -87,14 +92,15 @@ def write_rows(path: str | Path, rows: Iterable[LatentRow]) -> int:
     Rows are consumed one row group at a time. The file appears under its name only when it is complete.
 
     Raises:
-        ValueError: a tensor has non-finite values or a dtype the scheme does not know, or there is no row.
+        ValueError: a tensor has non-finite values or a dtype the scheme does not know, a caption is empty, or there is
+            no row.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     num_rows = 0
     try:
-        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
             for group in _row_groups(_to_record(row) for row in rows):
                 writer.write_table(pa.Table.from_pylist(group, SCHEMA))
                 num_rows += len(group)
@@ -116,7 +122,8 @@ class ParquetDataset(torch.utils.data.Dataset[LatentRow]):
         cache_bytes: memory for decoded row groups, per process.
 
     Raises:
-        ValueError: nothing there, a file that is empty, truncated or without rows, missing columns.
+        ValueError: nothing there, a file that is empty, truncated or without rows, columns that are missing or of
+            another type.
         BadRowError: from indexing, at the first bad row beyond `max_bad_rows`.
     """
 
@@ -205,27 +212,69 @@ def _list_files(path: Path) -> list[Path]:
 def _index_file(file: Path) -> list[_Group]:
     try:
         with pq.ParquetFile(file) as parquet:
-            columns, metadata = parquet.schema_arrow.names, parquet.metadata
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a complete parquet file ({error}): remove it or write it again") from error
-    required = REQUIRED_COLUMNS + (LATENT_COLUMNS if set(LATENT_COLUMNS) & set(columns) else ())
-    missing = [name for name in required if name not in columns]
-    if missing:
-        raise ValueError(f"{file} lacks the columns {', '.join(missing)}: a dataset has {', '.join(required)}")
-    sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+            schema, metadata = parquet.schema_arrow, parquet.metadata
+            sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+            columns = list(zip(schema.names, schema.types))
+    except _READ_ERRORS as error:
+        raise ValueError(f"{file} is not a complete parquet file ({_brief(error)}): {_REMEDY}") from error
+    if min(sizes, default=0) < 0 or sum(sizes) != metadata.num_rows:
+        raise ValueError(f"{file} is damaged: its row groups do not add up to {metadata.num_rows} rows: {_REMEDY}")
+    _check_columns(file, columns)
     first_rows = itertools.accumulate(sizes, initial=0)
     return [_Group(file, number, first, size) for number, (first, size) in enumerate(zip(first_rows, sizes))]
 
 
+_REMEDY = "remove it or write it again"
+
+
+def _check_columns(file: Path, columns: list[tuple[str, pa.DataType]]) -> None:
+    names = [name for name, _ in columns]
+    required = REQUIRED_COLUMNS + (LATENT_COLUMNS if set(LATENT_COLUMNS) & set(names) else ())
+    missing = [name for name in required if name not in names]
+    if missing:
+        raise ValueError(f"{file} lacks the columns {', '.join(missing)}: a dataset has {', '.join(required)}")
+    for name in SCHEMA.names:
+        if names.count(name) > 1:
+            raise ValueError(f"{file} has the column {name} {names.count(name)} times: a dataset has it once")
+    for name, kind in columns:
+        if name in SCHEMA.names and not _reads_as(kind, SCHEMA.field(name).type):
+            raise ValueError(f"{file} has the column {name} as {kind}: a dataset has it as {SCHEMA.field(name).type}")
+
+
+def _reads_as(kind: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether values of a column's type are, in Python, what the scheme's type gives."""
+    types = pa.types
+    if types.is_null(kind):
+        return True
+    if types.is_list(expected):
+        is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+        return is_list and _reads_as(kind.value_type, expected.value_type)
+    if types.is_string(expected):
+        text = kind.value_type if types.is_dictionary(kind) else kind
+        return types.is_string(text) or types.is_large_string(text)
+    if types.is_binary(expected):
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+    return types.is_integer(kind) or (types.is_floating(expected) and types.is_floating(kind))
+
+
 def _read_group(group: _Group) -> pa.Table:
     # Opened anew for each group and read without Arrow's thread pool, so that nothing is shared across a fork.
+    where = f"{group.file}, rows {group.first_row} to {group.first_row + group.num_rows - 1}"
     try:
-        with pq.ParquetFile(group.file) as parquet:
+        with pq.ParquetFile(group.file, page_checksum_verification=True) as parquet:
             columns = [name for name in SCHEMA.names if name in parquet.schema_arrow.names]
-            return parquet.read_row_group(group.number, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        last_row = group.first_row + group.num_rows - 1
-        raise BadRowError(f"{group.file}, rows {group.first_row} to {last_row}: unreadable ({error})") from error
+            table = parquet.read_row_group(group.number, columns=columns, use_threads=False)
+    except _READ_ERRORS as error:
+        raise BadRowError(f"{where}: unreadable ({_brief(error)})") from error
+    if table.num_rows != group.num_rows:
+        raise BadRowError(f"{where}: unreadable ({table.num_rows} rows were found)")
+    return table
+
+
+def _brief(value: object, width: int = 200) -> str:
+    """As one short printable line: pyarrow's messages have several and quote bytes of the file."""
+    words = textwrap.shorten(str(value), width, placeholder=" ...")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
 
 
 def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -243,6 +292,8 @@ def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, An
 
 
 def _to_record(row: LatentRow) -> dict[str, Any]:
+    if not row.caption.strip():
+        raise ValueError(f"row {row.id!r}: caption is empty: a dataset has one for each row")
     record = {name: getattr(row, name) for name in SCHEMA.names if hasattr(row, name)}
     for name, tensor in (("vae_latent", row.vae_latent), ("text_embedding", row.text_embedding)):
         if tensor is None:
@@ -258,26 +309,38 @@ def _to_record(row: LatentRow) -> dict[str, Any]:
 
 
 def _from_record(record: Mapping[str, pa.Scalar], where: str) -> LatentRow:
+    facts = {name: _plain(record, name, where) for name in record if name in LatentRow.__dataclass_fields__}
+    known = {name: value for name, value in facts.items() if value is not None}
+    caption = known.get("caption", "")
     embedding = _tensor(record, "text_embedding", 2, where)
     if embedding is None:
-        raise BadRowError(f"{where}: no text embedding for caption {record['caption'].as_py()!r}")
-    facts = {name: value.as_py() for name, value in record.items() if name in LatentRow.__dataclass_fields__}
-    known = {name: value for name, value in facts.items() if value is not None}
+        raise BadRowError(f"{where}: no text embedding for caption {_brief(caption, 80)!r}")
+    if not caption.strip():
+        raise BadRowError(f"{where}: caption is empty")
     latent = _tensor(record, "vae_latent", 4, where)
-    return LatentRow(**{"id": where, "caption": "", **known, "text_embedding": embedding, "vae_latent": latent})
+    return LatentRow(**{"id": where, **known, "text_embedding": embedding, "vae_latent": latent})
+
+
+def _plain(record: Mapping[str, pa.Scalar], name: str, where: str) -> Any:
+    try:
+        return record[name].as_py()
+    except UnicodeDecodeError as error:
+        raise BadRowError(f"{where}: {name} is not valid UTF-8 ({_brief(error)})") from error
 
 
 def _tensor(record: Mapping[str, pa.Scalar], name: str, num_dims: int, where: str) -> Tensor | None:
     """Rebuild one tensor from its three columns; None where they are absent or empty."""
-    data = record[f"{name}_bytes"].as_buffer() if f"{name}_bytes" in record else None
-    if not data:
+    if f"{name}_bytes" not in record:
         return None
-    shape, dtype_name = record[f"{name}_shape"].as_py() or [], record[f"{name}_dtype"].as_py() or ""
+    data = record[f"{name}_bytes"].as_buffer() if record[f"{name}_bytes"].is_valid else pa.py_buffer(b"")
+    shape, dtype_name = record[f"{name}_shape"].as_py() or [], _plain(record, f"{name}_dtype", where) or ""
+    if not data.size and not shape:
+        return None
     dtype = DTYPES.get(dtype_name)
     if dtype is None:
         raise BadRowError(f"{where}: {name}_dtype is {dtype_name!r}: expected one of {', '.join(DTYPES)}")
-    if len(shape) != num_dims or min(shape) < 1:
-        raise BadRowError(f"{where}: {name}_shape is {shape}: expected {num_dims} positive sizes")
+    if len(shape) != num_dims or not all(size is not None and size >= 1 for size in shape):
+        raise BadRowError(f"{where}: {name}_shape is {_brief(shape)}: expected {num_dims} positive sizes")
     if data.size != math.prod(shape) * dtype.itemsize:
         expected = math.prod(shape) * dtype.itemsize
         raise BadRowError(f"{where}: {name}_bytes holds {data.size} bytes: {shape} in {dtype_name} takes {expected}")

@@ -9,6 +9,7 @@ fault in any video stops the whole job before a file appears: a data set that si
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import logging
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from titan_distill.data.footage import SUFFIXES, read_clips
 from titan_distill.data.parquet import DTYPES, LatentRow, write_rows
+from titan_distill.data.prompts import read_text
 from titan_distill.data.summary import DatasetSummary, inspect
 from titan_distill.data.text import TextEncoder
 from titan_distill.models.wan.vae import encode_video, load_vae
@@ -100,7 +102,7 @@ def read_captions(path: Path) -> dict[str, str]:
     for where, entry in readers[path.suffix](path):
         name, caption = entry.get("file_name"), entry.get("caption")
         if not isinstance(name, str) or not isinstance(caption, str) or not name.strip() or not caption.strip():
-            raise ValueError(f"{where}: expected a non-empty file_name and caption, found {entry}")
+            raise ValueError(f"{where}: expected a non-empty file_name and caption, found {str(entry)[:200]}")
         if name in captions:
             raise ValueError(f"{where}: {name} has a caption already: keep one")
         captions[name] = caption
@@ -108,20 +110,22 @@ def read_captions(path: Path) -> dict[str, str]:
 
 
 def _csv_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    try:
         if not {"file_name", "caption"} <= set(reader.fieldnames or ()):
             raise ValueError(f"{path} has the columns {reader.fieldnames}: expected file_name and caption")
         for entry in reader:
             yield f"{path}, line {reader.line_num}", entry
+    except csv.Error as error:
+        raise ValueError(f"{path}, after line {reader.line_num}: not CSV ({error})") from error
 
 
 def _jsonl_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).split("\n")
     for where, line in ((f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON ({error})") from error
         if not isinstance(entry, dict):
             raise ValueError(f"{where}: expected an object with file_name and caption, found {line:.60}")

@@ -12,12 +12,13 @@ def read_prompts(path: str | Path, num_prompts: int) -> list[str]:
     """The first ``num_prompts`` prompts of a .txt (one a line), .jsonl (key ``caption``) or parquet file or folder.
 
     A shorter file is repeated: the same prompt then starts from other noise. Raises ValueError for a file without
-    prompts.
+    prompts, that cannot be read, or with a line that is no prompt.
     """
     path = Path(path)
     if path.suffix in (".txt", ".jsonl"):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        prompts = lines if path.suffix == ".txt" else [_caption(line, path, i) for i, line in enumerate(lines, 1)]
+        lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+        is_text = path.suffix == ".txt"
+        prompts = [line.strip() if is_text else _caption(line, f"{path}, line {number}") for number, line in lines]
     else:
         dataset = ParquetDataset(path)
         prompts = [dataset[index].caption for index in range(min(num_prompts, len(dataset)))]
@@ -26,10 +27,24 @@ def read_prompts(path: str | Path, num_prompts: int) -> list[str]:
     return [prompts[index % len(prompts)] for index in range(num_prompts)]
 
 
-def _caption(line: str, path: Path, number: int) -> str:
+def read_text(path: Path) -> str:
+    """The whole file, with any line ends as ``\\n``. Raises ValueError naming it when it is not there or no UTF-8."""
     try:
-        return str(json.loads(line)["caption"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise ValueError(
-            f'{path}, line {number}: expected a JSON object with a "caption", got {line[:80]!r}'
+            f"{path} is not valid UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
         ) from error
+
+
+def _caption(line: str, where: str) -> str:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    caption = entry.get("caption") if isinstance(entry, dict) else None
+    if not isinstance(caption, str) or not caption.strip():
+        raise ValueError(f'{where}: expected a JSON object with a non-empty "caption", got {line[:80]!r}')
+    return caption
