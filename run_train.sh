@@ -11,7 +11,8 @@
 #              CONFIG_FILE  the job when no --job.config_file is given
 #              PYTHON       the interpreter (default: the active environment's)
 #
-# Exit codes: 0 done, 2 the input was wrong (one sentence says what), anything else a failure.
+# Exit codes: 0 done, 2 the input was wrong (one sentence says what), 75 asked to stop by SIGTERM or SIGUSR1 and saved,
+#             130 interrupted by Ctrl-C and not saved, anything else a failure.
 set -euo pipefail
 
 gpus_visible() {
@@ -54,7 +55,8 @@ if has_option job.dry_run "$@"; then # one process that plays the first of many
 fi
 
 # torchrun makes exit code 1 and a traceback of its own out of every failing rank, so wrong input is told before it.
+trap 'exit 75' TERM USR1 # once the check is done; from then on the launcher listens
 WORLD_SIZE=$num_processes "$python" -m titan_distill.train --check "${arguments[@]}"
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$num_processes" \
+exec "$python" -m titan_distill.launch --standalone --nproc-per-node "$num_processes" \
     --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 \
     -m titan_distill.train "${arguments[@]}"

@@ -127,7 +127,7 @@ class ToyFamily(ModelFamily):
         return module
 
     def architecture(self, module: nn.Module) -> dict[str, Any]:
-        return {"flavor": next(name for name, cls in FLAVORS.items() if type(module) is cls)}
+        return {"flavor": next(name for name, cls in FLAVORS.items() if isinstance(module, cls))}
 
     def restore_module(self, architecture: dict[str, Any], tensors: Any, device: torch.device) -> nn.Module:
         module = FLAVORS[architecture["flavor"]]().to(device)

@@ -9,16 +9,39 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from tyro.conf import Positional
 
 from titan_distill import generate as generation
 from titan_distill import plan as planning
-from titan_distill.checkpoint import convert
+from titan_distill.checkpoint import convert, imports, rewrite
+from titan_distill.checkpoint import diff as comparison
+from titan_distill.checkpoint import inspect as checkpoints
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import read_manifest
 from titan_distill.data import preprocess, summary
 from titan_distill.dispatch import model_family
+from titan_distill.quiet import quiet_libraries
 
+EXIT_DIFFERENT = 1
 EXIT_BAD_INPUT = 2
+
+
+def list_checkpoints(folder: Positional[Path]) -> None:
+    """List the checkpoints of a run: step, age, size, samples, roles, layout, and whether each is complete.
+
+    Args:
+        folder: The run's folder, or its ``checkpoints``.
+    """
+    print(checkpoints.describe_folder(folder))
+
+
+def verify(path: Positional[Path]) -> None:
+    """Read every byte of a checkpoint; exit with 2, naming the file, when one is not as it was published.
+
+    Args:
+        path: A step folder, or ``outputs/<name>/checkpoints/latest``.
+    """
+    print(checkpoints.verify(path))
 
 
 def export(
@@ -26,17 +49,19 @@ def export(
     out: Path,
     role: str = "student",
     weights: Literal["ema", "raw", "auto"] = "auto",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored",
     pipeline: Path | None = None,
 ) -> None:
     """Write a role of a checkpoint as a diffusers folder that WanPipeline.from_pretrained loads.
 
     Args:
-        checkpoint: A step folder, or ``outputs/<name>/checkpoints/latest``. out: Folder to write; must not exist. role:
-        Role to export. weights: Averaged or raw weights; auto takes the average where there is one. dtype: Type of the
-        written weights. pipeline: Diffusers folder whose VAE, text encoder, tokenizer and scheduler are copied beside
-        the transformer; the run's
-            own pipeline_config.path if not given.
+        checkpoint: A step folder, or ``outputs/<name>/checkpoints/latest``.
+        out: Folder to write; must not exist.
+        role: Role to export.
+        weights: Averaged or raw weights; auto takes the average where there is one.
+        dtype: Type of the written weights; stored leaves them as they are in the checkpoint.
+        pipeline: Diffusers folder whose VAE, text encoder, tokenizer and scheduler are copied beside the transformer;
+            the run's own pipeline_config.path if not given.
     """
     found = resolve(checkpoint)
     manifest = read_manifest(found)
@@ -48,10 +73,52 @@ def export(
         out,
         write_weights=model_family(manifest.family).write_weights,
         use_ema=use_ema,
-        dtype=dtype,
+        dtype=None if dtype == "stored" else dtype,
         pipeline_folder=folder,
     )
     print(f"{role} of {found} ({'EMA' if use_ema else 'raw'}, {dtype}) is in {out}")
+
+
+def import_weights(folder: Positional[Path], out: Path, family: str = "wan", role: str = "student") -> None:
+    """Write a diffusers folder as a checkpoint of weights, of which each rank reads only what it needs.
+
+    Args:
+        folder: A diffusers transformer, or a pipeline that has one.
+        out: Checkpoint folder to write; must not exist.
+        family: Model family of the weights.
+        role: Name under which the weights are stored.
+    """
+    imports.import_folder(folder, out, role, family, model_family(family).used_weights)
+    print(f'{folder} is in {out}; start a role from it with init_from = "{out}#{role}"')
+
+
+def reshard(path: Positional[Path], out: Path, num_files: int) -> None:
+    """Rewrite a checkpoint, with everything in it, in another number of files.
+
+    Args:
+        path: A step folder, or ``outputs/<name>/checkpoints/latest``.
+        out: Checkpoint folder to write; must not exist.
+        num_files: Number of data files, of about equal size.
+    """
+    rewrite.reshard(path, out, num_files)
+    print(f"{path} is in {out}, in {num_files} files")
+
+
+def diff(a: Positional[Path], b: Positional[Path]) -> None:
+    """Compare two checkpoints value by value; exit with 0 when they hold the same, 1 when not, 2 for bad input.
+
+    Args:
+        a: A step folder, or ``outputs/<name>/checkpoints/latest``.
+        b: Another.
+    """
+    num_differences = 0
+    for difference in comparison.diff(a, b):
+        print(difference)
+        num_differences += 1
+    if num_differences:
+        print(f"{num_differences} values differ")
+        sys.exit(EXIT_DIFFERENT)
+    print("no difference")
 
 
 def preprocess_footage(config: tyro.conf.OmitArgPrefixes[preprocess.PreprocessConfig]) -> None:
@@ -71,13 +138,21 @@ def inspect(path: Path) -> None:
 COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "plan": planning.plan,
     "generate": generation.generate,
-    "checkpoint": {"export": export},
+    "checkpoint": {
+        "list": list_checkpoints,
+        "verify": verify,
+        "export": export,
+        "import": import_weights,
+        "reshard": reshard,
+        "diff": diff,
+    },
     "data": {"preprocess": preprocess_footage, "inspect": inspect},
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command. Bad input is one sentence on stderr and exit code 2."""
+    quiet_libraries()
     arguments = sys.argv[1:] if argv is None else list(argv)
     command = COMMANDS.get(arguments[0]) if arguments else None
     try:

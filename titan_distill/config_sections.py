@@ -94,7 +94,8 @@ class RoleConfig:
     flavor: str = ""
     """Architecture by name, e.g. tiny, 1.3B, 14B; weights come from init_from."""
     init_from: str = ""
-    """Diffusers folder with the weights of a flavor; "" starts from random weights."""
+    """Weights to start from: a diffusers folder, or a role in a checkpoint, PATH#ROLE:ema or PATH#ROLE:raw, where PATH
+    is a step's folder or checkpoints/latest; "" starts from random weights."""
     attention: Literal["dense", "sparse"] = "dense"
     """Self-attention of this role; sparse follows [sparse_attention], and may start from dense weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -108,8 +109,11 @@ class RoleConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "max_grad_norm", above=0)
-        if not self.path and not self.flavor:
-            raise ValueError("path and flavor are both empty; set path to a diffusers folder or flavor to a known size")
+        if not self.path and not self.flavor and "#" not in self.init_from:
+            raise ValueError(
+                "path and flavor are both empty; set path to a diffusers folder, flavor to a known size, or init_from "
+                "to a role in a checkpoint"
+            )
         for other in ("flavor", "init_from"):
             if self.path and getattr(self, other):
                 raise ValueError(
@@ -154,9 +158,12 @@ class TrainingConfig:
     """Gradients of a role are scaled down to this global L2 norm; inf never clips."""
     gc_interval: int = 50
     """Steps between two runs of Python's garbage collector, on all ranks at once."""
+    max_nonfinite_skips: int = 0
+    """Updates of a role that may be left out because a loss or gradient is not finite; one more ends the run."""
 
     def __post_init__(self) -> None:
         check_range(self, "steps", "global_batch_size", "local_batch_size", "gc_interval", least=1)
+        check_range(self, "max_nonfinite_skips", least=0)
         check_range(self, "max_grad_norm", above=0)
         if self.global_batch_size % self.local_batch_size:
             raise ValueError(
@@ -391,7 +398,10 @@ class CheckpointConfig:
     interval: int = 500
     """Steps between two checkpoints."""
     keep: int = 3
-    """Newest complete checkpoints to keep."""
+    """Newest complete checkpoints to keep. A step whose folder has a file named pin is kept besides, for ever."""
+    mode: Literal["sync", "async"] = "sync"
+    """Whether training waits until a checkpoint is written (sync), or goes on beside that (async), for which the host
+    needs memory for one copy of what is saved. Both write the same files."""
     resume_from: str = ""
     """Where to continue: latest (of this run's output folder), a checkpoint's path, or "" for a fresh start."""
 

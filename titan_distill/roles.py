@@ -70,6 +70,8 @@ class RoleHandle:
     max_grad_norm: float = math.inf
     num_updates: int = 0
     """Optimizer steps taken; saved with the checkpoint, drives the EMA's start."""
+    num_skips: int = 0
+    """Updates left out because they were not finite; saved with the checkpoint."""
 
     @property
     def transformer(self) -> nn.Module:
@@ -85,6 +87,17 @@ class RoleHandle:
         self.num_updates += 1
         if self.ema is not None and tick_ema:
             self.ema.update(self.transformer, self.num_updates)
+
+    def skip(self) -> None:
+        """Drops the accumulated gradients; weights, moments, schedules and EMA stay as they are."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        self.num_skips += 1
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update of the network."""
+        return float(self.schedulers["transformer"].get_last_lr()[0])
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

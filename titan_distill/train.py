@@ -10,17 +10,19 @@ import dataclasses
 import hashlib
 import logging
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import FrozenRole, fingerprint
+from titan_distill.checkpoint.ranks import RankFailure
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config import Config, check_paths, help_text, load_config, to_toml
 from titan_distill.config_world import check_world
@@ -28,6 +30,7 @@ from titan_distill.data.loader import build_loader
 from titan_distill.data.parquet import ParquetDataset
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.dispatch import method_class, model_family
+from titan_distill.exit_codes import EXIT_BAD_INPUT, EXIT_COME_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from titan_distill.methods.base import TrainingMethod
 from titan_distill.models.base import ModelFamily
 from titan_distill.observability.banner import banner, closing
@@ -40,11 +43,12 @@ from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
 from titan_distill.parallelisms.mesh import Layouts, World, default_device, num_ranks, start_world
 from titan_distill.parallelisms.tensor import check_async_communication
-from titan_distill.parallelisms.watchdog import Watchdog, record_collectives
+from titan_distill.parallelisms.watchdog import LostRankError, Watchdog, record_collectives
+from titan_distill.quiet import quiet_libraries
 from titan_distill.roles import Ema, RoleHandle, RoleManager
+from titan_distill.stop import Stop
 from titan_distill.trainer import NonFiniteError, Trainer
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 CONFIG_FILE = "--job.config_file"
 CHECK = "--check"
 """Only check the input and exit: run_train.sh asks this before torchrun, which would turn one sentence into a traceback
@@ -52,58 +56,104 @@ a rank."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one job. Returns the process's exit code."""
+    """Runs one job. Returns the process's exit code, one of ``exit_codes``."""
     argv = sys.argv[1:] if argv is None else list(argv)
     _set_up_logging()
+    with Stop() as stop:
+        try:
+            trainer = start(argv, stop)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        except KeyboardInterrupt:
+            print("interrupted before the first step")
+            return EXIT_INTERRUPTED
+        return EXIT_DONE if trainer is None else train(trainer)
+
+
+def start(argv: list[str], stop: Stop) -> Trainer | None:
+    """Checks the command line and builds the run that it describes; None when it asks for less than a run."""
+    if "--help" in argv or "-h" in argv:
+        print(help_text(_config_file(argv)))
+        return None
+    config = load_config([argument for argument in argv if argument != CHECK])
+    run_layout = check_world(config, num_ranks())
+    if not config.job.dry_run:
+        check_paths(config)
+        config = spell_out_references(config)
+        check_hardware(config.float8, default_device())
+        if config.parallelism.async_tensor:
+            check_async_communication(default_device())
+    model_family(config.recipe.family)(config).check_layouts(run_layout.roles)
+    if config.job.dry_run:
+        print(dry_run(config))
+        return None
+    if CHECK in argv:
+        return None
+    record_collectives(config.job.output_folder / "logs", config.comm.init_timeout_seconds)
+    world = _start(config)
+    watchdog = Watchdog(world.rank, world.size, config.comm.init_timeout_seconds)
+    return assemble(config, world, watchdog, stop)
+
+
+def spell_out_references(config: Config) -> Config:
+    """``init_from = ".../latest#student:ema"`` becomes the step that it means now, for ``config.toml`` to keep.
+
+    Raises ValueError for a reference that leads nowhere, or to another family's weights.
+    """
+    roles = dict(config.roles)
+    for name, role in roles.items():
+        if is_reference(role.init_from):
+            found = resolve_reference(role.init_from)
+            if found.manifest.family != config.recipe.family:
+                raise ValueError(
+                    f"roles.{name}.init_from = {role.init_from!r} is of family {found.manifest.family!r}, but "
+                    f"recipe.family is {config.recipe.family!r}; choose a checkpoint of the same family"
+                )
+            roles[name] = dataclasses.replace(role, init_from=found.text)
+    return dataclasses.replace(config, roles=roles)
+
+
+def train(trainer: Trainer) -> int:
+    """Trains to the end, or to the step at which it is told to stop. Returns the exit code."""
+    first_step = trainer.state.step
     try:
-        if "--help" in argv or "-h" in argv:
-            print(help_text(_config_file(argv)))
-            return 0
-        config = load_config([argument for argument in argv if argument != CHECK])
-        run_layout = check_world(config, num_ranks())
-        if not config.job.dry_run:
-            check_paths(config)
-            check_hardware(config.float8, default_device())
-            if config.parallelism.async_tensor:
-                check_async_communication(default_device())
-        model_family(config.recipe.family)(config).check_layouts(run_layout.roles)
-        if config.job.dry_run:
-            print(dry_run(config))
-            return 0
-        if CHECK in argv:
-            return 0
-        record_collectives(config.job.output_folder / "logs", config.comm.init_timeout_seconds)
-        world = _start(config)
-        watchdog = Watchdog(world.rank, world.size, config.comm.init_timeout_seconds)
-        trainer = assemble(config, world, watchdog)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    try:
-        with watchdog:
-            trainer.run()
-    except NonFiniteError as error:
+        with trainer.watchdog or nullcontext():
+            finished = trainer.run()
+    except (NonFiniteError, RankFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
-    except KeyboardInterrupt:
-        print(f"stopped at step {trainer.state.step}; --checkpoint.resume_from latest goes on from the last save")
+    except (KeyboardInterrupt, LostRankError):
+        if not trainer.stop.is_interrupted:
+            raise
+        # Ctrl-C reaches all ranks; one that waited for another in a collective is told of that one's leaving.
+        print(f"interrupted at step {trainer.state.step}; --checkpoint.resume_from latest goes on from the last save")
         return EXIT_INTERRUPTED
     finally:
         trainer.metrics.close()
-    if world.is_main:
-        print(closing(config, trainer.metrics.latest))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(closing(trainer.config, trainer.metrics.latest) if finished else _how_to_go_on(trainer, first_step))
     if dist.is_initialized():
         dist.barrier()  # a rank that leaves while others still talk to it makes gloo abort
         dist.destroy_process_group()
-    return 0
+    return EXIT_DONE if finished else EXIT_COME_AGAIN
+
+
+def _how_to_go_on(trainer: Trainer, first_step: int) -> str:
+    step, checkpoints = trainer.state.step, trainer.config.checkpoint
+    if step == first_step:
+        return f"stopped as asked before step {step + 1}: nothing new to save; the same command starts it again"
+    if not checkpoints.enabled:
+        return f"stopped as asked after step {step}; nothing is saved, because checkpoint.enabled = false"
+    return (
+        f"stopped as asked after step {step}, which is saved: the same command with --checkpoint.resume_from latest "
+        "goes on from there"
+    )
 
 
 def _set_up_logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    # What libraries say at import about things this run does not use.
-    for name in ("torchao", "torch.utils._pytree", "diffusers", "transformers", "httpx", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+    quiet_libraries()
 
 
 def dry_run(config: Config) -> str:
@@ -120,7 +170,7 @@ def dry_run(config: Config) -> str:
         return f"{described}\n\n{memory_table(plan)}"
 
 
-def assemble(config: Config, world: World, watchdog: Watchdog | None = None) -> Trainer:
+def assemble(config: Config, world: World, watchdog: Watchdog | None = None, stop: Stop | None = None) -> Trainer:
     """Builds all parts of a run. Raises ValueError, in one sentence, for input that does not fit together."""
     folder = config.job.output_folder
     if world.is_main:
@@ -144,7 +194,7 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None) -> 
 
     checkpoints = None
     if config.checkpoint.enabled or config.checkpoint.resume_from:
-        checkpoints = _checkpoint_manager(config, family, roles)
+        checkpoints = _checkpoint_manager(config, family, roles, world.device)
     state = TrainState(step=0, samples_seen=0, seed=config.job.seed)
     if config.checkpoint.resume_from:
         assert checkpoints is not None
@@ -189,6 +239,7 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None) -> 
         state=state,
         layouts=layouts,
         watchdog=watchdog,
+        stop=stop or Stop(),
     )
 
 
@@ -235,25 +286,32 @@ def _start(config: Config) -> World:
     return start_world(config.comm.init_timeout_seconds, force_group=config.training.dtype != "float32")
 
 
-def _checkpoint_manager(config: Config, family: ModelFamily, roles: RoleManager) -> CheckpointManager:
+def _checkpoint_manager(
+    config: Config, family: ModelFamily, roles: RoleManager, device: torch.device
+) -> CheckpointManager:
     info = RunInfo(
         family=config.recipe.family,
         config_digest=_experiment_digest(config),
         pipeline_config=dataclasses.asdict(config.pipeline_config),
         architectures={role.name: family.architecture(role.transformer) for role in roles.trainable},
         frozen={
-            name: FrozenRole(weights, fingerprint(Path(weights)))
+            name: FrozenRole(weights, _weights_digest(weights))
             for name, role in config.roles.items()
             if not role.trainable and (weights := role.path or role.init_from)
         },
     )
-    return CheckpointManager(config.job.output_folder / "checkpoints", config.checkpoint.keep, info)
+    folder, checkpoint = config.job.output_folder / "checkpoints", config.checkpoint
+    return CheckpointManager(folder, checkpoint.keep, info, mode=checkpoint.mode, device=device)
+
+
+def _weights_digest(weights: str) -> str:
+    return resolve_reference(weights).digest if is_reference(weights) else fingerprint(Path(weights))
 
 
 def _experiment_digest(config: Config) -> str:
     """SHA-256 of the configuration without the keys that steer a run and do not define the experiment."""
     job = dataclasses.replace(config.job, output_dir="", dry_run=False)
-    checkpoint = dataclasses.replace(config.checkpoint, resume_from="")
+    checkpoint = dataclasses.replace(config.checkpoint, resume_from="", mode="sync")
     experiment = dataclasses.replace(config, job=job, checkpoint=checkpoint)
     return hashlib.sha256(to_toml(experiment).encode()).hexdigest()
 

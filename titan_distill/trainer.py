@@ -10,9 +10,8 @@ many ranks and any number of micro-batches therefore take the same step.
 from __future__ import annotations
 
 import gc
-import math
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,17 +23,17 @@ from titan_distill.config import Config
 from titan_distill.data.loader import Batch, SampleLoader
 from titan_distill.methods.base import TrainingMethod, Update
 from titan_distill.models.base import Adapter
+from titan_distill.nonfinite import NonFiniteError, count_nonfinite, describe_nonfinite, skip_or_raise
 from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
 from titan_distill.observability.profiling import Profiler
 from titan_distill.parallelisms.fsdp import set_gradient_sync
 from titan_distill.parallelisms.mesh import Layouts, sum_over_samples, tighten_timeout
 from titan_distill.parallelisms.watchdog import Watchdog
 from titan_distill.roles import RoleHandle, RoleManager
+from titan_distill.stop import Stop, StopRequested
 from titan_distill.validation.base import Validator
 
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient norm is not finite; raised on all ranks before the optimizer could spread it."""
+__all__ = ["NonFiniteError", "Trainer"]
 
 
 @dataclass
@@ -54,16 +53,19 @@ class Trainer:
     state: TrainState
     layouts: Layouts
     watchdog: Watchdog | None = None
+    stop: Stop = field(default_factory=Stop)
 
-    def run(self) -> None:
-        """Trains from ``state.step`` to ``training.steps``."""
+    def run(self) -> bool:
+        """Trains from ``state.step`` to ``training.steps``. Returns False when a signal ended it before."""
         gc.disable()
         try:
+            with suppress(StopRequested):  # a signal during start-up
+                self.stop.poll()
             if self.state.step == 0:
                 self.validate()
             first_step = self.state.step
-            with self.profiler:
-                while self.state.step < self.config.training.steps:
+            with self.profiler, self.checkpoints or nullcontext():
+                while self.state.step < self.config.training.steps and not self.stop.is_agreed:
                     self.train_step()
                     if self.state.step == first_step + 1:
                         tighten_timeout(self.config.comm.train_timeout_seconds, self.layouts)
@@ -72,6 +74,7 @@ class Trainer:
                     self.after_step()
         finally:
             gc.enable()
+        return not self.stop.is_agreed
 
     def train_step(self) -> None:
         """One global batch, all updates due."""
@@ -90,20 +93,29 @@ class Trainer:
     def run_update(self, update: Update, batch: Batch) -> dict[str, float]:
         """Accumulates over micro-batches, checks, clips and steps one role."""
         role = self.roles[update.role]
-        values = self.forward_backward(update, role, batch)
+        totals, losses_N = self.forward_backward(update, role, batch)
         with self.timer("optimizer"):
-            values[f"grad_norm/{role.name}"] = self._clip_gradients(role)
-            self._check_finite(role, batch, values)
-            values[f"lr/{role.name}"] = float(role.schedulers["transformer"].get_last_lr()[0])
-            role.step(tick_ema=update.ema)
+            norm = self._clip_gradients(role)
+            values, num_nonfinite = self._sum_over_ranks(totals, count_nonfinite(losses_N, norm))
+            values |= {f"grad_norm/{role.name}": norm, f"lr/{role.name}": role.learning_rate}
+            if num_nonfinite:
+                sentence = describe_nonfinite(role.name, self.state.step, batch.sample_ids, losses_N, norm)
+                role.skip()
+                skip_or_raise(sentence, role.num_skips, self.config.training.max_nonfinite_skips)
+            else:
+                self._release_state()
+                role.step(tick_ema=update.ema)
+        if self.config.training.max_nonfinite_skips:
+            values[f"nonfinite_skips/{role.name}"] = role.num_skips
         return values
 
-    def forward_backward(self, update: Update, role: RoleHandle, batch: Batch) -> dict[str, float]:
-        """Sums gradients of all micro-batches. Returns the loss and the method's metrics, averaged over the global
-        batch."""
+    def forward_backward(self, update: Update, role: RoleHandle, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Sums gradients of all micro-batches. Returns sums of the loss and the method's metrics over this rank's
+        samples, and the [N] losses themselves."""
         micro_batches = batch.split(self.config.training.local_batch_size)
         global_batch_size = self.config.training.global_batch_size
         totals: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
         for index, micro_batch in enumerate(micro_batches):
             for module in role.modules.values():
                 set_gradient_sync(module, index == len(micro_batches) - 1)
@@ -113,30 +125,66 @@ class Trainer:
             for name, value_B in {f"loss/{role.name}": result.losses_B, **result.metrics_B}.items():
                 total = value_B.detach().double().sum()
                 totals[name] = totals[name] + total if name in totals else total
-        summed = sum_over_samples(torch.stack(list(totals.values())), self.layouts.data_group)
-        return dict(zip(totals, (summed / global_batch_size).tolist(), strict=True))
+            losses.append(result.losses_B.detach())
+        return totals, torch.cat(losses)
+
+    def _sum_over_ranks(self, totals: dict[str, Tensor], num_nonfinite: Tensor) -> tuple[dict[str, float], float]:
+        """One reduction for all that ranks tell each other about an update: its sums, whether it is finite, and
+        whether a rank was asked to stop. Returns the means over the global batch, and the number of non-finite
+        values."""
+        asked_to_stop = torch.full_like(num_nonfinite, self.stop.is_signalled)
+        summed = sum_over_samples(
+            torch.stack([*totals.values(), num_nonfinite, asked_to_stop]), self.layouts.data_group
+        )
+        *sums, nonfinite, stops = summed.tolist()
+        self.stop.agree(stops)
+        return {name: value / self.config.training.global_batch_size for name, value in zip(totals, sums)}, nonfinite
 
     def after_step(self) -> None:
-        """What happens between steps: checkpoint, validation, garbage collection, profiler."""
+        """What happens between steps: checkpoint, validation, garbage collection, profiler. A run that is to stop saves
+        now, and validates no more."""
         config, step = self.config, self.state.step
         last = step == config.training.steps
-        if self.checkpoints and (last or step % config.checkpoint.interval == 0):
+        saves = last or step % config.checkpoint.interval == 0
+        if saves:
+            self.save()
+        elif self.checkpoints is not None and self.checkpoints.is_saving:
             with self.timer("checkpoint"):
-                self.checkpoints.save(self.roles, self.state)
+                self.checkpoints.poll()
         if last or (config.validation.interval and step % config.validation.interval == 0):
             self.validate()
+        if self.stop.is_agreed and not saves:
+            self.save()
         if step % config.training.gc_interval == 0:
             # At the same step on all ranks: a rank that collects alone makes every other rank wait for it.
             gc.collect(1)
         self.profiler.step()
 
+    def save(self) -> None:
+        """Publishes a checkpoint of this step, or begins to when saving is asynchronous; a no-op when checkpoints are
+        off."""
+        if self.checkpoints is not None:
+            with self.timer("checkpoint"):
+                self.checkpoints.save(self.roles, self.state)
+
+    def _release_state(self) -> None:
+        """Waits until the save that is under way no longer reads weights, moments and averages."""
+        if self.checkpoints is not None and self.checkpoints.is_saving:
+            with self.timer("checkpoint"):
+                self.checkpoints.before_change()
+
     def validate(self) -> None:
-        """Samples and scores as the method asks; a no-op when validation is off."""
-        if self.validator is None:
+        """Samples and scores as the method asks; a no-op when validation is off or the run is to stop."""
+        if self.validator is None or self.stop.is_agreed:
             return
+        self.validator.poll = self.stop.poll
+        self._release_state()  # averaged weights are put in place of the trained ones
         counting = self.adapter.work.paused() if self.adapter.work else nullcontext()
-        with self.timer("validation"), counting:
-            scores = self.validator.validate(self.state.step, self.method.validation_request(), self.roles)
+        try:
+            with self.timer("validation"), counting:
+                scores = self.validator.validate(self.state.step, self.method.validation_request(), self.roles)
+        except StopRequested:
+            return
         self.metrics.log(self.state.step, {f"validation/{name}": value for name, value in scores.items()})
         self.metrics.log_media(self.state.step, self.validator.media(self.state.step))
 
@@ -148,11 +196,3 @@ class Trainer:
             norm = norm.full_tensor()
         torch.nn.utils.clip_grads_with_norm_(parameters, role.max_grad_norm, norm)
         return float(norm)
-
-    def _check_finite(self, role: RoleHandle, batch: Batch, values: dict[str, float]) -> None:
-        for name in (f"loss/{role.name}", f"grad_norm/{role.name}"):
-            if not math.isfinite(values[name]):
-                raise NonFiniteError(
-                    f"{name} is {values[name]} at step {self.state.step}; this rank's samples are {batch.sample_ids}. "
-                    "Nothing was updated; lower the learning rate or look at these samples"
-                )

@@ -23,6 +23,7 @@ from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointDamaged,
+    FileRecord,
     FrozenRole,
     fingerprint,
     read_manifest,
@@ -251,9 +252,10 @@ class TestPublish:
     def test_write_that_lies_about_success_is_found_out(
         self, manager: CheckpointManager, saved: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def write_and_lose(state: dict[str, Any], folder: Path, group: Any) -> None:
-            write(state, folder, group)
+        def write_and_lose(state: dict[str, Any], folder: Path, *others: Any) -> dict[str, FileRecord]:
+            written = write(state, folder, *others)
             os.truncate(folder / "__0_0.distcp", 100)
+            return written
 
         write = storage.write
         monkeypatch.setattr(storage, "write", write_and_lose)

@@ -254,6 +254,8 @@ ERRORS = [
     (["--profiling.enabled"], {}, ["= 13 is beyond training.steps = 10"]),
     (["--validation.num_videos", "97"], {}, ["validation.num_videos = 97 is more than num_prompts = 96"]),
     (["--job.name", "\udcff"], {}, ["not valid UTF-8"]),
+    (["--größe"], {}, ['command line: --"größe" is not known; the sections are job, ']),
+    (["--pipeline_config_path", "a\n\x1bb"], {}, [r"a\n\x1bb: the file cannot be read"]),
 ]  # fmt: skip
 
 
@@ -262,6 +264,12 @@ def test_errors(load: Callable[..., Config], overrides: list[str], replace: dict
     message = sentence(load, *overrides, replace=replace)
     for part in wanted:
         assert part in message
+
+
+def test_a_long_value_hides_neither_place_nor_remedy(load: Callable[..., Config]) -> None:
+    message = sentence(load, "--job.name", "/" + "y" * 5000)
+    assert len(message) < 1100
+    assert message.startswith("command line: job.name = '/yyy") and message.endswith("use a plain name")
 
 
 def test_unreadable_files(load: Callable[..., Config], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """From a training checkpoint to a folder that diffusers loads.
 
-Weights are read one tensor at a time, each put together from whatever shards hold it, and handed to the family's
-writer: no process group, no model, and no memory beyond what the writer keeps. The other parts of the pipeline (VAE,
+Weights are read one tensor at a time (``contents.py``) and handed to the family's writer: no process group, no model,
+and no memory beyond what the writer keeps. The other parts of the pipeline (VAE,
 text encoder, tokenizer, scheduler) are copied as they are. The folder appears complete or not at all.
 """
 
@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 
-from titan_distill.checkpoint import storage
+from titan_distill.checkpoint.contents import open_checkpoint
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER
 from titan_distill.checkpoint.discovery import resolve
-from titan_distill.checkpoint.manifest import Manifest, TrainedRole, read_manifest, verify_hashes
+from titan_distill.checkpoint.manifest import Manifest, TrainedRole, read_manifest
 from titan_distill.checkpoint.state import ema_prefix, model_prefix
 
 WeightWriter = Callable[[Iterable[tuple[str, Tensor]], dict[str, Any], Path, torch.dtype | None], None]
@@ -29,7 +30,6 @@ are."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-TRANSFORMER = "transformer"
 PIPELINE_INDEX = "model_index.json"
 
 
@@ -45,7 +45,7 @@ def export(
 ) -> Path:
     """Writes ``out/transformer``, a model card, and the parts of ``pipeline_folder``. Returns ``out``.
 
-    ``checkpoint`` may end in ``latest``. ``dtype`` is one of DTYPES, None keeps the stored precision (fp32). Raises
+    ``checkpoint`` may end in ``latest``. ``dtype`` is one of DTYPES, None keeps the stored precision. Raises
     ValueError for a missing or damaged checkpoint, an unknown role, an EMA that was never kept, and an ``out`` that
     exists.
     """
@@ -79,13 +79,16 @@ def role_tensors(checkpoint: Path, role: str, *, use_ema: bool) -> Iterator[tupl
     Verifies the whole checkpoint first. Raises as ``export`` does, before the first tensor.
     """
     checkpoint = resolve(checkpoint)
-    manifest = read_manifest(checkpoint)
-    trained = trained_role(checkpoint, manifest, role)
-    if use_ema and not trained.has_ema:
+    check_weights(checkpoint, read_manifest(checkpoint), role, use_ema=use_ema)
+    contents = open_checkpoint(checkpoint)
+    names = stored_names(contents.metadata, role, use_ema=use_ema)
+    return ((name, contents.read(stored)) for name, stored in names.items())
+
+
+def check_weights(checkpoint: Path, manifest: Manifest, role: str, *, use_ema: bool) -> None:
+    """Raises ValueError when the manifest knows no such weights of a trained role."""
+    if not trained_role(checkpoint, manifest, role).has_ema and use_ema:
         raise ValueError(f"{checkpoint} has no EMA of {role!r}: set [ema] in the run, or ask for the raw weights")
-    verify_hashes(checkpoint, manifest)
-    metadata = storage.read_metadata(checkpoint)
-    return _read_one_by_one(checkpoint, metadata, _stored_names(metadata, role, use_ema))
 
 
 def trained_role(checkpoint: Path, manifest: Manifest, role: str) -> TrainedRole:
@@ -100,7 +103,7 @@ def trained_role(checkpoint: Path, manifest: Manifest, role: str) -> TrainedRole
     return manifest.trained[role]
 
 
-def _stored_names(metadata: Metadata, role: str, use_ema: bool) -> dict[str, str]:
+def stored_names(metadata: Metadata, role: str, *, use_ema: bool) -> dict[str, str]:
     """Name in the model -> name in the checkpoint. Buffers are not averaged: they come from the model in any case."""
     stored = sorted(metadata.state_dict_metadata)
     model, averaged = (
@@ -109,17 +112,6 @@ def _stored_names(metadata: Metadata, role: str, use_ema: bool) -> dict[str, str
     )
     assert averaged.keys() <= model.keys(), "EMA and model disagree on parameter names"
     return {**model, **averaged} if use_ema else model
-
-
-def _read_one_by_one(
-    checkpoint: Path, metadata: Metadata, stored_names: dict[str, str]
-) -> Iterator[tuple[str, Tensor]]:
-    for name, stored_name in stored_names.items():
-        entry = metadata.state_dict_metadata[stored_name]
-        assert isinstance(entry, TensorStorageMetadata), f"{stored_name} is not a tensor"
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        storage.read({stored_name: tensor}, checkpoint, metadata)
-        yield name, tensor
 
 
 def _pipeline_parts(folder: Path) -> list[Path]:
@@ -143,13 +135,16 @@ def _copy(source: Path, target: Path) -> None:
 def _model_card(checkpoint: Path, manifest: Manifest, role: str, *, use_ema: bool) -> str:
     run_folder = checkpoint.parent.parent
     config = run_folder / "config.toml"
-    config_text = config.read_text() if config.is_file() else "# not found beside the checkpoints"
+    if manifest.weights_only:
+        config_text = "# none: these weights were imported"
+    else:
+        config_text = config.read_text() if config.is_file() else "# not found beside the checkpoints"
     return f"""---
 library_name: diffusers
 tags: [titan_distill, {manifest.family}]
 ---
 
-# {run_folder.name}: {role}
+# {checkpoint.name if manifest.weights_only else run_folder.name}: {role}
 
 Exported by titan_distill from `{checkpoint.name}`. Where the folder has a `{PIPELINE_INDEX}`, diffusers'
 `DiffusionPipeline.from_pretrained` loads it; otherwise `{TRANSFORMER}/` belongs into a pipeline of the same family.

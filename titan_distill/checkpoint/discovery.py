@@ -15,6 +15,8 @@ from pathlib import Path
 from titan_distill.checkpoint.manifest import CheckpointDamaged, read_manifest, verify_sizes
 
 LATEST = "latest"
+PIN_NAME = "pin"
+"""An empty file of this name in a step's folder keeps the step for ever: ``touch .../step-00000100/pin``."""
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY_NAME = re.compile(r"step-\d{8,}\.tmp-.+")
 
@@ -30,6 +32,11 @@ def step_folders(folder: Path) -> list[Path]:
     """Everything in ``folder`` that is named like a checkpoint, newest first, complete or not."""
     found = [path for path in _children(folder) if _STEP_NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def is_pinned(path: Path) -> bool:
+    """Whether somebody wants to keep this step: retention neither removes nor counts it."""
+    return (path / PIN_NAME).exists()
 
 
 def temporary_folders(folder: Path) -> list[Path]:

@@ -1,40 +1,46 @@
-"""Saving so that a crash at any moment leaves a usable run, and loading only what is whole.
+"""The checkpoints of a run: saving so that a crash at any moment leaves a usable run, and loading only what is whole.
 
-A checkpoint appears in one instant: everything is written to ``step-00000100.tmp-<id>/``, checked against the disk,
-described in a manifest, flushed, and then renamed. Only after that are older steps removed, and they too disappear by
-a rename first. So a folder with a plain step name is complete, whenever the process died; what else lies around is
-removed by the next save. The price is room for one checkpoint more than ``keep``.
+``protocol.py`` makes a checkpoint appear in one instant, or not at all; here is what a run does with that. With
+``checkpoint.mode = "sync"`` training waits until a step is published. With ``"async"`` it waits only until the state of
+the step can't be lost any more to training itself (``staging.py``): a thread writes and publishes while training goes
+on, over a process group of its own. Both write the same files. At most one save is under way; a save that is due
+earlier waits for it. The price of "sync" is time, of "async" one copy of the state in host memory, and that a failure
+is noticed some steps later.
 
-Rank 0 decides (names, discovery, retention) and tells the others; a failure on one rank is raised on all of them.
+Rank 0 decides (names, discovery, retention) and tells the others; a failure on one rank is raised on all of them, at
+the same step.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import os
-import shutil
-import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from titan_distill.checkpoint import discovery, state, storage
+from titan_distill.checkpoint.background import Background
 from titan_distill.checkpoint.manifest import (
-    CheckpointDamaged,
-    FileRecord,
     FrozenRole,
     Manifest,
     TrainedRole,
     read_manifest,
-    record_file,
     verify_hashes,
     verify_sizes,
-    write_manifest,
 )
+from titan_distill.checkpoint.protocol import Protocol, Snapshot
 from titan_distill.checkpoint.ranks import Ranks
+from titan_distill.checkpoint.staging import Stage, Stager
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.roles import RoleManager
+
+PATIENCE_SECONDS = 60.0
+"""How long a run that ends by an error waits for the save under way. Earlier checkpoints don't depend on it."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,32 +60,80 @@ class RunInfo:
 
 
 class CheckpointManager:
-    """The checkpoints of one run. Construct and use it on every rank: all methods are collective."""
+    """The checkpoints of one run. Construct and use it on every rank: all methods are collective, unless they say so.
 
-    def __init__(self, folder: Path, keep: int, run_info: RunInfo) -> None:
+    Around training it is a context manager, which waits for the last save.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        run_info: RunInfo,
+        *,
+        mode: Literal["sync", "async"] = "sync",
+        device: torch.device | None = None,
+    ) -> None:
         assert keep >= 1, "the configuration refuses to keep no checkpoint"
-        self.folder, self.keep, self.run_info = folder, keep, run_info
+        self.folder, self.run_info, self.is_async = folder, run_info, mode == "async"
         self.ranks = Ranks()
+        # Groups are not for two threads at once: the saving thread has its own.
+        self._protocol = Protocol(folder, keep, Ranks() if self.is_async else self.ranks)
+        self._device = device or torch.device("cpu")
+        self._background, self._stager = Background(), Stager(self._device)
+        self._stage: Stage | None = None
+        self._saving_step = 0
+        self._resumed_from: Path | None = None
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Waits for the save under way: as long as it takes, or for a while when the run has failed."""
+        if error is None:
+            self.wait()
+        elif self._background.is_busy:
+            self._wait_alone()
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way, or done and not yet looked at; the same on all ranks."""
+        return self._background.is_busy
 
     def save(self, roles: RoleManager, train_state: TrainState) -> Path:
-        """Publishes the step and retires old ones. On failure nothing is published and earlier steps are as they were.
+        """Publishes the step and retires old ones; asynchronously, it waits for the save before and begins this one.
 
-        Saving a step that exists already replaces it. Raises RuntimeError or ValueError, on every rank.
+        Returns the folder that the step has, or will have. On failure nothing is published and earlier steps are as
+        they were. Saving a step that exists already replaces it. Raises RankFailure or ValueError, on every rank.
         """
-        manifest = self._describe(roles, train_state)
-        temporary = self.ranks.on_rank_zero(lambda: self._make_temporary(train_state.step))
-        try:
-            storage.write(state.collect(roles, train_state), temporary, self.ranks.group)
-            files = self._record_files(temporary)
-            published = self.ranks.on_rank_zero(
-                lambda: self._publish(temporary, dataclasses.replace(manifest, files=files))
-            )
-        except BaseException:
-            if self.ranks.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        self.ranks.on_rank_zero(lambda: self._retire(published))
-        return published
+        self.wait()
+        manifest, collected = self._describe(roles, train_state), state.collect(roles, train_state)
+        needed = self._still_needed(train_state.step)
+        if not self.is_async:
+            return self._protocol.save(Snapshot(manifest, collected), lambda: None, needed)
+        stage = self._stage = self._stager.begin(collected, _steady(roles))
+        snapshot = Snapshot(manifest, stage.state, stage.copies)
+        self._saving_step = train_state.step
+        self._background.start("checkpoint", lambda: self._save_staged(snapshot, stage, needed))
+        return self.folder / discovery.step_name(train_state.step)
+
+    def before_change(self) -> None:
+        """Call it before a role's weights, moments or average change: waits until they are copied. Not collective."""
+        if self._stage is not None:
+            self._stage.is_complete.wait()
+            self._stage = None
+
+    def poll(self) -> None:
+        """Call it between two steps: raises what the save under way has failed with, on all ranks at the same step."""
+        if self.is_saving and self.ranks.all(self._background.is_done):
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until no save is under way. Raises as ``save`` does when it has failed."""
+        if self.is_saving:
+            self.ranks.together(self._background.join)
 
     def find(self, resume_from: str) -> Path | None:
         """The checkpoint that ``checkpoint.resume_from`` means: ``latest`` (of this run; None before the first) or a
@@ -101,7 +155,7 @@ class CheckpointManager:
         Raises CheckpointDamaged naming the file, or ValueError naming the first value that this run and the
         checkpoint do not share.
         """
-        manifest = self.ranks.on_rank_zero(lambda: _verified_sizes(path))
+        manifest = self.ranks.on_rank_zero(lambda: _resumable(path))
         shared_out = sorted(manifest.files)[self.ranks.rank :: self.ranks.size]
         self.ranks.together(lambda: verify_hashes(path, manifest, shared_out))
         metadata = self.ranks.together(lambda: storage.read_metadata(path))
@@ -110,6 +164,7 @@ class CheckpointManager:
         if self.ranks.rank == 0:
             self._warn_before_resuming(path, manifest)
         storage.read(target, path, metadata, self.ranks.group)
+        self._resumed_from = self.folder / path.name if path.resolve().parent == self.folder.resolve() else None
         return state.restore(target, roles)
 
     def _describe(self, roles: RoleManager, train_state: TrainState) -> Manifest:
@@ -136,44 +191,30 @@ class CheckpointManager:
             files={},
         )
 
-    def _make_temporary(self, step: int) -> Path:
-        for leftover in discovery.temporary_folders(self.folder):
-            shutil.rmtree(leftover)
-        temporary = _temporary(self.folder / discovery.step_name(step))
-        temporary.mkdir(parents=True)
-        return temporary
+    def _save_staged(self, snapshot: Snapshot, stage: Stage, needed: list[Path]) -> None:
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a new thread's is 0, and using it would cost memory there
+            self._protocol.save(snapshot, stage.finish, needed)
+        finally:
+            stage.is_complete.set()  # whatever has failed, nobody waits for it in vain
 
-    def _record_files(self, folder: Path) -> dict[str, FileRecord]:
-        """Each rank reads back what it wrote: it alone has that cached. Raises CheckpointDamaged when bytes are
-        missing."""
+    def _wait_alone(self) -> None:
+        """Without asking the other ranks, which may not be there any more."""
+        name = discovery.step_name(self._saving_step)
+        logger.warning("Waiting up to %.0f s until %s is saved; interrupt again to give it up", PATIENCE_SECONDS, name)
+        try:
+            if self._background.join(PATIENCE_SECONDS):
+                logger.warning("%s is saved", name)
+            else:
+                logger.warning("%s is not saved: it took too long; earlier checkpoints are as they were", name)
+        except (RuntimeError, ValueError) as failure:  # the run's own error is the one to raise
+            logger.warning("%s is not saved: %s", name, failure)
 
-        def record_own() -> dict[str, FileRecord]:
-            own = list(folder.glob(f"__{self.ranks.rank}_*"))
-            if self.ranks.rank == 0:
-                own.append(folder / storage.METADATA_NAME)
-            return {path.name: record_file(path) for path in own}
-
-        files = {name: record for records in self.ranks.gather(record_own) for name, record in records.items()}
-        self.ranks.on_rank_zero(lambda: _check_written(folder, files))
-        return files
-
-    def _publish(self, temporary: Path, manifest: Manifest) -> Path:
-        write_manifest(temporary, manifest)
-        _flush_folder(temporary)
-        published = self.folder / discovery.step_name(manifest.step)
-        replaced = _move_aside(published) if published.exists() else None
-        # Only a run that was rewound replaces a step. Dying right here loses that step, never another one.
-        temporary.rename(published)
-        _flush_folder(self.folder)
-        if replaced is not None:
-            shutil.rmtree(replaced)
-        return published
-
-    def _retire(self, just_published: Path) -> None:
-        """Keeps the newest complete steps. The one just published stays even when a rewound run has later ones."""
-        others = [path for path in discovery.complete_steps(self.folder) if path != just_published]
-        for path in others[self.keep - 1 :]:
-            shutil.rmtree(_move_aside(path))
+    def _still_needed(self, step: int) -> list[Path]:
+        """Where this run comes from, until it has something newer."""
+        resumed = self._resumed_from
+        return [resumed] if resumed is not None and resumed.name >= discovery.step_name(step) else []
 
     def _warn_before_resuming(self, path: Path, manifest: Manifest) -> None:
         for name, saved in manifest.frozen.items():
@@ -182,44 +223,29 @@ class CheckpointManager:
                 logger.warning(
                     "The weights of %s have changed since the checkpoint: %s, was %s", name, now.path, saved.path
                 )
+        logger.info("Resuming from %s", path)
         newest = next(iter(discovery.step_folders(path.parent)), path)
         if newest.name != path.name:
-            logger.warning(
-                "Resuming from %s; `latest` goes on meaning %s until this run passes it", path.name, newest.name
-            )
+            logger.warning("`latest` goes on meaning %s until this run passes it", newest.name)
 
 
-def _verified_sizes(path: Path) -> Manifest:
+def _resumable(path: Path) -> Manifest:
     manifest = read_manifest(path)
+    if manifest.weights_only:
+        raise ValueError(
+            f"{path} holds weights only, so no run can be resumed from it; start one with roles.<name>.init_from"
+        )
     verify_sizes(path, manifest)
     return manifest
 
 
-def _check_written(folder: Path, files: dict[str, FileRecord]) -> None:
-    expected = storage.written_files(folder, storage.read_metadata(folder))
-    for name, num_bytes in expected.items():
-        found = files[name].num_bytes if name in files else 0
-        if found != num_bytes:
-            raise CheckpointDamaged(
-                f"{folder / name} has {found} bytes on disk instead of {num_bytes}; is the disk full?"
-            )
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-
-
-def _move_aside(path: Path) -> Path:
-    """Takes a checkpoint from discovery in one instant: dying while it is deleted must not leave half of one."""
-    aside = _temporary(path)
-    path.rename(aside)
-    return aside
-
-
-def _flush_folder(folder: Path) -> None:
-    """Waits until the folder's entries are on disk; without it a rename can be forgotten in a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _steady(roles: RoleManager) -> Iterator[Tensor]:
+    """What only changes when a role steps, or is swapped with its average: nearly all of a run's state."""
+    for handle in roles.trainable:
+        for module in handle.modules.values():
+            yield from module.parameters()
+        for optimizer in handle.optimizers.values():
+            for moments in optimizer.state.values():
+                yield from (value for value in moments.values() if isinstance(value, Tensor))
+        if handle.ema is not None:
+            yield from handle.ema.shadow.values()

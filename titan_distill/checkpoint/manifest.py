@@ -70,6 +70,8 @@ class Manifest:
     frozen: dict[str, FrozenRole]
     files: dict[str, FileRecord]
     """By name within the folder, the manifest itself excepted."""
+    weights_only: bool = False
+    """No optimizers, schedulers or progress: roles can start from it, but a run can't go on from it."""
     format_version: int = FORMAT_VERSION
 
 

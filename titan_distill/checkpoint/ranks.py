@@ -10,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+class RankFailure(RuntimeError):
+    """What failed on some rank, raised on all of them; the message says which and why."""
 
 
 class Ranks:
@@ -27,17 +32,17 @@ class Ranks:
     def together(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on every rank and returns this rank's result. ``work`` itself must not communicate.
 
-        Raises on every rank when it raised on any: user errors (ValueError) as they are, others as RuntimeError
-        naming the rank.
+        Raises on every rank when it raised on any: user errors (ValueError) and what all ranks know already
+        (RankFailure) as they are, others as RankFailure naming the rank.
         """
-        if self.group is None:
-            return work()
         result, failure = None, None
         try:
             result = work()
         except Exception as error:
             failure = error
         for reported in self._all_gather(failure and _portable(failure, self.rank)):
+            if reported is failure and failure is not None:
+                raise failure
             if reported is not None:
                 raise reported from failure
         return cast(T, result)
@@ -49,6 +54,14 @@ class Ranks:
     def on_rank_zero(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on rank 0 alone and returns its result on every rank; its failure is everyone's."""
         return cast(T, self.gather(work if self.rank == 0 else _nothing)[0])
+
+    def all(self, is_so: bool) -> bool:
+        """Whether it is so on every rank; one small message, for a question asked every step."""
+        if self.group is None:
+            return is_so
+        votes = torch.tensor(int(is_so))
+        dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(votes)
 
     def _all_gather(self, value: Any) -> list[Any]:
         if self.group is None:
@@ -64,6 +77,6 @@ def _nothing() -> None:
 
 def _portable(error: Exception, rank: int) -> Exception:
     """An error that other ranks can unpickle."""
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | RankFailure):
         return error
-    return RuntimeError(f"rank {rank} failed with {type(error).__name__}: {error}")
+    return RankFailure(f"rank {rank} failed with {type(error).__name__}: {error}")

@@ -5,7 +5,7 @@
     schedulers/{role}/{name}      position and last learning rates
     ema/{role}                    averaged weights, sharded like the weights
     random/torch                  torch's CPU generator
-    train_state                   step, samples_seen, seed, num_updates by role
+    train_state                   step, samples_seen, seed, num_updates and num_skips by role
 
 Sharded tensors are DTensors, so any layout loads any other. Frozen roles are not here: the manifest names them. Noise
 is a function of seed, step and sample, so no generator state is needed for it; torch's own is kept for whatever else
@@ -89,6 +89,8 @@ def collect(roles: RoleManager, train_state: TrainState) -> dict[str, Any]:
 def template(roles: RoleManager, saved_names: Collection[str]) -> dict[str, Any]:
     """State to read a checkpoint into, given the names it has: like ``collect``, with room for the optimizer state."""
     state = _without_optimizers(roles, TrainState())
+    if not any(saved.startswith(f"{_PROGRESS}.num_skips.") for saved in saved_names):
+        del state[_PROGRESS]["num_skips"]  # the checkpoint is older than the count
     for handle in roles.trainable:
         for name, optimizer in handle.optimizers.items():
             key = _optimizer_key(handle, name)
@@ -113,6 +115,7 @@ def restore(state: dict[str, Any], roles: RoleManager) -> TrainState:
         for name, scheduler in handle.schedulers.items():
             scheduler.load_state_dict(state[_scheduler_key(handle, name)])
         handle.num_updates = state[_PROGRESS]["num_updates"][handle.name]
+        handle.num_skips = state[_PROGRESS].get("num_skips", {}).get(handle.name, 0)
     torch.set_rng_state(state[_RANDOM])
     progress = state[_PROGRESS]
     return TrainState(progress["step"], progress["samples_seen"], progress["seed"])
@@ -125,6 +128,7 @@ def _without_optimizers(roles: RoleManager, train_state: TrainState) -> dict[str
             "samples_seen": train_state.samples_seen,
             "seed": train_state.seed,
             "num_updates": {handle.name: handle.num_updates for handle in roles.trainable},
+            "num_skips": {handle.name: handle.num_skips for handle in roles.trainable},
         },
         _RANDOM: torch.get_rng_state(),
     }

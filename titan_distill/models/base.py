@@ -159,6 +159,12 @@ class ModelFamily(ABC):
     ) -> None:
         """Writes a module's weights as the family's other tools read them (for Wan, a diffusers folder)."""
 
+    @staticmethod
+    def used_weights(architecture: dict[str, Any], shapes: Mapping[str, torch.Size]) -> list[str]:
+        """Which tensors of a folder that other tools wrote belong to a network of this architecture; by default all.
+        Raises ValueError when the architecture is not the family's, or names or shapes are not the network's."""
+        return sorted(shapes)
+
     @abstractmethod
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         """Properties of the latents a module works on. All roles of a run must agree on them."""

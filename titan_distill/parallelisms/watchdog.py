@@ -13,6 +13,8 @@ found each other. Within ``timeout`` seconds of losing a rank one of three thing
   the ranks that have not failed. NCCL aborts the process without asking Python; so a rank that has been in one and the
   same call for three quarters of the timeout already says which ranks are elsewhere, and where.
 - *It failed by itself*: it says so in the store on its way out, and the others repeat that instead of their own error.
+  torchrun then asks them to leave, which they take for a request to stop after this step, so those that cannot finish
+  it leave after two beats.
 
 The store is served by torchrun's agent on the first node, not by a rank, so it outlives any rank; when the agent's
 machine goes, every other rank says that and leaves. The price is one small message a rank every tenth of the timeout.
@@ -44,6 +46,8 @@ log = logging.getLogger(__name__)
 BEATS_A_TIMEOUT = 10
 PATIENCE = 0.75
 """Share of the timeout after which a rank without heartbeat is lost: noticing takes up to two beats more."""
+BEATS_AFTER_FAILURE = 2
+"""How long a rank may take to notice by itself that another has failed."""
 SECONDS_TO_BE_ENDED = 3.0
 """How long a survivor waits for torchrun to end it, so that torchrun sees the lost rank's death first."""
 
@@ -100,6 +104,7 @@ class Watchdog:
         self._call: tuple[int, int] = (0, 0)
         self._call_since = time.monotonic()
         self._has_complained = self._have_started = False
+        self._beats_after_failure = 0
         self._is_over = False
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -152,8 +157,15 @@ class Watchdog:
             if lost := {rank: beats[rank] for rank, value in seconds.items() if value >= PATIENCE * self._timeout}:
                 self._kill_siblings(lost)
                 self._leave(_no_sign_of_life(lost, PATIENCE * self._timeout))
+            self._leave_after_failure(beats)
             if self._beat.same_call_seconds >= PATIENCE * self._timeout:
                 self._complain(beats)
+
+    def _leave_after_failure(self, beats: Mapping[int, Beat]) -> None:
+        failed = {rank: beat for rank, beat in beats.items() if beat.state == "failed"}
+        if failed and self._beats_after_failure == BEATS_AFTER_FAILURE:
+            self._leave(f"the run was ended by {_list_ranks(failed)}; {'; '.join(b.error for b in failed.values())}")
+        self._beats_after_failure += bool(failed)
 
     def _look_at_main_thread(self) -> None:
         frame = sys._current_frames()[self._main_thread]

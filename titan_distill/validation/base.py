@@ -8,7 +8,7 @@ sample set.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,16 @@ from titan_distill.models.base import Adapter, Condition, Guidance
 from titan_distill.roles import RoleHandle, RoleManager
 
 
+def _go_on() -> None:
+    return None
+
+
 class Validator(ABC):
     """Samples what a method asks for, and reports. Called on all ranks alike."""
+
+    poll: Callable[[], None] = staticmethod(_go_on)
+    """Called before every forward pass of a sampling, on all ranks; raises StopRequested on all when one was asked to
+    stop. The trainer sets it."""
 
     @abstractmethod
     def validate(self, step: int, request: ValidationRequest, roles: RoleManager) -> dict[str, float]:
@@ -42,6 +50,8 @@ class Sampling:
     adapter: Adapter
     noise: KeyedNoise
     device: torch.device
+    poll: Callable[[], None] = _go_on
+    """As ``Validator.poll``."""
 
     @torch.no_grad()
     def run(self, request: SampleRequest, role: RoleHandle, condition: Condition, prompt_ids: Sequence[int]) -> Tensor:
@@ -51,16 +61,24 @@ class Sampling:
         def normal(index: int) -> Tensor:
             return self.noise.normal("validation/noise", index, prompt_ids, adapter.latent_shape, device=self.device)
 
+        def x0(x: Tensor, sigma_B: Tensor) -> Tensor:
+            self.poll()
+            return adapter.predict_x0(role, x, sigma_B, condition, guidance)
+
+        def velocity(x: Tensor, sigma_B: Tensor) -> Tensor:
+            self.poll()
+            return adapter.guided_velocity(role, x, sigma_B, condition, guidance)
+
         if request.solver == "sde":
             assert request.sigmas is not None
             return sampler.sample_few_step(
-                lambda x, sigma_B: adapter.predict_x0(role, x, sigma_B, condition, guidance),
+                x0,
                 normal(0),
                 request.sigmas,
                 lambda index: normal(index + 1),
             )
         return sampler.sample_ode(
-            lambda x, sigma_B: adapter.guided_velocity(role, x, sigma_B, condition, guidance),
+            velocity,
             normal(0),
             num_steps=request.num_steps,
             shift=adapter.flow_shift,

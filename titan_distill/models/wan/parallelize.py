@@ -4,8 +4,8 @@ operations."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,7 +14,6 @@ from titan_kernels.layout import DEFAULT_TILE
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config_parsing import nearest_divisors
 from titan_distill.models.wan.config import WanConfig
-from titan_distill.models.wan.state_dict import load_weights
 from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.activation_checkpoint import apply_activation_checkpointing
@@ -34,6 +33,9 @@ if TYPE_CHECKING:
         ParallelismConfig,
         SparseAttentionConfig,
     )
+
+WeightLoader = Callable[[WanTransformer], None]
+"""Fills a model that has storage, in whatever layout it has."""
 
 HIGH_PRECISION = ("condition_embedder", "patch_embedding", "proj_out")
 """What never computes in float8: the conditions, with timesteps and modulation, the first layer and the last."""
@@ -57,8 +59,8 @@ class Layout:
     """None for a dense role; must agree with the architecture."""
 
 
-def build_transformer(architecture: WanConfig, weights: Path | None, layout: Layout, seed: int) -> WanTransformer:
-    """Builds one role's transformer. ``weights`` is a diffusers folder, or None for random ones drawn from ``seed``.
+def build_transformer(architecture: WanConfig, load: WeightLoader | None, layout: Layout, seed: int) -> WanTransformer:
+    """Builds one role's transformer. ``load`` fills it once it has storage; None draws random weights from ``seed``.
 
     With ``layout.device`` = meta the result has shapes and no storage. Raises ValueError for weights or degrees that do
     not fit.
@@ -84,8 +86,8 @@ def build_transformer(architecture: WanConfig, weights: Path | None, layout: Lay
     if layout.device.type == "meta":
         return model
     model.to_empty(device="cpu" if parallelism.cpu_offload else layout.device)
-    if weights is not None:
-        load_weights(model, weights)
+    if load is not None:
+        load(model)
     else:
         model.reset_parameters(seed)
     finish_float8(model, layout.float8)

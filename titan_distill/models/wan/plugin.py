@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from titan_distill.attention.sparse import SparseAttention
+from titan_distill.checkpoint.initial_weights import is_reference, read_weights, resolve_reference
+from titan_distill.config_sections import SparseAttentionConfig
 from titan_distill.config_world import role_parallelism
 from titan_distill.data.text import TextEncoder
 from titan_distill.dispatch import register_model
 from titan_distill.models.base import Adapter, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
-from titan_distill.models.wan.parallelize import Layout, build_transformer, check_degrees
-from titan_distill.models.wan.state_dict import copy_full_tensor, read_config, save_folder
+from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_transformer, check_degrees
+from titan_distill.models.wan.state_dict import UNUSED_KEY, copy_full_tensor, load_weights, read_config, save_folder
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import load_vae
 from titan_distill.parallelisms.degrees import Degrees
@@ -92,20 +95,15 @@ class WanFamily(ModelFamily):
             float8=config.float8.for_role(name),
             sparse_attention=config.sparse_attention if role.attention == "sparse" else None,
         )
-        weights = _transformer_folder(role.path or role.init_from)
-        if device.type == "meta" and role.flavor:
-            weights = None  # the architecture is known by name: a dry run needs no files
-        return build_transformer(self._architecture(name, role, weights), weights, layout, config.job.seed)
+        architecture = self._architecture(name, role, by_name=device.type == "meta")
+        return build_transformer(architecture, _loader(role.path or role.init_from), layout, config.job.seed)
 
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
         pipeline = self.config.pipeline_config
         for name, layout in degrees.items():
-            weights = _transformer_folder(self.config.roles[name].path or self.config.roles[name].init_from)
-            if self.config.roles[name].flavor:
-                weights = None  # known without the files
             check_degrees(
                 f"roles.{name}",
-                self._architecture(name, self.config.roles[name], weights),
+                self._architecture(name, self.config.roles[name], by_name=True),
                 layout,
                 role_parallelism(self.config, name).sequence_method,
                 ((pipeline.num_frames - 1) // 4 + 1, pipeline.height // 16, pipeline.width // 16),
@@ -115,11 +113,15 @@ class WanFamily(ModelFamily):
     def _core(self, is_sparse: bool) -> SparseAttention | None:
         return SparseAttention(self.config.sparse_attention) if is_sparse else None
 
-    def _architecture(self, name: str, role: RoleConfig, weights: Path | None) -> WanConfig:
-        """What the role's network looks like: dense weights may become a sparse model, but not the other way round."""
-        if weights is None:
+    def _architecture(self, name: str, role: RoleConfig, *, by_name: bool) -> WanConfig:
+        """What the role's network looks like: dense weights may become a sparse model, but not the other way round.
+
+        ``by_name`` believes a flavor without reading any file.
+        """
+        weights = role.path or role.init_from
+        if not weights or (by_name and role.flavor):
             return replace(FLAVORS[role.flavor], sparse_attention=role.attention == "sparse")
-        found = read_config(weights)
+        found = _stored_architecture(weights)
         if found.sparse_attention and role.attention == "dense":
             raise ValueError(
                 f"roles.{name}.attention = 'dense', but {weights} holds a model trained with sparse attention, whose "
@@ -153,6 +155,21 @@ class WanFamily(ModelFamily):
             copy_full_tensor(parameters.pop(name), tensor)
         assert not parameters, f"the checkpoint lacks {', '.join(parameters)}"
         return model
+
+    @staticmethod
+    def used_weights(architecture: dict[str, Any], shapes: Mapping[str, torch.Size]) -> list[str]:
+        with torch.device("meta"):
+            config = WanConfig.from_diffusers(architecture)
+            model = WanTransformer(
+                config, SparseAttention(SparseAttentionConfig()) if config.sparse_attention else None
+            )
+        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+        found = {name: shape for name, shape in shapes.items() if UNUSED_KEY not in name}
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                stored, asked = (list(x) if x is not None else "absent" for x in (found.get(name), wanted.get(name)))
+                raise ValueError(f"{name} is {stored} in the weights, but {asked} by config.json")
+        return sorted(wanted)
 
     @staticmethod
     def write_weights(
@@ -209,9 +226,24 @@ def _wan(module: nn.Module) -> WanTransformer:
     return module
 
 
-def _transformer_folder(path: str) -> Path | None:
-    """The folder with the weights: ``path`` itself, or its ``transformer`` where it names a whole pipeline."""
-    if not path:
+def _stored_architecture(weights: str) -> WanConfig:
+    if is_reference(weights):
+        return WanConfig.from_diffusers(resolve_reference(weights).trained.architecture)
+    return read_config(_transformer_folder(weights))
+
+
+def _loader(weights: str) -> WeightLoader | None:
+    """What fills a model with the weights of a folder or of a role in a checkpoint; None where none are named."""
+    if not weights:
         return None
+    return partial(read_weights, weights) if is_reference(weights) else partial(_load_folder, weights)
+
+
+def _load_folder(weights: str, model: WanTransformer) -> None:
+    load_weights(model, _transformer_folder(weights))
+
+
+def _transformer_folder(path: str) -> Path:
+    """The folder with the weights: ``path`` itself, or its ``transformer`` where it names a whole pipeline."""
     inner = Path(path) / "transformer"
     return inner if inner.is_dir() else Path(path)

@@ -104,7 +104,7 @@ class WanValidator(Validator):
         return samples
 
     def _sample(self, request: SampleRequest, role: RoleHandle) -> SampleSet:
-        sampling = Sampling(self.adapter, KeyedNoise(self.config.seed), self.adapter.device)
+        sampling = Sampling(self.adapter, KeyedNoise(self.config.seed), self.adapter.device, self.poll)
         records: dict[int, tuple[Tensor, Tensor | None, dict[str, float]]] = {}
         with role.evaluation():
             for ids in self._batches():

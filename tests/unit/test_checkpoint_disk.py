@@ -1,0 +1,133 @@
+"""Checkpoints and the disk: what is hashed is what is there, a full disk harms nothing, and what retention keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from small_disk import fill, small_disk
+from test_checkpoint import RUN, make_roles, train
+
+from titan_distill.checkpoint import hashing, writer
+from titan_distill.checkpoint.discovery import PIN_NAME
+from titan_distill.checkpoint.manager import CheckpointManager
+from titan_distill.checkpoint.manifest import FileRecord, read_manifest, verify_hashes
+from titan_distill.checkpoint.ranks import RankFailure
+from titan_distill.checkpoint.state import TrainState
+from titan_distill.roles import RoleManager
+
+NUM_KIB = 1024
+
+
+def trained_roles(width: int = 5) -> RoleManager:
+    roles = make_roles(seed=0, width=width)
+    train(roles["student"], 1)
+    return roles
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 1000])
+def test_hash_is_of_what_is_in_the_file(tmp_path: Path, piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small and large writes mixed, and a kernel that takes a large one in pieces."""
+    monkeypatch.setattr(hashing, "_PIECE_BYTES", piece_bytes)
+    with hashing.HashedFile(tmp_path / "file") as file:
+        for num_bytes in (0, 1, 17, 300_000, 5, 200_001):
+            assert file.write(os.urandom(num_bytes)) == num_bytes
+        assert file.tell() == 500_024
+    content = (tmp_path / "file").read_bytes()
+    assert file.record() == FileRecord(500_024, hashlib.sha256(content).hexdigest())
+
+
+def test_records_are_of_the_files_on_disk(tmp_path: Path) -> None:
+    path = CheckpointManager(tmp_path, 1, RUN).save(trained_roles(), TrainState(step=1))
+    manifest = read_manifest(path)
+    assert manifest.files.keys() == {"__0_0.distcp", ".metadata"}
+    verify_hashes(path, manifest)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_disk_that_is_too_small_is_refused_before_writing(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_disk(tmp_path / "disk", NUM_KIB) as disk:
+        manager = CheckpointManager(disk, 2, RUN, mode=mode)
+        manager.save(trained_roles(), TrainState(step=1))
+        manager.wait()
+        monkeypatch.setattr(hashing.HashedFile, "write", lambda *_: pytest.fail("nothing may be written"))
+        with pytest.raises(writer.NotEnoughSpace, match=r"needs \d+\.\d MiB, but the disk of .* has 0\.\d MiB left"):
+            manager.save(trained_roles(width=20_000), TrainState(step=2))
+            manager.wait()
+        assert os.listdir(disk) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("width", [5, 2000, 50_000])
+def test_foreseen_size_is_enough_and_not_much_more(tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreseen = []
+    monkeypatch.setattr(writer, "check_space", lambda _, num_bytes: foreseen.append(num_bytes))
+    path = CheckpointManager(tmp_path, 1, RUN).save(trained_roles(width), TrainState(step=1))
+    needed = sum(-(-file.stat().st_size // 4096) * 4096 for file in path.iterdir())
+    num_values = 100
+    assert needed <= foreseen[0] <= 1.02 * needed + num_values * 4096
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_disk_that_fills_up_meanwhile_harms_nothing(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_disk(tmp_path / "disk", NUM_KIB) as disk:
+        manager, write = CheckpointManager(disk, 2, RUN, mode=mode), hashing.HashedFile.write
+        first = manager.save(trained_roles(), TrainState(step=1))
+        manager.wait()
+
+        def write_then_fill(file: hashing.HashedFile, data: bytes) -> int:
+            written = write(file, data)
+            if file.tell() > 50_000:
+                fill(disk)
+            return written
+
+        with monkeypatch.context() as patched:
+            patched.setattr(hashing.HashedFile, "write", write_then_fill)
+            with pytest.raises(RankFailure, match=r"writing .* failed on rank 0: .*No space left on device"):
+                manager.save(trained_roles(), TrainState(step=2))
+                manager.wait()
+        assert sorted(os.listdir(disk)) == ["filler", first.name]
+        (disk / "filler").unlink()
+        verify_hashes(first, read_manifest(first))
+        manager.save(trained_roles(), TrainState(step=2))
+        manager.wait()
+        assert manager.find_latest() == disk / "step-00000002"
+
+
+def steps(manager: CheckpointManager) -> list[int]:
+    return sorted(int(name.removeprefix("step-")) for name in os.listdir(manager.folder))
+
+
+class TestRetention:
+    def test_pinned_steps_stay_and_do_not_count(self, tmp_path: Path) -> None:
+        manager, roles = CheckpointManager(tmp_path, 2, RUN), trained_roles()
+        (manager.save(roles, TrainState(step=1)) / PIN_NAME).touch()
+        for step in (2, 3, 4):
+            manager.save(roles, TrainState(step=step))
+        assert steps(manager) == [1, 3, 4]
+        (tmp_path / "step-00000001" / PIN_NAME).unlink()
+        manager.save(roles, TrainState(step=5))
+        assert steps(manager) == [4, 5]
+
+    def test_pinned_step_is_not_replaced(self, tmp_path: Path) -> None:
+        manager, roles = CheckpointManager(tmp_path, 2, RUN), trained_roles()
+        path = manager.save(roles, TrainState(step=1))
+        (path / PIN_NAME).touch()
+        before = read_manifest(path)
+        with pytest.raises(ValueError, match=r"step-00000001 is pinned, so it can't be replaced; remove .*'pin'"):
+            manager.save(trained_roles(), TrainState(step=1))
+        assert read_manifest(path) == before and os.listdir(tmp_path) == [path.name]
+
+    def test_where_the_run_comes_from_stays_until_it_has_something_newer(self, tmp_path: Path) -> None:
+        before, roles = CheckpointManager(tmp_path, 3, RUN), trained_roles()
+        for step in (10, 20):
+            before.save(roles, TrainState(step=step))
+        manager = CheckpointManager(tmp_path, 1, RUN)
+        manager.load(tmp_path / "step-00000020", make_roles(seed=1))
+        manager.save(roles, TrainState(step=5))
+        assert steps(manager) == [5, 20]
+        manager.save(roles, TrainState(step=21))
+        assert steps(manager) == [21]

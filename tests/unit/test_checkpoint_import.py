@@ -1,0 +1,169 @@
+"""``titan-distill checkpoint import``: from a diffusers folder to weights that any layout can start from."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_checkpoints import CONFIG, assert_identical, call, make_manager, make_role, make_roles
+
+from titan_distill.checkpoint import rewrite, storage
+from titan_distill.checkpoint.contents import open_checkpoint
+from titan_distill.checkpoint.diff import diff
+from titan_distill.checkpoint.diffusers_folder import open_folder
+from titan_distill.checkpoint.imports import import_folder
+from titan_distill.checkpoint.initial_weights import read_weights
+from titan_distill.checkpoint.inspect import verify
+from titan_distill.checkpoint.manifest import read_manifest
+from titan_distill.models.wan.state_dict import save_folder
+
+
+@pytest.fixture
+def weights_folder(tmp_path: Path) -> Path:
+    """A diffusers folder of several files and dtypes."""
+    torch.manual_seed(3)
+    tensors = dict(make_role("", 3, ema=False).transformer.state_dict())
+    tensors["proj_out.weight"] = tensors["proj_out.weight"].bfloat16()
+    save_folder(tensors, CONFIG, tmp_path / "weights", max_shard_bytes=4096)
+    return tmp_path / "weights"
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+class TestImport:
+    def test_there_and_back_is_byte_identical(self, weights_folder: Path, tmp_path: Path) -> None:
+        for number in (1, 2):
+            source = weights_folder if number == 1 else tmp_path / "exported1" / "transformer"
+            out, exported = tmp_path / f"imported{number}", tmp_path / f"exported{number}"
+            assert call("import", source, "--out", out, "--family", "wan") == 0
+            assert call("export", "--checkpoint", out, "--out", exported, "--role", "student") == 0
+        original, first, second = (
+            tensors_in(folder)
+            for folder in (weights_folder, tmp_path / "exported1/transformer", tmp_path / "exported2/transformer")
+        )
+        assert len(list(weights_folder.glob("*.safetensors"))) > 1
+        assert {tensor.dtype for tensor in original.values()} == {torch.float32, torch.bfloat16}
+        assert_identical(first, original)
+        assert_identical(second, original)
+        for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+            files = [tmp_path / f"exported{number}" / "transformer" / name for number in (1, 2)]
+            assert files[0].read_bytes() == files[1].read_bytes()
+        assert "these weights were imported" in (tmp_path / "exported1" / "README.md").read_text()
+
+    def test_is_a_checkpoint_that_no_run_resumes_from(
+        self, weights_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pipeline, out = tmp_path / "pipeline", tmp_path / "checkpoints" / "step-00000000"
+        pipeline.mkdir()
+        weights_folder.rename(pipeline / "transformer")
+        assert call("import", pipeline, "--out", out) == call("verify", out) == call("list", out.parent) == 0
+        assert "complete, weights only" in capsys.readouterr().out
+        roles = make_roles(seed=0)
+        with pytest.raises(ValueError, match="holds weights only"):
+            make_manager(out.parent).load(out, roles)
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone measures peaks from now on")
+    def test_memory_is_bounded_by_a_tensor_and_not_by_the_model(self, tmp_path: Path) -> None:
+        """12 tensors of 8 MiB in one file."""
+        tensor_bytes = 8 << 20
+        (tmp_path / "weights").mkdir()
+        (tmp_path / "weights" / "config.json").write_text("{}")
+        save_file(
+            {f"layer{i}": torch.full((1 << 10, tensor_bytes >> 12), float(i)) for i in range(12)},
+            tmp_path / "weights" / "diffusion_pytorch_model.safetensors",
+        )
+        imported, rewritten = tmp_path / "imported", tmp_path / "rewritten"
+        steps: list[Callable[[], Any]] = [
+            lambda: import_folder(tmp_path / "weights", imported, "r", "toy", lambda _, shapes: sorted(shapes)),
+            lambda: rewrite.reshard(imported, rewritten, 3),
+            lambda: verify(rewritten),
+        ]
+        for step in steps:
+            assert peak_growth(step) < 2 * tensor_bytes + rewrite.PIECE_BYTES
+        assert peak_growth(lambda: list(diff(imported, rewritten))) < 4 * tensor_bytes + rewrite.PIECE_BYTES
+        stored = storage.read_metadata(imported).storage_data.values()
+        assert max(info.length for info in stored) < rewrite.PIECE_BYTES + 4096
+        opened = open_checkpoint(rewritten)
+        for i in range(12):
+            assert bool((opened.read(f"models/r/transformer.layer{i}") == i).all())
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+            (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
+            (lambda folder: edit_index(folder, "../secret"), "names '../secret', which is not a bare file name"),
+            (lambda folder: edit_index(folder, "nothing"), "nothing does not exist"),
+            (lambda folder: edit_index(folder, first_file(folder).name), "which does not hold it"),
+            (lambda folder: os.truncate(first_file(folder), 100), "is damaged"),
+            (lambda folder: shutil.rmtree(folder), "there is no folder"),
+        ],
+    )
+    def test_wrong_folder_is_one_sentence_and_leaves_nothing(
+        self,
+        weights_folder: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        spoil: Callable[[Path], None],
+        message: str,
+    ) -> None:
+        spoil(weights_folder)
+        assert call("import", weights_folder, "--out", tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+        assert set(os.listdir(tmp_path)) <= {"weights"}
+
+    def test_family_decides_what_belongs_to_the_network(self, weights_folder: Path, tmp_path: Path) -> None:
+        kept = [name for name in open_folder(weights_folder).kinds if "attn2" not in name]
+        out = import_folder(weights_folder, tmp_path / "out", "r", "toy", lambda architecture, shapes: kept)
+        assert open_checkpoint(out).names == sorted(f"models/r/transformer.{name}" for name in kept)
+        assert read_manifest(out).trained["r"].architecture == CONFIG.to_diffusers()
+
+
+M_MMAP_THRESHOLD = -3
+
+
+def peak_growth(work: Callable[[], Any]) -> int:
+    """By how much the peak of this process's resident memory, mapped files included, exceeds its start, in bytes."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)  # what is freed is given back, not kept for reuse and counted
+    libc.malloc_trim(0)  # nor must memory that was freed before hide what is needed now
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes("VmRSS")
+    work()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
+    return int(line.split()[1]) << 10
+
+
+def first_file(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+def edit_index(folder: Path, file_name: str) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    last = max(index["weight_map"], key=lambda name: index["weight_map"][name])
+    index["weight_map"][last] = file_name
+    path.write_text(json.dumps(index))
+
+
+def test_role_starts_from_imported_weights_in_another_dtype(weights_folder: Path, tmp_path: Path) -> None:
+    assert call("import", weights_folder, "--out", tmp_path / "out", "--role", "teacher") == 0
+    module = make_role("", 71, ema=False).transformer.bfloat16()
+    read_weights(f"{tmp_path / 'out'}#teacher", module)
+    expected = {name: tensor.bfloat16() for name, tensor in tensors_in(weights_folder).items()}
+    assert_identical(module.state_dict(), expected)

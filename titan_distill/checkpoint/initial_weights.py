@@ -1,0 +1,111 @@
+"""Starting a role from a role of another run, or from an imported checkpoint: ``".../step-00000100#student:ema"``.
+
+Unlike a resume, only weights are taken, nothing else has to agree, and a role may read its weights in another dtype
+(a frozen role in bf16 from fp32 masters). Names and shapes must be the same, both ways. Each rank reads the parts that
+its own layout needs, whatever the layout that wrote them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from titan_distill.checkpoint import storage
+from titan_distill.checkpoint.convert import check_weights, stored_names, trained_role
+from titan_distill.checkpoint.discovery import resolve
+from titan_distill.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    TrainedRole,
+    read_manifest,
+    record_file,
+    verify_hashes,
+)
+from titan_distill.checkpoint.ranks import Ranks
+
+_FORM = "write PATH#ROLE, PATH#ROLE:ema or PATH#ROLE:raw, where PATH is a step's folder or checkpoints/latest"
+
+
+@dataclass(frozen=True)
+class WeightsReference:
+    """Weights in a checkpoint that is known to exist and to have them."""
+
+    checkpoint: Path
+    manifest: Manifest
+    role: str
+    use_ema: bool
+
+    @property
+    def text(self) -> str:
+        """The reference with its step and its kind of weights spelt out, so that it goes on meaning the same."""
+        return f"{self.checkpoint}#{self.role}:{'ema' if self.use_ema else 'raw'}"
+
+    @property
+    def digest(self) -> str:
+        """Identifies the checkpoint: its manifest holds the hash of every file."""
+        return record_file(self.checkpoint / MANIFEST_NAME).sha256
+
+    @property
+    def trained(self) -> TrainedRole:
+        """What the manifest says of the role, its architecture among it."""
+        return self.manifest.trained[self.role]
+
+
+def is_reference(text: str) -> bool:
+    """Whether ``init_from`` names a role of a checkpoint rather than a folder of weights."""
+    return "#" in text
+
+
+def resolve_reference(text: str) -> WeightsReference:
+    """Finds what ``PATH#ROLE[:ema|:raw]`` means; reads the manifest and no weights.
+
+    ``:ema`` or ``:raw`` may be left out only where there is no average to confuse the weights with. Raises ValueError
+    for anything else, an unusable checkpoint, an unknown role and an average that was never kept.
+    """
+    path, _, rest = text.rpartition("#")
+    role, colon, weights = rest.partition(":")
+    if not path or not role or (colon and weights not in ("ema", "raw")):
+        raise ValueError(f"{text!r} names no weights of a checkpoint; {_FORM}")
+    checkpoint = resolve(Path(path))
+    manifest = read_manifest(checkpoint)
+    if trained_role(checkpoint, manifest, role).has_ema and not colon:
+        raise ValueError(f"{checkpoint} has two sets of weights of {role!r}; write #{role}:ema or #{role}:raw")
+    check_weights(checkpoint, manifest, role, use_ema=weights == "ema")
+    return WeightsReference(checkpoint, manifest, role, weights == "ema")
+
+
+@torch.no_grad()
+def read_weights(reference: str, module: nn.Module) -> None:
+    """Fills a materialised module, plain or sharded in any layout, with the weights that a reference names.
+
+    Collective where there are several ranks. Everything is checked before any tensor changes. Raises as
+    ``resolve_reference`` does, CheckpointDamaged naming the file, or ValueError naming the first weight that the module
+    and the checkpoint do not share.
+    """
+    ranks = Ranks()
+    found = ranks.on_rank_zero(lambda: resolve_reference(reference))
+    shared_out = sorted(found.manifest.files)[ranks.rank :: ranks.size]
+    ranks.together(lambda: verify_hashes(found.checkpoint, found.manifest, shared_out))
+    metadata = ranks.together(lambda: storage.read_metadata(found.checkpoint))
+    names = stored_names(metadata, found.role, use_ema=found.use_ema)
+    weights: dict[str, Any] = get_model_state_dict(module)
+    ranks.together(lambda: _check_same(weights, names, metadata, reference))
+    storage.read({names[name]: weight for name, weight in weights.items()}, found.checkpoint, metadata, ranks.group)
+
+
+def _check_same(weights: dict[str, torch.Tensor], names: dict[str, str], metadata: Metadata, reference: str) -> None:
+    if missing := sorted(weights.keys() - names.keys()):
+        raise ValueError(f"{reference} has no {missing[0]} ({len(missing)} of {len(weights)} weights are missing)")
+    if extra := sorted(names.keys() - weights.keys()):
+        raise ValueError(f"{reference} has {extra[0]}, unknown to the model ({len(extra)} such weights)")
+    for name, weight in sorted(weights.items()):
+        entry = metadata.state_dict_metadata[names[name]]
+        if not isinstance(entry, TensorStorageMetadata) or entry.size != weight.shape:
+            found = list(entry.size) if isinstance(entry, TensorStorageMetadata) else "no tensor"
+            raise ValueError(f"{name} in {reference} is {found}, the model needs {list(weight.shape)}")

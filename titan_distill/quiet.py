@@ -1,0 +1,13 @@
+"""What libraries say at import about things that nobody here uses: not shown."""
+
+import logging
+import warnings
+
+_TALKATIVE = ("torchao", "torch.utils._pytree", "diffusers", "transformers", "httpx", "torch.distributed")
+
+
+def quiet_libraries() -> None:
+    """Lets the libraries of this project report errors only; call it before they are used."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
