@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titan_kernels.layout import Tiles
-from titan_kernels.tile_pool import block_sizes
+from titan_kernels.tile_pool import block_sizes, contiguous_rows
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
@@ -106,7 +106,7 @@ def _gated_add_backward_kernel(
 
 def gated_add(fine_BLHD: Tensor, coarse_BNHD: Tensor, gate_BLHD: Tensor, tiles: Tiles) -> Tensor:
     """As `reference.gated_add`, for inputs up to fp32."""
-    fine, gate = _contiguous_rows(fine_BLHD), _contiguous_rows(gate_BLHD)
+    fine, gate = contiguous_rows(fine_BLHD), contiguous_rows(gate_BLHD)
     batch, num_tokens, num_heads, head_dim = fine.shape
     num_tiles = len(tiles.start)
     out = torch.empty_like(fine, memory_format=torch.contiguous_format)
@@ -130,7 +130,7 @@ def gated_add_backward(
     grad_BLHD: Tensor, coarse_BNHD: Tensor, gate_BLHD: Tensor, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
     """As `reference.gated_add_backward`, for inputs up to fp32."""
-    grad, gate = _contiguous_rows(grad_BLHD), _contiguous_rows(gate_BLHD)
+    grad, gate = contiguous_rows(grad_BLHD), contiguous_rows(gate_BLHD)
     batch, num_tokens, num_heads, head_dim = grad.shape
     num_tiles = len(tiles.start)
     grad_coarse, grad_gate = (
@@ -151,7 +151,3 @@ def gated_add_backward(
         **block_sizes(tiles.longest, head_dim),
     )
     return grad_coarse, grad_gate
-
-
-def _contiguous_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

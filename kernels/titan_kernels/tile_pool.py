@@ -162,7 +162,7 @@ def tile_pool(
     """As `reference.tile_pool`, for inputs up to fp32."""
     batch, _, num_heads, head_dim = q_BLHD.shape
     num_q_tiles, num_kv_tiles = len(q_tiles.start), len(kv_tiles.start)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BLHD, k_BSHD, v_BSHD))
+    q, k, v = (contiguous_rows(x) for x in (q_BLHD, k_BSHD, v_BSHD))
     pooled_q, pooled_k, pooled_v = (
         q.new_empty((batch, num_tiles, num_heads, head_dim), dtype=torch.float32)
         for num_tiles in (num_q_tiles, num_kv_tiles, num_kv_tiles)
@@ -219,6 +219,11 @@ def tile_pool_backward(
         **block_sizes(max(q_tiles.longest, kv_tiles.longest), head_dim),
     )
     return grad_q, grad_k, grad_v
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """`x` or a copy of it, so that the numbers of a row lie next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def block_sizes(longest: int, head_dim: int) -> dict[str, int]:

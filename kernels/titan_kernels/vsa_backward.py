@@ -32,9 +32,9 @@ from titan_kernels.vsa_forward import (
     block_of,
     can_describe,
     described,
+    kernel_rows,
     load_rows,
     mask_columns,
-    rows_contiguous,
     store_rows,
 )
 
@@ -310,7 +310,7 @@ def vsa_backward(
     kv_tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.vsa_backward` for bfloat16, float16 and float32; any strides but the last dim's."""
-    grad, q, k, v, out = (rows_contiguous(x) for x in (grad_BLHD, q_BLHD, k_BSHD, v_BSHD, out_BLHD))
+    grad, q, k, v, out = (kernel_rows(x) for x in (grad_BLHD, q_BLHD, k_BSHD, v_BSHD, out_BLHD))
     # A product of 16-bit tiles needs both of one type; autocast may send a gradient of another.
     grad = grad.to(q.dtype)
     shape = tuning.Shape.of(q, lists_BHNK, q_tiles, kv_tiles)

@@ -35,6 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from titan_kernels import tuning
 from titan_kernels.layout import Tiles
+from titan_kernels.tile_pool import contiguous_rows
 
 # Numbers that change while training: a kernel specialised on one of them (on being 1, or divisible by 16) would be
 # compiled again in the middle of a schedule.
@@ -327,7 +328,7 @@ def vsa_forward(
     q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, lists_BHNK: Tensor, q_tiles: Tiles, kv_tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
     """`reference.vsa_forward` for bfloat16, float16 and float32; any strides but the last dim's."""
-    q, k, v = (rows_contiguous(x) for x in (q_BLHD, k_BSHD, v_BSHD))
+    q, k, v = (kernel_rows(x) for x in (q_BLHD, k_BSHD, v_BSHD))
     lists = lists_BHNK.contiguous()
     batch, num_queries, num_heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -353,11 +354,11 @@ def vsa_forward(
     return out, lse
 
 
-def rows_contiguous(x_BLHD: Tensor) -> Tensor:
+def kernel_rows(x_BLHD: Tensor) -> Tensor:
     """`x` or a copy of it, so that a row's numbers lie next to each other."""
     if x_BLHD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype {x_BLHD.dtype} has no kernel; use bfloat16, float16 or float32")
-    return x_BLHD if x_BLHD.stride(-1) == 1 else x_BLHD.contiguous()
+    return contiguous_rows(x_BLHD)
 
 
 def can_describe(*tensors_BLHD: Tensor) -> bool:

@@ -56,6 +56,11 @@ class DiffusersFolder:
         with _opened(self.files[name]) as file:
             return file.get_tensor(name)
 
+    def read_part(self, name: str, region: tuple[slice, ...]) -> Tensor:
+        """The same of a part of it, reading no more than that."""
+        with _opened(self.files[name]) as file:
+            return file.get_slice(name)[region]
+
 
 def open_folder(folder: Path) -> DiffusersFolder:
     """Opens a network's folder, or the transformer of a pipeline's.
@@ -66,7 +71,7 @@ def open_folder(folder: Path) -> DiffusersFolder:
     folder = folder / TRANSFORMER if (folder / TRANSFORMER).is_dir() else folder
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; name a diffusers transformer or pipeline")
-    architecture = _read_json(folder / CONFIG_NAME)
+    architecture = read_json(folder / CONFIG_NAME)
     indexed = _read_index(folder)
     kinds: dict[str, TensorKind] = {}
     files: dict[str, Path] = {}
@@ -88,7 +93,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX_NAME
     if not path.exists():
         return {}
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} has no weight_map")
     for name in weight_map.values():
@@ -122,7 +127,8 @@ def _opened(path: Path) -> Iterator[safe_open]:
         yield file
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises ValueError."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:

@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from titan_distill.checkpoint.diffusers_folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, open_folder, read_json
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.parallelisms.shards import local_region
 from titan_distill.parallelisms.tensor import local
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from titan_distill.models.wan.transformer import WanTransformer
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
-WEIGHTS_NAME = f"{WEIGHTS_STEM}.safetensors"
-INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
-CONFIG_NAME = "config.json"
 
 GATE = "to_gate_compress"
 """In the names of what a sparse model has more than a dense one."""
@@ -60,7 +57,7 @@ def read_config(folder: str | Path) -> WanConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"weights folder {folder} does not exist")
-    return WanConfig.from_diffusers(_read_json(folder / CONFIG_NAME))
+    return WanConfig.from_diffusers(read_json(folder / CONFIG_NAME))
 
 
 @torch.no_grad()
@@ -82,7 +79,8 @@ def load_weights(model: WanTransformer, folder: str | Path) -> None:
     config = read_config(folder)
     _check_same_config(model.config, config, folder)
     parameters = dict(model.named_parameters())
-    stored = _stored_shapes(folder)
+    found = open_folder(folder)
+    stored = {name: tuple(kind.shape) for name, kind in found.kinds.items() if UNUSED_KEY not in name}
     if not config.sparse_attention and not any(GATE in name for name in stored):
         gates = {name for name in parameters if GATE in name}
         for name in gates:
@@ -90,11 +88,9 @@ def load_weights(model: WanTransformer, folder: str | Path) -> None:
         _check_keys({name: value for name, value in parameters.items() if name not in gates}, stored, folder)
     else:
         _check_keys(parameters, stored, folder)
-    for path in _weight_files(folder):
-        with _open(path) as file:
-            for name in _used_keys(file):
-                if local(parameters[name]).numel():  # FSDP leaves the last ranks without a part of a small tensor
-                    _fill(parameters[name], file.get_slice(name)[local_region(parameters[name])])
+    for name in stored:
+        if local(parameters[name]).numel():  # FSDP leaves the last ranks without a part of a small tensor
+            _fill(parameters[name], found.read_part(name, local_region(parameters[name])))
 
 
 def save_folder(
@@ -170,20 +166,6 @@ def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: those its index names, or the single one."""
-    if not (folder / INDEX_NAME).exists():
-        return [folder / WEIGHTS_NAME]
-    weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / INDEX_NAME} has no weight_map")
-    for name in weight_map.values():
-        # An index is data from elsewhere: it may not lead out of its folder.
-        if not isinstance(name, str) or name in ("", ".", "..") or any(sep in name for sep in "/\\"):
-            raise ValueError(f"{folder / INDEX_NAME} names {name!r}, which is not a bare file name in that folder")
-    return [folder / name for name in sorted(set(weight_map.values()))]
-
-
 def _check_same_config(ours: WanConfig, theirs: WanConfig, folder: Path) -> None:
     differing = [
         f"{key} {getattr(theirs, key)!r} (model: {getattr(ours, key)!r})"
@@ -193,15 +175,6 @@ def _check_same_config(ours: WanConfig, theirs: WanConfig, folder: Path) -> None
     ]
     if differing:
         raise ValueError(f"weights in {folder} are of another model: {', '.join(differing)}")
-
-
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in all file headers."""
-    stored: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(folder):
-        with _open(path) as file:
-            stored |= {name: tuple(file.get_slice(name).get_shape()) for name in _used_keys(file)}
-    return stored
 
 
 def _check_keys(parameters: Mapping[str, Tensor], stored: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -219,29 +192,3 @@ def _check_keys(parameters: Mapping[str, Tensor], stored: Mapping[str, tuple[int
     for name, parameter in sorted(parameters.items()):
         if stored[name] != tuple(parameter.shape):
             raise ValueError(f"{name} in {folder} has shape {stored[name]}, the model needs {tuple(parameter.shape)}")
-
-
-def _open(path: Path) -> safe_open:
-    if not path.is_file():
-        raise ValueError(f"weights file {path} does not exist")
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"weights file {path} is damaged: {error}") from error
-
-
-def _used_keys(file: safe_open) -> list[str]:
-    names = file.keys()
-    return [name for name in names if UNUSED_KEY not in name]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
