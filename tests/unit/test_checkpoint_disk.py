@@ -117,7 +117,7 @@ class TestRetention:
         path = manager.save(roles, TrainState(step=1))
         (path / PIN_NAME).touch()
         before = read_manifest(path)
-        with pytest.raises(ValueError, match=r"step-00000001 is pinned, so it can't be replaced; remove .*'pin'"):
+        with pytest.raises(RankFailure, match=r"step-00000001 is pinned, so it can't be replaced; remove .*'pin'"):
             manager.save(trained_roles(), TrainState(step=1))
         assert read_manifest(path) == before and os.listdir(tmp_path) == [path.name]
 

@@ -76,21 +76,29 @@ class TestImport:
     def test_memory_is_bounded_by_a_tensor_and_not_by_the_model(self, tmp_path: Path) -> None:
         """12 tensors of 8 MiB in one file."""
         tensor_bytes = 8 << 20
-        (tmp_path / "weights").mkdir()
-        (tmp_path / "weights" / "config.json").write_text("{}")
-        save_file(
-            {f"layer{i}": torch.full((1 << 10, tensor_bytes >> 12), float(i)) for i in range(12)},
-            tmp_path / "weights" / "diffusion_pytorch_model.safetensors",
-        )
-        imported, rewritten = tmp_path / "imported", tmp_path / "rewritten"
-        steps: list[Callable[[], Any]] = [
-            lambda: import_folder(tmp_path / "weights", imported, "r", "toy", lambda _, shapes: sorted(shapes)),
-            lambda: rewrite.reshard(imported, rewritten, 3),
-            lambda: verify(rewritten),
-        ]
-        for step in steps:
+
+        def steps(folder: Path, num_rows: int) -> list[Callable[[], Any]]:
+            weights, imported, rewritten = folder / "weights", folder / "imported", folder / "rewritten"
+            weights.mkdir(parents=True)
+            (weights / "config.json").write_text("{}")
+            save_file(
+                {f"layer{i}": torch.full((num_rows, tensor_bytes >> 12), float(i)) for i in range(12)},
+                weights / "diffusion_pytorch_model.safetensors",
+            )
+            return [
+                lambda: import_folder(weights, imported, "r", "toy", lambda _, shapes: sorted(shapes)),
+                lambda: rewrite.reshard(imported, rewritten, 3),
+                lambda: verify(rewritten),
+                lambda: list(diff(imported, rewritten)),
+            ]
+
+        for step in steps(tmp_path / "small", 3):
+            step()  # libraries that are loaded at first use are no part of what is measured
+        *one_at_a_time, compare = steps(tmp_path, 1 << 10)
+        for step in one_at_a_time:
             assert peak_growth(step) < 2 * tensor_bytes + rewrite.PIECE_BYTES
-        assert peak_growth(lambda: list(diff(imported, rewritten))) < 4 * tensor_bytes + rewrite.PIECE_BYTES
+        assert peak_growth(compare) < 4 * tensor_bytes + rewrite.PIECE_BYTES
+        imported, rewritten = tmp_path / "imported", tmp_path / "rewritten"
         stored = storage.read_metadata(imported).storage_data.values()
         assert max(info.length for info in stored) < rewrite.PIECE_BYTES + 4096
         opened = open_checkpoint(rewritten)

@@ -17,7 +17,7 @@ from vsa_oracle import random_inputs, run
 def test_kernels_in_tritons_interpreter():
     """In a process of its own: at import Triton decides for good whether it interprets or compiles."""
     cases = REPOSITORY / "tests" / "kernels_in_interpreter.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", str(cases)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from titan_distill.checkpoint import discovery, storage
 from titan_distill.checkpoint.manifest import CheckpointDamaged, FileRecord, Manifest, write_manifest
 from titan_distill.checkpoint.publish import check_written, flush_folder, temporary_beside
-from titan_distill.checkpoint.ranks import Ranks
+from titan_distill.checkpoint.ranks import RankFailure, Ranks
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Protocol:
     def _make_temporary(self, step: int) -> Path:
         final = self.folder / discovery.step_name(step)
         if discovery.is_pinned(final):
-            raise ValueError(
+            raise RankFailure(
                 f"{final} is pinned, so it can't be replaced; remove its file {discovery.PIN_NAME!r}, or choose "
                 "another job.output_dir"
             )

@@ -69,7 +69,7 @@ def check_space(folder: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise NotEnoughSpace(
             f"the checkpoint needs {_readable(num_bytes)}, but the disk of {folder.parent} has {_readable(free)} left; "
-            "free some, lower checkpoint.keep, or choose another job.output_dir"
+            "free some, or write elsewhere (a run: lower checkpoint.keep, or choose another job.output_dir)"
         )
 
 
