@@ -96,8 +96,8 @@ class TestImport:
             step()  # libraries that are loaded at first use are no part of what is measured
         *one_at_a_time, compare = steps(tmp_path, 1 << 10)
         for step in one_at_a_time:
-            assert peak_growth(step) < 2 * tensor_bytes + rewrite.PIECE_BYTES
-        assert peak_growth(compare) < 4 * tensor_bytes + rewrite.PIECE_BYTES
+            assert peak_growth(step) < 3 * tensor_bytes  # a tensor, its pieces on their way, and the allocator's slack
+        assert peak_growth(compare) < 5 * tensor_bytes  # two at a time
         imported, rewritten = tmp_path / "imported", tmp_path / "rewritten"
         stored = storage.read_metadata(imported).storage_data.values()
         assert max(info.length for info in stored) < rewrite.PIECE_BYTES + 4096
