@@ -140,14 +140,14 @@ def test_signal_to_the_launcher(number: signal.Signals, code: int, num_ranks: st
     command = ["./run_train.sh", "--job.config_file", str(TOY), *arguments(tmp_path, "run", 1_000_000), *saving]
     with running(command, tmp_path, NGPU=num_ranks) as job:
         wait_for_steps(tmp_path / "run", job)
-        before = complete_steps(tmp_path / "run" / "checkpoints")
+        before = list(complete_steps(tmp_path / "run" / "checkpoints"))
         job.send_signal(number)
         if number != signal.SIGINT:  # a second Ctrl-C kills
             job.send_signal(number)
         output, _ = job.communicate(timeout=60)
     assert job.returncode == code, output[-3000:]
     assert "Traceback" not in output
-    after = complete_steps(tmp_path / "run" / "checkpoints")
+    after = list(complete_steps(tmp_path / "run" / "checkpoints"))
     assert set(before) <= set(after)
     if code == 75:
         assert max(after).name == f"step-{len(losses(tmp_path / 'run')):08d}"
