@@ -15,14 +15,18 @@ import torch.distributed as dist
 
 
 def train_forked(
-    num_ranks: int, argv: Sequence[str], outputs: Path, before: Callable[[], None] | None = None
+    num_ranks: int,
+    argv: Sequence[str],
+    outputs: Path,
+    before: Callable[[], None] | None = None,
+    main: Callable[[Sequence[str]], int | None] | None = None,
 ) -> list[int | None]:
-    """Trains on gloo ranks, after ``before`` in each. Returns exit codes; outputs are ``outputs/rank0.txt`` and so
-    on."""
+    """Trains (or runs another ``main``) on gloo ranks, after ``before`` in each. Returns exit codes; outputs are
+    ``outputs/rank0.txt`` and so on."""
     # As torchrun's agent does, so that it outlives any rank.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
-    arguments = (num_ranks, store.port, argv, outputs, before)
+    arguments = (num_ranks, store.port, argv, outputs, before, main)
     ranks = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(num_ranks)]
     for process in ranks:
         process.start()
@@ -35,7 +39,13 @@ def train_forked(
 
 
 def _rank(
-    rank: int, num_ranks: int, port: int, argv: Sequence[str], outputs: Path, before: Callable[[], None] | None
+    rank: int,
+    num_ranks: int,
+    port: int,
+    argv: Sequence[str],
+    outputs: Path,
+    before: Callable[[], None] | None,
+    main: Callable[[Sequence[str]], int | None] | None,
 ) -> None:
     from titan_distill import train
 
@@ -48,7 +58,7 @@ def _rank(
     try:
         if before is not None:
             before()
-        code = train.main(argv)
+        code = (main or train.main)(argv) or 0
     finally:
         sys.stdout.flush()
         os._exit(code)

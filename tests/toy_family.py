@@ -8,7 +8,7 @@ guidance exact: at scale w the guided law is N(u + w (c - u), variance).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,7 @@ class ToyAdapter(Adapter):
         self.flow_shift, self.latent_shape = config.flow_shift, (config.num_values,)
 
     def prepare_batch(self, batch: Batch) -> Batch:
-        latents = None if batch.latents is None else batch.latents.flatten(1)
-        return Batch(batch.sample_ids, batch.captions, batch.text_embeddings, latents)
+        return batch if batch.latents is None else replace(batch, latents=batch.latents.flatten(1))
 
     def text_condition(self, batch: Batch) -> Condition:
         return {"label": batch.text_embeddings[:, 0, :1]}

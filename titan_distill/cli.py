@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from titan_distill import generate as generation
+from titan_distill import ode_pairs as pairs
 from titan_distill import plan as planning
 from titan_distill.checkpoint import convert, imports, rewrite
 from titan_distill.checkpoint import diff as comparison
@@ -126,6 +127,11 @@ def preprocess_footage(config: tyro.conf.OmitArgPrefixes[preprocess.PreprocessCo
     print(preprocess.preprocess(config))
 
 
+def make_ode_pairs(options: tyro.conf.OmitArgPrefixes[pairs.OdePairsOptions]) -> None:
+    """Record sampling trajectories of a frozen teacher as parquet, for recipe.method = "knowledge_distillation"."""
+    print(pairs.ode_pairs(options))
+
+
 def inspect(path: Path) -> None:
     """Print what a parquet file or folder holds, after checking every row.
 
@@ -146,7 +152,7 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
         "reshard": reshard,
         "diff": diff,
     },
-    "data": {"preprocess": preprocess_footage, "inspect": inspect},
+    "data": {"preprocess": preprocess_footage, "ode-pairs": make_ode_pairs, "inspect": inspect},
 }
 
 

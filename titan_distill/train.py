@@ -177,7 +177,8 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     method_type = method_class(config.recipe.method)
-    dataset = ParquetDataset(config.data.path, max_bad_rows=config.data.max_bad_rows)
+    tensors = method_type.extra_tensors(config.method_config)
+    dataset = ParquetDataset(config.data.path, tensors=tensors, max_bad_rows=config.data.max_bad_rows)
     if method_type.needs_latents(config.method_config) and dataset[0].vae_latent is None:
         raise ValueError(
             f"data.path = {config.data.path!r} holds only text, but {config.recipe.method!r} as configured trains on "

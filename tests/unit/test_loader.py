@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import multiprocessing
@@ -265,3 +266,22 @@ def test_global_batch_must_divide_over_the_ranks(dataset: ParquetDataset) -> Non
         loader(dataset, global_batch_size=6, world_size=4)
     with pytest.raises(ValueError, match="global_batch_size = 0"):
         loader(dataset, global_batch_size=0)
+
+
+def test_further_tensors_travel_with_their_samples(tmp_path: Path) -> None:
+    def row(index: int, length: int = 3) -> LatentRow:
+        return dataclasses.replace(make_row(index), extra={"states": torch.full((length, 2), index, dtype=torch.half)})
+
+    write_rows(tmp_path / "a.parquet", (row(index) for index in range(NUM_ROWS)))
+    batch = next(loader(ParquetDataset(tmp_path, tensors=("states",))))
+    assert batch.extra["states"].shape == (4, 3, 2) and batch.extra["states"].dtype == torch.float32
+    expected = [float(caption.split()[1]) for caption in batch.captions]
+    assert batch.extra["states"][:, 0, 0].tolist() == expected
+    parts = batch.to("cpu").split(3)
+    assert [part.extra["states"].shape[0] for part in parts] == [3, 1]
+    assert torch.equal(torch.cat([part.extra["states"] for part in parts]), batch.extra["states"])
+    assert next(loader(ParquetDataset(tmp_path))).extra == {}
+
+    write_rows(tmp_path / "a.parquet", (row(index, length=3 + index % 2) for index in range(NUM_ROWS)))
+    with pytest.raises(RuntimeError, match=r"row 'row-\d' has a states of \[\d, 2\], row 'row-\d' of .*one size"):
+        next(loader(ParquetDataset(tmp_path, tensors=("states",))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -360,3 +361,68 @@ def test_summary_counts_everything_and_lists_bad_rows(tmp_path: Path) -> None:
     assert [fault for fault in summary.bad_rows if "a.parquet, row 3" in fault] == summary.bad_rows != []
     for line in ("10 rows in 1 file(s), 1 bad", "[4, 2, 3, 5] float32: 9 rows", "9 distinct captions", "row 3"):
         assert line in str(summary)
+
+
+# --- further tensors
+
+
+def row_with_extra(index: int, dtype: torch.dtype = torch.float16) -> LatentRow:
+    generator = torch.Generator().manual_seed(100 + index)
+    states = torch.randn(3, 4, 2, 3, 5, generator=generator).to(dtype)
+    return make_row(index, extra={"trajectory": states, "timesteps": torch.tensor([1000.0, 833.3333, 0.0])})
+
+
+def test_further_tensors_come_back_when_they_are_asked_for(tmp_path: Path) -> None:
+    rows = [row_with_extra(index) for index in range(3)]
+    write_rows(tmp_path / "a.parquet", rows)
+    dataset = ParquetDataset(tmp_path, tensors=("trajectory", "timesteps"))
+    for index, row in enumerate(rows):
+        found = dataset[index].extra
+        assert list(found) == ["trajectory", "timesteps"]
+        for name, tensor in row.extra.items():
+            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    assert list(ParquetDataset(tmp_path, tensors=("timesteps",))[1].extra) == ["timesteps"]
+    unasked = ParquetDataset(tmp_path)
+    assert_same(unasked[1], make_row(1))
+    assert not any("trajectory" in name for name in unasked._table(unasked._groups[0]).column_names)
+    assert parquet.read_ids(tmp_path) == ["row-0", "row-1", "row-2"]
+
+
+def test_old_files_have_no_further_tensors(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.parquet", [make_row(0)])
+    assert records_of(tmp_path / "a.parquet")[0].keys() == set(parquet.SCHEMA.names)
+    with pytest.raises(ValueError, match=r"a\.parquet lacks the columns trajectory_bytes, trajectory_shape, traj"):
+        ParquetDataset(tmp_path, tensors=("trajectory",))
+
+
+def test_rows_of_a_file_have_the_same_further_tensors(tmp_path: Path) -> None:
+    for rows in ([row_with_extra(0), make_row(1)], [make_row(0), row_with_extra(1)]):
+        with pytest.raises(ValueError, match=r"row 'row-1' has the tensors .*: a file has one set"):
+            write_rows(tmp_path / "a.parquet", rows)
+    broken = dataclasses.replace(row_with_extra(0), extra={"trajectory": torch.tensor([torch.nan])})
+    with pytest.raises(ValueError, match="trajectory has non-finite values"):
+        write_rows(tmp_path / "a.parquet", [broken])
+    assert not list(tmp_path.iterdir())
+
+
+EXTRA_FAULTS = {
+    "dtype": ({"trajectory_dtype": "float64"}, "trajectory_dtype is 'float64'"),
+    "shape and bytes": ({"trajectory_shape": [3, 4, 2, 3, 6]}, "trajectory_bytes holds 720 bytes: .* takes 864"),
+    "negative size": ({"trajectory_shape": [-3, -4, 2, 3, 5]}, "expected positive sizes"),
+    "no shape": ({"trajectory_shape": None}, "expected positive sizes"),
+    "not finite": ({"trajectory_bytes": b"\x00\x7e" * 360}, "trajectory has non-finite values"),
+    "absent": ({"trajectory_bytes": None, "trajectory_shape": None}, "no trajectory"),
+}
+
+
+@pytest.mark.parametrize("fault", list(EXTRA_FAULTS))
+def test_bad_further_tensor_is_named_with_file_and_row(tmp_path: Path, fault: str) -> None:
+    damage, message = EXTRA_FAULTS[fault]
+    write_rows(tmp_path / "a.parquet", [row_with_extra(index) for index in range(6)])
+    records = records_of(tmp_path / "a.parquet")
+    records[5].update(damage)
+    write_records(tmp_path / "a.parquet", records, parquet.schema_with(["trajectory", "timesteps"]))
+    dataset = ParquetDataset(tmp_path, tensors=("trajectory",))
+    assert torch.equal(dataset[4].extra["trajectory"], row_with_extra(4).extra["trajectory"])
+    with pytest.raises(BadRowError, match=rf"a\.parquet, row 5: .*{message}"):
+        dataset[5]

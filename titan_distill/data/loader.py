@@ -17,8 +17,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,19 +37,27 @@ class Batch:
     captions: list[str]
     text_embeddings: Tensor  # [B, L, D] fp32, zero after each prompt's true length
     latents: Tensor | None  # [B, C, F, H, W] fp32, None for text-only data
+    extra: dict[str, Tensor] = field(default_factory=dict)  # further tensors by column name, [B, ...] fp32
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        latents = None if self.latents is None else self.latents.to(device, non_blocking=True)
-        return Batch(self.sample_ids, self.captions, self.text_embeddings.to(device, non_blocking=True), latents)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, local_batch_size: int) -> list[Batch]:
         """Micro-batches of `local_batch_size` samples, in order; the last one is smaller where it does not divide."""
         return [self._slice(slice(i, i + local_batch_size)) for i in range(0, len(self.sample_ids), local_batch_size)]
 
     def _slice(self, part: slice) -> Batch:
-        latents = None if self.latents is None else self.latents[part]
-        return Batch(self.sample_ids[part], self.captions[part], self.text_embeddings[part], latents)
+        batch = self._map(lambda tensor: tensor[part])
+        return replace(batch, sample_ids=self.sample_ids[part], captions=self.captions[part])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            text_embeddings=change(self.text_embeddings),
+            latents=None if self.latents is None else change(self.latents),
+            extra={name: change(tensor) for name, tensor in self.extra.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -189,13 +197,14 @@ class _BatchReader(torch.utils.data.Dataset["Batch | _Failure"]):
     def __getitem__(self, sample_ids: list[int]) -> Batch | _Failure:
         try:
             rows = [self.dataset[self.order.row(sample_id)] for sample_id in sample_ids]
-            return _collate(sample_ids, rows, self.max_text_tokens)
+            return collate(sample_ids, rows, self.max_text_tokens)
         except Exception as error:  # raised again, as RuntimeError, by SampleLoader in the main process
             where = f"samples {sample_ids[0]} to {sample_ids[-1]} from {self.dataset.path}"
             return _Failure(f"can't load {where}: {type(error).__name__}: {error}", traceback.format_exc())
 
 
-def _collate(sample_ids: list[int], rows: Sequence[LatentRow], max_text_tokens: int) -> Batch:
+def collate(sample_ids: list[int], rows: Sequence[LatentRow], max_text_tokens: int) -> Batch:
+    """One batch of dataset rows. Raises ValueError for a row that does not fit the others or `max_text_tokens`."""
     embeddings = [row.text_embedding.float() for row in rows]
     for row, embedding in zip(rows, embeddings, strict=True):
         if len(embedding) > max_text_tokens:
@@ -209,6 +218,7 @@ def _collate(sample_ids: list[int], rows: Sequence[LatentRow], max_text_tokens: 
         captions=[row.caption for row in rows],
         text_embeddings=_stack(rows, padded, "text embedding"),
         latents=_stack_latents(rows),
+        extra={name: _stack(rows, [row.extra[name].float() for row in rows], name) for name in rows[0].extra},
     )
 
 

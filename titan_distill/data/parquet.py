@@ -3,6 +3,7 @@
 A tensor is three columns: ``<name>_bytes`` (raw little-endian values), ``<name>_shape`` (list of int64) and
 ``<name>_dtype`` (``"float32"``, ``"float16"`` or ``"bfloat16"``), for ``vae_latent`` and ``text_embedding``. Beside
 them stand the caption and facts about the clip. A text-only row, for data-free distillation, leaves ``vae_latent`` out.
+Further tensors, of any shape, are three columns under their own name; a reader gets those that it asks for by name.
 
 Trade-offs. Training reads rows in random order, and parquet's smallest readable piece is a row group. So the writer
 keeps groups small (`MAX_GROUP_ROWS`, `MAX_GROUP_BYTES`), at the price of a little compression, and the reader keeps the
@@ -21,8 +22,8 @@ import math
 import os
 import textwrap
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +61,7 @@ SCHEMA = pa.schema(
 )
 REQUIRED_COLUMNS = ("caption", "text_embedding_bytes", "text_embedding_shape", "text_embedding_dtype")
 LATENT_COLUMNS = ("vae_latent_bytes", "vae_latent_shape", "vae_latent_dtype")
+_TENSOR_TYPES = {"bytes": pa.binary(), "shape": pa.list_(pa.int64()), "dtype": pa.string()}
 
 _READ_ERRORS = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)
 """What pyarrow raises for a damaged file; a damaged length makes it ask for any amount of memory."""
@@ -80,6 +82,7 @@ class LatentRow:
     num_frames: int = 0  # pixel frames
     duration_sec: float = 0.0
     fps: float = 0.0
+    extra: dict[str, Tensor] = field(default_factory=dict)  # further tensors by column name, of any shape
 
 
 class BadRowError(ValueError):
@@ -93,23 +96,49 @@ def write_rows(path: str | Path, rows: Iterable[LatentRow]) -> int:
 
     Raises:
         ValueError: a tensor has non-finite values or a dtype the scheme does not know, a caption is empty, or there is
-            no row.
+            no row, or the rows have different `extra` tensors.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     num_rows = 0
+    remaining = iter(rows)
+    first = next(remaining, None)
+    if first is None:
+        raise ValueError(f"no rows to write to {path}: a dataset needs at least one")
+    schema = schema_with(first.extra)
+    records = (_to_record(row, first.extra) for row in itertools.chain([first], remaining))
     try:
-        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
-            for group in _row_groups(_to_record(row) for row in rows):
-                writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+        with pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer:
+            for group in _row_groups(records):
+                writer.write_table(pa.Table.from_pylist(group, schema))
                 num_rows += len(group)
-        if num_rows == 0:
-            raise ValueError(f"no rows to write to {path}: a dataset needs at least one")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return num_rows
+
+
+def schema_with(names: Iterable[str]) -> pa.Schema:
+    """`SCHEMA` and the columns of further tensors."""
+    columns = [(f"{name}_{part}", kind) for name in names for part, kind in _TENSOR_TYPES.items()]
+    return pa.schema([*SCHEMA, *(pa.field(*column) for column in columns)])
+
+
+def read_ids(path: str | Path) -> list[str]:
+    """The ids of all rows of a parquet file or folder, in order, without reading anything else.
+
+    Raises:
+        ValueError: as `ParquetDataset`.
+    """
+    ids: list[str] = []
+    for file in _list_files(Path(path)):
+        try:
+            with pq.ParquetFile(file) as parquet:
+                ids += parquet.read(columns=["id"], use_threads=False).column("id").to_pylist()
+        except (*_READ_ERRORS, KeyError) as error:
+            raise ValueError(f"{file} has no readable ids ({_brief(error)}): {_REMEDY}") from error
+    return ids
 
 
 class ParquetDataset(torch.utils.data.Dataset[LatentRow]):
@@ -117,6 +146,7 @@ class ParquetDataset(torch.utils.data.Dataset[LatentRow]):
 
     Args:
         path: file or folder.
+        tensors: names of the further tensors that every row must have; they become `LatentRow.extra`.
         max_bad_rows: how many distinct bad rows this process may meet. Each is logged by file and row and replaced by
             the next good row, which depends on the files alone, so that every layout trains on the same data.
         cache_bytes: memory for decoded row groups, per process.
@@ -127,15 +157,18 @@ class ParquetDataset(torch.utils.data.Dataset[LatentRow]):
         BadRowError: from indexing, at the first bad row beyond `max_bad_rows`.
     """
 
-    def __init__(self, path: str | Path, *, max_bad_rows: int = 0, cache_bytes: int = 256 * 2**20) -> None:
+    def __init__(
+        self, path: str | Path, *, tensors: Sequence[str] = (), max_bad_rows: int = 0, cache_bytes: int = 256 * 2**20
+    ) -> None:
         self.path = Path(path)
+        self._tensors, self._schema = tuple(tensors), schema_with(tensors)
         self.bad_rows: dict[int, str] = {}
         self._max_bad_rows = max_bad_rows
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[_Group, pa.Table] = OrderedDict()
         files = _list_files(self.path)
         self.num_files = len(files)
-        self._groups = [group for file in files for group in _index_file(file)]
+        self._groups = [group for file in files for group in _index_file(file, self._schema)]
         self._group_ends = list(itertools.accumulate(group.num_rows for group in self._groups))
         if not len(self):
             raise ValueError(f"{self.path} holds no rows: write the dataset again")
@@ -157,7 +190,7 @@ class ParquetDataset(torch.utils.data.Dataset[LatentRow]):
         group, offset = self._locate(index)
         table = self._table(group)
         record = {name: table.column(name)[offset] for name in table.column_names}
-        return _from_record(record, f"{group.file}, row {group.first_row + offset}")
+        return _from_record(record, self._tensors, f"{group.file}, row {group.first_row + offset}")
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker started by spawn fills a cache of its own.
@@ -172,7 +205,7 @@ class ParquetDataset(torch.utils.data.Dataset[LatentRow]):
 
     def _table(self, group: _Group) -> pa.Table:
         if group not in self._cache:
-            self._cache[group] = _read_group(group)
+            self._cache[group] = _read_group(group, self._schema)
             while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > self._cache_bytes:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(group)
@@ -209,7 +242,7 @@ def _list_files(path: Path) -> list[Path]:
     return files
 
 
-def _index_file(file: Path) -> list[_Group]:
+def _index_file(file: Path, expected: pa.Schema) -> list[_Group]:
     try:
         with pq.ParquetFile(file) as parquet:
             schema, metadata = parquet.schema_arrow, parquet.metadata
@@ -219,7 +252,7 @@ def _index_file(file: Path) -> list[_Group]:
         raise ValueError(f"{file} is not a complete parquet file ({_brief(error)}): {_REMEDY}") from error
     if min(sizes, default=0) < 0 or sum(sizes) != metadata.num_rows:
         raise ValueError(f"{file} is damaged: its row groups do not add up to {metadata.num_rows} rows: {_REMEDY}")
-    _check_columns(file, columns)
+    _check_columns(file, columns, expected)
     first_rows = itertools.accumulate(sizes, initial=0)
     return [_Group(file, number, first, size) for number, (first, size) in enumerate(zip(first_rows, sizes))]
 
@@ -227,18 +260,19 @@ def _index_file(file: Path) -> list[_Group]:
 _REMEDY = "remove it or write it again"
 
 
-def _check_columns(file: Path, columns: list[tuple[str, pa.DataType]]) -> None:
+def _check_columns(file: Path, columns: list[tuple[str, pa.DataType]], expected: pa.Schema) -> None:
     names = [name for name, _ in columns]
     required = REQUIRED_COLUMNS + (LATENT_COLUMNS if set(LATENT_COLUMNS) & set(names) else ())
+    required += tuple(expected.names[len(SCHEMA) :])
     missing = [name for name in required if name not in names]
     if missing:
         raise ValueError(f"{file} lacks the columns {', '.join(missing)}: a dataset has {', '.join(required)}")
-    for name in SCHEMA.names:
+    for name in expected.names:
         if names.count(name) > 1:
             raise ValueError(f"{file} has the column {name} {names.count(name)} times: a dataset has it once")
     for name, kind in columns:
-        if name in SCHEMA.names and not _reads_as(kind, SCHEMA.field(name).type):
-            raise ValueError(f"{file} has the column {name} as {kind}: a dataset has it as {SCHEMA.field(name).type}")
+        if name in expected.names and not _reads_as(kind, expected.field(name).type):
+            raise ValueError(f"{file} has the column {name} as {kind}: a dataset has it as {expected.field(name).type}")
 
 
 def _reads_as(kind: pa.DataType, expected: pa.DataType) -> bool:
@@ -257,12 +291,12 @@ def _reads_as(kind: pa.DataType, expected: pa.DataType) -> bool:
     return types.is_integer(kind) or (types.is_floating(expected) and types.is_floating(kind))
 
 
-def _read_group(group: _Group) -> pa.Table:
+def _read_group(group: _Group, schema: pa.Schema) -> pa.Table:
     # Opened anew for each group and read without Arrow's thread pool, so that nothing is shared across a fork.
     where = f"{group.file}, rows {group.first_row} to {group.first_row + group.num_rows - 1}"
     try:
         with pq.ParquetFile(group.file, page_checksum_verification=True) as parquet:
-            columns = [name for name in SCHEMA.names if name in parquet.schema_arrow.names]
+            columns = [name for name in schema.names if name in parquet.schema_arrow.names]
             table = parquet.read_row_group(group.number, columns=columns, use_threads=False)
     except _READ_ERRORS as error:
         raise BadRowError(f"{where}: unreadable ({_brief(error)})") from error
@@ -283,7 +317,7 @@ def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, An
     num_bytes = 0
     for record in records:
         group.append(record)
-        num_bytes += len(record["text_embedding_bytes"]) + len(record.get("vae_latent_bytes", b""))
+        num_bytes += sum(len(value) for value in record.values() if isinstance(value, bytes))
         if len(group) == MAX_GROUP_ROWS or num_bytes >= MAX_GROUP_BYTES:
             yield group
             group, num_bytes = [], 0
@@ -291,11 +325,15 @@ def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, An
         yield group
 
 
-def _to_record(row: LatentRow) -> dict[str, Any]:
+def _to_record(row: LatentRow, extra: Iterable[str]) -> dict[str, Any]:
     if not row.caption.strip():
         raise ValueError(f"row {row.id!r}: caption is empty: a dataset has one for each row")
+    if set(row.extra) != set(extra):
+        raise ValueError(
+            f"row {row.id!r} has the tensors {sorted(row.extra)}, the first row {sorted(extra)}: a file has one set"
+        )
     record = {name: getattr(row, name) for name in SCHEMA.names if hasattr(row, name)}
-    for name, tensor in (("vae_latent", row.vae_latent), ("text_embedding", row.text_embedding)):
+    for name, tensor in {"vae_latent": row.vae_latent, "text_embedding": row.text_embedding, **row.extra}.items():
         if tensor is None:
             continue
         if tensor.dtype not in DTYPE_NAMES:
@@ -308,7 +346,7 @@ def _to_record(row: LatentRow) -> dict[str, Any]:
     return record
 
 
-def _from_record(record: Mapping[str, pa.Scalar], where: str) -> LatentRow:
+def _from_record(record: Mapping[str, pa.Scalar], tensors: Iterable[str], where: str) -> LatentRow:
     facts = {name: _plain(record, name, where) for name in record if name in LatentRow.__dataclass_fields__}
     known = {name: value for name, value in facts.items() if value is not None}
     caption = known.get("caption", "")
@@ -318,7 +356,13 @@ def _from_record(record: Mapping[str, pa.Scalar], where: str) -> LatentRow:
     if not caption.strip():
         raise BadRowError(f"{where}: caption is empty")
     latent = _tensor(record, "vae_latent", 4, where)
-    return LatentRow(**{"id": where, **known, "text_embedding": embedding, "vae_latent": latent})
+    extra = {}
+    for name in tensors:
+        tensor = _tensor(record, name, None, where)
+        if tensor is None:
+            raise BadRowError(f"{where}: no {name}")
+        extra[name] = tensor
+    return LatentRow(**{"id": where, **known, "text_embedding": embedding, "vae_latent": latent, "extra": extra})
 
 
 def _plain(record: Mapping[str, pa.Scalar], name: str, where: str) -> Any:
@@ -328,8 +372,8 @@ def _plain(record: Mapping[str, pa.Scalar], name: str, where: str) -> Any:
         raise BadRowError(f"{where}: {name} is not valid UTF-8 ({_brief(error)})") from error
 
 
-def _tensor(record: Mapping[str, pa.Scalar], name: str, num_dims: int, where: str) -> Tensor | None:
-    """Rebuild one tensor from its three columns; None where they are absent or empty."""
+def _tensor(record: Mapping[str, pa.Scalar], name: str, num_dims: int | None, where: str) -> Tensor | None:
+    """Rebuild one tensor from its three columns, of `num_dims` dims or of any; None where they are absent or empty."""
     if f"{name}_bytes" not in record:
         return None
     data = record[f"{name}_bytes"].as_buffer() if record[f"{name}_bytes"].is_valid else pa.py_buffer(b"")
@@ -339,11 +383,12 @@ def _tensor(record: Mapping[str, pa.Scalar], name: str, num_dims: int, where: st
     dtype = DTYPES.get(dtype_name)
     if dtype is None:
         raise BadRowError(f"{where}: {name}_dtype is {dtype_name!r}: expected one of {', '.join(DTYPES)}")
-    if len(shape) != num_dims or not all(size is not None and size >= 1 for size in shape):
-        raise BadRowError(f"{where}: {name}_shape is {_brief(shape)}: expected {num_dims} positive sizes")
+    if len(shape) != (num_dims or max(1, len(shape))) or not all(size is not None and size >= 1 for size in shape):
+        expected = "positive sizes" if num_dims is None else f"{num_dims} positive sizes"
+        raise BadRowError(f"{where}: {name}_shape is {_brief(shape)}: expected {expected}")
     if data.size != math.prod(shape) * dtype.itemsize:
-        expected = math.prod(shape) * dtype.itemsize
-        raise BadRowError(f"{where}: {name}_bytes holds {data.size} bytes: {shape} in {dtype_name} takes {expected}")
+        size = math.prod(shape) * dtype.itemsize
+        raise BadRowError(f"{where}: {name}_bytes holds {data.size} bytes: {shape} in {dtype_name} takes {size}")
     # bytearray: the copy is writable and outlives the cached row group.
     tensor = torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
     if not tensor.isfinite().all():

@@ -8,8 +8,9 @@ from pathlib import Path
 from titan_distill.data.parquet import ParquetDataset
 
 
-def read_prompts(path: str | Path, num_prompts: int) -> list[str]:
-    """The first ``num_prompts`` prompts of a .txt (one a line), .jsonl (key ``caption``) or parquet file or folder.
+def read_prompts(path: str | Path, num_prompts: int | None) -> list[str]:
+    """The first ``num_prompts`` prompts, or all, of a .txt (one a line), .jsonl (key ``caption``) or parquet file or
+    folder.
 
     A shorter file is repeated: the same prompt then starts from other noise. Raises ValueError for a file without
     prompts, that cannot be read, or with a line that is no prompt.
@@ -21,10 +22,10 @@ def read_prompts(path: str | Path, num_prompts: int) -> list[str]:
         prompts = [line.strip() if is_text else _caption(line, f"{path}, line {number}") for number, line in lines]
     else:
         dataset = ParquetDataset(path)
-        prompts = [dataset[index].caption for index in range(min(num_prompts, len(dataset)))]
+        prompts = [dataset[index].caption for index in range(min(num_prompts or len(dataset), len(dataset)))]
     if not prompts:
         raise ValueError(f"{path} holds no prompts; write one a line")
-    return [prompts[index % len(prompts)] for index in range(num_prompts)]
+    return [prompts[index % len(prompts)] for index in range(num_prompts or len(prompts))]
 
 
 def read_text(path: Path) -> str:

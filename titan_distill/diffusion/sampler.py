@@ -14,7 +14,7 @@ build no autograd graph.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,16 @@ def ode_sigmas(num_steps: int, shift: float) -> Tensor:
     """Return the noise levels of a many-step schedule, float64 [num_steps + 1], from 1.0 to 0.0, both exact."""
     _check_num_steps(num_steps)
     return shift_sigma(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift)
+
+
+def grid_sigmas(num_steps: int, shift: float, solver: Solver) -> Tensor:
+    """Return the noise levels of the states of `sample_ode`, float64 [num_steps + 1]: the first is that of noise (UniPC
+    puts it a millionth below 1), the last is 0. Raises ValueError for an unknown solver."""
+    if solver == "unipc":
+        return _unipc_scheduler(num_steps, shift, "cpu").sigmas.double()
+    if solver != "euler":
+        raise ValueError(f"unknown solver {solver!r}; choose 'euler' or 'unipc'")
+    return ode_sigmas(num_steps, shift)
 
 
 @torch.no_grad()
@@ -93,6 +103,15 @@ def _sample_unipc(predict_velocity: Predictor, x: Tensor, num_steps: int, shift:
     as sigma, which `schedule.timestep` turns back into the very same number. It is up to 0.001 below the σ of x, so a
     predictor must return the model's velocity as it is, never one that went through x0.
     """
+    scheduler = _unipc_scheduler(num_steps, shift, x.device)
+    scheduler.set_begin_index(0)
+    for t in scheduler.timesteps:
+        v = predict_velocity(x, (t.double() / NUM_TRAIN_TIMESTEPS).expand(len(x)))
+        x = scheduler.step(v, t, x, return_dict=False)[0]
+    return x
+
+
+def _unipc_scheduler(num_steps: int, shift: float, device: torch.device | str) -> Any:
     from diffusers import UniPCMultistepScheduler  # seconds to import, and only the teacher's sampler needs it
 
     _check_num_steps(num_steps)
@@ -102,12 +121,8 @@ def _sample_unipc(predict_velocity: Predictor, x: Tensor, num_steps: int, shift:
         use_flow_sigmas=True,
         flow_shift=shift,
     )
-    scheduler.set_timesteps(num_steps, device=x.device)
-    scheduler.set_begin_index(0)
-    for t in scheduler.timesteps:
-        v = predict_velocity(x, (t.double() / NUM_TRAIN_TIMESTEPS).expand(len(x)))
-        x = scheduler.step(v, t, x, return_dict=False)[0]
-    return x
+    scheduler.set_timesteps(num_steps, device=device)
+    return scheduler
 
 
 def _per_sample(sigma: float, x: Tensor) -> Tensor:

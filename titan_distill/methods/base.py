@@ -93,6 +93,18 @@ class ValidationRequest:
     reference: str | None = None
 
 
+@dataclass(frozen=True)
+class TrajectoryRequest:
+    """The sampling of a frozen teacher whose states a method trains on; ``titan-distill data ode-pairs`` runs it."""
+
+    sigmas: tuple[float, ...]
+    """Noise levels of the states to keep, descending; the solver must visit them."""
+    num_steps: int
+    solver: Literal["euler", "unipc"]
+    guidance_scale: float
+    """Classifier-free guidance in the standard form."""
+
+
 class TrainingMethod(ABC):
     """Base of all methods; subclasses are registered with ``@register_method``."""
 
@@ -113,6 +125,16 @@ class TrainingMethod(ABC):
     def needs_latents(cls, config: Any) -> bool:
         """Whether the data must carry latents; text-only rows are enough otherwise."""
         return True
+
+    @classmethod
+    def extra_tensors(cls, config: Any) -> tuple[str, ...]:
+        """Names of the further tensors that every row of the data must have; they arrive in ``Batch.extra``."""
+        return ()
+
+    @classmethod
+    def teacher_trajectory(cls, config: Any, flow_shift: float) -> TrajectoryRequest | None:
+        """What the data must hold of a teacher's sampling under this ``method_config``; None where that is nothing."""
+        return None
 
     @classmethod
     def work(cls, config: Any) -> list[Passes]:

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titan_distill.diffusion import schedule
 
@@ -91,6 +94,11 @@ class Adapter(ABC):
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """Runs the text encoder. Raises ValueError when the run was configured without one."""
 
+    def embed_prompts(self, prompts: list[str]) -> list[Tensor]:
+        """Text embeddings [tokens, width] as a dataset's rows hold them, without padding. Raises ValueError where
+        the family has no text encoder, or the run was configured without one."""
+        raise ValueError("this model family has no text encoder; take prompts from a parquet file with embeddings")
+
     def add_noise(self, x0: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
         """``x_σ = (1 - σ) x0 + σ ε``."""
         return schedule.add_noise(x0, noise, sigma_B)
@@ -106,6 +114,31 @@ class Adapter(ABC):
         """The role's estimate of the clean latents, with classifier-free guidance when asked for."""
         velocity = self.guided_velocity(role, x, sigma_B, condition, guidance or Guidance())
         return schedule.x0_from_velocity(x, velocity, sigma_B)
+
+    @torch.no_grad()
+    def predict_velocity_jvp(
+        self,
+        role: RoleHandle,
+        x: Tensor,
+        sigma_B: Tensor,
+        dx: Tensor,
+        dsigma_B: Tensor,
+        condition: Condition,
+    ) -> tuple[Tensor, Tensor]:
+        """The role's velocity, and its derivative along ``(dx, dsigma_B)``: shape and dtype of ``x``, without a graph.
+
+        Forward-mode differentiation, one pass of about twice a forward's work and no stored activations; nothing is
+        approximated. No fused attention kernel has a forward mode, so PyTorch's own attention runs as its plain
+        mathematics here, which holds the [queries, keys] matrix of scores in memory. What is no PyTorch operation with
+        a forward mode (sparse attention, compiled blocks, float8, exchange between ranks) raises NotImplementedError or
+        RuntimeError: a method that needs derivatives refuses it beforehand.
+        """
+        counting = self.work.forward_mode() if self.work else nullcontext()
+        with counting, sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            inputs = forward_ad.make_dual(x, dx), forward_ad.make_dual(sigma_B, dsigma_B)
+            velocity, tangent = forward_ad.unpack_dual(self.predict_velocity(role, *inputs, condition))
+        assert tangent is not None, "the velocity depends on neither x nor sigma"
+        return velocity, tangent
 
     def guided_velocity(
         self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, guidance: Guidance

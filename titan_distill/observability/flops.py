@@ -174,6 +174,7 @@ class WorkCounter:
         self.tokens_per_sample = tokens_per_sample
         self._model_flops = self._hardware_flops = 0.0
         self._paused = False
+        self._copies = 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -184,11 +185,22 @@ class WorkCounter:
         finally:
             self._paused = False
 
+    @contextmanager
+    def forward_mode(self) -> Iterator[None]:
+        """Counts every forward twice for the duration of the block: it carries a tangent, and through matrix products
+        that is as much work again (through attention twice as much, which is left out)."""
+        self._copies = 2
+        try:
+            yield
+        finally:
+            self._copies = 1
+
     def forward(self, flops: float, *, backward: bool, recompute: float) -> None:
         """Counts one forward of ``flops`` for all its samples and, where there is one, its backward, which computes the
         share ``recompute`` of the forward again."""
         if self._paused:
             return
+        flops *= self._copies
         self._model_flops += flops * (1 + BACKWARD_FORWARDS * backward)
         self._hardware_flops += flops * (1 + (BACKWARD_FORWARDS + recompute) * backward)
 

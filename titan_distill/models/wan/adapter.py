@@ -87,11 +87,10 @@ class WanAdapter(Adapter):
         return {"text": self._negative_LD.expand(batch_size, -1, -1)}
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
-        if self.text_encoder is None:
-            raise ValueError(
-                "no text encoder to encode prompts with; set pipeline_config.path to a diffusers folder that has one"
-            )
-        return {"text": self.text_encoder.encode(prompts, self.max_text_tokens).to(self.device)}
+        return {"text": self._text_encoder().encode(prompts, self.max_text_tokens).to(self.device)}
+
+    def embed_prompts(self, prompts: list[str]) -> list[Tensor]:
+        return [self._text_encoder().embed(prompt, self.max_text_tokens) for prompt in prompts]
 
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
         transformer = _transformer(role)
@@ -118,6 +117,13 @@ class WanAdapter(Adapter):
 
     def encode_video(self, videos: Tensor) -> Tensor:
         return encode_video(self._vae(), videos)
+
+    def _text_encoder(self) -> TextEncoder:
+        if self.text_encoder is None:
+            raise ValueError(
+                "no text encoder to encode prompts with; set pipeline_config.path to a diffusers folder that has one"
+            )
+        return self.text_encoder
 
     def _vae(self) -> AutoencoderKLWan:
         if self.vae is None:

@@ -1,0 +1,154 @@
+"""Knowledge distillation: a few-step student regresses where a teacher's sampling ends.
+
+The probability-flow ODE joins each noise to one clean latent, and whoever stands anywhere on that path can be asked
+for its end. The student is asked at the few noise levels of its schedule: its input is the state x_t of a recorded
+trajectory, its x0 prediction is drawn to the end of the same trajectory,
+
+    ‖x0_θ(x_t, t) − x_end‖²        (the ODE initialisation of CausVid 2412.07772 and Self-Forcing 2506.08009).
+
+Pairs of input and target are exact, so that no second network runs and a few hundred updates go far; guidance is in the
+targets, and the student needs none. The price is the regression's: where the student cannot represent the teacher's map
+it answers with a mean, which is blurred. Hence its use as the start of a distribution matching run.
+
+`titan-distill data ode-pairs` records the trajectories: column ``trajectory``, states [S, *latent] at the timesteps of
+column ``trajectory_timesteps`` [S], with the end as the row's latent. A file may hold more states than are trained on.
+A level that it lacks is an error: pairs made for another shift would otherwise be learned at wrong times.
+
+Students are bidirectional: one time a sample, the same for all its latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from titan_distill.data.loader import Batch
+from titan_distill.diffusion import schedule
+from titan_distill.diffusion.trajectory import TIMESTEP_TOLERANCE
+from titan_distill.dispatch import register_method
+from titan_distill.methods import losses
+from titan_distill.methods.base import (
+    LossResult,
+    Passes,
+    SampleRequest,
+    TrainingMethod,
+    TrajectoryRequest,
+    Update,
+    ValidationRequest,
+)
+
+STATES, TIMESTEPS = "trajectory", "trajectory_timesteps"
+
+
+@dataclass(frozen=True)
+class KnowledgeDistillationConfig:
+    """[method_config] of ``recipe.method = "knowledge_distillation"``."""
+
+    denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    """The student's few-step schedule, as timesteps; each must be a state of the recorded trajectories."""
+    warp: bool = True
+    """Whether denoising_steps name entries of the shifted schedule (1000, 750, … at shift 5 is 1000, 937.5, …) or are
+    final."""
+    guidance_scale: float = 4.0
+    """Classifier-free guidance of the teacher's sampling, standard form, when pairs are made and in validation."""
+    teacher_steps: int = 48
+    """Sampling steps of the teacher; their grid must hold denoising_steps, as 48 Euler steps hold warped quarters."""
+    teacher_solver: Literal["euler", "unipc"] = "euler"
+    """ODE solver of the teacher's sampling."""
+    teacher_in_validation: bool = True
+    """Whether the run holds the role ``teacher`` to compare with; training needs the recorded trajectories only."""
+
+    def __post_init__(self) -> None:
+        if self.teacher_steps < 1:
+            raise ValueError(f"teacher_steps = {self.teacher_steps} must be at least 1")
+        schedule.few_step_sigmas(self.denoising_steps, 1.0, self.warp)
+
+
+@register_method("knowledge_distillation")
+class KnowledgeDistillation(TrainingMethod):
+    """Role ``student`` is trained; the frozen ``teacher`` is only sampled from, in validation."""
+
+    config_class: ClassVar[type] = KnowledgeDistillationConfig
+    roles_required: ClassVar[dict[str, bool]] = {"student": True}
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.sigmas_K = _sigmas(self.config, self.adapter.flow_shift)
+
+    @classmethod
+    def required_roles(cls, config: KnowledgeDistillationConfig) -> dict[str, bool]:
+        return cls.roles_required | ({"teacher": False} if config.teacher_in_validation else {})
+
+    @classmethod
+    def extra_tensors(cls, config: KnowledgeDistillationConfig) -> tuple[str, ...]:
+        return STATES, TIMESTEPS
+
+    @classmethod
+    def teacher_trajectory(cls, config: KnowledgeDistillationConfig, flow_shift: float) -> TrajectoryRequest:
+        sigmas = tuple(_sigmas(config, flow_shift).tolist())
+        return TrajectoryRequest(sigmas, config.teacher_steps, config.teacher_solver, config.guidance_scale)
+
+    @classmethod
+    def work(cls, config: KnowledgeDistillationConfig) -> list[Passes]:
+        return [Passes("student", "student", "student", 1, 1.0, backward=True)]
+
+    def updates(self, step: int) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    def student_loss(self, batch: Batch, step: int) -> LossResult:
+        """Regression of the end from one state of each sample's trajectory; the state is a keyed draw."""
+        assert batch.latents is not None
+        u_B = self.noise.uniform("knowledge_distillation/time", step, batch.sample_ids)
+        choice_B = (u_B * len(self.sigmas_K)).long()
+        x = self._states(batch, choice_B)
+        sigma_B = self.sigmas_K[choice_B].to(x.device)
+        with self.timer("student"):
+            x0 = self.adapter.predict_x0(self.roles["student"], x, sigma_B, self.adapter.text_condition(batch))
+        return LossResult(losses.x0_loss(x0, batch.latents))
+
+    def _states(self, batch: Batch, choice_B: Tensor) -> Tensor:
+        """Each sample's recorded state at its chosen level of the schedule. Raises ValueError where it has none."""
+        assert batch.latents is not None
+        states_BS, wanted_B = batch.extra[STATES], self.sigmas_K[choice_B] * schedule.NUM_TRAIN_TIMESTEPS
+        timesteps_BS = batch.extra[TIMESTEPS].double().cpu()
+        if states_BS.shape[2:] != batch.latents.shape[1:] or states_BS.shape[:2] != timesteps_BS.shape:
+            raise ValueError(
+                f"the data's {STATES} have shape {list(states_BS.shape[1:])} at {timesteps_BS.shape[1]} timesteps, its "
+                f"latents {list(batch.latents.shape[1:])}; make them with `titan-distill data ode-pairs`"
+            )
+        distance_B, index_B = (timesteps_BS - wanted_B[:, None]).abs().min(1)
+        if distance_B.max() > TIMESTEP_TOLERANCE:
+            row = int(distance_B.argmax())
+            raise ValueError(
+                f"the data's trajectories hold the timesteps {[round(t, 2) for t in timesteps_BS[row].tolist()]}, but "
+                f"denoising_steps at shift {self.adapter.flow_shift:g} ask for {wanted_B[row]:.2f}; change these, or "
+                "make the pairs again"
+            )
+        index_B = index_B.to(states_BS.device)
+        return states_BS[torch.arange(len(index_B), device=states_BS.device), index_B]
+
+    def validation_request(self) -> ValidationRequest:
+        """The student before and now, without guidance and re-noised between its steps; the teacher as the pairs were
+        made is what they are compared with."""
+        config: KnowledgeDistillationConfig = self.config
+        sigmas = tuple(self.sigmas_K.tolist())
+        student = SampleRequest("student", "student", "sde", len(sigmas), sigmas)
+        before = replace(student, label="student_before", baseline=True, scored=False)
+        if not config.teacher_in_validation:
+            return ValidationRequest((before, student))
+        teacher = SampleRequest(
+            "teacher",
+            "teacher",
+            config.teacher_solver,
+            config.teacher_steps,
+            guidance_scale=config.guidance_scale,
+            baseline=True,
+        )
+        return ValidationRequest((teacher, before, student), reference="teacher")
+
+
+def _sigmas(config: KnowledgeDistillationConfig, flow_shift: float) -> Tensor:
+    return schedule.few_step_sigmas(config.denoising_steps, flow_shift, config.warp)
