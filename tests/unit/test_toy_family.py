@@ -11,7 +11,7 @@ from toy_run import toy_trainer
 
 from titan_distill.trainer import NonFiniteError
 
-METHODS = ("dmd2", "finetune")
+METHODS = ("dmd2", "finetune", "knowledge_distillation", "consistency", "scm", "rcm")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -94,6 +94,40 @@ def broadcast_sigma(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma
 
 
+def neighbouring_sigmas(u: Tensor, num_steps: int, shift: float) -> tuple[Tensor, Tensor]:
+    """Turn uniform draws u in [0, 1) into neighbours of the shifted grid of `num_steps` steps: (σ_n, σ_{n−1}), σ_n >
+    σ_{n−1} ≥ 0, each pair equally likely; float64, shape of u. The grid is `sampler.ode_sigmas`, whose ends are 1 and
+    0."""
+    index = (u.double() * num_steps).floor().clamp(max=num_steps - 1)
+    return shift_sigma((index + 1) / num_steps, shift), shift_sigma(index / num_steps, shift)
+
+
+def euler_step(x: Tensor, v: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """Return x at `next_sigma`, one step of dx/dσ = v from `sigma`, in x's dtype. On straight lines it is DDIM's."""
+    step = broadcast_sigma(next_sigma, x) - broadcast_sigma(sigma, x)
+    return (x.double() + step * v.double()).to(x.dtype)
+
+
+def trigonometric(sigma: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return cos t, sin t and n of the trigonometric time t = atan(σ / (1 − σ)), float64, shaped to multiply x.
+
+    There x_t = cos t · x0 + sin t · ε has constant variance (for data of unit variance); it is the same point as x_σ on
+    another scale, x_σ = n x_t with n = 1 / (cos t + sin t). Source: sCM (2410.11081), §3; rCM (2510.08431).
+    """
+    level = broadcast_sigma(sigma, x)
+    n = ((1 - level) ** 2 + level**2).sqrt()
+    return (1 - level) / n, level / n, n
+
+
+def trigonometric_velocity(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    """Return F = dx_t/dt, float64, of a model that predicts v at x_σ: x0 = cos t · x_t − sin t · F.
+
+    F = (1 − 2σ) / n · x_σ + n v, which does not divide by a vanishing sin t.
+    """
+    cos, sin, n = trigonometric(sigma, x)
+    return (cos - sin) * x.double() + n * v.double()
+
+
 def few_step_sigmas(steps: Sequence[float], shift: float, warp: bool) -> Tensor:
     """Turn a recipe's few-step list, such as [1000, 750, 500, 250], into descending noise levels, float64 [K].
 

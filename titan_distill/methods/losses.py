@@ -17,12 +17,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from titan_distill.diffusion.schedule import broadcast_sigma, noise_from_velocity, velocity, x0_from_velocity
+from titan_distill.diffusion.schedule import (
+    broadcast_sigma,
+    noise_from_velocity,
+    trigonometric,
+    velocity,
+    x0_from_velocity,
+)
 
 CriticLoss = Literal["flow", "x0", "noise", "v"]
+ConsistencyLoss = Literal["l2", "pseudo_huber"]
+TangentForm = Literal["scm", "rcm"]
 
 # Latents have unit scale: a mean distance below this is float32 rounding, and dividing by it would amplify only that.
 NORMALISER_FLOOR = 1e-6
+
+# Below this root mean square, a difference of x0 predictions counts by its square; iCT scales it with √(num_elements).
+HUBER_WIDTH = 0.00054
 
 
 def velocity_loss(
@@ -32,6 +43,11 @@ def velocity_loss(
     (2210.02747, eq. 23), with another model's v it is distillation of that model's whole flow."""
     loss_B = _mean_per_sample((v_pred.double() - v_target.double()) ** 2, mask)
     return loss_B if weight_B is None else loss_B * weight_B.to(loss_B)
+
+
+def x0_loss(x0_pred: Tensor, x0: Tensor, weight_B: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """Return mean (x̂0 − x0)² a sample, [B]: the regression of a trajectory's end (CausVid 2412.07772)."""
+    return velocity_loss(x0_pred, x0, weight_B, mask)
 
 
 def flow_matching_loss(
@@ -112,6 +128,71 @@ def critic_loss(
     else:
         raise ValueError(f"unknown critic loss {kind!r}; choose 'flow', 'x0', 'noise' or 'v'")
     return _mean_per_sample(error**2, mask)
+
+
+def consistency_loss(kind: ConsistencyLoss, x0_pred: Tensor, x0_target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return how far two x0 predictions of one trajectory are apart, [B]; no gradient reaches the target.
+
+    "l2" is m = mean (x0_θ − x0_target)²; "pseudo_huber" √(m + c²) − c with c = 0.00054, which is iCT's metric
+    (2310.14189, §3.3) divided by √(num_elements): its gradient stays bounded where one teacher step led astray.
+    """
+    squared_B = _mean_per_sample((x0_pred.double() - x0_target.detach().double()) ** 2, mask)
+    if kind == "l2":
+        return squared_B
+    if kind != "pseudo_huber":
+        raise ValueError(f"unknown consistency loss {kind!r}; choose 'l2' or 'pseudo_huber'")
+    return (squared_B + HUBER_WIDTH**2).sqrt() - HUBER_WIDTH
+
+
+@torch.no_grad()
+def consistency_tangent(
+    form: TangentForm,
+    x: Tensor,
+    v: Tensor,
+    v_teacher: Tensor,
+    dv: Tensor,
+    sigma: Tensor,
+    ramp: float,
+) -> Tensor:
+    """Return g, towards which continuous-time consistency moves a student's F; float64, x's shape, no graph.
+
+    F = dx_t/dt is the trigonometric velocity of `schedule.trigonometric_velocity`, and J = cos t sin t · dF/dt along
+    the teacher's trajectory. With F_T the teacher's and r = `ramp`, which grows from 0 to 1 during the warm-up,
+
+        scm   g = −cos² t (F − F_T) − r (cos t sin t · x_t + J)             sCM (2410.11081), algorithm 1
+        rcm   g = −cos t √(1 − r² sin² t) (F − F_T) − (r cos t sin t · x_t + J)          rCM (2510.08431)
+
+    Both are cos t · df/dt at r = 1, f being the predicted x0: g is zero where f is constant on trajectories.
+
+    The arguments are those of rectified flow: `x` at noise level `sigma`, velocities `v` and `v_teacher` there, and
+    `dv` the student's derivative along (dx, dσ) = (v_teacher, 1). There F − F_T = n (v − v_T) and, by the chain rule,
+    x_t + dF/dt = n³ dv − (cos t − sin t) n² (v − v_T).
+    """
+    cos, sin, n = trigonometric(sigma, x)
+    difference = n * (v.double() - v_teacher.double())
+    curvature = n**3 * dv.double() - (cos - sin) * n * difference  # x_t + dF/dt
+    if form == "scm":
+        return -(cos**2) * difference - ramp * cos * sin * curvature
+    if form != "rcm":
+        raise ValueError(f"unknown tangent {form!r}; choose 'scm' or 'rcm'")
+    scale = cos * (1 - (ramp * sin) ** 2).sqrt()
+    return -scale * difference - cos * sin * (curvature - (1 - ramp) * x.double() / n)
+
+
+def normalise_tangent(g: Tensor, floor: float = 0.1) -> Tensor:
+    """Return g / (‖g‖ + floor), each sample by its own norm over all elements (sCM 2410.11081, §4.2)."""
+    norm_B = torch.linalg.vector_norm(g.double().flatten(1), dim=1)
+    return g.double() / broadcast_sigma(norm_B + floor, g)
+
+
+def tangent_loss(output: Tensor, g: Tensor) -> Tensor:
+    """Return ‖F − sg(F + g)‖² a sample, [B]: a surrogate whose gradient in F is −2 g.
+
+    A sum over elements and not their mean: normalised, g has norm one in a video as in an image, and so has its
+    gradient. The value, ‖g‖², says nothing about convergence: watch g before it is normalised.
+    """
+    output = output.double()
+    return ((output - (output + g).detach()) ** 2).flatten(1).sum(1)
 
 
 def _mean_per_sample(values: Tensor, mask: Tensor | None) -> Tensor:

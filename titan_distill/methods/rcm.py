@@ -1,0 +1,91 @@
+"""rCM: continuous-time consistency, regularised by distribution matching.
+
+Consistency follows the teacher's trajectories forward: whatever the data has, the student covers, a little blurred by
+the errors that add up along the way. Distribution matching pulls the student's own samples to where the teacher finds
+them likely: sharp, but free to forget modes. Their sum, weighed 100 to 1, has the diversity of the one and the detail
+of the other. The tangent is `scm`'s, the second term and the critic that it needs are `dmd2`'s, unchanged.
+
+Until `tangent_warmup` steps are done the consistency term trains alone. After that one update minimises the sum of both
+terms: its two forwards share one backward, so that memory is that of two samples' activations; adding up two backwards
+would give the same gradient.
+
+Source: rCM (2510.08431).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from titan_distill.data.loader import Batch
+from titan_distill.dispatch import register_method
+from titan_distill.methods.base import LossResult, Passes, Update
+from titan_distill.methods.dmd2 import Dmd2, Dmd2Config
+from titan_distill.methods.scm import TangentConfig, TangentTraining
+
+if TYPE_CHECKING:
+    from titan_distill.config import Config
+
+
+@dataclass(frozen=True)
+class RcmConfig(TangentConfig, Dmd2Config):
+    """[method_config] of ``recipe.method = "rcm"``."""
+
+    exclusive: bool = True
+    """True: after the warm-up a step updates either the student or the critic, never both (4 C : 1 G at ratio 5)."""
+    consistency_weight: float = 100.0
+    """Weight of the consistency term, a mean over elements, against that of distribution matching."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_tangent()
+        if self.consistency_weight <= 0:
+            raise ValueError(
+                f"consistency_weight = {self.consistency_weight} must be positive; recipe.method = 'dmd2' does without"
+            )
+
+
+@register_method("rcm")
+class Rcm(TangentTraining, Dmd2):
+    """Roles ``student`` and ``critic`` are trained, ``teacher`` is frozen."""
+
+    form = "rcm"
+    config_class: ClassVar[type] = RcmConfig
+
+    @classmethod
+    def validate(cls, config: Config) -> None:
+        super().validate(config)
+        warmup, num_steps = config.method_config.tangent_warmup, config.training.steps
+        if warmup >= num_steps:
+            raise ValueError(
+                f"method_config.tangent_warmup = {warmup} leaves none of the {num_steps} steps to distribution "
+                "matching; lower it, or use recipe.method = 'scm'"
+            )
+
+    @classmethod
+    def needs_latents(cls, config: Dmd2Config) -> bool:
+        return True
+
+    @classmethod
+    def work(cls, config: Dmd2Config) -> list[Passes]:
+        """Of a step after the warm-up. Both forwards of the student are alive in one backward, as two conditions would
+        be."""
+        matching = Dmd2.work(config)
+        both = [replace(p, num_conditions=2) if p.backward and p.role == p.update == "student" else p for p in matching]
+        return [*cls.tangent_work(config.teacher_guidance, 1 / config.update_ratio), *both]
+
+    def updates(self, step: int) -> list[Update]:
+        """The student alone during the warm-up, then the cadence of DMD2."""
+        if step < self.config.tangent_warmup:
+            return [Update("student", self.student_loss)]
+        return super().updates(step)
+
+    def student_loss(self, batch: Batch, step: int) -> LossResult:
+        """The weighted sum of both terms; the consistency term alone during the warm-up."""
+        consistency = self.tangent_loss(batch, step)
+        assert batch.latents is not None
+        weighted_B = consistency.losses_B * (self.config.consistency_weight / batch.latents[0].numel())
+        if step < self.config.tangent_warmup:
+            return LossResult(weighted_B, consistency.metrics_B)
+        matching = super().student_loss(batch, step)
+        return LossResult(weighted_B + matching.losses_B, {**consistency.metrics_B, **matching.metrics_B})
