@@ -111,7 +111,8 @@ def spell_out_references(config: Config) -> Config:
                     f"recipe.family is {config.recipe.family!r}; choose a checkpoint of the same family"
                 )
             roles[name] = dataclasses.replace(role, init_from=found.text)
-    return dataclasses.replace(config, roles=roles)
+    config = dataclasses.replace(config, roles=roles)
+    return model_family(config.recipe.family)(config).spelled_out()
 
 
 def train(trainer: Trainer) -> int:
@@ -255,11 +256,11 @@ def build_roles(config: Config, family: ModelFamily, layouts: Layouts, device: t
     steps."""
     handles = []
     for name, role in config.roles.items():
-        module = family.build_module(name, role, layouts.role(name), device)
+        modules = family.build_modules(name, role, layouts.role(name), device)
         clip = config.training.max_grad_norm if role.max_grad_norm is None else role.max_grad_norm
-        handle = RoleHandle(name, {"transformer": module}, role.trainable, max_grad_norm=clip)
+        handle = RoleHandle(name, modules, role.trainable, max_grad_norm=clip)
         handle.adapters_only = role.lora.enabled
-        if role.lora.enabled and not any(is_adapter(parameter) for parameter, _ in module.named_parameters()):
+        if role.lora.enabled and not any(is_adapter(parameter) for parameter, _ in handle.network.named_parameters()):
             raise ValueError(f"roles.{name}.lora: the family {config.recipe.family!r} has no adapters; set rank to 0")
         handles.append(handle)
     return RoleManager(handles)
@@ -273,7 +274,7 @@ def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -
         role.optimizers["transformer"] = optimizer
         role.schedulers["transformer"] = build_scheduler(optimizer, config.lr_scheduler, num_updates[role.name])
         if config.ema.decay and config.ema.role == role.name:
-            role.ema = Ema(role.transformer, config.ema.decay, config.ema.start_step)
+            role.ema = Ema(role.network, config.ema.decay, config.ema.start_step)
 
 
 def _config_file(argv: Sequence[str]) -> str | None:

@@ -6,16 +6,18 @@ Shapes: B batch, C latent channels, F latent frames, H and W latent height and w
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from titan_kernels import tile_layout
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_distill.data.loader import Batch
 from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import schedule
-from titan_distill.models.base import Adapter, Condition
+from titan_distill.models.base import Adapter, Condition, Guidance
+from titan_distill.models.wan.experts import is_high_noise, route
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import decode_latents, encode_video
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
@@ -43,8 +45,12 @@ class WanAdapter(Adapter):
         device: torch.device,
         layouts: Layouts,
         checkpointing: ActivationCheckpointConfig,
+        boundary_ratio: float | None = None,
+        guidance_scale_2: float | None = None,
     ) -> None:
-        """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know."""
+        """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know.
+        ``boundary_ratio``, ``guidance_scale_2``: of roles with two experts, see `experts`."""
+        self.boundary_ratio, self.guidance_scale_2 = boundary_ratio, guidance_scale_2
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
         self.checkpointing = checkpointing
         _, frames, height, width = latent_shape
@@ -57,8 +63,9 @@ class WanAdapter(Adapter):
 
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         values = {}
-        for role in roles:
-            core = _transformer(role).sparse_attention
+        for transformer in (module for role in roles for module in role.modules.values()):
+            assert isinstance(transformer, WanTransformer)
+            core = transformer.sparse_attention
             if core is not None:
                 core.start_step(step)
                 read = core.tiles_read(tile_layout(self._grid).num_tiles)
@@ -107,11 +114,32 @@ class WanAdapter(Adapter):
         )
 
         def forward(x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-            # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
-            return transformer(x, schedule.timestep(sigma_B), condition["text"]).to(x.dtype)
+            return self._routed(role, x, sigma_B, condition)
 
         exchange = self.layouts.exchange(role.name)
         return forward(x, sigma_B, condition) if exchange is None else exchange.run(forward, x, sigma_B, condition)
+
+    def _routed(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+        """Each sample's velocity, by the expert for its noise level where there are two."""
+        experts = [partial(_run, module) for module in role.modules.values()]
+        if len(experts) == 1:
+            return experts[0](x, sigma_B, condition)
+        whole = _transformer(role).sequence is not None
+        return route(
+            (experts[0], experts[1]), self._is_high_noise(sigma_B), x, sigma_B, condition,
+            run_both=torch.is_grad_enabled() and role.trainable, dummy_frames=x.shape[2] if whole else 1,
+        )  # fmt: skip
+
+    def _is_high_noise(self, sigma_B: Tensor) -> Tensor:
+        assert self.boundary_ratio is not None, "a run with two experts has found their boundary"
+        return is_high_noise(sigma_B, self.boundary_ratio)
+
+    def guidance_scale(self, role: RoleHandle, sigma_B: Tensor, guidance: Guidance) -> float | Tensor:
+        if self.guidance_scale_2 is None or len(role.modules) == 1:
+            return guidance.scale
+        second = self.guidance_scale_2 - (guidance.form == "offset")
+        scale_B = torch.where(self._is_high_noise(sigma_B), guidance.scale, second)
+        return scale_B.view(-1, *[1] * len(self.latent_shape))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         return decode_latents(self._vae(), latents)
@@ -132,6 +160,11 @@ class WanAdapter(Adapter):
                 "no VAE to go between pixels and latents; set pipeline_config.path to a diffusers folder with vae"
             )
         return self.vae
+
+
+def _run(transformer: nn.Module, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+    # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
+    return transformer(x, schedule.timestep(sigma_B), condition["text"]).to(x.dtype)
 
 
 def _transformer(role: RoleHandle) -> WanTransformer:
