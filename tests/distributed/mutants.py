@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -96,12 +94,3 @@ MUTANTS = {
         gate_outside_of_the_region,
     )
 }
-
-
-@contextmanager
-def planted(name: str | None) -> Iterator[None]:
-    """The named fault for the duration of the block; none for None."""
-    with pytest.MonkeyPatch.context() as patch:
-        if name is not None:
-            MUTANTS[name](patch)
-        yield
