@@ -10,7 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+from titan_distill.ode_pairs import OdePairsOptions, ode_pairs
 
 REPOSITORY = Path(__file__).parent.parent
 TINY_WAN = REPOSITORY / "tests" / "assets" / "tiny_wan"
@@ -30,6 +33,14 @@ def tiny_argv(method: str, output: Path, *overrides: str) -> list[str]:
         "--validation.enabled", "false",
         *overrides,
     ]  # fmt: skip
+
+
+def record_pairs(folder: Path, num_pairs: int, num_steps: int) -> None:
+    """Trajectories of the tiny Wan for knowledge distillation, far fewer and coarser than a real job's."""
+    job, prompts = REPOSITORY / "train_configs" / "tiny_wan_kd.toml", TINY_SHAPES / "prompts.parquet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        ode_pairs(OdePairsOptions(job, prompts, folder, num_pairs=num_pairs, num_steps=num_steps))
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:

@@ -35,6 +35,10 @@ def sequence_gradients_not_divided(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(collectives._Gather, "backward", staticmethod(backward))
 
 
+def tangents_stay_where_they_are(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(collectives._AllToAll, "jvp", staticmethod(lambda ctx, *tangents: tangents[0].clone()))
+
+
 def norm_over_local_width(patch: pytest.MonkeyPatch) -> None:
     def forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], tensor.local(norm.weight), norm.eps)
@@ -87,6 +91,7 @@ MUTANTS = {
     for mutant in (
         noise_keyed_by_rank,
         sequence_gradients_not_divided,
+        tangents_stay_where_they_are,
         norm_over_local_width,
         mean_of_means,
         replicated_gradient_not_reduced,

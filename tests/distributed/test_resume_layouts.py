@@ -2,7 +2,8 @@
 
 On one layout bit for bit: sample ids, losses, learning rates, cadence, and at the end every parameter, moment and
 average. From any layout to any other, what is loaded is bit for bit what was saved, and the steps after it agree
-within the rounding of sums. dmd2 with a student's update every third step, saved where critic-only steps follow.
+within the rounding of sums. dmd2 with a student's update every third step, saved where critic-only steps follow; every
+other method once, from one process to ranks that share weights or tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import pytest
 import torch
 from resume_mutants import MUTANTS
 from resume_worker import run_jobs
-from runs import REPOSITORY, largest, read_metrics, run_worker, tiny_argv
+from runs import REPOSITORY, largest, read_metrics, record_pairs, run_worker, tiny_argv
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from titan_distill.train import main
 BOUND = 1e-5
 # Adam's first steps divide a gradient by its own size, however small: rounding weighs more in them.
 STATE_BOUND = 1e-4
-CURVES = ("loss/", "grad_norm/", "dmd/")
+CURVES = ("loss/", "grad_norm/", "dmd/", "scm/")
 EXACT_KEYS = ("lr/", "samples_seen", "vsa_sparsity")
 # Three latent frames of 6 × 6 tokens: four tiles, three of them ragged.
 COMMON = (
@@ -47,6 +48,8 @@ class Experiment:
     saves_at: int = 4
     steps: int = 8
     global_batch: int = 4
+    method: str = "dmd2"
+    common: str = COMMON
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,17 @@ SPARSE = Experiment(
     steps=6,
 )
 
+# Averages, warm-ups and cadences in full motion when the run is saved.
+OTHERS = {
+    method: Experiment(method, overrides, 3, 6, 2, method, "--lr_scheduler.warmup_steps 2")
+    for method, overrides in {
+        "kd": "--data.path {folder}/pairs --method_config.teacher_steps 4",
+        "cm": "--ema.decay 0.8 --ema.start_step 1",
+        "scm": "--method_config.tangent_warmup 4",
+        "rcm": "--method_config.tangent_warmup 2 --method_config.update_ratio 2",
+    }.items()
+}
+
 P, TEACHER, CRITIC = "--parallelism.", "--roles.teacher.parallelism.", "--roles.critic.parallelism."
 ONE = Layout("one process", 1)
 FSDP_2 = Layout("fsdp 2", 2, data_ranks=2)
@@ -122,6 +136,10 @@ SHORT = tuple(
         (CADENCE, ONE, BY_ROLE),
         (NOT_YET, ONE, TENSOR_2),
         (SPARSE, ONE, FSDP_2),
+        (OTHERS["kd"], ONE, ULYSSES_2),
+        (OTHERS["cm"], ONE, FSDP_2),
+        (OTHERS["scm"], ONE, ULYSSES_2),
+        (OTHERS["rcm"], ONE, FSDP_2),
     )
 )
 LONG = (
@@ -184,11 +202,11 @@ def resumed_job(trial: Trial, folder: Path) -> Job:
 def _job(experiment: Experiment, layout: Layout, part: str, folder: Path, saves_at: int | None) -> Job:
     name = "".join(c if c.isalnum() else "_" for c in f"{experiment.name}-{layout.name}-{part}")
     arguments = tiny_argv(
-        "dmd2", folder / name,
+        experiment.method, folder / name,
         "--training.steps", str(experiment.steps), "--training.global_batch_size", str(experiment.global_batch),
         "--training.local_batch_size", str(experiment.global_batch // layout.data_ranks),
         "--checkpoint.enabled", str(saves_at is not None).lower(),
-        *COMMON.split(), *experiment.overrides.split(), *layout.overrides.split(),
+        *experiment.common.split(), *experiment.overrides.format(folder=folder).split(), *layout.overrides.split(),
     )  # fmt: skip
     return Job(name, layout.ranks, tuple(arguments), saves_at)
 
@@ -232,6 +250,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[Trial
     @functools.cache
     def folder_of(trials: tuple[Trial, ...]) -> Path:
         folder = tmp_path_factory.mktemp("resume")
+        record_pairs(folder / "pairs", num_pairs=4, num_steps=4)
         for jobs in launches(trials, folder):
             launch(jobs, folder)
         return folder
