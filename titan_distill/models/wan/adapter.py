@@ -104,6 +104,7 @@ class WanAdapter(Adapter):
             own_flops,
             backward=torch.is_grad_enabled() and role.trainable,
             recompute=recomputed_share(config, self.checkpointing, *sizes),
+            frozen=role.adapters_only,
         )
 
         def forward(x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
