@@ -171,6 +171,10 @@ class ModelFamily(ABC):
         """Checks each role's degrees against its network, before anything is built. Raises ValueError."""
         return
 
+    def token_grid(self) -> tuple[int, int, int] | None:
+        """Tokens of a sample along (frames, height, width), for the planner; None where samples are no videos."""
+        return None
+
     @abstractmethod
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
         """Builds, lays out and loads the network of one role. On ``device("meta")`` nothing is allocated or loaded."""

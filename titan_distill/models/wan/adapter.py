@@ -16,6 +16,8 @@ from titan_distill.data.loader import Batch
 from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import schedule
 from titan_distill.models.base import Adapter, Condition
+from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import decode_latents, encode_video
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
@@ -47,8 +49,7 @@ class WanAdapter(Adapter):
         """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know."""
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
         self.checkpointing = checkpointing
-        _, frames, height, width = latent_shape
-        self._grid = (frames, height // 2, width // 2)
+        self._grid = token_grid(latent_shape[1:], WanConfig.patch_size)
         self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(self._grid))
         self.max_text_tokens = max_text_tokens
         self.layouts = layouts

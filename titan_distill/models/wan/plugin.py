@@ -21,8 +21,10 @@ from titan_distill.dispatch import register_model
 from titan_distill.models.base import Adapter, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
+from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_transformer, check_degrees
 from titan_distill.models.wan.state_dict import UNUSED_KEY, copy_full_tensor, load_weights, read_config, save_folder
+from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import load_vae
 from titan_distill.parallelisms.degrees import Degrees
@@ -99,16 +101,33 @@ class WanFamily(ModelFamily):
         return build_transformer(architecture, _loader(role.path or role.init_from), layout, config.job.seed)
 
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
-        pipeline = self.config.pipeline_config
+        space = self._latent_space()
+        space.check_size(*self._video_size())
         for name, layout in degrees.items():
+            architecture = self._architecture(name, self.config.roles[name], by_name=True)
+            space.check_channels(name, architecture.out_channels)
             check_degrees(
                 f"roles.{name}",
-                self._architecture(name, self.config.roles[name], by_name=True),
+                architecture,
                 layout,
                 role_parallelism(self.config, name).sequence_method,
-                ((pipeline.num_frames - 1) // 4 + 1, pipeline.height // 16, pipeline.width // 16),
+                self.token_grid(),
                 self._core(self.config.roles[name].attention == "sparse"),
             )
+
+    def token_grid(self) -> Grid:
+        return self._latent_space().token_grid(*self._video_size())
+
+    def _latent_space(self) -> LatentSpace:
+        """Of the pipeline's VAE, or of the first role where there is no pipeline."""
+        name, role = next(iter(self.config.roles.items()))
+        return find_latent_space(
+            self.config.pipeline_config.path, lambda: self._architecture(name, role, by_name=True).out_channels
+        )
+
+    def _video_size(self) -> tuple[int, int, int]:
+        pipeline = self.config.pipeline_config
+        return pipeline.num_frames, pipeline.height, pipeline.width
 
     def _core(self, is_sparse: bool) -> SparseAttention | None:
         return SparseAttention(self.config.sparse_attention) if is_sparse else None
@@ -184,26 +203,15 @@ class WanFamily(ModelFamily):
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
         config, pipeline = self.config, self.config.pipeline_config
         vae = text_encoder = negative = None
-        channels, spatial, temporal = 16, 8, 4
         if pipeline.path:
             vae = load_vae(Path(pipeline.path), device)
-            channels, spatial, temporal = (
-                vae.config.z_dim,
-                vae.config.scale_factor_spatial,
-                vae.config.scale_factor_temporal,
-            )
             text_encoder = TextEncoder(pipeline.path, dtype=DTYPES[config.training.dtype], device=device)
             with main_rank_first():  # a real text encoder is 22 GB, and one embedding is all that most ranks need of it
                 negative = text_encoder.cached_embedding(
                     pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
                 )
         return WanAdapter(
-            latent_shape=(
-                channels,
-                (pipeline.num_frames - 1) // temporal + 1,
-                pipeline.height // spatial,
-                pipeline.width // spatial,
-            ),
+            latent_shape=self._latent_space().shape(*self._video_size()),
             flow_shift=pipeline.flow_shift,
             max_text_tokens=config.data.max_text_tokens,
             negative_embedding_LD=negative,
