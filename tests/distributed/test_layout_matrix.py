@@ -5,15 +5,16 @@ end, every parameter. `docs/parity.md` is written from what was found. Rows with
 
 Rows with a sparse student have a reference of their own. Its gates are open from the start, or the coarse branch would
 count for nothing, and its sparsity changes at every step until the fourth: 0, by dense attention, 1/4, 1/2, 3/4.
+
+Methods differ in what they ask of a layout (weights averaged in the midst of a step, a derivative in forward mode), so
+each runs on shared weights and on shared tokens; the rest is asked of two of them.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 from mutants import MUTANTS
-from runs import REPOSITORY, TINY_WAN, read_metrics, tiny_argv
+from runs import REPOSITORY, TINY_WAN, largest, read_metrics, record_pairs, run_worker, tiny_argv
 from safetensors.torch import load_file
 
 from titan_distill.models.wan.state_dict import WEIGHTS_NAME, read_config, save_folder
@@ -46,6 +47,8 @@ class Row:
     tolerance: float = EXACT
     local_batch: int = 4
     methods: tuple[str, ...] = ("dmd2", "finetune")
+    nightly: tuple[str, ...] = ()
+    """Methods that are left to the nightly tier: by the rows around it, this one says little with them."""
     mutant: str | None = None
     sparse: bool = False
 
@@ -59,14 +62,22 @@ class Row:
             method, output,
             "--training.steps", str(STEPS), "--checkpoint.enabled", "false",
             "--training.global_batch_size", str(GLOBAL_BATCH), "--training.local_batch_size", str(self.local_batch),
-            *self.overrides.split(), *sparse,
+            *self.overrides.split(), *sparse, *OPTIONS.get(method, "").format(folder=output.parent).split(),
         )  # fmt: skip
 
 
 P = "--parallelism."
 TEACHER, STUDENT = "--roles.teacher.parallelism.", "--roles.student.parallelism."
 DMD2, FINETUNE = ("dmd2",), ("finetune",)
-REFERENCE = Row("one process", 1, "")
+METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm")
+# Schedules of real length would not get anywhere in these steps.
+OPTIONS = {
+    "kd": "--data.path {folder}/pairs --method_config.teacher_steps 4",
+    "cm": "--ema.start_step 1",
+    "scm": "--method_config.tangent_warmup 2",
+    "rcm": "--method_config.tangent_warmup 2 --method_config.update_ratio 2",
+}
+REFERENCE = Row("one process", 1, "", methods=METHODS)
 SPARSE = (
     "--roles.student.attention", "sparse", "--sparse_attention.sparsity", "0.75",
     "--sparse_attention.schedule_rate", "0.25", "--sparse_attention.crossover", "0.2",
@@ -74,30 +85,38 @@ SPARSE = (
 SPARSE_WEIGHTS = "sparse_wan"
 SPARSE_REFERENCE = Row("one process, sparse", 1, "", sparse=True)
 CHECKPOINT = "--activation_checkpoint.mode "
-ROWS = (
-    Row("accumulation 4", 1, "", local_batch=1),
-    Row("full checkpointing", 1, "--activation_checkpoint.mode full"),
-    Row("selective checkpointing", 1, "--activation_checkpoint.mode selective"),
-    Row("block skip", 1, "--activation_checkpoint.mode full --activation_checkpoint.skip_interval 2"),
-    Row("compile", 1, "--compile.enabled"),
-    Row("float8, emulated", 1, "--float8.enabled --float8.emulate --float8.min_features 16", COARSE),
-    Row("fsdp 2", 2, "", local_batch=2),
-    Row("bf16, fsdp 2", 2, "--training.dtype bfloat16", ROUNDED, local_batch=2),
-    Row("cpu offload, fsdp 2", 2, f"{P}cpu_offload", local_batch=2),
-    Row("no resharding, fsdp 2", 2, f"{P}reshard_after_forward false", local_batch=2),
+DENSE_ROWS = (
+    Row("accumulation 4", 1, "", local_batch=1, methods=DMD2, nightly=FINETUNE),
+    Row("full checkpointing", 1, f"{CHECKPOINT}full", methods=DMD2, nightly=FINETUNE),
+    Row("selective checkpointing", 1, f"{CHECKPOINT}selective", methods=FINETUNE, nightly=DMD2),
+    Row("block skip", 1, f"{CHECKPOINT}full --activation_checkpoint.skip_interval 2", methods=FINETUNE, nightly=DMD2),
+    Row("compile", 1, "--compile.enabled", methods=FINETUNE, nightly=DMD2),
+    Row(
+        "float8, emulated", 1, "--float8.enabled --float8.emulate --float8.min_features 16", COARSE,
+        methods=FINETUNE, nightly=DMD2,
+    ),
+    Row("fsdp 2", 2, "", local_batch=2, methods=METHODS),
+    Row("bf16, fsdp 2", 2, "--training.dtype bfloat16", ROUNDED, local_batch=2, methods=DMD2, nightly=FINETUNE),
+    Row("cpu offload, fsdp 2", 2, f"{P}cpu_offload", local_batch=2, methods=FINETUNE, nightly=DMD2),
+    Row("no resharding, fsdp 2", 2, f"{P}reshard_after_forward false", local_batch=2, methods=DMD2, nightly=FINETUNE),
     Row("tensor 2", 2, f"{P}tensor 2"),
-    Row("tensor 2, token region", 2, f"{P}tensor 2 {P}token_region"),
-    Row("sequence 2", 2, f"{P}sequence 2"),
+    Row("tensor 2, token region", 2, f"{P}tensor 2 {P}token_region", methods=FINETUNE, nightly=DMD2),
+    Row("sequence 2", 2, f"{P}sequence 2", methods=METHODS),
     Row("teacher tensor 2, students fsdp 2", 2, f"{TEACHER}tensor 2", local_batch=2, methods=DMD2),
     Row("teacher sequence 2, students fsdp 2", 2, f"{TEACHER}sequence 2", local_batch=2, methods=DMD2),
-    Row("student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2),
-    Row("sequence 3, all-gather", 3, f"{P}sequence 3"),
-    Row("fsdp 4", 4, "", local_batch=1),
-    Row("hsdp 2 × 2", 4, f"{P}dp_replicate 2", local_batch=1),
-    Row("tensor 2 × sequence 2", 4, f"{P}tensor 2 {P}sequence 2"),
-    Row("tensor 2 × sequence 2, token region", 4, f"{P}tensor 2 {P}sequence 2 {P}token_region"),
-    Row("fsdp 2 × tensor 2", 4, f"{P}tensor 2", local_batch=2),
-    Row("fsdp 2 × sequence 2", 4, f"{P}sequence 2", local_batch=2),
+    Row("student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2, methods=DMD2, nightly=FINETUNE),
+    Row("sequence 3, all-gather", 3, f"{P}sequence 3", methods=FINETUNE, nightly=DMD2),
+    Row("fsdp 4", 4, "", local_batch=1, methods=DMD2, nightly=FINETUNE),
+    Row("hsdp 2 × 2", 4, f"{P}dp_replicate 2", local_batch=1, methods=DMD2, nightly=FINETUNE),
+    Row("tensor 2 × sequence 2", 4, f"{P}tensor 2 {P}sequence 2", methods=DMD2, nightly=FINETUNE),
+    Row(
+        "tensor 2 × sequence 2, token region", 4, f"{P}tensor 2 {P}sequence 2 {P}token_region",
+        methods=FINETUNE, nightly=DMD2,
+    ),
+    Row("fsdp 2 × tensor 2", 4, f"{P}tensor 2", local_batch=2, methods=FINETUNE, nightly=DMD2),
+    Row("fsdp 2 × sequence 2", 4, f"{P}sequence 2", local_batch=2, methods=DMD2, nightly=FINETUNE),
+)  # fmt: skip
+SPARSE_ROWS = (
     Row("sparse, accumulation 4, full checkpointing", 1, f"{CHECKPOINT}full", EXACT, 1, FINETUNE, sparse=True),
     Row("sparse, fsdp 2, selective checkpointing", 2, f"{CHECKPOINT}selective", EXACT, 2, FINETUNE, sparse=True),
     Row(
@@ -110,10 +129,23 @@ ROWS = (
     Row("sparse, hsdp 2 × 2", 4, f"{P}dp_replicate 2", EXACT, 1, FINETUNE, sparse=True),
     Row("sparse, tensor 2 × sequence 2", 4, f"{P}tensor 2 {P}sequence 2", methods=FINETUNE, sparse=True),
 )  # fmt: skip
+ROWS = (
+    *DENSE_ROWS,
+    *SPARSE_ROWS,
+    # Every other layout with a sparse student, too.
+    *(
+        replace(
+            row, name=f"sparse student, {row.name}", sparse=True, methods=(),
+            nightly=FINETUNE if "finetune" in row.methods + row.nightly else DMD2,
+        )
+        for row in DENSE_ROWS
+    ),
+)  # fmt: skip
 MUTATED = (
     Row("mutant: noise keyed by rank", 2, f"{P}sequence 2", methods=FINETUNE, mutant="noise_keyed_by_rank"),
     Row("mutant: sequence gradients", 2, f"{P}sequence 2", methods=FINETUNE, mutant="sequence_gradients_not_divided"),
     Row("mutant: local norm", 2, f"{P}tensor 2", methods=FINETUNE, mutant="norm_over_local_width"),
+    Row("mutant: tangents", 2, f"{P}sequence 2", methods=("scm",), mutant="tangents_stay_where_they_are"),
     Row("mutant: mean of means", 2, f"{P}sequence 2", methods=FINETUNE, mutant="mean_of_means"),
     Row(
         "mutant: replicated gradient", 2, f"{P}tensor 2 {P}token_region", methods=FINETUNE,
@@ -127,7 +159,12 @@ MUTATED = (
         "mutant: gate outside", 2, f"{P}tensor 2", methods=FINETUNE, mutant="gate_outside_of_the_region", sparse=True,
     ),
 )  # fmt: skip
-CASES = [pytest.param(row, method, id=f"{row.name}-{method}") for row in ROWS for method in row.methods]
+NIGHTLY = (pytest.mark.nightly, pytest.mark.timeout(1800))  # the first case waits for all of them to be trained
+CASES = [
+    pytest.param(row, method, id=f"{row.name}-{method}", marks=NIGHTLY if method in row.nightly else ())
+    for row in ROWS
+    for method in (*row.methods, *row.nightly)
+]
 
 
 @dataclass(frozen=True)
@@ -140,7 +177,7 @@ class Differences:
 
     @property
     def largest(self) -> float:
-        return max(self.losses, self.gradient_norms, self.parameters)
+        return largest((self.losses, self.gradient_norms, self.parameters))
 
 
 @pytest.fixture(scope="module")
@@ -148,26 +185,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where rows write: each its run, and its weights at the end."""
     folder = tmp_path_factory.mktemp("matrix")
     _open_gates(folder / SPARSE_WEIGHTS)
+    record_pairs(folder / "pairs", num_pairs=GLOBAL_BATCH, num_steps=4)
     return folder
 
 
 @pytest.fixture(scope="module")
 def compare(folder: Path) -> Callable[[Row, str], Differences]:
-    """What compares one row with one process; trains all rows of as many ranks when the first of them is asked for."""
+    """What compares one row with one process; trains all rows of as many ranks, of one tier, when the first of them is
+    asked for."""
 
     @functools.cache
-    def launch(num_ranks: int) -> None:
+    def launch(num_ranks: int, nightly: bool) -> None:
         rows = [
             {"name": _file_name(row, method), "arguments": row.arguments(method, folder / _file_name(row, method)),
              "mutant": row.mutant}
             for row in (REFERENCE, SPARSE_REFERENCE, *ROWS, *MUTATED) if row.ranks == num_ranks
-            for method in row.methods
+            for method in (row.nightly if nightly else row.methods)
         ]  # fmt: skip
-        _launch(num_ranks, rows, folder)
+        _launch(f"{num_ranks}{'-nightly' * nightly}", num_ranks, rows, folder)
 
     def compare(row: Row, method: str) -> Differences:
-        launch(1)
-        launch(row.ranks)
+        launch(1, False)
+        launch(row.ranks, method in row.nightly)
         return _differences(folder / _file_name(row.reference, method), folder / _file_name(row, method))
 
     return compare
@@ -190,35 +229,29 @@ def _file_name(row: Row, method: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in f"{row.name}-{method}")
 
 
-def _launch(num_ranks: int, rows: list[dict[str, Any]], folder: Path) -> None:
-    table = folder / f"{num_ranks}.json"
+def _launch(name: str, num_ranks: int, rows: list[dict[str, Any]], folder: Path) -> None:
+    table = folder / f"{name}.json"
     table.write_text(json.dumps(rows))
-    worker = [str(Path(__file__).parent / "matrix_worker.py"), str(table), str(folder)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, *(torchrun if num_ranks > 1 else []), *worker],
-        cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True, text=True, timeout=550, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    run_worker(num_ranks, Path(__file__).with_name("matrix_worker.py"), table, folder, timeout=1700)
 
 
 def _differences(reference: Path, run: Path) -> Differences:
     expected, found = read_metrics(reference), read_metrics(run)
     assert len(expected) == len(found) == STEPS
-    worst: dict[str, float] = defaultdict(float)
+    found_at: dict[str, list[float]] = defaultdict(list)
     for line, other in zip(expected, found, strict=True):
         for key, value in line.items():
             kind = key.partition("/")[0]
-            if kind in ("loss", "grad_norm", "dmd"):
-                worst[kind] = max(worst[kind], abs(other[key] - value) / abs(value))
+            if kind in ("loss", "grad_norm", "dmd", "scm"):
+                found_at[kind].append(abs(other[key] - value) / abs(value))
     weights, others = load_file(f"{reference}.safetensors"), load_file(f"{run}.safetensors")
     assert weights.keys() == others.keys()
     distance = sum((weights[name] - others[name]).double().square().sum() for name in weights)
     size = sum(tensor.double().square().sum() for tensor in weights.values())
     assert isinstance(distance, torch.Tensor)
-    return Differences(max(worst["loss"], worst["dmd"]), worst["grad_norm"], float((distance / size).sqrt()))
+    norms = largest(found_at.pop("grad_norm"))
+    losses = largest(itertools.chain(*found_at.values()))
+    return Differences(losses, norms, float((distance / size).sqrt()))
 
 
 @pytest.mark.parametrize(("row", "method"), CASES)
@@ -238,7 +271,8 @@ def test_the_sparse_student_follows_its_schedule_and_trains_another_curve(
 
 @pytest.mark.parametrize("row", MUTATED, ids=[row.mutant for row in MUTATED])
 def test_the_matrix_catches(compare: Callable[[Row, str], Differences], row: Row) -> None:
-    assert compare(row, "finetune").largest > 10 * EXACT
+    (method,) = row.methods
+    assert compare(row, method).largest > 10 * EXACT
 
 
 def test_every_mutant_is_run() -> None:

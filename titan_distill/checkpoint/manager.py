@@ -238,6 +238,8 @@ class CheckpointManager:
                 logger.warning(
                     "The weights of %s have changed since the checkpoint: %s, was %s", name, now.path, saved.path
                 )
+        if manifest.config_digest != self.run_info.config_digest:
+            logger.warning("The configuration has changed since the checkpoint: config.toml has the present one")
         logger.info("Resuming from %s", path)
         newest = next(iter(discovery.step_folders(path.parent)), path)
         if newest.name != path.name:

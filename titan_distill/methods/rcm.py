@@ -15,7 +15,7 @@ Source: rCM (2510.08431).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from titan_distill.data.loader import Batch
 from titan_distill.dispatch import register_method
@@ -67,12 +67,12 @@ class Rcm(TangentTraining, Dmd2):
         return True
 
     @classmethod
-    def work(cls, config: Dmd2Config) -> list[Passes]:
+    def work(cls, config: Any) -> list[Passes]:
         """Of a step after the warm-up. Both forwards of the student are alive in one backward, as two conditions would
         be."""
         matching = Dmd2.work(config)
         both = [replace(p, num_conditions=2) if p.backward and p.role == p.update == "student" else p for p in matching]
-        return [*cls.tangent_work(config.teacher_guidance, 1 / config.update_ratio), *both]
+        return [*cls.tangent_work(config, config.teacher_guidance, 1 / config.update_ratio), *both]
 
     def updates(self, step: int) -> list[Update]:
         """The student alone during the warm-up, then the cadence of DMD2."""

@@ -22,7 +22,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_distill.config_world import RunLayout, role_parallelism
-from titan_distill.dispatch import method_class
+from titan_distill.dispatch import method_class, model_family
 from titan_distill.methods.base import Passes
 from titan_distill.observability import communication, memory
 from titan_distill.observability.communication import Links, Transfer, Weights
@@ -127,7 +127,7 @@ def fake_world(num_ranks: int) -> Iterator[World]:
 
 def can_plan(config: Config, roles: RoleManager) -> bool:
     """Whether the family's networks are video transformers, whose costs are known."""
-    return hasattr(config.pipeline_config, "num_frames") and all(hasattr(role.transformer, "config") for role in roles)
+    return _token_grid(config) is not None and all(hasattr(role.transformer, "config") for role in roles)
 
 
 def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -> Plan:
@@ -135,14 +135,14 @@ def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -
 
     Raises ValueError for a family whose networks are no video transformers.
     """
-    if not can_plan(config, roles):
-        raise ValueError(f"recipe.family = {config.recipe.family!r} has no video transformers that a plan is made for")
     grid = _token_grid(config)
+    if grid is None or not can_plan(config, roles):
+        raise ValueError(f"recipe.family = {config.recipe.family!r} has no video transformers that a plan is made for")
     plans = {role.name: _role_plan(config, layout, role, grid) for role in roles}
     work = method_class(config.recipe.method).work(config.method_config)
     planner = _Planner(config, layout, gpu, plans, grid)
     plans = planner.plans = {name: planner.with_activations(plan, work) for name, plan in plans.items()}
-    encoders = _encoder_bytes(config)
+    encoders = _encoder_bytes(config, next(iter(plans.values())).architecture.out_channels)
     updates = list(dict.fromkeys(passes.update for passes in work)) or [role.name for role in roles.trainable]
     peaks = {update: planner.peak(update, work) + encoders for update in updates}
     peak_update = max(peaks, key=peaks.__getitem__)
@@ -311,22 +311,20 @@ def _weights(role: RoleHandle, compute_bytes: int, reshards: bool) -> Weights:
     )
 
 
-def _token_grid(config: Config) -> tuple[int, int, int]:
-    """Video tokens along frames, height and width: VAE's 4 × 8 × 8, then patches of 1 × 2 × 2."""
-    pipeline = config.pipeline_config
-    return (pipeline.num_frames - 1) // 4 + 1, pipeline.height // 16, pipeline.width // 16
+def _token_grid(config: Config) -> tuple[int, int, int] | None:
+    return model_family(config.recipe.family)(config).token_grid()
 
 
-# Of Wan 2.1's files; any other pipeline folder must be there to be read.
-VAE_NUMBERS, TEXT_ENCODER_NUMBERS = 126_892_531, 5_680_910_336
+# Of the published files, the VAE's by its channels; any other pipeline folder must be there to be read.
+VAE_NUMBERS, TEXT_ENCODER_NUMBERS = {16: 126_892_531, 48: 704_688_668}, 5_680_910_336
 
 
-def _encoder_bytes(config: Config) -> float:
+def _encoder_bytes(config: Config, channels: int) -> float:
     """VAE in fp32 and text encoder in the compute type: they stay on rank 0 once it has embedded a prompt."""
     if not config.pipeline_config.path:
         return 0.0
     folder, in_bytes = Path(config.pipeline_config.path), BYTES[config.training.dtype]
-    vae = _numbers_in(folder / "vae") or VAE_NUMBERS
+    vae = _numbers_in(folder / "vae") or VAE_NUMBERS.get(channels, max(VAE_NUMBERS.values()))
     text = _numbers_in(folder / "text_encoder") or TEXT_ENCODER_NUMBERS
     return memory.FP32 * vae + in_bytes * text
 

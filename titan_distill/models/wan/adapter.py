@@ -10,14 +10,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from titan_kernels import tile_layout
+from titan_kernels.layout import tile_grid
 from torch import Tensor, nn
 
 from titan_distill.data.loader import Batch
 from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import schedule
 from titan_distill.models.base import Adapter, Condition, Guidance
+from titan_distill.models.wan import first_frame
+from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.experts import is_high_noise, route
+from titan_distill.models.wan.first_frame import ImageMixing
+from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import decode_latents, encode_video
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
@@ -31,7 +35,8 @@ if TYPE_CHECKING:
 
 
 class WanAdapter(Adapter):
-    """Adapter of Wan text-to-video models. VAE and text encoder may be absent where nothing is decoded or encoded."""
+    """Adapter of Wan models that make videos from text, or from text and a first frame. VAE and text encoder may be
+    absent where nothing is decoded or encoded."""
 
     def __init__(
         self,
@@ -45,19 +50,23 @@ class WanAdapter(Adapter):
         device: torch.device,
         layouts: Layouts,
         checkpointing: ActivationCheckpointConfig,
+        image_mixing: ImageMixing | None = None,
+        takes_images: bool = False,
         boundary_ratio: float | None = None,
         guidance_scale_2: float | None = None,
     ) -> None:
         """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know.
+        ``image_mixing``: which training samples start from an image; ``takes_images``: whether sampling may.
         ``boundary_ratio``, ``guidance_scale_2``: of roles with two experts, see `experts`."""
         self.boundary_ratio, self.guidance_scale_2 = boundary_ratio, guidance_scale_2
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
         self.checkpointing = checkpointing
-        _, frames, height, width = latent_shape
-        self._grid = (frames, height // 2, width // 2)
-        self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(self._grid))
+        grid = token_grid(latent_shape[1:], WanConfig.patch_size)
+        self._num_tiles = math.prod(tile_grid(grid))
+        self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(grid))
         self.max_text_tokens = max_text_tokens
         self.layouts = layouts
+        self.image_mixing, self.takes_images = image_mixing, takes_images
         self.vae, self.text_encoder = vae, text_encoder
         self._negative_LD = None if negative_embedding_LD is None else negative_embedding_LD.to(device)
 
@@ -68,7 +77,7 @@ class WanAdapter(Adapter):
             core = transformer.sparse_attention
             if core is not None:
                 core.start_step(step)
-                read = core.tiles_read(tile_layout(self._grid).num_tiles)
+                read = core.tiles_read(self._num_tiles)
                 # What was asked for, and what the fine branch runs: whole tiles, and all of them below the crossover.
                 values["vsa_sparsity"] = float(core.sparsity)
                 values["vsa_sparsity_executed"] = 1 - read.num_selected / read.num_tiles
@@ -83,7 +92,8 @@ class WanAdapter(Adapter):
         return batch.to(self.device)
 
     def text_condition(self, batch: Batch) -> Condition:
-        return {"text": batch.text_embeddings}
+        text = {"text": batch.text_embeddings}
+        return text if self.image_mixing is None else text | self.image_mixing.condition(batch)
 
     def negative_condition(self, batch_size: int) -> Condition:
         if self._negative_LD is None:
@@ -99,10 +109,25 @@ class WanAdapter(Adapter):
     def embed_prompts(self, prompts: list[str]) -> list[Tensor]:
         return [self._text_encoder().embed(prompt, self.max_text_tokens) for prompt in prompts]
 
+    def with_image(self, condition: Condition, images: Tensor) -> Condition:
+        if not self.takes_images:
+            raise ValueError(
+                "the models of this run make videos from text only: they were trained with "
+                "pipeline_config.image_probability = 0, and the pipeline they come from has no expand_timesteps in its "
+                "model_index.json; leave the image out"
+            )
+        return {**condition, **first_frame.given_frame(self.encode_video(images[:, None]))}
+
+    def held(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        return first_frame.held(x, sigma_B, condition)
+
+    def loss_mask(self, condition: Condition) -> Tensor | None:
+        return first_frame.loss_mask(condition, self.latent_shape[1])
+
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
         transformer = _transformer(role)
         config, core = transformer.config, transformer.sparse_attention
-        sparse = None if core is None else core.tiles_read(tile_layout(self._grid).num_tiles)
+        sparse = None if core is None else core.tiles_read(self._num_tiles)
         sizes = (self.work.tokens_per_sample, condition["text"].shape[1], sparse)
         # The ranks that load the same samples share their work, in whatever layout.
         own_flops = forward_flops(config, *sizes).total * len(x) / self.layouts.data_group
@@ -113,26 +138,29 @@ class WanAdapter(Adapter):
             frozen=role.adapters_only,
         )
 
-        def forward(x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-            return self._routed(role, x, sigma_B, condition)
+        def forward(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+            return self._routed(role, x, sigma, condition)
 
-        exchange = self.layouts.exchange(role.name)
-        return forward(x, sigma_B, condition) if exchange is None else exchange.run(forward, x, sigma_B, condition)
+        x, sigma = self.held(x, sigma_B, condition)
+        if sigma.ndim > 1:
+            sigma = sigma.flatten(1)  # [B, F], a time for each frame
+        read, exchange = first_frame.without_frame(condition), self.layouts.exchange(role.name)
+        return forward(x, sigma, read) if exchange is None else exchange.run(forward, x, sigma, read)
 
-    def _routed(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """Each sample's velocity, by the expert for its noise level where there are two."""
+    def _routed(self, role: RoleHandle, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Each sample's velocity, by the expert for its noise level where there are two. ``sigma``: [B] or [B, F]."""
         experts = [partial(_run, module) for module in role.modules.values()]
         if len(experts) == 1:
-            return experts[0](x, sigma_B, condition)
+            return experts[0](x, sigma, condition)
         whole = _transformer(role).sequence is not None
         return route(
-            (experts[0], experts[1]), self._is_high_noise(sigma_B), x, sigma_B, condition,
+            (experts[0], experts[1]), self._is_high_noise(sigma), x, sigma, condition,
             run_both=torch.is_grad_enabled() and role.trainable, dummy_frames=x.shape[2] if whole else 1,
         )  # fmt: skip
 
-    def _is_high_noise(self, sigma_B: Tensor) -> Tensor:
+    def _is_high_noise(self, sigma: Tensor) -> Tensor:
         assert self.boundary_ratio is not None, "a run with two experts has found their boundary"
-        return is_high_noise(sigma_B, self.boundary_ratio)
+        return is_high_noise(sigma, self.boundary_ratio)
 
     def guidance_scale(self, role: RoleHandle, sigma_B: Tensor, guidance: Guidance) -> float | Tensor:
         if self.guidance_scale_2 is None or len(role.modules) == 1:
@@ -162,9 +190,9 @@ class WanAdapter(Adapter):
         return self.vae
 
 
-def _run(transformer: nn.Module, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+def _run(transformer: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
     # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
-    return transformer(x, schedule.timestep(sigma_B), condition["text"]).to(x.dtype)
+    return transformer(x, schedule.timestep(sigma), condition["text"]).to(x.dtype)
 
 
 def _transformer(role: RoleHandle) -> WanTransformer:

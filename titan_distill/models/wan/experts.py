@@ -45,16 +45,18 @@ Run = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """Velocity of one expert from latents, noise levels and condition."""
 
 
-def is_high_noise(sigma_B: Tensor, boundary_ratio: float) -> Tensor:
-    """[B] bool: which samples `transformer` is for. As in diffusers, the boundary itself is."""
-    return timestep(sigma_B.detach()) >= boundary_ratio * NUM_TRAIN_TIMESTEPS
+def is_high_noise(sigma: Tensor, boundary_ratio: float) -> Tensor:
+    """[B] bool: which samples `transformer` is for. As in diffusers, the boundary itself is. ``sigma`` is [B], or
+    [B, F] where a given frame has less noise than the sample."""
+    sigma_B = sigma.detach() if sigma.ndim == 1 else sigma.detach().amax(1)
+    return timestep(sigma_B) >= boundary_ratio * NUM_TRAIN_TIMESTEPS
 
 
 def route(
     experts: tuple[Run, Run],
     high_B: Tensor,
     x: Tensor,
-    sigma_B: Tensor,
+    sigma: Tensor,
     condition: Mapping[str, Tensor],
     *,
     run_both: bool,
@@ -65,7 +67,7 @@ def route(
     Args:
         experts: for high noise, for low noise.
         high_B: which samples are the first one's.
-        x, sigma_B, condition: batch-first.
+        x, sigma, condition: batch-first; sigma [B] or [B, F].
         run_both: with gradients; see the module's docstring.
         dummy_frames: latent frames of what an expert gets that has no sample here.
     """
@@ -74,10 +76,11 @@ def route(
     parts, nothing = [], x.new_zeros(())
     for run, own_N, is_needed in zip(experts, rows, needed, strict=True):
         if len(own_N):
-            parts.append(run(x[own_N], sigma_B[own_N], {name: value[own_N] for name, value in condition.items()}))
+            parts.append(run(x[own_N], sigma[own_N], {name: value[own_N] for name, value in condition.items()}))
         elif is_needed:
             first = {name: value[:1] for name, value in condition.items()}
-            unused = run(x[:1, :, :dummy_frames], sigma_B[:1], first)
+            level = sigma[:1] if sigma.ndim == 1 else sigma[:1, :dummy_frames]
+            unused = run(x[:1, :, :dummy_frames], level, first)
             # The sum of no number: it is zero, and so are its gradients, but a backward passes through the expert.
             nothing = nothing + unused.flatten()[:0].sum()
     return torch.cat(parts)[torch.cat(rows).argsort()] + nothing

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from titan_kernels.layout import DEFAULT_TILE
+from titan_kernels.layout import tile_grid
 
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config_lora import LoraConfig
@@ -156,7 +156,7 @@ def check_degrees(
             f"set sequence to {nearest_divisors(sequence, heads // tensor)}, or sequence_method to 'all_gather'"
         )
     join = runs_of_tiles(choose_method(heads, sequence, tensor, sequence_method), core)
-    num_tiles = math.prod(-(-size // tile) for size, tile in zip(grid, DEFAULT_TILE, strict=True))
+    num_tiles = math.prod(tile_grid(grid))
     num_runs = -(-num_tiles // join)
     if sequence > num_runs:
         raise ValueError(

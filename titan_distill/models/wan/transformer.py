@@ -127,7 +127,7 @@ class WanTransformer(nn.Module):
                 superfluous.
         """
         self._check_inputs(hidden_states, encoder_hidden_states, encoder_hidden_states_image)
-        grid = token_grid(hidden_states, self.config.patch_size)
+        grid = token_grid(hidden_states.shape[2:], self.config.patch_size)
         context = token_context(grid, self.config, hidden_states.device)
         if self.sparse_attention is not None:
             context = replace(context, num_selected=self.sparse_attention.selection(context.layout.num_tiles))
