@@ -102,6 +102,7 @@ class Dmd2(TrainingMethod):
 
     config_class: ClassVar[type] = Dmd2Config
     roles_required: ClassVar[dict[str, bool]] = {"student": True, "teacher": False, "critic": True}
+    uses_loss_mask = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -151,7 +152,7 @@ class Dmd2(TrainingMethod):
         rollout = self.rollout(batch, condition, step, purpose="dmd2/student")
         with torch.no_grad():
             direction = self._score_difference(batch, condition, step, rollout)
-        losses_B = losses.dmd_loss(rollout.x0, direction)
+        losses_B = losses.dmd_loss(rollout.x0, direction, self.adapter.loss_mask(condition))
         size_B = direction.detach().abs().flatten(1).mean(1)
         return LossResult(losses_B, {"dmd/gradient_size": size_B})
 
@@ -166,7 +167,8 @@ class Dmd2(TrainingMethod):
         x = self.adapter.add_noise(rollout.x0, noise, sigma_B)
         with self.timer("critic"):
             velocity = self.adapter.predict_velocity(self.roles["critic"], x, sigma_B, condition)
-        return LossResult(losses.critic_loss(self.config.critic_loss, velocity, x, rollout.x0, noise, sigma_B))
+        mask = self.adapter.loss_mask(condition)
+        return LossResult(losses.critic_loss(self.config.critic_loss, velocity, x, rollout.x0, noise, sigma_B, mask))
 
     def rollout(self, batch: Batch, condition: Condition, step: int, purpose: str) -> Rollout:
         """Runs the student up to a random exit; only the exit's forward may carry gradients.
@@ -206,12 +208,13 @@ class Dmd2(TrainingMethod):
         u_B = self.noise.uniform("dmd2/student/timestep", step, batch.sample_ids)
         sigma_B = self._score_sigma(u_B, rollout.exit_index).to(x0.device)
         x = self.adapter.add_noise(x0, self._normal(batch, step, "dmd2/student/noise"), sigma_B)
+        mask = self.adapter.loss_mask(condition)
         with self.timer("critic"):
             fake_guidance = Guidance(config.fake_guidance_scale)
             fake = self.adapter.predict_x0(self.roles["critic"], x, sigma_B, condition, fake_guidance)
         with self.timer("teacher"):
             real = self.adapter.predict_x0(self.roles["teacher"], x, sigma_B, condition, config.teacher_guidance)
-        return losses.dmd_direction(fake, real, x0, normalise=config.normalise)
+        return losses.dmd_direction(fake, real, x0, normalise=config.normalise, mask=mask)
 
     def _score_sigma(self, u_B: Tensor, exit_index: int) -> Tensor:
         """Noise levels at which the scores are compared, one a sample, from uniform draws."""

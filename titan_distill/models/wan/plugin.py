@@ -17,10 +17,12 @@ from titan_distill.checkpoint.initial_weights import is_reference, read_weights,
 from titan_distill.config_sections import SparseAttentionConfig
 from titan_distill.config_world import role_parallelism
 from titan_distill.data.text import TextEncoder
-from titan_distill.dispatch import register_model
+from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.dispatch import method_class, register_model
 from titan_distill.models.base import Adapter, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
+from titan_distill.models.wan.first_frame import ImageMixing, expands_timesteps
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_transformer, check_degrees
 from titan_distill.models.wan.state_dict import UNUSED_KEY, copy_full_tensor, load_weights, read_config, save_folder
@@ -54,10 +56,19 @@ class WanPipelineConfig:
     """Video width in pixels."""
     num_frames: int = 81
     """Video length in frames, 4 n + 1."""
+    image_probability: float = 0.0
+    """Share of the training samples that start from an image, their own first latent frame (image-to-video); the rest
+    has text only. Wan 2.2 TI2V was trained with 0.2."""
+    image_noise_mean: float = -3.5
+    """The image of a training sample gets noise of exp(N(image_noise_mean, image_noise_std)) times the sample's level;
+    -inf leaves it clean."""
+    image_noise_std: float = 0.5
+    """See image_noise_mean."""
 
     def __post_init__(self) -> None:
         if self.flow_shift <= 0:
             raise ValueError(f"flow_shift = {self.flow_shift} must be positive; 1 means no shift")
+        self._check_images()
         if self.num_frames < 1 or self.num_frames % 4 != 1:
             nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
             raise ValueError(f"num_frames = {self.num_frames} must be 4 n + 1 for the VAE; the nearest is {nearest}")
@@ -65,6 +76,27 @@ class WanPipelineConfig:
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 nearest = max(16, round(getattr(self, name) / 16) * 16)
                 raise ValueError(f"{name} = {getattr(self, name)} must be a multiple of 16; the nearest is {nearest}")
+
+    def _check_images(self) -> None:
+        if not 0 <= self.image_probability <= 1:
+            raise ValueError(f"image_probability = {self.image_probability} must be between 0 and 1")
+        if not self.image_noise_mean <= -1:
+            raise ValueError(
+                f"image_noise_mean = {self.image_noise_mean} must be at most -1: it is the logarithm of a small share"
+            )
+        if not 0 <= self.image_noise_std <= 1:
+            raise ValueError(f"image_noise_std = {self.image_noise_std} must be between 0 and 1")
+        for name in ("image_noise_mean", "image_noise_std"):
+            if not self.image_probability and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} has no effect with image_probability = 0; remove it, or set "
+                    "image_probability"
+                )
+        if self.image_probability and self.num_frames < 5:
+            raise ValueError(
+                f"num_frames = {self.num_frames} leaves nothing to make after the first frame that "
+                f"image_probability = {self.image_probability} gives; set it to 5 or more"
+            )
 
 
 @register_model("wan")
@@ -80,6 +112,16 @@ class WanFamily(ModelFamily):
                 raise ValueError(
                     f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}"
                 )
+        if config.pipeline_config.image_probability and not method_class(config.recipe.method).uses_loss_mask:
+            raise ValueError(
+                f"pipeline_config.image_probability = {config.pipeline_config.image_probability} gives first frames, "
+                f"which recipe.method = {config.recipe.method!r} would count in its loss; set it to 0, or train with "
+                "'finetune', 'dmd2' or 'consistency'"
+            )
+
+    @property
+    def needs_latents(self) -> bool:
+        return self.config.pipeline_config.image_probability > 0
 
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
         config = self.config
@@ -106,6 +148,11 @@ class WanFamily(ModelFamily):
         for name, layout in degrees.items():
             architecture = self._architecture(name, self.config.roles[name], by_name=True)
             space.check_channels(name, architecture.out_channels)
+            if self.needs_latents and architecture.in_channels != architecture.out_channels:
+                raise ValueError(
+                    f"roles.{name} takes images in {architecture.in_channels - architecture.out_channels} channels of "
+                    "its own, not as a first frame; set pipeline_config.image_probability to 0"
+                )
             check_degrees(
                 f"roles.{name}",
                 architecture,
@@ -220,7 +267,16 @@ class WanFamily(ModelFamily):
             device=device,
             layouts=layouts,
             checkpointing=config.activation_checkpoint,
+            image_mixing=self._image_mixing(),
+            takes_images=pipeline.image_probability > 0 or expands_timesteps(pipeline.path),
         )
+
+    def _image_mixing(self) -> ImageMixing | None:
+        pipeline = self.config.pipeline_config
+        if not pipeline.image_probability:
+            return None
+        noise = KeyedNoise(self.config.job.seed)
+        return ImageMixing(noise, pipeline.image_probability, pipeline.image_noise_mean, pipeline.image_noise_std)
 
     def build_validator(self, adapter: Adapter, folder: Path, layouts: Layouts) -> Validator:
         assert isinstance(adapter, WanAdapter)
