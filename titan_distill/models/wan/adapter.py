@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from titan_kernels import tile_layout
+from titan_kernels.layout import tile_grid
 from torch import Tensor
 
 from titan_distill.data.loader import Batch
@@ -55,8 +55,9 @@ class WanAdapter(Adapter):
         ``image_mixing``: which training samples start from an image; ``takes_images``: whether sampling may."""
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
         self.checkpointing = checkpointing
-        self._grid = token_grid(latent_shape[1:], WanConfig.patch_size)
-        self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(self._grid))
+        grid = token_grid(latent_shape[1:], WanConfig.patch_size)
+        self._num_tiles = math.prod(tile_grid(grid))
+        self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(grid))
         self.max_text_tokens = max_text_tokens
         self.layouts = layouts
         self.image_mixing, self.takes_images = image_mixing, takes_images
@@ -69,7 +70,7 @@ class WanAdapter(Adapter):
             core = _transformer(role).sparse_attention
             if core is not None:
                 core.start_step(step)
-                read = core.tiles_read(tile_layout(self._grid).num_tiles)
+                read = core.tiles_read(self._num_tiles)
                 # What was asked for, and what the fine branch runs: whole tiles, and all of them below the crossover.
                 values["vsa_sparsity"] = float(core.sparsity)
                 values["vsa_sparsity_executed"] = 1 - read.num_selected / read.num_tiles
@@ -119,7 +120,7 @@ class WanAdapter(Adapter):
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
         transformer = _transformer(role)
         config, core = transformer.config, transformer.sparse_attention
-        sparse = None if core is None else core.tiles_read(tile_layout(self._grid).num_tiles)
+        sparse = None if core is None else core.tiles_read(self._num_tiles)
         sizes = (self.work.tokens_per_sample, condition["text"].shape[1], sparse)
         # The ranks that load the same samples share their work, in whatever layout.
         own_flops = forward_flops(config, *sizes).total * len(x) / self.layouts.data_group
@@ -127,6 +128,7 @@ class WanAdapter(Adapter):
             own_flops,
             backward=torch.is_grad_enabled() and role.trainable,
             recompute=recomputed_share(config, self.checkpointing, *sizes),
+            frozen=role.adapters_only,
         )
 
         def forward(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:

@@ -126,7 +126,7 @@ class WanFamily(ModelFamily):
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
         config = self.config
         compute_dtype = DTYPES[config.training.dtype]
-        auto_dtype = torch.float32 if role.trainable else compute_dtype
+        auto_dtype = torch.float32 if role.trainable and not role.lora.enabled else compute_dtype
         layout = Layout(
             mesh=mesh,
             parallelism=role_parallelism(config, name),
@@ -137,6 +137,7 @@ class WanFamily(ModelFamily):
             activation_checkpoint=config.activation_checkpoint,
             compile=config.compile,
             float8=config.float8.for_role(name),
+            lora=role.lora,
             sparse_attention=config.sparse_attention if role.attention == "sparse" else None,
         )
         architecture = self._architecture(name, role, by_name=device.type == "meta")
@@ -147,11 +148,11 @@ class WanFamily(ModelFamily):
         space.check_size(*self._video_size())
         for name, layout in degrees.items():
             architecture = self._architecture(name, self.config.roles[name], by_name=True)
-            space.check_channels(name, architecture.out_channels)
-            if self.needs_latents and architecture.in_channels != architecture.out_channels:
+            self._check_latents(name, architecture, space)
+            if self.config.roles[name].lora.enabled and layout.tensor > 1:
                 raise ValueError(
-                    f"roles.{name} takes images in {architecture.in_channels - architecture.out_channels} channels of "
-                    "its own, not as a first frame; set pipeline_config.image_probability to 0"
+                    f"roles.{name}.lora does not go with tensor = {layout.tensor}: adapters are not cut over tensor "
+                    f"ranks; set roles.{name}.parallelism.tensor to 1, or lora.rank to 0"
                 )
             check_degrees(
                 f"roles.{name}",
@@ -160,6 +161,14 @@ class WanFamily(ModelFamily):
                 role_parallelism(self.config, name).sequence_method,
                 self.token_grid(),
                 self._core(self.config.roles[name].attention == "sparse"),
+            )
+
+    def _check_latents(self, name: str, architecture: WanConfig, space: LatentSpace) -> None:
+        space.check_channels(name, architecture.out_channels)
+        if self.needs_latents and architecture.in_channels != architecture.out_channels:
+            raise ValueError(
+                f"roles.{name} takes images in {architecture.in_channels - architecture.out_channels} channels of its "
+                "own, not as a first frame; set pipeline_config.image_probability to 0"
             )
 
     def token_grid(self) -> Grid:
@@ -217,7 +226,7 @@ class WanFamily(ModelFamily):
             model = WanTransformer.from_config(config, self._core(config.sparse_attention))
         model.to_empty(device=device).requires_grad_(False)
         parameters = dict(model.named_parameters())
-        for name, tensor in tensors:
+        for name, tensor in _used(tensors):
             copy_full_tensor(parameters.pop(name), tensor)
         assert not parameters, f"the checkpoint lacks {', '.join(parameters)}"
         return model
@@ -241,7 +250,7 @@ class WanFamily(ModelFamily):
     def write_weights(
         tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path, dtype: torch.dtype | None
     ) -> None:
-        save_folder(tensors, WanConfig.from_diffusers(architecture), folder, dtype)
+        save_folder(_used(tensors), WanConfig.from_diffusers(architecture), folder, dtype)
 
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         config = _wan(module).config
@@ -288,6 +297,11 @@ class WanFamily(ModelFamily):
 def _wan(module: nn.Module) -> WanTransformer:
     assert isinstance(module, WanTransformer)
     return module
+
+
+def _used(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    """Without what published weights hold and no network has: adapters are merged into everything that a base holds."""
+    return ((name, tensor) for name, tensor in tensors if UNUSED_KEY not in name)
 
 
 def _stored_architecture(weights: str) -> WanConfig:
