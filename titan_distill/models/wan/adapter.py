@@ -6,7 +6,9 @@ Shapes: B batch, C latent channels, F latent frames, H and W latent height and w
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,11 +54,13 @@ class WanAdapter(Adapter):
         checkpointing: ActivationCheckpointConfig,
         image_mixing: ImageMixing | None = None,
         takes_images: bool = False,
+        text_cache: Path | None = None,
         boundary_ratio: float | None = None,
         guidance_scale_2: float | None = None,
     ) -> None:
         """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know.
         ``image_mixing``: which training samples start from an image; ``takes_images``: whether sampling may.
+        ``text_cache``: folder for embeddings of prompts that come with videos.
         ``boundary_ratio``, ``guidance_scale_2``: of roles with two experts, see `experts`."""
         self.boundary_ratio, self.guidance_scale_2 = boundary_ratio, guidance_scale_2
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
@@ -67,6 +71,7 @@ class WanAdapter(Adapter):
         self.max_text_tokens = max_text_tokens
         self.layouts = layouts
         self.image_mixing, self.takes_images = image_mixing, takes_images
+        self.text_cache = text_cache
         self.vae, self.text_encoder = vae, text_encoder
         self._negative_LD = None if negative_embedding_LD is None else negative_embedding_LD.to(device)
 
@@ -84,12 +89,22 @@ class WanAdapter(Adapter):
         return values
 
     def prepare_batch(self, batch: Batch) -> Batch:
+        if not batch.is_encoded:
+            batch = self._encoded(batch)
         if batch.latents is not None and tuple(batch.latents.shape[1:]) != self.latent_shape:
             raise ValueError(
                 f"the data's latents have shape {tuple(batch.latents.shape[1:])}, but pipeline_config's num_frames, "
                 f"height and width make {self.latent_shape}; change pipeline_config or preprocess videos at that size"
             )
         return batch.to(self.device)
+
+    def _encoded(self, batch: Batch) -> Batch:
+        """Each clip and each prompt by itself: what a sample is does not depend on its batch."""
+        encoder, clips = self._text_encoder(), batch.clips
+        assert self.text_cache is not None
+        texts = [encoder.cached_embedding(text, self.max_text_tokens, self.text_cache) for text in batch.captions]
+        latents = None if clips is None else torch.cat([self.encode_video(clip[None]) for clip in clips])
+        return replace(batch, text_embeddings=torch.stack(texts), latents=latents, clips=None, is_encoded=True)
 
     def text_condition(self, batch: Batch) -> Condition:
         text = {"text": batch.text_embeddings}
@@ -110,13 +125,21 @@ class WanAdapter(Adapter):
         return [self._text_encoder().embed(prompt, self.max_text_tokens) for prompt in prompts]
 
     def with_image(self, condition: Condition, images: Tensor) -> Condition:
+        self.check_takes_images()
+        return self.with_first_frame(condition, self.encode_video(images[:, None]))
+
+    def with_first_frame(self, condition: Condition, latents: Tensor) -> Condition:
+        """The condition that videos also start from these latent frames [B, C, 1, H, W], clean."""
+        return {**condition, **first_frame.given_frame(latents.to(self.device))}
+
+    def check_takes_images(self) -> None:
+        """Raises ValueError where the models of the run can't start a video from an image."""
         if not self.takes_images:
             raise ValueError(
                 "the models of this run make videos from text only: they were trained with "
                 "pipeline_config.image_probability = 0, and the pipeline they come from has no expand_timesteps in its "
-                "model_index.json; leave the image out"
+                "model_index.json; leave images out"
             )
-        return {**condition, **first_frame.given_frame(self.encode_video(images[:, None]))}
 
     def held(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         return first_frame.held(x, sigma_B, condition)
