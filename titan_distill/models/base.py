@@ -203,6 +203,10 @@ class ModelFamily(ABC):
         """Whether training conditions are made of the data's latents, whatever the method needs."""
         return False
 
+    def extra_tensors(self) -> tuple[str, ...]:
+        """Names of the further tensors that training conditions take from every row of the data."""
+        return ()
+
     @abstractmethod
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
         """Builds, lays out and loads the network of one role. On ``device("meta")`` nothing is allocated or loaded."""

@@ -36,7 +36,7 @@ from titan_distill.diffusion.schedule import NUM_TRAIN_TIMESTEPS, timestep
 if TYPE_CHECKING:
     from titan_distill.config import Config, RoleConfig
 
-TWO_EXPERTS = frozenset({"A14B", "tiny-A14B"})
+TWO_EXPERTS = frozenset({"A14B", "A14B-I2V", "tiny-A14B"})
 """Flavors with both."""
 
 EXPERTS = (TRANSFORMER, TRANSFORMER_2)

@@ -19,6 +19,7 @@ from titan_distill.checkpoint.initial_weights import is_reference, read_weights,
 from titan_distill.config_parsing import check_range
 from titan_distill.config_sections import SparseAttentionConfig
 from titan_distill.config_world import role_parallelism
+from titan_distill.data.images import ENCODER, ImageEncoder
 from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.dispatch import method_class, register_model
@@ -27,6 +28,7 @@ from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.experts import EXPERTS, experts_of, find_boundary, stored_experts
 from titan_distill.models.wan.first_frame import ImageMixing, expands_timesteps
+from titan_distill.models.wan.image_channels import EMBEDDING, needed_tensors
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_transformer, check_degrees
 from titan_distill.models.wan.state_dict import UNUSED_KEY, copy_full_tensor, load_weights, read_config, save_folder
@@ -146,6 +148,26 @@ class WanFamily(ModelFamily):
     @property
     def needs_latents(self) -> bool:
         return self.config.pipeline_config.image_probability > 0
+
+    def extra_tensors(self) -> tuple[str, ...]:
+        # Of videos they are made here.
+        return () if self.config.data.path.endswith(".csv") else self._image_tensors()
+
+    def _image_tensors(self) -> tuple[str, ...]:
+        known = [
+            self._architecture(name, role, by_name=bool(role.flavor))
+            for name, role in self.config.roles.items()
+            # Whoever samples from a checkpoint need not have what all roles once started from.
+            if role.flavor or is_reference(role.init_from) or Path(role.path or role.init_from).is_dir()
+        ]
+        return needed_tensors(known)
+
+    def _image_encoder(self, device: torch.device) -> ImageEncoder | None:
+        """None where no embedding is needed, or where the data has all of them and nothing else can be sampled from."""
+        path = self.config.pipeline_config.path
+        if EMBEDDING not in self._image_tensors() or not (Path(path) / ENCODER).is_dir():
+            return None
+        return ImageEncoder(path, device=device)
 
     def spelled_out(self) -> Config:
         boundary = find_boundary(self.config)
@@ -337,6 +359,9 @@ class WanFamily(ModelFamily):
             # A started run has it in its configuration, whatever became of the folders since.
             boundary_ratio=pipeline.boundary_ratio or find_boundary(config),
             guidance_scale_2=pipeline.guidance_scale_2,
+            image_tensors=self._image_tensors(),
+            image_encoder=self._image_encoder(device),
+            num_frames=pipeline.num_frames,
             image_mixing=self._image_mixing(),
             takes_images=pipeline.image_probability > 0 or expands_timesteps(pipeline.path),
         )
