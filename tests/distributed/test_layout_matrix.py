@@ -69,13 +69,17 @@ class Row:
 P = "--parallelism."
 TEACHER, STUDENT = "--roles.teacher.parallelism.", "--roles.student.parallelism."
 DMD2, FINETUNE = ("dmd2",), ("finetune",)
-METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm")
+# The last one is dmd2 with two experts in a role; here the student also has low-rank adapters.
+METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm", "a14b")
 # Schedules of real length would not get anywhere in these steps.
 OPTIONS = {
     "kd": "--data.path {folder}/pairs --method_config.teacher_steps 4",
     "cm": "--ema.start_step 1",
     "scm": "--method_config.tangent_warmup 2",
     "rcm": "--method_config.tangent_warmup 2 --method_config.update_ratio 2",
+    # A micro-batch of one sample leaves an expert without any; so may the last one of all ranks.
+    "a14b": "--pipeline_config.num_frames 9 --pipeline_config.width 32 --ema.start_step 1 "
+    "--training.local_batch_size 1 --roles.student.lora.rank 4 --roles.student.lora.alpha 8",
 }
 REFERENCE = Row("one process", 1, "", methods=METHODS)
 SPARSE = (
