@@ -132,10 +132,12 @@ SPARSE_ROWS = (
 ROWS = (
     *DENSE_ROWS,
     *SPARSE_ROWS,
-    # Every other layout with a sparse student, too.
+    # Every layout with a sparse student, too. Rounding also picks other tiles where two are nearly as good: in bf16 single
+    # gradient norms are off by 15 % with three quarters of the tiles left out, by 2 % with none.
     *(
         replace(
             row, name=f"sparse student, {row.name}", sparse=True, methods=(),
+            tolerance=EXACT if row.tolerance == EXACT else COARSE,
             nightly=FINETUNE if "finetune" in row.methods + row.nightly else DMD2,
         )
         for row in DENSE_ROWS
