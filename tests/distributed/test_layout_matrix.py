@@ -132,8 +132,8 @@ SPARSE_ROWS = (
 ROWS = (
     *DENSE_ROWS,
     *SPARSE_ROWS,
-    # Every layout with a sparse student, too. Rounding also picks other tiles where two are nearly as good: in bf16 single
-    # gradient norms are off by 15 % with three quarters of the tiles left out, by 2 % with none.
+    # Every layout with a sparse student, too. Rounding also picks other tiles where two are nearly as good: in bf16
+    # single gradient norms are off by 15 % with three quarters of the tiles left out, by 2 % with none.
     *(
         replace(
             row, name=f"sparse student, {row.name}", sparse=True, methods=(),
