@@ -115,6 +115,7 @@ OTHERS = {
         "cm": "--ema.decay 0.8 --ema.start_step 1",
         "scm": "--method_config.tangent_warmup 4",
         "rcm": "--method_config.tangent_warmup 2 --method_config.update_ratio 2",
+        "dmd2_gan": "--method_config.adversarial_weight 1",
     }.items()
 }
 
@@ -139,9 +140,6 @@ SHORT = tuple(
         (CADENCE, ONE, BY_ROLE),
         (NOT_YET, ONE, TENSOR_2),
         (SPARSE, ONE, FSDP_2),
-        (OTHERS["kd"], ONE, ULYSSES_2),
-        (OTHERS["cm"], ONE, FSDP_2),
-        (OTHERS["scm"], ONE, ULYSSES_2),
         (OTHERS["rcm"], ONE, FSDP_2),
     )
 )
@@ -175,6 +173,9 @@ LONG = (
     Trial(SPARSE, TENSOR_2, ULYSSES_2),
     Trial(SPARSE, ULYSSES_2, ONE),
     Trial(SPARSE, ONE, TENSOR_ULYSSES),
+    *(Trial(OTHERS[method], ONE, ULYSSES_2) for method in ("kd", "scm", "rcm", "dmd2_gan")),
+    Trial(OTHERS["cm"], ONE, FSDP_2),
+    Trial(OTHERS["dmd2_gan"], FSDP_2, ONE),
 )
 MUTATED = tuple(Trial(CADENCE, ONE, ONE, mutant) for mutant in MUTANTS)
 # The first of them waits for all of them to be trained.

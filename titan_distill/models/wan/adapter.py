@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, F latent frames, H and W latent height and w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,8 @@ from titan_distill.data.loader import Batch
 from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import schedule
 from titan_distill.models.base import Adapter, Condition
+from titan_distill.models.wan.features import block_outputs, mean_over_tokens
+from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import decode_latents, encode_video
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
@@ -58,7 +61,8 @@ class WanAdapter(Adapter):
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         values = {}
         for role in roles:
-            core = _transformer(role).sparse_attention
+            # A head has no attention.
+            core = role.transformer.sparse_attention if isinstance(role.transformer, WanTransformer) else None
             if core is not None:
                 core.start_step(step)
                 read = core.tiles_read(tile_layout(self._grid).num_tiles)
@@ -111,6 +115,19 @@ class WanAdapter(Adapter):
 
         exchange = self.layouts.exchange(role.name)
         return forward(x, sigma_B, condition) if exchange is None else exchange.run(forward, x, sigma_B, condition)
+
+    def features(
+        self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Sequence[int]
+    ) -> list[Tensor]:
+        assert self.layouts.exchange(role.name) is None, "the configuration keeps data groups apart"
+        layout = tile_layout(token_grid(x, _transformer(role).config.patch_size))
+        return block_outputs(
+            _transformer(role), depths, layout, lambda: self.predict_velocity(role, x, sigma_B, condition)
+        )
+
+    def mean_over_positions(self, role: RoleHandle, x: Tensor, values_BL: Tensor) -> Tensor:
+        layout = tile_layout(token_grid(x, _transformer(role).config.patch_size))
+        return mean_over_tokens(_transformer(role), values_BL, layout)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         return decode_latents(self._vae(), latents)

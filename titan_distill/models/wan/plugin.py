@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from titan_distill.config_world import role_parallelism
 from titan_distill.data.text import TextEncoder
 from titan_distill.dispatch import register_model
 from titan_distill.models.base import Adapter, ModelFamily
+from titan_distill.models.head import HEAD_FLAVOR
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_transformer, check_degrees
@@ -74,7 +75,7 @@ class WanFamily(ModelFamily):
     @classmethod
     def validate(cls, config: Config) -> None:
         for name, role in config.roles.items():
-            if role.flavor and role.flavor not in FLAVORS:
+            if role.flavor not in ("", HEAD_FLAVOR, *FLAVORS):
                 raise ValueError(
                     f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}"
                 )
@@ -100,7 +101,8 @@ class WanFamily(ModelFamily):
 
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
         pipeline = self.config.pipeline_config
-        for name, layout in degrees.items():
+        networks = {name: layout for name, layout in degrees.items() if self.config.roles[name].flavor != HEAD_FLAVOR}
+        for name, layout in networks.items():
             check_degrees(
                 f"roles.{name}",
                 self._architecture(name, self.config.roles[name], by_name=True),
@@ -180,6 +182,15 @@ class WanFamily(ModelFamily):
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         config = _wan(module).config
         return {"channels": config.out_channels, "text width": config.text_dim}
+
+    def feature_width(self, module: nn.Module, depths: Sequence[int]) -> int:
+        num_blocks = _wan(module).config.num_layers
+        if outside := [depth for depth in depths if not 0 <= depth < num_blocks]:
+            raise ValueError(
+                f"a head is to read features behind block {outside[0]}, but the network has {num_blocks} blocks, "
+                f"counted from 0; choose from 0 to {num_blocks - 1}"
+            )
+        return _wan(module).config.inner_dim
 
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
         config, pipeline = self.config, self.config.pipeline_config
