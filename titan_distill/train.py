@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference
+from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference, weights_digest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
-from titan_distill.checkpoint.manifest import FrozenRole, fingerprint
+from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole
 from titan_distill.checkpoint.ranks import RankFailure
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config import Config, check_paths, help_text, load_config, to_toml
@@ -45,6 +44,7 @@ from titan_distill.observability.profiling import Profiler
 from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
 from titan_distill.parallelisms.fsdp import FsdpOptions
+from titan_distill.parallelisms.lora import is_adapter
 from titan_distill.parallelisms.mesh import Layouts, World, default_device, num_ranks, start_world
 from titan_distill.parallelisms.tensor import check_async_communication
 from titan_distill.parallelisms.watchdog import LostRankError, Watchdog, record_collectives
@@ -183,12 +183,13 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
     method_type = method_class(config.recipe.method)
     tensors = method_type.extra_tensors(config.method_config)
     dataset = ParquetDataset(config.data.path, tensors=tensors, max_bad_rows=config.data.max_bad_rows)
-    if method_type.needs_latents(config.method_config) and dataset[0].vae_latent is None:
+    family = model_family(config.recipe.family)(config)
+    needs_latents = family.needs_latents or method_type.needs_latents(config.method_config)
+    if needs_latents and dataset[0].vae_latent is None:
         raise ValueError(
             f"data.path = {config.data.path!r} holds only text, but {config.recipe.method!r} as configured trains on "
             "latents; make them with `titan-distill data preprocess`"
         )
-    family = model_family(config.recipe.family)(config)
     layouts = build_layouts(config, world)
     roles = build_roles(config, family, layouts, world.device)
     _check_latent_space(family, roles)
@@ -269,7 +270,11 @@ def build_roles(config: Config, family: ModelFamily, layouts: Layouts, device: t
             networks[name] if name in networks else _head(config, family, layouts, device, name, heads[name], networks)
         )
         clip = config.training.max_grad_norm if role.max_grad_norm is None else role.max_grad_norm
-        handles.append(RoleHandle(name, {"transformer": module}, role.trainable, max_grad_norm=clip))
+        handle = RoleHandle(name, {"transformer": module}, role.trainable, max_grad_norm=clip)
+        handle.adapters_only = role.lora.enabled
+        if role.lora.enabled and not any(is_adapter(parameter) for parameter, _ in module.named_parameters()):
+            raise ValueError(f"roles.{name}.lora: the family {config.recipe.family!r} has no adapters; set rank to 0")
+        handles.append(handle)
     return RoleManager(handles)
 
 
@@ -323,9 +328,14 @@ def _checkpoint_manager(
         pipeline_config=dataclasses.asdict(config.pipeline_config),
         architectures={role.name: _architecture(family, role.transformer) for role in roles.trainable},
         frozen={
-            name: FrozenRole(weights, _weights_digest(weights))
+            name: FrozenRole(weights, weights_digest(weights))
             for name, role in config.roles.items()
             if not role.trainable and (weights := role.path or role.init_from)
+        },
+        bases={
+            name: AdaptedBase(weights, weights_digest(weights), role.lora.scale)
+            for name, role in config.roles.items()
+            if role.lora.enabled and (weights := role.path or role.init_from)
         },
     )
     folder, checkpoint = config.job.output_folder / "checkpoints", config.checkpoint
@@ -334,10 +344,6 @@ def _checkpoint_manager(
 
 def _architecture(family: ModelFamily, module: nn.Module) -> dict[str, Any]:
     return module.architecture() if isinstance(module, FeatureHead) else family.architecture(module)
-
-
-def _weights_digest(weights: str) -> str:
-    return resolve_reference(weights).digest if is_reference(weights) else fingerprint(Path(weights))
 
 
 def _experiment_digest(config: Config) -> str:

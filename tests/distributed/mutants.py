@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -43,7 +41,7 @@ def tangents_stay_where_they_are(patch: pytest.MonkeyPatch) -> None:
 
 def features_averaged_by_rank(patch: pytest.MonkeyPatch) -> None:
     """Each sequence rank judges its own tokens."""
-    patch.setattr(adapter, "mean_over_tokens", lambda transformer, values_BL, layout: values_BL.double().mean(1))
+    patch.setattr(adapter, "mean_over_tokens", lambda transformer, values_BL, x: values_BL.double().mean(1))
 
 
 def norm_over_local_width(patch: pytest.MonkeyPatch) -> None:
@@ -107,12 +105,3 @@ MUTANTS = {
         gate_outside_of_the_region,
     )
 }
-
-
-@contextmanager
-def planted(name: str | None) -> Iterator[None]:
-    """The named fault for the duration of the block; none for None."""
-    with pytest.MonkeyPatch.context() as patch:
-        if name is not None:
-            MUTANTS[name](patch)
-        yield

@@ -13,10 +13,8 @@ each runs on shared weights and on shared tokens; the rest is asked of two of th
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 from mutants import MUTANTS
-from runs import REPOSITORY, TINY_WAN, read_metrics, record_pairs, tiny_argv
+from runs import REPOSITORY, TINY_WAN, largest, read_metrics, record_pairs, run_worker, tiny_argv
 from safetensors.torch import load_file
 
 from titan_distill.models.wan.state_dict import WEIGHTS_NAME, read_config, save_folder
@@ -54,6 +52,8 @@ class Row:
     tolerance: float = EXACT
     local_batch: int = 4
     methods: tuple[str, ...] = ("dmd2", "finetune")
+    nightly: tuple[str, ...] = ()
+    """Methods that are left to the nightly tier: by the rows around it, this one says little with them."""
     mutant: str | None = None
     sparse: bool = False
 
@@ -91,30 +91,38 @@ SPARSE = (
 SPARSE_WEIGHTS = "sparse_wan"
 SPARSE_REFERENCE = Row("one process, sparse", 1, "", sparse=True)
 CHECKPOINT = "--activation_checkpoint.mode "
-ROWS = (
-    Row("accumulation 4", 1, "", local_batch=1),
-    Row("full checkpointing", 1, "--activation_checkpoint.mode full"),
-    Row("selective checkpointing", 1, "--activation_checkpoint.mode selective"),
-    Row("block skip", 1, "--activation_checkpoint.mode full --activation_checkpoint.skip_interval 2"),
-    Row("compile", 1, "--compile.enabled"),
-    Row("float8, emulated", 1, "--float8.enabled --float8.emulate --float8.min_features 16", COARSE),
+DENSE_ROWS = (
+    Row("accumulation 4", 1, "", local_batch=1, methods=DMD2, nightly=FINETUNE),
+    Row("full checkpointing", 1, f"{CHECKPOINT}full", methods=DMD2, nightly=FINETUNE),
+    Row("selective checkpointing", 1, f"{CHECKPOINT}selective", methods=FINETUNE, nightly=DMD2),
+    Row("block skip", 1, f"{CHECKPOINT}full --activation_checkpoint.skip_interval 2", methods=FINETUNE, nightly=DMD2),
+    Row("compile", 1, "--compile.enabled", methods=FINETUNE, nightly=DMD2),
+    Row(
+        "float8, emulated", 1, "--float8.enabled --float8.emulate --float8.min_features 16", COARSE,
+        methods=FINETUNE, nightly=DMD2,
+    ),
     Row("fsdp 2", 2, "", local_batch=2, methods=METHODS),
-    Row("bf16, fsdp 2", 2, "--training.dtype bfloat16", ROUNDED, local_batch=2),
-    Row("cpu offload, fsdp 2", 2, f"{P}cpu_offload", local_batch=2),
-    Row("no resharding, fsdp 2", 2, f"{P}reshard_after_forward false", local_batch=2),
+    Row("bf16, fsdp 2", 2, "--training.dtype bfloat16", ROUNDED, local_batch=2, methods=DMD2, nightly=FINETUNE),
+    Row("cpu offload, fsdp 2", 2, f"{P}cpu_offload", local_batch=2, methods=FINETUNE, nightly=DMD2),
+    Row("no resharding, fsdp 2", 2, f"{P}reshard_after_forward false", local_batch=2, methods=DMD2, nightly=FINETUNE),
     Row("tensor 2", 2, f"{P}tensor 2"),
-    Row("tensor 2, token region", 2, f"{P}tensor 2 {P}token_region", methods=("dmd2", "finetune", "dmd2_gan")),
+    Row("tensor 2, token region", 2, f"{P}tensor 2 {P}token_region", methods=("finetune", "dmd2_gan"), nightly=DMD2),
     Row("sequence 2", 2, f"{P}sequence 2", methods=METHODS),
     Row("teacher tensor 2, students fsdp 2", 2, f"{TEACHER}tensor 2", local_batch=2, methods=DMD2),
     Row("teacher sequence 2, students fsdp 2", 2, f"{TEACHER}sequence 2", local_batch=2, methods=DMD2),
-    Row("student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2),
-    Row("sequence 3, all-gather", 3, f"{P}sequence 3"),
-    Row("fsdp 4", 4, "", local_batch=1),
-    Row("hsdp 2 × 2", 4, f"{P}dp_replicate 2", local_batch=1),
-    Row("tensor 2 × sequence 2", 4, f"{P}tensor 2 {P}sequence 2"),
-    Row("tensor 2 × sequence 2, token region", 4, f"{P}tensor 2 {P}sequence 2 {P}token_region"),
-    Row("fsdp 2 × tensor 2", 4, f"{P}tensor 2", local_batch=2),
-    Row("fsdp 2 × sequence 2", 4, f"{P}sequence 2", local_batch=2),
+    Row("student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2, methods=DMD2, nightly=FINETUNE),
+    Row("sequence 3, all-gather", 3, f"{P}sequence 3", methods=FINETUNE, nightly=DMD2),
+    Row("fsdp 4", 4, "", local_batch=1, methods=DMD2, nightly=FINETUNE),
+    Row("hsdp 2 × 2", 4, f"{P}dp_replicate 2", local_batch=1, methods=DMD2, nightly=FINETUNE),
+    Row("tensor 2 × sequence 2", 4, f"{P}tensor 2 {P}sequence 2", methods=DMD2, nightly=FINETUNE),
+    Row(
+        "tensor 2 × sequence 2, token region", 4, f"{P}tensor 2 {P}sequence 2 {P}token_region",
+        methods=FINETUNE, nightly=DMD2,
+    ),
+    Row("fsdp 2 × tensor 2", 4, f"{P}tensor 2", local_batch=2, methods=FINETUNE, nightly=DMD2),
+    Row("fsdp 2 × sequence 2", 4, f"{P}sequence 2", local_batch=2, methods=DMD2, nightly=FINETUNE),
+)  # fmt: skip
+SPARSE_ROWS = (
     Row("sparse, accumulation 4, full checkpointing", 1, f"{CHECKPOINT}full", EXACT, 1, FINETUNE, sparse=True),
     Row("sparse, fsdp 2, selective checkpointing", 2, f"{CHECKPOINT}selective", EXACT, 2, FINETUNE, sparse=True),
     Row(
@@ -126,6 +134,18 @@ ROWS = (
     Row("sparse, sequence 3, all-gather", 3, f"{P}sequence 3", methods=FINETUNE, sparse=True),
     Row("sparse, hsdp 2 × 2", 4, f"{P}dp_replicate 2", EXACT, 1, FINETUNE, sparse=True),
     Row("sparse, tensor 2 × sequence 2", 4, f"{P}tensor 2 {P}sequence 2", methods=FINETUNE, sparse=True),
+)  # fmt: skip
+ROWS = (
+    *DENSE_ROWS,
+    *SPARSE_ROWS,
+    # Every other layout with a sparse student, too.
+    *(
+        replace(
+            row, name=f"sparse student, {row.name}", sparse=True, methods=(),
+            nightly=FINETUNE if "finetune" in row.methods + row.nightly else DMD2,
+        )
+        for row in DENSE_ROWS
+    ),
 )  # fmt: skip
 MUTATED = (
     Row("mutant: noise keyed by rank", 2, f"{P}sequence 2", methods=FINETUNE, mutant="noise_keyed_by_rank"),
@@ -146,7 +166,12 @@ MUTATED = (
         "mutant: gate outside", 2, f"{P}tensor 2", methods=FINETUNE, mutant="gate_outside_of_the_region", sparse=True,
     ),
 )  # fmt: skip
-CASES = [pytest.param(row, method, id=f"{row.name}-{method}") for row in ROWS for method in row.methods]
+NIGHTLY = (pytest.mark.nightly, pytest.mark.timeout(1800))  # the first case waits for all of them to be trained
+CASES = [
+    pytest.param(row, method, id=f"{row.name}-{method}", marks=NIGHTLY if method in row.nightly else ())
+    for row in ROWS
+    for method in (*row.methods, *row.nightly)
+]
 
 
 @dataclass(frozen=True)
@@ -159,7 +184,7 @@ class Differences:
 
     @property
     def largest(self) -> float:
-        return max(self.losses, self.gradient_norms, self.parameters)
+        return largest((self.losses, self.gradient_norms, self.parameters))
 
 
 @pytest.fixture(scope="module")
@@ -173,21 +198,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compare(folder: Path) -> Callable[[Row, str], Differences]:
-    """What compares one row with one process; trains all rows of as many ranks when the first of them is asked for."""
+    """What compares one row with one process; trains all rows of as many ranks, of one tier, when the first of them is
+    asked for."""
 
     @functools.cache
-    def launch(num_ranks: int) -> None:
+    def launch(num_ranks: int, nightly: bool) -> None:
         rows = [
             {"name": _file_name(row, method), "arguments": row.arguments(method, folder / _file_name(row, method)),
              "mutant": row.mutant}
             for row in (REFERENCE, SPARSE_REFERENCE, *ROWS, *MUTATED) if row.ranks == num_ranks
-            for method in row.methods
+            for method in (row.nightly if nightly else row.methods)
         ]  # fmt: skip
-        _launch(num_ranks, rows, folder)
+        _launch(f"{num_ranks}{'-nightly' * nightly}", num_ranks, rows, folder)
 
     def compare(row: Row, method: str) -> Differences:
-        launch(1)
-        launch(row.ranks)
+        launch(1, False)
+        launch(row.ranks, method in row.nightly)
         pair = folder / _file_name(row.reference, method), folder / _file_name(row, method)
         return _differences(*pair, num_steps(method))
 
@@ -211,37 +237,29 @@ def _file_name(row: Row, method: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in f"{row.name}-{method}")
 
 
-def _launch(num_ranks: int, rows: list[dict[str, Any]], folder: Path) -> None:
-    table = folder / f"{num_ranks}.json"
+def _launch(name: str, num_ranks: int, rows: list[dict[str, Any]], folder: Path) -> None:
+    table = folder / f"{name}.json"
     table.write_text(json.dumps(rows))
-    worker = [str(Path(__file__).parent / "matrix_worker.py"), str(table), str(folder)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, *(torchrun if num_ranks > 1 else []), *worker],
-        cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True, text=True, timeout=550, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    run_worker(num_ranks, Path(__file__).with_name("matrix_worker.py"), table, folder, timeout=1700)
 
 
 def _differences(reference: Path, run: Path, steps: int) -> Differences:
     expected, found = read_metrics(reference), read_metrics(run)
     assert len(expected) == len(found) == steps
-    worst: dict[str, float] = defaultdict(float)
+    found_at: dict[str, list[float]] = defaultdict(list)
     for line, other in zip(expected, found, strict=True):
         for key, value in line.items():
             kind = key.partition("/")[0]
             if kind in ("loss", "grad_norm", "dmd", "scm"):
-                worst[kind] = max(worst[kind], abs(other[key] - value) / abs(value))
+                found_at[kind].append(abs(other[key] - value) / abs(value))
     weights, others = load_file(f"{reference}.safetensors"), load_file(f"{run}.safetensors")
     assert weights.keys() == others.keys()
     distance = sum((weights[name] - others[name]).double().square().sum() for name in weights)
     size = sum(tensor.double().square().sum() for tensor in weights.values())
     assert isinstance(distance, torch.Tensor)
-    return Differences(
-        max(worst["loss"], worst["dmd"], worst["scm"]), worst["grad_norm"], float((distance / size).sqrt())
-    )
+    norms = largest(found_at.pop("grad_norm"))
+    losses = largest(itertools.chain(*found_at.values()))
+    return Differences(losses, norms, float((distance / size).sqrt()))
 
 
 @pytest.mark.parametrize(("row", "method"), CASES)

@@ -113,10 +113,10 @@ def check_student_update(folder: Path) -> None:
     captured: list[Tensor] = []
     real_loss = losses.dmd_loss
 
-    def capture(x: Tensor, g: Tensor) -> Tensor:
+    def capture(x: Tensor, g: Tensor, mask: Tensor | None) -> Tensor:
         x.retain_grad()
         captured.extend((x, g))
-        return real_loss(x, g)
+        return real_loss(x, g, mask)
 
     with patch.object(losses, "dmd_loss", capture):
         result = method.student_loss(batch, 0)
@@ -186,7 +186,7 @@ def student_law(folder: Path) -> tuple[float, float]:
     """Mean and deviation of a one-step student, without the scores' part of its loss."""
     real_loss = losses.dmd_loss
     trainer = toy_trainer(folder, "adversarial", *TRAINING)
-    with patch.object(losses, "dmd_loss", lambda x, g: real_loss(x, 0 * g)):
+    with patch.object(losses, "dmd_loss", lambda x, g, mask: real_loss(x, 0 * g, mask)):
         trainer.run()
     noise = torch.randn(1024, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -105,6 +105,7 @@ class Dmd2(AdversarialTraining):
 
     config_class: ClassVar[type] = Dmd2Config
     roles_required: ClassVar[dict[str, bool]] = {"student": True, "teacher": False, "critic": True}
+    uses_loss_mask = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -156,7 +157,7 @@ class Dmd2(AdversarialTraining):
         rollout = self.rollout(batch, condition, step, purpose="dmd2/student")
         with torch.no_grad():
             direction = self._score_difference(batch, condition, step, rollout)
-        losses_B = losses.dmd_loss(rollout.x0, direction)
+        losses_B = losses.dmd_loss(rollout.x0, direction, self.adapter.loss_mask(condition))
         metrics = {"dmd/gradient_size": direction.detach().abs().flatten(1).mean(1)}
         if self.config.adversarial_weight:
             sigma_of = partial(self._score_sigma, exit_index=rollout.exit_index)
@@ -180,7 +181,8 @@ class Dmd2(AdversarialTraining):
         x = self.adapter.add_noise(rollout.x0, noise, sigma_B)
         with self.timer("critic"):
             velocity = self.adapter.predict_velocity(self.roles["critic"], x, sigma_B, condition)
-        return LossResult(losses.critic_loss(self.config.critic_loss, velocity, x, rollout.x0, noise, sigma_B))
+        mask = self.adapter.loss_mask(condition)
+        return LossResult(losses.critic_loss(self.config.critic_loss, velocity, x, rollout.x0, noise, sigma_B, mask))
 
     def rollout(self, batch: Batch, condition: Condition, step: int, purpose: str) -> Rollout:
         """Runs the student up to a random exit; only the exit's forward may carry gradients.
@@ -225,7 +227,7 @@ class Dmd2(AdversarialTraining):
             fake = self.adapter.predict_x0(self.roles["critic"], x, sigma_B, condition, fake_guidance)
         with self.timer("teacher"):
             real = self.adapter.predict_x0(self.roles["teacher"], x, sigma_B, condition, config.teacher_guidance)
-        direction = losses.dmd_direction(fake, real, x0, normalise=config.normalise)
+        direction = losses.dmd_direction(fake, real, x0, config.normalise, self.adapter.loss_mask(condition))
         return self.weighted(direction, x, sigma_B, condition)
 
     def _score_sigma(self, u_B: Tensor, exit_index: int) -> Tensor:

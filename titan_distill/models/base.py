@@ -111,6 +111,20 @@ class Adapter(ABC):
         the family has no text encoder, or the run was configured without one."""
         raise ValueError("this model family has no text encoder; take prompts from a parquet file with embeddings")
 
+    def with_image(self, condition: Condition, images: Tensor) -> Condition:
+        """The condition that samples also start from these pictures, uint8 [B, height, width, 3]. Raises ValueError
+        where the models of the run can't."""
+        raise ValueError("the models of this run make videos from text only; leave the image out")
+
+    def held(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """What a network is shown: ``x`` at level ``sigma_B`` with those parts in place that the condition gives, and
+        its noise level, [B] or broadcastable to x. Nothing is given by default."""
+        return x, sigma_B
+
+    def loss_mask(self, condition: Condition) -> Tensor | None:
+        """1 where losses count an element of a sample, 0 where the condition gives it; None where it gives nothing."""
+        return None
+
     def add_noise(self, x0: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
         """``x_σ = (1 - σ) x0 + σ ε``."""
         return schedule.add_noise(x0, noise, sigma_B)
@@ -125,7 +139,8 @@ class Adapter(ABC):
     ) -> Tensor:
         """The role's estimate of the clean latents, with classifier-free guidance when asked for."""
         velocity = self.guided_velocity(role, x, sigma_B, condition, guidance or Guidance())
-        return schedule.x0_from_velocity(x, velocity, sigma_B)
+        shown, sigma = self.held(x, sigma_B, condition)
+        return schedule.x0_from_velocity(shown, velocity, sigma)
 
     @torch.no_grad()
     def predict_velocity_jvp(
@@ -158,7 +173,7 @@ class Adapter(ABC):
         """Conditional and unconditional velocity from one doubled forward, combined; one plain forward at scale 1."""
         if guidance.is_identity:
             return self.predict_velocity(role, x, sigma_B, condition)
-        negative = self.negative_condition(x.shape[0])
+        negative = {**condition, **self.negative_condition(x.shape[0])}
         both = {name: torch.cat([value, negative[name]]) for name, value in condition.items()}
         velocity = self.predict_velocity(role, torch.cat([x, x]), torch.cat([sigma_B, sigma_B]), both)
         conditional, unconditional = velocity.chunk(2)
@@ -182,6 +197,15 @@ class ModelFamily(ABC):
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
         """Checks each role's degrees against its network, before anything is built. Raises ValueError."""
         return
+
+    def token_grid(self) -> tuple[int, int, int] | None:
+        """Tokens of a sample along (frames, height, width), for the planner; None where samples are no videos."""
+        return None
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether training conditions are made of the data's latents, whatever the method needs."""
+        return False
 
     @abstractmethod
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:

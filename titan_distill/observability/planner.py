@@ -22,7 +22,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_distill.config_world import RunLayout, role_parallelism
-from titan_distill.dispatch import method_class
+from titan_distill.dispatch import method_class, model_family
 from titan_distill.methods.base import Passes
 from titan_distill.models.head import FeatureHead
 from titan_distill.observability import communication, memory
@@ -57,6 +57,7 @@ class RolePlan:
     states: States
     weights: Weights
     offloaded: bool
+    adapters_only: bool = False
     sparse: TilesRead | None = None
     """What its attention reads at the end of the schedule; None where it is dense."""
     graph: float = 0.0
@@ -125,9 +126,7 @@ def fake_world(num_ranks: int) -> Iterator[World]:
 
 def can_plan(config: Config, roles: RoleManager) -> bool:
     """Whether the family's networks are video transformers, whose costs are known."""
-    return hasattr(config.pipeline_config, "num_frames") and all(
-        hasattr(role.transformer, "config") for role in _networks(roles)
-    )
+    return _token_grid(config) is not None and all(hasattr(role.transformer, "config") for role in _networks(roles))
 
 
 def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -> Plan:
@@ -135,14 +134,14 @@ def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -
 
     Raises ValueError for a family whose networks are no video transformers.
     """
-    if not can_plan(config, roles):
-        raise ValueError(f"recipe.family = {config.recipe.family!r} has no video transformers that a plan is made for")
     grid = _token_grid(config)
+    if grid is None or not can_plan(config, roles):
+        raise ValueError(f"recipe.family = {config.recipe.family!r} has no video transformers that a plan is made for")
     plans = {role.name: _role_plan(config, layout, role, grid) for role in _networks(roles)}
     work = method_class(config.recipe.method).work(config.method_config)
     planner = _Planner(config, layout, gpu, plans, grid)
     plans = planner.plans = {name: planner.with_activations(plan, work) for name, plan in plans.items()}
-    encoders = _encoder_bytes(config)
+    encoders = _encoder_bytes(config, next(iter(plans.values())).architecture.out_channels)
     updates = list(dict.fromkeys(passes.update for passes in work)) or [role.name for role in roles.trainable]
     peaks = {update: planner.peak(update, work) + encoders for update in updates}
     peak_update = max(peaks, key=peaks.__getitem__)
@@ -209,8 +208,11 @@ class _Planner:
         again = self._recomputed(role) if passes.backward else 0.0
         times = passes.num_forwards * passes.updates_per_step
         samples = times * passes.num_conditions * training.global_batch_size
-        dense = samples * (dense_flops.total + passes.backward * dense_flops.backward)
-        executed = samples * (flops.total + passes.backward * flops.backward + again)
+        dense, executed = (
+            samples * (of.total + passes.backward * (of.backward_of_inputs if role.adapters_only else of.backward))
+            for of in (dense_flops, flops)
+        )
+        executed += samples * again
         # Padded tokens are computed, too, and every rank waits for the one with the longest run.
         stretch = role.degrees.sequence * role.shards.padded_length / role.shards.bounds[-1]
         rank_flops = executed * stretch / self.layout.default.world_size
@@ -260,9 +262,9 @@ class _Planner:
         if not passes.backward:
             return weights.passing + memory.forward_working_set(forward)
         # A block's gradients in the compute type and, twice, in fp32 on the way to be reduced.
-        reduced = max(weights.blocks) * (weights.compute_bytes + 2 * memory.FP32)
+        reduced = weights.trained_share * max(weights.blocks) * (weights.compute_bytes + 2 * memory.FP32)
         # Micro-batches before the last one keep all gradients whole, in fp32.
-        whole = memory.FP32 * weights.total if self.layout.num_micro_batches > 1 else 0
+        whole = memory.FP32 * weights.total * weights.trained_share if self.layout.num_micro_batches > 1 else 0
         working = memory.backward_working_set(forward, self.config.activation_checkpoint)
         return weights.passing + reduced + whole + max(working, memory.forward_working_set(forward))
 
@@ -290,6 +292,7 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
         states=memory.states(role.transformer, has_ema=bool(config.ema.decay) and config.ema.role == role.name),
         weights=_weights(role.transformer, BYTES[config.training.dtype], parallelism.reshard_after_forward),
         offloaded=parallelism.cpu_offload,
+        adapters_only=role.adapters_only,
         sparse=None if core is None else core.tiles_read(tile_layout(grid).num_tiles),
     )
 
@@ -297,30 +300,31 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
 def _weights(module: nn.Module, compute_bytes: int, reshards: bool) -> Weights:
     blocks = [list(block.parameters()) for block in cast(nn.ModuleList, module.blocks)]
     inside = {id(p) for parameters in blocks for p in parameters}
+    trained = memory.num_gathered([p for p in module.parameters() if p.requires_grad])
     return Weights(
         blocks=tuple(memory.num_gathered(parameters) for parameters in blocks),
         root=memory.num_gathered([p for p in module.parameters() if id(p) not in inside]),
         compute_bytes=compute_bytes,
         reshards=reshards,
+        # A frozen role has no gradients to share out.
+        trained_share=trained / memory.num_gathered(list(module.parameters())) if trained else 1.0,
     )
 
 
-def _token_grid(config: Config) -> tuple[int, int, int]:
-    """Video tokens along frames, height and width: VAE's 4 × 8 × 8, then patches of 1 × 2 × 2."""
-    pipeline = config.pipeline_config
-    return (pipeline.num_frames - 1) // 4 + 1, pipeline.height // 16, pipeline.width // 16
+def _token_grid(config: Config) -> tuple[int, int, int] | None:
+    return model_family(config.recipe.family)(config).token_grid()
 
 
-# Of Wan 2.1's files; any other pipeline folder must be there to be read.
-VAE_NUMBERS, TEXT_ENCODER_NUMBERS = 126_892_531, 5_680_910_336
+# Of the published files, the VAE's by its channels; any other pipeline folder must be there to be read.
+VAE_NUMBERS, TEXT_ENCODER_NUMBERS = {16: 126_892_531, 48: 704_688_668}, 5_680_910_336
 
 
-def _encoder_bytes(config: Config) -> float:
+def _encoder_bytes(config: Config, channels: int) -> float:
     """VAE in fp32 and text encoder in the compute type: they stay on rank 0 once it has embedded a prompt."""
     if not config.pipeline_config.path:
         return 0.0
     folder, in_bytes = Path(config.pipeline_config.path), BYTES[config.training.dtype]
-    vae = _numbers_in(folder / "vae") or VAE_NUMBERS
+    vae = _numbers_in(folder / "vae") or VAE_NUMBERS.get(channels, max(VAE_NUMBERS.values()))
     text = _numbers_in(folder / "text_encoder") or TEXT_ENCODER_NUMBERS
     return memory.FP32 * vae + in_bytes * text
 
@@ -340,6 +344,8 @@ def _left_out(config: Config, roles: dict[str, RolePlan]) -> Iterator[str]:
         yield "sparse attention: its kernels as fast, by FLOP, as dense ones; the schedule's way to its last sparsity"
     if config.compile.enabled:
         yield "compile: activations are those of eager mode, an upper bound"
+    if any(role.adapters_only for role in roles.values()):
+        yield "adapters: their own work and activations"
     if any(role.offloaded and role.states.optimizer for role in roles.values()):
         yield "optimizer steps on the host"
 

@@ -71,17 +71,19 @@ class Sampling:
 
         if request.solver == "sde":
             assert request.sigmas is not None
-            return sampler.sample_few_step(
+            latents = sampler.sample_few_step(
                 x0,
                 normal(0),
                 request.sigmas,
                 lambda index: normal(index + 1),
             )
-        return sampler.sample_ode(
-            velocity,
-            normal(0),
-            num_steps=request.num_steps,
-            shift=adapter.flow_shift,
-            solver=request.solver,
-            sigmas=request.sigmas,
-        )
+        else:
+            latents = sampler.sample_ode(
+                velocity,
+                normal(0),
+                num_steps=request.num_steps,
+                shift=adapter.flow_shift,
+                solver=request.solver,
+                sigmas=request.sigmas,
+            )
+        return adapter.held(latents, torch.zeros(len(latents), device=self.device), condition)[0]

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from titan_kernels import tile_layout
+from titan_kernels.layout import tile_grid
 from torch import Tensor
 
 from titan_distill.data.loader import Batch
 from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import schedule
 from titan_distill.models.base import Adapter, Condition
+from titan_distill.models.wan import first_frame
+from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.features import block_outputs, mean_over_tokens
+from titan_distill.models.wan.first_frame import ImageMixing
 from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import decode_latents, encode_video
@@ -32,7 +35,8 @@ if TYPE_CHECKING:
 
 
 class WanAdapter(Adapter):
-    """Adapter of Wan text-to-video models. VAE and text encoder may be absent where nothing is decoded or encoded."""
+    """Adapter of Wan models that make videos from text, or from text and a first frame. VAE and text encoder may be
+    absent where nothing is decoded or encoded."""
 
     def __init__(
         self,
@@ -46,15 +50,19 @@ class WanAdapter(Adapter):
         device: torch.device,
         layouts: Layouts,
         checkpointing: ActivationCheckpointConfig,
+        image_mixing: ImageMixing | None = None,
+        takes_images: bool = False,
     ) -> None:
-        """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know."""
+        """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know.
+        ``image_mixing``: which training samples start from an image; ``takes_images``: whether sampling may."""
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
         self.checkpointing = checkpointing
-        _, frames, height, width = latent_shape
-        self._grid = (frames, height // 2, width // 2)
-        self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(self._grid))
+        grid = token_grid(latent_shape[1:], WanConfig.patch_size)
+        self._num_tiles = math.prod(tile_grid(grid))
+        self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(grid))
         self.max_text_tokens = max_text_tokens
         self.layouts = layouts
+        self.image_mixing, self.takes_images = image_mixing, takes_images
         self.vae, self.text_encoder = vae, text_encoder
         self._negative_LD = None if negative_embedding_LD is None else negative_embedding_LD.to(device)
 
@@ -65,7 +73,7 @@ class WanAdapter(Adapter):
             core = role.transformer.sparse_attention if isinstance(role.transformer, WanTransformer) else None
             if core is not None:
                 core.start_step(step)
-                read = core.tiles_read(tile_layout(self._grid).num_tiles)
+                read = core.tiles_read(self._num_tiles)
                 # What was asked for, and what the fine branch runs: whole tiles, and all of them below the crossover.
                 values["vsa_sparsity"] = float(core.sparsity)
                 values["vsa_sparsity_executed"] = 1 - read.num_selected / read.num_tiles
@@ -80,7 +88,8 @@ class WanAdapter(Adapter):
         return batch.to(self.device)
 
     def text_condition(self, batch: Batch) -> Condition:
-        return {"text": batch.text_embeddings}
+        text = {"text": batch.text_embeddings}
+        return text if self.image_mixing is None else text | self.image_mixing.condition(batch)
 
     def negative_condition(self, batch_size: int) -> Condition:
         if self._negative_LD is None:
@@ -96,10 +105,25 @@ class WanAdapter(Adapter):
     def embed_prompts(self, prompts: list[str]) -> list[Tensor]:
         return [self._text_encoder().embed(prompt, self.max_text_tokens) for prompt in prompts]
 
+    def with_image(self, condition: Condition, images: Tensor) -> Condition:
+        if not self.takes_images:
+            raise ValueError(
+                "the models of this run make videos from text only: they were trained with "
+                "pipeline_config.image_probability = 0, and the pipeline they come from has no expand_timesteps in its "
+                "model_index.json; leave the image out"
+            )
+        return {**condition, **first_frame.given_frame(self.encode_video(images[:, None]))}
+
+    def held(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        return first_frame.held(x, sigma_B, condition)
+
+    def loss_mask(self, condition: Condition) -> Tensor | None:
+        return first_frame.loss_mask(condition, self.latent_shape[1])
+
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
         transformer = _transformer(role)
         config, core = transformer.config, transformer.sparse_attention
-        sparse = None if core is None else core.tiles_read(tile_layout(self._grid).num_tiles)
+        sparse = None if core is None else core.tiles_read(self._num_tiles)
         sizes = (self.work.tokens_per_sample, condition["text"].shape[1], sparse)
         # The ranks that load the same samples share their work, in whatever layout.
         own_flops = forward_flops(config, *sizes).total * len(x) / self.layouts.data_group
@@ -107,27 +131,27 @@ class WanAdapter(Adapter):
             own_flops,
             backward=torch.is_grad_enabled() and role.trainable,
             recompute=recomputed_share(config, self.checkpointing, *sizes),
+            frozen=role.adapters_only,
         )
 
-        def forward(x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+        def forward(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
             # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
-            return transformer(x, schedule.timestep(sigma_B), condition["text"]).to(x.dtype)
+            return transformer(x, schedule.timestep(sigma), condition["text"]).to(x.dtype)
 
-        exchange = self.layouts.exchange(role.name)
-        return forward(x, sigma_B, condition) if exchange is None else exchange.run(forward, x, sigma_B, condition)
+        x, sigma = self.held(x, sigma_B, condition)
+        if sigma.ndim > 1:
+            sigma = sigma.flatten(1)  # [B, F], a time for each frame
+        read, exchange = first_frame.without_frame(condition), self.layouts.exchange(role.name)
+        return forward(x, sigma, read) if exchange is None else exchange.run(forward, x, sigma, read)
 
     def features(
         self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Sequence[int]
     ) -> list[Tensor]:
         assert self.layouts.exchange(role.name) is None, "the configuration keeps data groups apart"
-        layout = tile_layout(token_grid(x, _transformer(role).config.patch_size))
-        return block_outputs(
-            _transformer(role), depths, layout, lambda: self.predict_velocity(role, x, sigma_B, condition)
-        )
+        return block_outputs(_transformer(role), depths, x, lambda: self.predict_velocity(role, x, sigma_B, condition))
 
     def mean_over_positions(self, role: RoleHandle, x: Tensor, values_BL: Tensor) -> Tensor:
-        layout = tile_layout(token_grid(x, _transformer(role).config.patch_size))
-        return mean_over_tokens(_transformer(role), values_BL, layout)
+        return mean_over_tokens(_transformer(role), values_BL, x)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         return decode_latents(self._vae(), latents)

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from titan_kernels import TileLayout
+from titan_kernels import TileLayout, tile_layout
 from torch import Tensor
 
+from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms import collectives
 
 
 def block_outputs(
-    transformer: WanTransformer, depths: Sequence[int], layout: TileLayout, forward: Callable[[], Tensor]
+    transformer: WanTransformer, depths: Sequence[int], x: Tensor, forward: Callable[[], Tensor]
 ) -> list[Tensor]:
-    """Runs ``forward`` and returns [B, L, M] behind each block of ``depths``, in tile order."""
+    """Runs ``forward``, which is to see latents as large as ``x``, and returns [B, L, M] behind each block of
+    ``depths``, in tile order."""
     found: dict[int, Tensor] = {}
 
     def tap(index: int, x_BLM: Tensor) -> None:
@@ -33,7 +35,11 @@ def block_outputs(
         forward()
     finally:
         transformer.tap = None
-    return [_own_tokens(transformer, found[depth], layout) for depth in depths]
+    return [_own_tokens(transformer, found[depth], _layout(transformer, x)) for depth in depths]
+
+
+def _layout(transformer: WanTransformer, x: Tensor) -> TileLayout:
+    return tile_layout(token_grid(x.shape[2:], transformer.config.patch_size))
 
 
 def _own_tokens(transformer: WanTransformer, x_BLM: Tensor, layout: TileLayout) -> Tensor:
@@ -46,8 +52,8 @@ def _own_tokens(transformer: WanTransformer, x_BLM: Tensor, layout: TileLayout) 
     return x_BLM[:, : sequence.shards(layout).lengths[own]]
 
 
-def mean_over_tokens(transformer: WanTransformer, values_BL: Tensor, layout: TileLayout) -> Tensor:
-    """[B], float64: the mean over all tokens of the samples, wherever they are; replicated."""
+def mean_over_tokens(transformer: WanTransformer, values_BL: Tensor, x: Tensor) -> Tensor:
+    """[B], float64: the mean over all tokens of the samples ``x``, wherever they are; replicated."""
     total_B = values_BL.double().sum(1)
     group = None if transformer.sequence is None else transformer.sequence.group
-    return (total_B if group is None else collectives.sum_parts(total_B, group)) / layout.num_tokens
+    return (total_B if group is None else collectives.sum_parts(total_B, group)) / _layout(transformer, x).num_tokens

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from titan_kernels.layout import DEFAULT_TILE
+from titan_kernels.layout import tile_grid
 
 from titan_distill.attention.sparse import SparseAttention
+from titan_distill.config_lora import LoraConfig
 from titan_distill.config_parsing import nearest_divisors
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.state_dict import copy_full_tensor
 from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.activation_checkpoint import apply_activation_checkpointing
@@ -21,6 +23,7 @@ from titan_distill.parallelisms.compile import compile_blocks
 from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.float8 import apply_float8, finish_float8
 from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
+from titan_distill.parallelisms.lora import apply_lora, initial_adapters
 from titan_distill.parallelisms.mesh import RoleMesh
 from titan_distill.parallelisms.sequence import Method, SequenceParallel, choose_method, describe_tiles
 from titan_distill.parallelisms.tensor import enable_async_communication
@@ -38,7 +41,8 @@ WeightLoader = Callable[[WanTransformer], None]
 """Fills a model that has storage, in whatever layout it has."""
 
 HIGH_PRECISION = ("condition_embedder", "patch_embedding", "proj_out")
-"""What never computes in float8: the conditions, with timesteps and modulation, the first layer and the last."""
+"""What never computes in float8 and gets no adapter: the conditions, with timesteps and modulation, the first
+layer and the last."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Layout:
     float8: Float8Config
     sparse_attention: SparseAttentionConfig | None = None
     """None for a dense role; must agree with the architecture."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 def build_transformer(architecture: WanConfig, load: WeightLoader | None, layout: Layout, seed: int) -> WanTransformer:
@@ -71,6 +76,7 @@ def build_transformer(architecture: WanConfig, load: WeightLoader | None, layout
         model = WanTransformer.from_config(architecture, core)
     model.to(layout.storage_dtype).requires_grad_(layout.trainable)
     apply_float8(model, layout.float8, high_precision=HIGH_PRECISION, device=layout.device)
+    apply_lora(model, layout.lora, excluded=HIGH_PRECISION)
     if mesh is not None and mesh.tensor is not None:
         apply_tensor_parallel(model, mesh.tensor, by_tokens=parallelism.token_region)
         if parallelism.async_tensor:
@@ -90,6 +96,8 @@ def build_transformer(architecture: WanConfig, load: WeightLoader | None, layout
         load(model)
     else:
         model.reset_parameters(seed)
+    for parameter, value in initial_adapters(model, seed):
+        copy_full_tensor(parameter, value)
     finish_float8(model, layout.float8)
     return model
 
@@ -148,7 +156,7 @@ def check_degrees(
             f"set sequence to {nearest_divisors(sequence, heads // tensor)}, or sequence_method to 'all_gather'"
         )
     join = runs_of_tiles(choose_method(heads, sequence, tensor, sequence_method), core)
-    num_tiles = math.prod(-(-size // tile) for size, tile in zip(grid, DEFAULT_TILE, strict=True))
+    num_tiles = math.prod(tile_grid(grid))
     num_runs = -(-num_tiles // join)
     if sequence > num_runs:
         raise ValueError(

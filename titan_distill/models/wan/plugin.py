@@ -17,13 +17,17 @@ from titan_distill.checkpoint.initial_weights import is_reference, read_weights,
 from titan_distill.config_sections import SparseAttentionConfig
 from titan_distill.config_world import role_parallelism
 from titan_distill.data.text import TextEncoder
-from titan_distill.dispatch import register_model
+from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.dispatch import method_class, register_model
 from titan_distill.models.base import Adapter, ModelFamily
 from titan_distill.models.head import HEAD_FLAVOR
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
+from titan_distill.models.wan.first_frame import ImageMixing, expands_timesteps
+from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_transformer, check_degrees
 from titan_distill.models.wan.state_dict import UNUSED_KEY, copy_full_tensor, load_weights, read_config, save_folder
+from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import load_vae
 from titan_distill.parallelisms.degrees import Degrees
@@ -53,10 +57,19 @@ class WanPipelineConfig:
     """Video width in pixels."""
     num_frames: int = 81
     """Video length in frames, 4 n + 1."""
+    image_probability: float = 0.0
+    """Share of the training samples that start from an image, their own first latent frame (image-to-video); the rest
+    has text only. Wan 2.2 TI2V was trained with 0.2."""
+    image_noise_mean: float = -3.5
+    """The image of a training sample gets noise of exp(N(image_noise_mean, image_noise_std)) times the sample's level;
+    -inf leaves it clean."""
+    image_noise_std: float = 0.5
+    """See image_noise_mean."""
 
     def __post_init__(self) -> None:
         if self.flow_shift <= 0:
             raise ValueError(f"flow_shift = {self.flow_shift} must be positive; 1 means no shift")
+        self._check_images()
         if self.num_frames < 1 or self.num_frames % 4 != 1:
             nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
             raise ValueError(f"num_frames = {self.num_frames} must be 4 n + 1 for the VAE; the nearest is {nearest}")
@@ -64,6 +77,27 @@ class WanPipelineConfig:
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 nearest = max(16, round(getattr(self, name) / 16) * 16)
                 raise ValueError(f"{name} = {getattr(self, name)} must be a multiple of 16; the nearest is {nearest}")
+
+    def _check_images(self) -> None:
+        if not 0 <= self.image_probability <= 1:
+            raise ValueError(f"image_probability = {self.image_probability} must be between 0 and 1")
+        if not self.image_noise_mean <= -1:
+            raise ValueError(
+                f"image_noise_mean = {self.image_noise_mean} must be at most -1: it is the logarithm of a small share"
+            )
+        if not 0 <= self.image_noise_std <= 1:
+            raise ValueError(f"image_noise_std = {self.image_noise_std} must be between 0 and 1")
+        for name in ("image_noise_mean", "image_noise_std"):
+            if not self.image_probability and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} has no effect with image_probability = 0; remove it, or set "
+                    "image_probability"
+                )
+        if self.image_probability and self.num_frames < 5:
+            raise ValueError(
+                f"num_frames = {self.num_frames} leaves nothing to make after the first frame that "
+                f"image_probability = {self.image_probability} gives; set it to 5 or more"
+            )
 
 
 @register_model("wan")
@@ -79,11 +113,21 @@ class WanFamily(ModelFamily):
                 raise ValueError(
                     f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}"
                 )
+        if config.pipeline_config.image_probability and not method_class(config.recipe.method).uses_loss_mask:
+            raise ValueError(
+                f"pipeline_config.image_probability = {config.pipeline_config.image_probability} gives first frames, "
+                f"which recipe.method = {config.recipe.method!r} would count in its loss; set it to 0, or train with "
+                "'finetune', 'dmd2' or 'consistency'"
+            )
+
+    @property
+    def needs_latents(self) -> bool:
+        return self.config.pipeline_config.image_probability > 0
 
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
         config = self.config
         compute_dtype = DTYPES[config.training.dtype]
-        auto_dtype = torch.float32 if role.trainable else compute_dtype
+        auto_dtype = torch.float32 if role.trainable and not role.lora.enabled else compute_dtype
         layout = Layout(
             mesh=mesh,
             parallelism=role_parallelism(config, name),
@@ -94,23 +138,51 @@ class WanFamily(ModelFamily):
             activation_checkpoint=config.activation_checkpoint,
             compile=config.compile,
             float8=config.float8.for_role(name),
+            lora=role.lora,
             sparse_attention=config.sparse_attention if role.attention == "sparse" else None,
         )
         architecture = self._architecture(name, role, by_name=device.type == "meta")
         return build_transformer(architecture, _loader(role.path or role.init_from), layout, config.job.seed)
 
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
-        pipeline = self.config.pipeline_config
+        space = self._latent_space()
+        space.check_size(*self._video_size())
         networks = {name: layout for name, layout in degrees.items() if self.config.roles[name].flavor != HEAD_FLAVOR}
         for name, layout in networks.items():
+            if self.config.roles[name].lora.enabled and layout.tensor > 1:
+                raise ValueError(
+                    f"roles.{name}.lora does not go with tensor = {layout.tensor}: adapters are not cut over tensor "
+                    f"ranks; set roles.{name}.parallelism.tensor to 1, or lora.rank to 0"
+                )
+            architecture = self._architecture(name, self.config.roles[name], by_name=True)
+            space.check_channels(name, architecture.out_channels)
+            if self.needs_latents and architecture.in_channels != architecture.out_channels:
+                raise ValueError(
+                    f"roles.{name} takes images in {architecture.in_channels - architecture.out_channels} channels of "
+                    "its own, not as a first frame; set pipeline_config.image_probability to 0"
+                )
             check_degrees(
                 f"roles.{name}",
-                self._architecture(name, self.config.roles[name], by_name=True),
+                architecture,
                 layout,
                 role_parallelism(self.config, name).sequence_method,
-                ((pipeline.num_frames - 1) // 4 + 1, pipeline.height // 16, pipeline.width // 16),
+                self.token_grid(),
                 self._core(self.config.roles[name].attention == "sparse"),
             )
+
+    def token_grid(self) -> Grid:
+        return self._latent_space().token_grid(*self._video_size())
+
+    def _latent_space(self) -> LatentSpace:
+        """Of the pipeline's VAE, or of the first role where there is no pipeline."""
+        name, role = next(iter(self.config.roles.items()))
+        return find_latent_space(
+            self.config.pipeline_config.path, lambda: self._architecture(name, role, by_name=True).out_channels
+        )
+
+    def _video_size(self) -> tuple[int, int, int]:
+        pipeline = self.config.pipeline_config
+        return pipeline.num_frames, pipeline.height, pipeline.width
 
     def _core(self, is_sparse: bool) -> SparseAttention | None:
         return SparseAttention(self.config.sparse_attention) if is_sparse else None
@@ -153,7 +225,7 @@ class WanFamily(ModelFamily):
             model = WanTransformer.from_config(config, self._core(config.sparse_attention))
         model.to_empty(device=device).requires_grad_(False)
         parameters = dict(model.named_parameters())
-        for name, tensor in tensors:
+        for name, tensor in _used(tensors):
             copy_full_tensor(parameters.pop(name), tensor)
         assert not parameters, f"the checkpoint lacks {', '.join(parameters)}"
         return model
@@ -177,7 +249,7 @@ class WanFamily(ModelFamily):
     def write_weights(
         tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path, dtype: torch.dtype | None
     ) -> None:
-        save_folder(tensors, WanConfig.from_diffusers(architecture), folder, dtype)
+        save_folder(_used(tensors), WanConfig.from_diffusers(architecture), folder, dtype)
 
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         config = _wan(module).config
@@ -195,26 +267,15 @@ class WanFamily(ModelFamily):
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
         config, pipeline = self.config, self.config.pipeline_config
         vae = text_encoder = negative = None
-        channels, spatial, temporal = 16, 8, 4
         if pipeline.path:
             vae = load_vae(Path(pipeline.path), device)
-            channels, spatial, temporal = (
-                vae.config.z_dim,
-                vae.config.scale_factor_spatial,
-                vae.config.scale_factor_temporal,
-            )
             text_encoder = TextEncoder(pipeline.path, dtype=DTYPES[config.training.dtype], device=device)
             with main_rank_first():  # a real text encoder is 22 GB, and one embedding is all that most ranks need of it
                 negative = text_encoder.cached_embedding(
                     pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
                 )
         return WanAdapter(
-            latent_shape=(
-                channels,
-                (pipeline.num_frames - 1) // temporal + 1,
-                pipeline.height // spatial,
-                pipeline.width // spatial,
-            ),
+            latent_shape=self._latent_space().shape(*self._video_size()),
             flow_shift=pipeline.flow_shift,
             max_text_tokens=config.data.max_text_tokens,
             negative_embedding_LD=negative,
@@ -223,7 +284,16 @@ class WanFamily(ModelFamily):
             device=device,
             layouts=layouts,
             checkpointing=config.activation_checkpoint,
+            image_mixing=self._image_mixing(),
+            takes_images=pipeline.image_probability > 0 or expands_timesteps(pipeline.path),
         )
+
+    def _image_mixing(self) -> ImageMixing | None:
+        pipeline = self.config.pipeline_config
+        if not pipeline.image_probability:
+            return None
+        noise = KeyedNoise(self.config.job.seed)
+        return ImageMixing(noise, pipeline.image_probability, pipeline.image_noise_mean, pipeline.image_noise_std)
 
     def build_validator(self, adapter: Adapter, folder: Path, layouts: Layouts) -> Validator:
         assert isinstance(adapter, WanAdapter)
@@ -235,6 +305,11 @@ class WanFamily(ModelFamily):
 def _wan(module: nn.Module) -> WanTransformer:
     assert isinstance(module, WanTransformer)
     return module
+
+
+def _used(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    """Without what published weights hold and no network has: adapters are merged into everything that a base holds."""
+    return ((name, tensor) for name, tensor in tensors if UNUSED_KEY not in name)
 
 
 def _stored_architecture(weights: str) -> WanConfig:

@@ -15,7 +15,6 @@ M model width, R distinct timesteps (rows of modulation).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from titan_distill.attention.dense import AttentionCore, DenseAttention
 from titan_distill.attention.placement import LocalAttention, Placement
 from titan_distill.attention.sparse import SparseAttention
+from titan_distill.keyed import keyed_generator
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.embeddings import ConditionEmbedding, PatchEmbedding
 from titan_distill.models.wan.layers import (
@@ -129,7 +129,7 @@ class WanTransformer(nn.Module):
                 superfluous.
         """
         self._check_inputs(hidden_states, encoder_hidden_states, encoder_hidden_states_image)
-        grid = token_grid(hidden_states, self.config.patch_size)
+        grid = token_grid(hidden_states.shape[2:], self.config.patch_size)
         context = token_context(grid, self.config, hidden_states.device)
         if self.sparse_attention is not None:
             context = replace(context, num_selected=self.sparse_attention.selection(context.layout.num_tiles))
@@ -221,7 +221,6 @@ def _initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
         return torch.zeros(shape)
     if len(shape) == 1:  # the weight of a norm
         return torch.ones(shape)
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = keyed_generator(f"{seed}/{name}")
     limit = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
     return torch.empty(shape).uniform_(-limit, limit, generator=generator)
