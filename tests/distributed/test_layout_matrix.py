@@ -39,6 +39,11 @@ ROUNDED = 5e-2
 COARSE = 2e-1
 
 
+def num_steps(method: str) -> int:
+    """Enough for every update to follow every other."""
+    return STEPS if method in ("dmd2", "finetune") else 3
+
+
 @dataclass(frozen=True)
 class Row:
     name: str
@@ -60,7 +65,7 @@ class Row:
         sparse = ("--roles.student.path", str(output.parent / SPARSE_WEIGHTS), *SPARSE) if self.sparse else ()
         return tiny_argv(
             method, output,
-            "--training.steps", str(STEPS), "--checkpoint.enabled", "false",
+            "--training.steps", str(num_steps(method)), "--checkpoint.enabled", "false",
             "--training.global_batch_size", str(GLOBAL_BATCH), "--training.local_batch_size", str(self.local_batch),
             *self.overrides.split(), *sparse, *OPTIONS.get(method, "").format(folder=output.parent).split(),
         )  # fmt: skip
@@ -69,13 +74,14 @@ class Row:
 P = "--parallelism."
 TEACHER, STUDENT = "--roles.teacher.parallelism.", "--roles.student.parallelism."
 DMD2, FINETUNE = ("dmd2",), ("finetune",)
-METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm")
+METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm", "dmd2_gan")
 # Schedules of real length would not get anywhere in these steps.
 OPTIONS = {
     "kd": "--data.path {folder}/pairs --method_config.teacher_steps 4",
     "cm": "--ema.start_step 1",
-    "scm": "--method_config.tangent_warmup 2",
-    "rcm": "--method_config.tangent_warmup 2 --method_config.update_ratio 2",
+    "scm": "--method_config.tangent_warmup 2 --method_config.derivative_step 0",
+    "rcm": "--method_config.tangent_warmup 1 --method_config.update_ratio 2",
+    "dmd2_gan": "--method_config.adversarial_weight 1",
 }
 REFERENCE = Row("one process", 1, "", methods=METHODS)
 SPARSE = (
@@ -100,7 +106,7 @@ DENSE_ROWS = (
     Row("cpu offload, fsdp 2", 2, f"{P}cpu_offload", local_batch=2, methods=FINETUNE, nightly=DMD2),
     Row("no resharding, fsdp 2", 2, f"{P}reshard_after_forward false", local_batch=2, methods=DMD2, nightly=FINETUNE),
     Row("tensor 2", 2, f"{P}tensor 2"),
-    Row("tensor 2, token region", 2, f"{P}tensor 2 {P}token_region", methods=FINETUNE, nightly=DMD2),
+    Row("tensor 2, token region", 2, f"{P}tensor 2 {P}token_region", methods=("finetune", "dmd2_gan"), nightly=DMD2),
     Row("sequence 2", 2, f"{P}sequence 2", methods=METHODS),
     Row("teacher tensor 2, students fsdp 2", 2, f"{TEACHER}tensor 2", local_batch=2, methods=DMD2),
     Row("teacher sequence 2, students fsdp 2", 2, f"{TEACHER}sequence 2", local_batch=2, methods=DMD2),
@@ -148,6 +154,7 @@ MUTATED = (
     Row("mutant: sequence gradients", 2, f"{P}sequence 2", methods=FINETUNE, mutant="sequence_gradients_not_divided"),
     Row("mutant: local norm", 2, f"{P}tensor 2", methods=FINETUNE, mutant="norm_over_local_width"),
     Row("mutant: tangents", 2, f"{P}sequence 2", methods=("scm",), mutant="tangents_stay_where_they_are"),
+    Row("mutant: features", 2, f"{P}sequence 2", methods=("dmd2_gan",), mutant="features_averaged_by_rank"),
     Row("mutant: mean of means", 2, f"{P}sequence 2", methods=FINETUNE, mutant="mean_of_means"),
     Row(
         "mutant: replicated gradient", 2, f"{P}tensor 2 {P}token_region", methods=FINETUNE,
@@ -209,7 +216,8 @@ def compare(folder: Path) -> Callable[[Row, str], Differences]:
     def compare(row: Row, method: str) -> Differences:
         launch(1, False)
         launch(row.ranks, method in row.nightly)
-        return _differences(folder / _file_name(row.reference, method), folder / _file_name(row, method))
+        pair = folder / _file_name(row.reference, method), folder / _file_name(row, method)
+        return _differences(*pair, num_steps(method))
 
     return compare
 
@@ -237,9 +245,9 @@ def _launch(name: str, num_ranks: int, rows: list[dict[str, Any]], folder: Path)
     run_worker(num_ranks, Path(__file__).with_name("matrix_worker.py"), table, folder, timeout=1700)
 
 
-def _differences(reference: Path, run: Path) -> Differences:
+def _differences(reference: Path, run: Path, steps: int) -> Differences:
     expected, found = read_metrics(reference), read_metrics(run)
-    assert len(expected) == len(found) == STEPS
+    assert len(expected) == len(found) == steps
     found_at: dict[str, list[float]] = defaultdict(list)
     for line, other in zip(expected, found, strict=True):
         for key, value in line.items():
@@ -286,8 +294,8 @@ def test_write_the_table(compare: Callable[[Row, str], Differences]) -> None:
     lines = [
         "# Layout parity",
         "",
-        f"Largest relative differences from one process over {STEPS} steps of {GLOBAL_BATCH} samples, tiny Wan, from "
-        "equal weights:",
+        f"Largest relative differences from one process over {STEPS} steps ({num_steps('kd')} for all but dmd2 and "
+        f"finetune) of {GLOBAL_BATCH} samples, tiny Wan, from equal weights:",
         "losses and gradient norms of all roles at every step, all parameters together (L2) at the end. Written by",
         "`pytest -m distributed tests/distributed/test_layout_matrix.py`.",
         "",

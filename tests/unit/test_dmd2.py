@@ -130,10 +130,10 @@ def check_loss_against_transcription(folder: Path) -> None:
     captured: list[Tensor] = []
     real_loss = losses.dmd_loss
 
-    def capture(x: Tensor, g: Tensor) -> Tensor:
+    def capture(x: Tensor, g: Tensor, mask: None) -> Tensor:
         x.retain_grad()
         captured.append(x)
-        return real_loss(x, g)
+        return real_loss(x, g, mask)
 
     with patch.object(losses, "dmd_loss", capture):
         method.student_loss(batch, 0).losses_B.sum().backward()
@@ -270,15 +270,17 @@ ORIGINAL_CRITIC_LOSS = losses.critic_loss
 ORIGINAL_STEP = RoleHandle.step
 
 
-def _no_normaliser(fake: Tensor, real: Tensor, generated: Tensor, normalise: bool = True) -> Tensor:
+def _no_normaliser(fake: Tensor, real: Tensor, generated: Tensor, normalise: bool = True, mask: None = None) -> Tensor:
     return ORIGINAL_DIRECTION(fake, real, generated, normalise=False)
 
 
-def _batch_normaliser(fake: Tensor, real: Tensor, generated: Tensor, normalise: bool = True) -> Tensor:
+def _batch_normaliser(
+    fake: Tensor, real: Tensor, generated: Tensor, normalise: bool = True, mask: None = None
+) -> Tensor:
     return (fake - real) / (generated - real).abs().mean()
 
 
-def _wrong_sign(fake: Tensor, real: Tensor, generated: Tensor, normalise: bool = True) -> Tensor:
+def _wrong_sign(fake: Tensor, real: Tensor, generated: Tensor, normalise: bool = True, mask: None = None) -> Tensor:
     return -ORIGINAL_DIRECTION(fake, real, generated, normalise)
 
 

@@ -12,7 +12,7 @@ videos (the toy family of the tests) use fewer dims after B; nothing outside a f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +82,18 @@ class Adapter(ABC):
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
         """The role's velocity ``ε - x0`` at noise level ``sigma_B`` in [0, 1]; shape and dtype of ``x``."""
 
+    def features(
+        self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Sequence[int]
+    ) -> list[Tensor]:
+        """What the role's network holds behind those of its parts that ``depths`` names, counted from 0, when it
+        predicts a velocity: [B, positions, width] each, of the positions that this rank has."""
+        raise NotImplementedError  # a family whose `feature_width` answers has them
+
+    def mean_over_positions(self, role: RoleHandle, x: Tensor, values_BL: Tensor) -> Tensor:
+        """Mean over all positions of what a head made of `features` of ``x``: [B], float64, equal on all ranks that
+        share the samples."""
+        raise NotImplementedError
+
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents to uint8 videos ``[B, frames, height, width, 3]``."""
@@ -145,8 +157,8 @@ class Adapter(ABC):
         Forward-mode differentiation, one pass of about twice a forward's work and no stored activations; nothing is
         approximated. No fused attention kernel has a forward mode, so PyTorch's own attention runs as its plain
         mathematics here, which holds the [queries, keys] matrix of scores in memory. What is no PyTorch operation with
-        a forward mode (sparse attention, compiled blocks, float8, exchange between ranks) raises NotImplementedError or
-        RuntimeError: a method that needs derivatives refuses it beforehand.
+        a forward mode (sparse attention, compiled blocks, float8) raises NotImplementedError or RuntimeError: a method
+        that needs derivatives refuses it beforehand. Between ranks, tangents travel as what they are tangents of does.
         """
         counting = self.work.forward_mode() if self.work else nullcontext()
         with counting, sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
@@ -225,6 +237,11 @@ class ModelFamily(ABC):
     @abstractmethod
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         """Properties of the latents a module works on. All roles of a run must agree on them."""
+
+    def feature_width(self, module: nn.Module, depths: Sequence[int]) -> int:
+        """Width of the features behind ``depths`` (see `Adapter.features`). Raises ValueError for depths that the
+        network does not have, and where the family offers no features."""
+        raise ValueError(f"recipe.family = {self.config.recipe.family!r} offers no features for a head to read")
 
     @abstractmethod
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from titan_distill.config_world import check_world
+from titan_distill.models.head import HEAD_FLAVOR
 from titan_distill.parallelisms.activation_checkpoint import describe as describe_checkpointing
 from titan_distill.parallelisms.compile import describe as describe_compile
 from titan_distill.parallelisms.float8 import describe as describe_float8
@@ -65,7 +66,7 @@ def _describe(config: Config, name: str, module: nn.Module) -> str:
         precision += f" stored, {config.training.dtype} computed"
     layout = "FSDP2 sharded" if hasattr(parameters[0], "placements") else "whole"
     kind = "trained" if role.trainable else "frozen"
-    extras = [f"{role.attention} attention"]
+    extras = ["head" if role.flavor == HEAD_FLAVOR else f"{role.attention} attention"]
     if role.lora.enabled:
         extras.append(describe_lora(role.lora, module))
     if role.trainable and config.activation_checkpoint.mode != "none":

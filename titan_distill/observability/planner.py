@@ -24,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from titan_distill.config_world import RunLayout, role_parallelism
 from titan_distill.dispatch import method_class, model_family
 from titan_distill.methods.base import Passes
+from titan_distill.models.head import FeatureHead
 from titan_distill.observability import communication, memory
 from titan_distill.observability.communication import Links, Transfer, Weights
 from titan_distill.observability.flops import DiTConfig, ForwardFlops, forward_flops, recomputed_share
@@ -125,7 +126,7 @@ def fake_world(num_ranks: int) -> Iterator[World]:
 
 def can_plan(config: Config, roles: RoleManager) -> bool:
     """Whether the family's networks are video transformers, whose costs are known."""
-    return _token_grid(config) is not None and all(hasattr(role.transformer, "config") for role in roles)
+    return _token_grid(config) is not None and all(hasattr(role.transformer, "config") for role in _networks(roles))
 
 
 def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -> Plan:
@@ -136,7 +137,7 @@ def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -
     grid = _token_grid(config)
     if grid is None or not can_plan(config, roles):
         raise ValueError(f"recipe.family = {config.recipe.family!r} has no video transformers that a plan is made for")
-    plans = {role.name: _role_plan(config, layout, role, grid) for role in roles}
+    plans = {role.name: _role_plan(config, layout, role, grid) for role in _networks(roles)}
     work = method_class(config.recipe.method).work(config.method_config)
     planner = _Planner(config, layout, gpu, plans, grid)
     plans = planner.plans = {name: planner.with_activations(plan, work) for name, plan in plans.items()}
@@ -195,7 +196,8 @@ class _Planner:
         own = [passes for passes in work if passes.update == update and passes.num_forwards]
         held = (0 if role.offloaded else role.states.lasting for role in self.plans.values())
         lasting = sum(held) + sum(role.weights.lasting for role in self.plans.values())
-        gradients = 0 if self.plans[update].offloaded else self.plans[update].states.gradients
+        role = self.plans.get(update)  # a head's gradients are not worth counting
+        gradients = 0 if role is None or role.offloaded else role.states.gradients
         graph = max((self._graph(passes) for passes in own), default=0.0)
         return lasting + gradients + graph + max((self._working_set(passes) for passes in own), default=0.0)
 
@@ -265,6 +267,11 @@ class _Planner:
         whole = memory.FP32 * weights.total * weights.trained_share if self.layout.num_micro_batches > 1 else 0
         working = memory.backward_working_set(forward, self.config.activation_checkpoint)
         return weights.passing + reduced + whole + max(working, memory.forward_working_set(forward))
+
+
+def _networks(roles: RoleManager) -> list[RoleHandle]:
+    """The roles with a cost: all but heads, which are some thin layers on the features of others."""
+    return [role for role in roles if not isinstance(role.transformer, FeatureHead)]
 
 
 def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[int, int, int]) -> RolePlan:

@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, F latent frames, H and W latent height and w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from titan_distill.diffusion import schedule
 from titan_distill.models.base import Adapter, Condition
 from titan_distill.models.wan import first_frame
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.features import block_outputs, mean_over_tokens
 from titan_distill.models.wan.first_frame import ImageMixing
 from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
@@ -67,7 +69,8 @@ class WanAdapter(Adapter):
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         values = {}
         for role in roles:
-            core = _transformer(role).sparse_attention
+            # A head has no attention.
+            core = role.transformer.sparse_attention if isinstance(role.transformer, WanTransformer) else None
             if core is not None:
                 core.start_step(step)
                 read = core.tiles_read(self._num_tiles)
@@ -140,6 +143,15 @@ class WanAdapter(Adapter):
             sigma = sigma.flatten(1)  # [B, F], a time for each frame
         read, exchange = first_frame.without_frame(condition), self.layouts.exchange(role.name)
         return forward(x, sigma, read) if exchange is None else exchange.run(forward, x, sigma, read)
+
+    def features(
+        self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Sequence[int]
+    ) -> list[Tensor]:
+        assert self.layouts.exchange(role.name) is None, "the configuration keeps data groups apart"
+        return block_outputs(_transformer(role), depths, x, lambda: self.predict_velocity(role, x, sigma_B, condition))
+
+    def mean_over_positions(self, role: RoleHandle, x: Tensor, values_BL: Tensor) -> Tensor:
+        return mean_over_tokens(_transformer(role), values_BL, x)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         return decode_latents(self._vae(), latents)

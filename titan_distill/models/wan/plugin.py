@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.dispatch import method_class, register_model
 from titan_distill.models.base import Adapter, ModelFamily
+from titan_distill.models.head import HEAD_FLAVOR
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.first_frame import ImageMixing, expands_timesteps
@@ -108,7 +109,7 @@ class WanFamily(ModelFamily):
     @classmethod
     def validate(cls, config: Config) -> None:
         for name, role in config.roles.items():
-            if role.flavor and role.flavor not in FLAVORS:
+            if role.flavor not in ("", HEAD_FLAVOR, *FLAVORS):
                 raise ValueError(
                     f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}"
                 )
@@ -146,7 +147,8 @@ class WanFamily(ModelFamily):
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
         space = self._latent_space()
         space.check_size(*self._video_size())
-        for name, layout in degrees.items():
+        networks = {name: layout for name, layout in degrees.items() if self.config.roles[name].flavor != HEAD_FLAVOR}
+        for name, layout in networks.items():
             if self.config.roles[name].lora.enabled and layout.tensor > 1:
                 raise ValueError(
                     f"roles.{name}.lora does not go with tensor = {layout.tensor}: adapters are not cut over tensor "
@@ -252,6 +254,15 @@ class WanFamily(ModelFamily):
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         config = _wan(module).config
         return {"channels": config.out_channels, "text width": config.text_dim}
+
+    def feature_width(self, module: nn.Module, depths: Sequence[int]) -> int:
+        num_blocks = _wan(module).config.num_layers
+        if outside := [depth for depth in depths if not 0 <= depth < num_blocks]:
+            raise ValueError(
+                f"a head is to read features behind block {outside[0]}, but the network has {num_blocks} blocks, "
+                f"counted from 0; choose from 0 to {num_blocks - 1}"
+            )
+        return _wan(module).config.inner_dim
 
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
         config, pipeline = self.config, self.config.pipeline_config

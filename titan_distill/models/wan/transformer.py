@@ -16,7 +16,7 @@ M model width, R distinct timesteps (rows of modulation).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +68,8 @@ class WanTransformer(nn.Module):
         # What other ranks do with the tokens: set by `parallelize`.
         self.sequence: SequenceParallel | None = None
         self.token_region: TokenRegion | None = None
+        # Called with every block's index and output while somebody reads features (`features.block_outputs`).
+        self.tap: Callable[[int, Tensor], None] | None = None
         if not self.scale_shift_table.is_meta:
             self.reset_parameters()
 
@@ -155,8 +157,10 @@ class WanTransformer(nn.Module):
             x_BLM = collectives.shard(x_BLM, 1, group)
             if context.row_BL is not None:
                 context = replace(context, row_BL=collectives.shard(context.row_BL, 1, group))
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             x_BLM = block(x_BLM, text_BSM, image_BSM, rows_R6M, context)
+            if self.tap is not None:
+                self.tap(index, x_BLM)
         return x_BLM if group is None else collectives.gather(x_BLM, 1, group)
 
     def _head(self, x_BLM: Tensor, embedded_RM: Tensor, context: TokenContext) -> Tensor:
