@@ -152,8 +152,13 @@ class DataConfig:
             raise ValueError('path = "" names no data; set it to a parquet file, a folder of them or a .csv')
         if self.fps is not None:
             check_range(self, "fps", above=0)
-            if not self.path.endswith(".csv"):
+            if not self.holds_videos:
                 raise ValueError(f"fps = {self.fps} has no effect on path = {self.path!r}, which is no .csv; remove it")
+
+    @property
+    def holds_videos(self) -> bool:
+        """Whether the data is a table of videos and prompts, to be encoded during training."""
+        return self.path.endswith(".csv")
 
 
 @dataclass(frozen=True, kw_only=True)

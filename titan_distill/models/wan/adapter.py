@@ -101,7 +101,10 @@ class WanAdapter(Adapter):
 
     def text_condition(self, batch: Batch) -> Condition:
         text = {"text": batch.text_embeddings}
-        return text if self.image_mixing is None else text | self.image_mixing.condition(batch)
+        # Without latents there is no image: data to train on has them (`needs_latents`), prompts to sample from don't.
+        if self.image_mixing is None or batch.latents is None:
+            return text
+        return text | self.image_mixing.condition(batch.sample_ids, batch.latents)
 
     def negative_condition(self, batch_size: int) -> Condition:
         if self._negative_LD is None:

@@ -118,7 +118,7 @@ class WanFamily(ModelFamily):
                 raise ValueError(
                     f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}"
                 )
-        if config.data.path.endswith(".csv") and not config.pipeline_config.path:
+        if config.data.holds_videos and not config.pipeline_config.path:
             raise ValueError(
                 f"data.path = {config.data.path!r} holds videos and prompts to encode, but pipeline_config.path is "
                 "empty; set it to a diffusers folder with vae, text_encoder and tokenizer"
@@ -271,8 +271,8 @@ class WanFamily(ModelFamily):
         config, pipeline = self.config, self.config.pipeline_config
         vae = text_encoder = negative = None
         if pipeline.path:
-            compute_dtype, encodes = DTYPES[config.training.dtype], config.data.path.endswith(".csv")
-            vae_dtype = encoding_dtype(device, compute_dtype) if encodes else torch.float32
+            compute_dtype = DTYPES[config.training.dtype]
+            vae_dtype = encoding_dtype(device, compute_dtype) if config.data.holds_videos else torch.float32
             vae = load_vae(Path(pipeline.path), device, vae_dtype)
             text_encoder = TextEncoder(
                 pipeline.path, dtype=compute_dtype, device=device, offload=pipeline.offload_text_encoder
