@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from titan_distill.checkpoint import convert
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import read_manifest
 from titan_distill.config import Config, load_config
+from titan_distill.data.footage import read_picture
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.dispatch import method_class, model_family
 from titan_distill.methods.base import SampleRequest
@@ -31,8 +33,9 @@ def generate(
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     raw_weights: bool = False,
+    image: Path | None = None,
 ) -> None:
-    """Make a video from a prompt with a trained role.
+    """Make a video from a prompt, or from a prompt and a first picture, with a trained role.
 
     Args:
         checkpoint: A step folder, or ``outputs/<name>/checkpoints/latest``.
@@ -43,6 +46,8 @@ def generate(
         num_steps: Sampling steps; the method's own if not given. A few-step student has a fixed schedule.
         guidance_scale: Classifier-free guidance, standard form; the method's own if not given.
         raw_weights: Sample from the trained weights even where there is an average of them.
+        image: Picture (or video, of which the first frame) that the video starts from, scaled to cover its size and
+            cropped; for models that take one.
     """
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the video should show")
@@ -58,10 +63,19 @@ def generate(
         guidance_scale=request.guidance_scale if guidance_scale is None else guidance_scale,
     )
     condition = adapter.encode_prompts([prompt])
+    if image is not None:
+        condition = adapter.with_image(condition, _picture(config, image)[None])
     latents = Sampling(adapter, KeyedNoise(seed), device).run(request, handle, condition, [0])
     out.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(out, adapter.decode_latents(latents)[0].cpu().numpy(), config.validation.fps)
     print(f"{out}: {prompt!r}, {request.solver}, {request.num_steps} steps, seed {seed}")
+
+
+def _picture(config: Config, image: Path) -> Tensor:
+    size = model_family(config.recipe.family)(config).video_size()
+    if size is None:
+        raise ValueError(f"--image {image}: family {config.recipe.family!r} makes no videos; leave it out")
+    return read_picture(image, *size[1:])
 
 
 def load_role(

@@ -27,8 +27,8 @@ from titan_distill.checkpoint.ranks import RankFailure
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config import Config, check_paths, help_text, load_config, to_toml
 from titan_distill.config_world import check_world, role_parallelism
+from titan_distill.data.datasets import open_dataset
 from titan_distill.data.loader import build_loader
-from titan_distill.data.parquet import ParquetDataset
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.dispatch import method_class, model_family
 from titan_distill.exit_codes import EXIT_BAD_INPUT, EXIT_COME_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
@@ -182,14 +182,9 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     method_type = method_class(config.recipe.method)
     tensors = method_type.extra_tensors(config.method_config)
-    dataset = ParquetDataset(config.data.path, tensors=tensors, max_bad_rows=config.data.max_bad_rows)
     family = model_family(config.recipe.family)(config)
     needs_latents = family.needs_latents or method_type.needs_latents(config.method_config)
-    if needs_latents and dataset[0].vae_latent is None:
-        raise ValueError(
-            f"data.path = {config.data.path!r} holds only text, but {config.recipe.method!r} as configured trains on "
-            "latents; make them with `titan-distill data preprocess`"
-        )
+    dataset = open_dataset(config.data, tensors=tensors, video_size=family.video_size(), needs_latents=needs_latents)
     layouts = build_layouts(config, world)
     roles = build_roles(config, family, layouts, world.device)
     _check_latent_space(family, roles)

@@ -227,8 +227,7 @@ def test_text_alone_counts_every_frame(make: MakeTrainer) -> None:
 
 
 def draws(mixing: ImageMixing, ids: list[int]) -> Tensor:
-    latents = torch.zeros(len(ids), 1, 2, 1, 1)
-    return mixing.condition(Batch(ids, [""] * len(ids), torch.zeros(len(ids), 1, 1), latents))[MASK]
+    return mixing.condition(ids, torch.zeros(len(ids), 1, 2, 1, 1))[MASK]
 
 
 def test_images_are_drawn_by_sample_with_the_published_law() -> None:

@@ -8,8 +8,6 @@ fault in any video stops the whole job before a file appears: a data set that si
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import logging
@@ -23,8 +21,8 @@ from tqdm import tqdm
 
 from titan_distill.data.footage import SUFFIXES, read_clips
 from titan_distill.data.parquet import DTYPES, LatentRow, write_rows
-from titan_distill.data.prompts import read_text
 from titan_distill.data.summary import DatasetSummary, inspect
+from titan_distill.data.tables import non_empty, read_csv, read_text
 from titan_distill.data.text import TextEncoder
 from titan_distill.models.wan.vae import encode_video, load_vae
 
@@ -100,9 +98,7 @@ def read_captions(path: Path) -> dict[str, str]:
         raise ValueError(f"no captions file {path}")
     captions: dict[str, str] = {}
     for where, entry in readers[path.suffix](path):
-        name, caption = entry.get("file_name"), entry.get("caption")
-        if not isinstance(name, str) or not isinstance(caption, str) or not name.strip() or not caption.strip():
-            raise ValueError(f"{where}: expected a non-empty file_name and caption, found {str(entry)[:200]}")
+        name, caption = non_empty(where, entry, ("file_name", "caption"))
         if name in captions:
             raise ValueError(f"{where}: {name} has a caption already: keep one")
         captions[name] = caption
@@ -110,14 +106,7 @@ def read_captions(path: Path) -> dict[str, str]:
 
 
 def _csv_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(read_text(path)))
-    try:
-        if not {"file_name", "caption"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path} has the columns {reader.fieldnames}: expected file_name and caption")
-        for entry in reader:
-            yield f"{path}, line {reader.line_num}", entry
-    except csv.Error as error:
-        raise ValueError(f"{path}, after line {reader.line_num}: not CSV ({error})") from error
+    return read_csv(path, ("file_name", "caption"))
 
 
 def _jsonl_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

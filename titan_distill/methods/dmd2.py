@@ -222,12 +222,13 @@ class Dmd2(AdversarialTraining):
         u_B = self.noise.uniform("dmd2/student/timestep", step, batch.sample_ids)
         sigma_B = self._score_sigma(u_B, rollout.exit_index).to(x0.device)
         x = self.adapter.add_noise(x0, self._normal(batch, step, "dmd2/student/noise"), sigma_B)
+        mask = self.adapter.loss_mask(condition)
         with self.timer("critic"):
             fake_guidance = Guidance(config.fake_guidance_scale)
             fake = self.adapter.predict_x0(self.roles["critic"], x, sigma_B, condition, fake_guidance)
         with self.timer("teacher"):
             real = self.adapter.predict_x0(self.roles["teacher"], x, sigma_B, condition, config.teacher_guidance)
-        direction = losses.dmd_direction(fake, real, x0, config.normalise, self.adapter.loss_mask(condition))
+        direction = losses.dmd_direction(fake, real, x0, normalise=config.normalise, mask=mask)
         return self.weighted(direction, x, sigma_B, condition)
 
     def _score_sigma(self, u_B: Tensor, exit_index: int) -> Tensor:

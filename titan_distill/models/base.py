@@ -202,6 +202,10 @@ class ModelFamily(ABC):
         """Tokens of a sample along (frames, height, width), for the planner; None where samples are no videos."""
         return None
 
+    def video_size(self) -> tuple[int, int, int] | None:
+        """(frames, height, width) of a sample in pixels; None where samples are no videos."""
+        return None
+
     @property
     def needs_latents(self) -> bool:
         """Whether training conditions are made of the data's latents, whatever the method needs."""

@@ -326,7 +326,7 @@ def _encoder_bytes(config: Config, channels: int) -> float:
     folder, in_bytes = Path(config.pipeline_config.path), BYTES[config.training.dtype]
     vae = _numbers_in(folder / "vae") or VAE_NUMBERS.get(channels, max(VAE_NUMBERS.values()))
     text = _numbers_in(folder / "text_encoder") or TEXT_ENCODER_NUMBERS
-    return memory.FP32 * vae + in_bytes * text
+    return memory.FP32 * vae + (0 if config.pipeline_config.offload_text_encoder else in_bytes * text)
 
 
 def _numbers_in(folder: Path) -> int:

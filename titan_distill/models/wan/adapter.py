@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,9 +54,11 @@ class WanAdapter(Adapter):
         checkpointing: ActivationCheckpointConfig,
         image_mixing: ImageMixing | None = None,
         takes_images: bool = False,
+        text_cache: Path | None = None,
     ) -> None:
         """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know.
-        ``image_mixing``: which training samples start from an image; ``takes_images``: whether sampling may."""
+        ``image_mixing``: which training samples start from an image; ``takes_images``: whether sampling may.
+        ``text_cache``: folder for embeddings of prompts that come with videos."""
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
         self.checkpointing = checkpointing
         grid = token_grid(latent_shape[1:], WanConfig.patch_size)
@@ -63,6 +67,7 @@ class WanAdapter(Adapter):
         self.max_text_tokens = max_text_tokens
         self.layouts = layouts
         self.image_mixing, self.takes_images = image_mixing, takes_images
+        self.text_cache = text_cache
         self.vae, self.text_encoder = vae, text_encoder
         self._negative_LD = None if negative_embedding_LD is None else negative_embedding_LD.to(device)
 
@@ -80,6 +85,8 @@ class WanAdapter(Adapter):
         return values
 
     def prepare_batch(self, batch: Batch) -> Batch:
+        if not batch.is_encoded:
+            batch = self._encoded(batch)
         if batch.latents is not None and tuple(batch.latents.shape[1:]) != self.latent_shape:
             raise ValueError(
                 f"the data's latents have shape {tuple(batch.latents.shape[1:])}, but pipeline_config's num_frames, "
@@ -87,9 +94,20 @@ class WanAdapter(Adapter):
             )
         return batch.to(self.device)
 
+    def _encoded(self, batch: Batch) -> Batch:
+        """Each clip and each prompt by itself: what a sample is does not depend on its batch."""
+        encoder, clips = self._text_encoder(), batch.clips
+        assert self.text_cache is not None
+        texts = [encoder.cached_embedding(text, self.max_text_tokens, self.text_cache) for text in batch.captions]
+        latents = None if clips is None else torch.cat([self.encode_video(clip[None]) for clip in clips])
+        return replace(batch, text_embeddings=torch.stack(texts), latents=latents, clips=None, is_encoded=True)
+
     def text_condition(self, batch: Batch) -> Condition:
         text = {"text": batch.text_embeddings}
-        return text if self.image_mixing is None else text | self.image_mixing.condition(batch)
+        # Without latents there is no image: data to train on has them (`needs_latents`), prompts to sample from don't.
+        if self.image_mixing is None or batch.latents is None:
+            return text
+        return text | self.image_mixing.condition(batch.sample_ids, batch.latents)
 
     def negative_condition(self, batch_size: int) -> Condition:
         if self._negative_LD is None:
@@ -106,13 +124,21 @@ class WanAdapter(Adapter):
         return [self._text_encoder().embed(prompt, self.max_text_tokens) for prompt in prompts]
 
     def with_image(self, condition: Condition, images: Tensor) -> Condition:
+        self.check_takes_images()
+        return self.with_first_frame(condition, self.encode_video(images[:, None]))
+
+    def with_first_frame(self, condition: Condition, latents: Tensor) -> Condition:
+        """The condition that videos also start from these latent frames [B, C, 1, H, W], clean."""
+        return {**condition, **first_frame.given_frame(latents.to(self.device))}
+
+    def check_takes_images(self) -> None:
+        """Raises ValueError where the models of the run can't start a video from an image."""
         if not self.takes_images:
             raise ValueError(
                 "the models of this run make videos from text only: they were trained with "
                 "pipeline_config.image_probability = 0, and the pipeline they come from has no expand_timesteps in its "
-                "model_index.json; leave the image out"
+                "model_index.json; leave images out"
             )
-        return {**condition, **first_frame.given_frame(self.encode_video(images[:, None]))}
 
     def held(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         return first_frame.held(x, sigma_B, condition)

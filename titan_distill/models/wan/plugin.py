@@ -29,7 +29,7 @@ from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_tra
 from titan_distill.models.wan.state_dict import UNUSED_KEY, copy_full_tensor, load_weights, read_config, save_folder
 from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import load_vae
+from titan_distill.models.wan.vae import encoding_dtype, load_vae
 from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.mesh import Layouts, RoleMesh, main_rank_first
 
@@ -57,6 +57,9 @@ class WanPipelineConfig:
     """Video width in pixels."""
     num_frames: int = 81
     """Video length in frames, 4 n + 1."""
+    offload_text_encoder: bool = False
+    """Keep the text encoder in host memory, each layer on the device only while it runs: 11 GB less, seconds more a new
+    prompt."""
     image_probability: float = 0.0
     """Share of the training samples that start from an image, their own first latent frame (image-to-video); the rest
     has text only. Wan 2.2 TI2V was trained with 0.2."""
@@ -65,6 +68,9 @@ class WanPipelineConfig:
     -inf leaves it clean."""
     image_noise_std: float = 0.5
     """See image_noise_mean."""
+    validate_from_image: bool = False
+    """Validation videos start from the pictures that validation.prompts has beside its prompts: a .csv with the column
+    image (or video), or the first frames of parquet with latents."""
 
     def __post_init__(self) -> None:
         if self.flow_shift <= 0:
@@ -113,6 +119,11 @@ class WanFamily(ModelFamily):
                 raise ValueError(
                     f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}"
                 )
+        if config.data.holds_videos and not config.pipeline_config.path:
+            raise ValueError(
+                f"data.path = {config.data.path!r} holds videos and prompts to encode, but pipeline_config.path is "
+                "empty; set it to a diffusers folder with vae, text_encoder and tokenizer"
+            )
         if config.pipeline_config.image_probability and not method_class(config.recipe.method).uses_loss_mask:
             raise ValueError(
                 f"pipeline_config.image_probability = {config.pipeline_config.image_probability} gives first frames, "
@@ -146,20 +157,15 @@ class WanFamily(ModelFamily):
 
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
         space = self._latent_space()
-        space.check_size(*self._video_size())
+        space.check_size(*self.video_size())
         networks = {name: layout for name, layout in degrees.items() if self.config.roles[name].flavor != HEAD_FLAVOR}
         for name, layout in networks.items():
+            architecture = self._architecture(name, self.config.roles[name], by_name=True)
+            self._check_latents(name, architecture, space)
             if self.config.roles[name].lora.enabled and layout.tensor > 1:
                 raise ValueError(
                     f"roles.{name}.lora does not go with tensor = {layout.tensor}: adapters are not cut over tensor "
                     f"ranks; set roles.{name}.parallelism.tensor to 1, or lora.rank to 0"
-                )
-            architecture = self._architecture(name, self.config.roles[name], by_name=True)
-            space.check_channels(name, architecture.out_channels)
-            if self.needs_latents and architecture.in_channels != architecture.out_channels:
-                raise ValueError(
-                    f"roles.{name} takes images in {architecture.in_channels - architecture.out_channels} channels of "
-                    "its own, not as a first frame; set pipeline_config.image_probability to 0"
                 )
             check_degrees(
                 f"roles.{name}",
@@ -170,8 +176,16 @@ class WanFamily(ModelFamily):
                 self._core(self.config.roles[name].attention == "sparse"),
             )
 
+    def _check_latents(self, name: str, architecture: WanConfig, space: LatentSpace) -> None:
+        space.check_channels(name, architecture.out_channels)
+        if self.needs_latents and architecture.in_channels != architecture.out_channels:
+            raise ValueError(
+                f"roles.{name} takes images in {architecture.in_channels - architecture.out_channels} channels of its "
+                "own, not as a first frame; set pipeline_config.image_probability to 0"
+            )
+
     def token_grid(self) -> Grid:
-        return self._latent_space().token_grid(*self._video_size())
+        return self._latent_space().token_grid(*self.video_size())
 
     def _latent_space(self) -> LatentSpace:
         """Of the pipeline's VAE, or of the first role where there is no pipeline."""
@@ -180,7 +194,7 @@ class WanFamily(ModelFamily):
             self.config.pipeline_config.path, lambda: self._architecture(name, role, by_name=True).out_channels
         )
 
-    def _video_size(self) -> tuple[int, int, int]:
+    def video_size(self) -> tuple[int, int, int]:
         pipeline = self.config.pipeline_config
         return pipeline.num_frames, pipeline.height, pipeline.width
 
@@ -268,19 +282,24 @@ class WanFamily(ModelFamily):
         config, pipeline = self.config, self.config.pipeline_config
         vae = text_encoder = negative = None
         if pipeline.path:
-            vae = load_vae(Path(pipeline.path), device)
-            text_encoder = TextEncoder(pipeline.path, dtype=DTYPES[config.training.dtype], device=device)
+            compute_dtype = DTYPES[config.training.dtype]
+            vae_dtype = encoding_dtype(device, compute_dtype) if config.data.holds_videos else torch.float32
+            vae = load_vae(Path(pipeline.path), device, vae_dtype)
+            text_encoder = TextEncoder(
+                pipeline.path, dtype=compute_dtype, device=device, offload=pipeline.offload_text_encoder
+            )
             with main_rank_first():  # a real text encoder is 22 GB, and one embedding is all that most ranks need of it
                 negative = text_encoder.cached_embedding(
                     pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
                 )
         return WanAdapter(
-            latent_shape=self._latent_space().shape(*self._video_size()),
+            latent_shape=self._latent_space().shape(*self.video_size()),
             flow_shift=pipeline.flow_shift,
             max_text_tokens=config.data.max_text_tokens,
             negative_embedding_LD=negative,
             vae=vae,
             text_encoder=text_encoder,
+            text_cache=config.job.output_folder / "cache",
             device=device,
             layouts=layouts,
             checkpointing=config.activation_checkpoint,

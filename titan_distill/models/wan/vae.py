@@ -19,18 +19,23 @@ if TYPE_CHECKING:
 DECODE_BATCH = 4
 
 
-def load_vae(path: Path, device: torch.device | str) -> AutoencoderKLWan:
-    """diffusers' AutoencoderKLWan in fp32 from its folder, or from the pipeline folder around it; raises `ValueError`
-    when there is none."""
+def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
+    """diffusers' AutoencoderKLWan from its folder, or from the pipeline folder around it; raises `ValueError` when
+    there is none."""
     from diffusers import AutoencoderKLWan
 
     folder = path / "vae" if (path / "vae").is_dir() else path
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise ValueError(f"no VAE in {folder}: expected config.json and *.safetensors")
-    vae = AutoencoderKLWan.from_pretrained(
-        folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
-    )
+    vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     return vae.requires_grad_(False).eval().to(device)
+
+
+def encoding_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
+    """In which a run encodes its videos between steps: bf16 where it computes in it, on a GPU that has it; a CPU would
+    only become slower by it."""
+    is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if is_fast and compute == torch.bfloat16 else torch.float32
 
 
 @torch.no_grad()
