@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,13 @@ def test_images_are_drawn_by_sample_with_the_published_law() -> None:
     assert (clean == 0).all()
 
 
+def test_prompts_to_sample_from_bring_no_image(make: MakeTrainer) -> None:
+    """As when trajectories are recorded: rows without latents, in a job that trains on images."""
+    trainer = make("finetune", *ALL_IMAGES)
+    batch = replace(first_batch(trainer), latents=None)
+    assert trainer.adapter.text_condition(batch).keys() == {"text"}
+
+
 # Sampling, and what diffusers does
 
 
@@ -306,6 +314,7 @@ def sample_from(trainer: Trainer, noise: Tensor, condition: Any, scale: float, n
         ("finetune", ("--pipeline_config.image_probability", "1.5"), "image_probability = 1.5 must be between 0 and 1"),
         ("finetune", ("--pipeline_config.image_noise_mean", "0.5"), "image_noise_mean = 0.5 must be at most -1"),
         ("finetune", ("--pipeline_config.image_noise_std", "2"), "image_noise_std = 2.0 must be between 0 and 1"),
+        ("finetune", (*CLEAN, "--pipeline_config.image_noise_std", "0.1"), "image_noise_std = 0.1 has no effect"),
         ("finetune", ("--pipeline_config.num_frames", "1"), "num_frames = 1 leaves nothing to make"),
         (
             "finetune",

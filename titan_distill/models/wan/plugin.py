@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -93,6 +94,10 @@ class WanPipelineConfig:
             )
         if not 0 <= self.image_noise_std <= 1:
             raise ValueError(f"image_noise_std = {self.image_noise_std} must be between 0 and 1")
+        if self.image_noise_mean == -math.inf and self.image_noise_std != type(self).image_noise_std:
+            raise ValueError(
+                f"image_noise_std = {self.image_noise_std} has no effect with image_noise_mean = -inf; remove it"
+            )
         for name in ("image_noise_mean", "image_noise_std"):
             if not self.image_probability and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
