@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from runs import REPOSITORY, tiny_argv
 from torch import Tensor
 from toy_family import CONDITIONAL_MEAN, VARIANCE
 from toy_run import toy_trainer
@@ -24,6 +25,7 @@ from titan_distill.methods import adversarial, losses
 from titan_distill.methods.dmd2 import Dmd2
 from titan_distill.models.head import FeatureHead
 from titan_distill.roles import RoleHandle
+from titan_distill.train import main
 from titan_distill.trainer import Trainer
 
 FP64 = torch.float64
@@ -334,3 +336,22 @@ def test_a_discriminator_without_a_role_is_refused(tmp_path: Path) -> None:
 def test_real_samples_are_needed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds only text"):
         toy_trainer(tmp_path, "adversarial", with_latents=False)
+
+
+def test_rcm_takes_the_option_over(tmp_path: Path) -> None:
+    role = ("--roles.discriminator.flavor", "head", "--roles.discriminator.trainable", "true")
+    asked = ("--method_config.adversarial_weight", "0.1", "--method_config.discriminator_depths", "[1]")
+    trainer = toy_trainer(tmp_path, "rcm", *role, *asked)
+    due = [[update.role for update in trainer.method.updates(step)] for step in range(3, 7)]
+    assert due == [["student"], ["student"], ["critic", "discriminator"], ["student"]]
+    trainer.run()
+    assert trainer.roles["discriminator"].num_updates == 2
+
+
+def test_a_block_that_the_critic_lacks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    asked = ("--method_config.discriminator_depths", "[1, 6]", "--job.dry_run")
+    assert main(tiny_argv("dmd2_gan", tmp_path, *asked)) == 2
+    assert "behind block 6, but the network has 6 blocks, counted from 0; choose from 0 to 5" in capsys.readouterr().err
