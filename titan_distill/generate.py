@@ -94,10 +94,13 @@ def load_role(
     config = load_config(["--job.config_file", str(config_file)])
     manifest = read_manifest(checkpoint)
     trained = convert.trained_role(checkpoint, manifest, role)
-    tensors = convert.role_tensors(checkpoint, role, use_ema=trained.has_ema and not raw_weights)
+    use_ema = trained.has_ema and not raw_weights
     family = model_family(config.recipe.family)(config)
-    module = family.restore_module(trained.architecture, tensors, device)
-    handle = RoleHandle(role, {"transformer": module}, trainable=False)
+    modules = {}
+    for name in trained.modules:
+        tensors = convert.role_tensors(checkpoint, role, use_ema=use_ema, module=name)
+        modules[name] = family.restore_module(trained.architecture, tensors, device)
+    handle = RoleHandle(role, modules, trainable=False)
     roles, adapter = RoleManager([handle]), family.build_adapter(device, Layouts.alone(device))
     adapter.start_step(roles, max(0, manifest.step - 1))  # the last one trained, as validation finds the models
     method = method_class(config.recipe.method)(

@@ -177,7 +177,11 @@ class Adapter(ABC):
         both = {name: torch.cat([value, negative[name]]) for name, value in condition.items()}
         velocity = self.predict_velocity(role, torch.cat([x, x]), torch.cat([sigma_B, sigma_B]), both)
         conditional, unconditional = velocity.chunk(2)
-        return schedule.guide(conditional, unconditional, guidance.scale, guidance.form)
+        return schedule.guide(conditional, unconditional, self.guidance_scale(role, sigma_B, guidance), guidance.form)
+
+    def guidance_scale(self, role: RoleHandle, sigma_B: Tensor, guidance: Guidance) -> float | Tensor:
+        """The scale to guide with, or one for each sample, broadcast over its dims; a family may know better."""
+        return guidance.scale
 
 
 class ModelFamily(ABC):
@@ -211,9 +215,24 @@ class ModelFamily(ABC):
         """Whether training conditions are made of the data's latents, whatever the method needs."""
         return False
 
+    def extra_tensors(self) -> tuple[str, ...]:
+        """Names of the further tensors that training conditions take from every row of the data."""
+        return ()
+
     @abstractmethod
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
         """Builds, lays out and loads the network of one role. On ``device("meta")`` nothing is allocated or loaded."""
+
+    def build_modules(
+        self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device
+    ) -> dict[str, nn.Module]:
+        """All networks of one role by name, made of ``build_module``: ``transformer``, and what stands beside it."""
+        return {"transformer": self.build_module(name, role, mesh, device)}
+
+    def spelled_out(self) -> Config:
+        """The configuration with what the files that it names say of the family's own keys, for ``config.toml`` to
+        keep. Raises ValueError."""
+        return self.config
 
     @abstractmethod
     def architecture(self, module: nn.Module) -> dict[str, Any]:

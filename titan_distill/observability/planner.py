@@ -58,6 +58,8 @@ class RolePlan:
     weights: Weights
     offloaded: bool
     adapters_only: bool = False
+    num_experts: int = 1
+    """Networks of which a sample goes through one."""
     sparse: TilesRead | None = None
     """What its attention reads at the end of the schedule; None where it is dense."""
     graph: float = 0.0
@@ -289,16 +291,20 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
         method=choose_method(heads, degrees.sequence, degrees.tensor, parallelism.sequence_method),
         shards=TokenShards.of(tile_layout(grid), 1) if sequence is None else sequence.shards(tile_layout(grid)),
         num_exchanged=degrees.model_parallel // layout.default.model_parallel,
-        states=memory.states(role.transformer, has_ema=bool(config.ema.decay) and config.ema.role == role.name),
-        weights=_weights(role.transformer, BYTES[config.training.dtype], parallelism.reshard_after_forward),
+        states=memory.states(role.network, has_ema=bool(config.ema.decay) and config.ema.role == role.name),
+        weights=_weights(role, BYTES[config.training.dtype], parallelism.reshard_after_forward),
+        num_experts=len(role.modules),
         offloaded=parallelism.cpu_offload,
         adapters_only=role.adapters_only,
         sparse=None if core is None else core.tiles_read(tile_layout(grid).num_tiles),
     )
 
 
-def _weights(module: nn.Module, compute_bytes: int, reshards: bool) -> Weights:
-    blocks = [list(block.parameters()) for block in cast(nn.ModuleList, module.blocks)]
+def _weights(role: RoleHandle, compute_bytes: int, reshards: bool) -> Weights:
+    """Of all modules, one behind the other: where a role has two experts, both are gathered for a batch."""
+    module = role.network
+    stacks = [cast(nn.ModuleList, single.blocks) for single in role.modules.values()]
+    blocks = [list(block.parameters()) for stack in stacks for block in stack]
     inside = {id(p) for parameters in blocks for p in parameters}
     trained = memory.num_gathered([p for p in module.parameters() if p.requires_grad])
     return Weights(
@@ -306,6 +312,7 @@ def _weights(module: nn.Module, compute_bytes: int, reshards: bool) -> Weights:
         root=memory.num_gathered([p for p in module.parameters() if id(p) not in inside]),
         compute_bytes=compute_bytes,
         reshards=reshards,
+        num_modules=len(stacks),
         # A frozen role has no gradients to share out.
         trained_share=trained / memory.num_gathered(list(module.parameters())) if trained else 1.0,
     )
@@ -344,6 +351,8 @@ def _left_out(config: Config, roles: dict[str, RolePlan]) -> Iterator[str]:
         yield "sparse attention: its kernels as fast, by FLOP, as dense ones; the schedule's way to its last sparsity"
     if config.compile.enabled:
         yield "compile: activations are those of eager mode, an upper bound"
+    if any(role.num_experts > 1 for role in roles.values()):
+        yield "two experts: steps of a rollout, which share a noise level, gather one of them only"
     if any(role.adapters_only for role in roles.values()):
         yield "adapters: their own work and activations"
     if any(role.offloaded and role.states.optimizer for role in roles.values()):

@@ -8,21 +8,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from titan_kernels.layout import tile_grid
-from torch import Tensor
+from torch import Tensor, nn
 
+from titan_distill.data.images import ImageEncoder
 from titan_distill.data.loader import Batch
 from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import schedule
-from titan_distill.models.base import Adapter, Condition
+from titan_distill.models.base import Adapter, Condition, Guidance
 from titan_distill.models.wan import first_frame
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.experts import is_high_noise, route
 from titan_distill.models.wan.features import block_outputs, mean_over_tokens
 from titan_distill.models.wan.first_frame import ImageMixing
+from titan_distill.models.wan.image_channels import (
+    EMBEDDING,
+    check_pictures,
+    encode_pictures,
+    takes_channels,
+    with_channels,
+)
 from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import decode_latents, encode_video
@@ -55,10 +65,20 @@ class WanAdapter(Adapter):
         image_mixing: ImageMixing | None = None,
         takes_images: bool = False,
         text_cache: Path | None = None,
+        image_tensors: tuple[str, ...] = (),
+        image_encoder: ImageEncoder | None = None,
+        num_frames: int = 0,
+        boundary_ratio: float | None = None,
+        guidance_scale_2: float | None = None,
     ) -> None:
         """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know.
         ``image_mixing``: which training samples start from an image; ``takes_images``: whether sampling may.
-        ``text_cache``: folder for embeddings of prompts that come with videos."""
+        ``text_cache``: folder for embeddings of prompts that come with videos.
+        ``image_tensors``, ``image_encoder``, ``num_frames``: of roles that take pictures in channels of their own, see
+        `image_channels`; frames of the videos.
+        ``boundary_ratio``, ``guidance_scale_2``: of roles with two experts, see `experts`."""
+        self.boundary_ratio, self.guidance_scale_2 = boundary_ratio, guidance_scale_2
+        self.image_tensors, self.image_encoder, self.num_frames = image_tensors, image_encoder, num_frames
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
         self.checkpointing = checkpointing
         grid = token_grid(latent_shape[1:], WanConfig.patch_size)
@@ -73,9 +93,8 @@ class WanAdapter(Adapter):
 
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         values = {}
-        for role in roles:
-            # A head has no attention.
-            core = role.transformer.sparse_attention if isinstance(role.transformer, WanTransformer) else None
+        for module in (module for role in roles for module in role.modules.values()):
+            core = module.sparse_attention if isinstance(module, WanTransformer) else None  # a head has no attention
             if core is not None:
                 core.start_step(step)
                 read = core.tiles_read(self._num_tiles)
@@ -100,10 +119,19 @@ class WanAdapter(Adapter):
         assert self.text_cache is not None
         texts = [encoder.cached_embedding(text, self.max_text_tokens, self.text_cache) for text in batch.captions]
         latents = None if clips is None else torch.cat([self.encode_video(clip[None]) for clip in clips])
-        return replace(batch, text_embeddings=torch.stack(texts), latents=latents, clips=None, is_encoded=True)
+        extra = {}
+        if self.image_tensors and clips is not None:
+            pictures = [self._pictures(clip[:1]) for clip in clips]
+            extra = {name: torch.cat([of_clip[name] for of_clip in pictures]) for name in self.image_tensors}
+        return replace(
+            batch, text_embeddings=torch.stack(texts), latents=latents, extra=extra, clips=None, is_encoded=True
+        )
 
     def text_condition(self, batch: Batch) -> Condition:
         text = {"text": batch.text_embeddings}
+        if missing := [name for name in self.image_tensors if name not in batch.extra]:
+            raise ValueError(f"the models of this run start from images, but there is no {missing[0]} in the data")
+        text |= {name: batch.extra[name] for name in self.image_tensors}
         # Without latents there is no image: data to train on has them (`needs_latents`), prompts to sample from don't.
         if self.image_mixing is None or batch.latents is None:
             return text
@@ -124,12 +152,18 @@ class WanAdapter(Adapter):
         return [self._text_encoder().embed(prompt, self.max_text_tokens) for prompt in prompts]
 
     def with_image(self, condition: Condition, images: Tensor) -> Condition:
+        if self.image_tensors:
+            return {**condition, **self._pictures(images)}
         self.check_takes_images()
         return self.with_first_frame(condition, self.encode_video(images[:, None]))
 
     def with_first_frame(self, condition: Condition, latents: Tensor) -> Condition:
         """The condition that videos also start from these latent frames [B, C, 1, H, W], clean."""
         return {**condition, **first_frame.given_frame(latents.to(self.device))}
+
+    def _pictures(self, images: Tensor) -> dict[str, Tensor]:
+        tensors = encode_pictures(self.image_tensors, images, self.num_frames, self._vae(), self.image_encoder)
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def check_takes_images(self) -> None:
         """Raises ValueError where the models of the run can't start a video from an image."""
@@ -149,6 +183,7 @@ class WanAdapter(Adapter):
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
         transformer = _transformer(role)
         config, core = transformer.config, transformer.sparse_attention
+        check_pictures(role.name, config, condition)
         sparse = None if core is None else core.tiles_read(self._num_tiles)
         sizes = (self.work.tokens_per_sample, condition["text"].shape[1], sparse)
         # The ranks that load the same samples share their work, in whatever layout.
@@ -161,8 +196,7 @@ class WanAdapter(Adapter):
         )
 
         def forward(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-            # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
-            return transformer(x, schedule.timestep(sigma), condition["text"]).to(x.dtype)
+            return self._routed(role, x, sigma, condition)
 
         x, sigma = self.held(x, sigma_B, condition)
         if sigma.ndim > 1:
@@ -178,6 +212,28 @@ class WanAdapter(Adapter):
 
     def mean_over_positions(self, role: RoleHandle, x: Tensor, values_BL: Tensor) -> Tensor:
         return mean_over_tokens(_transformer(role), values_BL, x)
+
+    def _routed(self, role: RoleHandle, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Each sample's velocity, by the expert for its noise level where there are two. ``sigma``: [B] or [B, F]."""
+        experts = [partial(_run, module) for module in role.modules.values()]
+        if len(experts) == 1:
+            return experts[0](x, sigma, condition)
+        whole = _transformer(role).sequence is not None
+        return route(
+            (experts[0], experts[1]), self._is_high_noise(sigma), x, sigma, condition,
+            run_both=torch.is_grad_enabled() and role.trainable, dummy_frames=x.shape[2] if whole else 1,
+        )  # fmt: skip
+
+    def _is_high_noise(self, sigma: Tensor) -> Tensor:
+        assert self.boundary_ratio is not None, "a run with two experts has found their boundary"
+        return is_high_noise(sigma, self.boundary_ratio)
+
+    def guidance_scale(self, role: RoleHandle, sigma_B: Tensor, guidance: Guidance) -> float | Tensor:
+        if self.guidance_scale_2 is None or len(role.modules) == 1:
+            return guidance.scale
+        second = self.guidance_scale_2 - (guidance.form == "offset")
+        scale_B = torch.where(self._is_high_noise(sigma_B), guidance.scale, second)
+        return scale_B.view(-1, *[1] * len(self.latent_shape))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         return decode_latents(self._vae(), latents)
@@ -198,6 +254,15 @@ class WanAdapter(Adapter):
                 "no VAE to go between pixels and latents; set pipeline_config.path to a diffusers folder with vae"
             )
         return self.vae
+
+
+def _run(transformer: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    config = transformer.config
+    assert isinstance(config, WanConfig)
+    image = condition[EMBEDDING] if config.image_dim is not None else None
+    shown = with_channels(x, condition) if takes_channels(config) else x
+    # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
+    return transformer(shown, schedule.timestep(sigma), condition["text"], image).to(x.dtype)
 
 
 def _transformer(role: RoleHandle) -> WanTransformer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from titan_distill.attention.sparse import SparseAttention
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, network_folder
 from titan_distill.checkpoint.initial_weights import is_reference, read_weights, resolve_reference
+from titan_distill.config_parsing import check_range
 from titan_distill.config_sections import SparseAttentionConfig
 from titan_distill.config_world import role_parallelism
+from titan_distill.data.images import ENCODER, ImageEncoder
 from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.dispatch import method_class, register_model
@@ -24,7 +28,9 @@ from titan_distill.models.base import Adapter, ModelFamily
 from titan_distill.models.head import HEAD_FLAVOR
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
+from titan_distill.models.wan.experts import EXPERTS, experts_of, find_boundary, stored_experts
 from titan_distill.models.wan.first_frame import ImageMixing, expands_timesteps
+from titan_distill.models.wan.image_channels import EMBEDDING, needed_tensors
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_transformer, check_degrees
 from titan_distill.models.wan.state_dict import UNUSED_KEY, copy_full_tensor, load_weights, read_config, save_folder
@@ -37,6 +43,8 @@ from titan_distill.parallelisms.mesh import Layouts, RoleMesh, main_rank_first
 if TYPE_CHECKING:
     from titan_distill.config import Config, RoleConfig
     from titan_distill.validation.base import Validator
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -58,6 +66,12 @@ class WanPipelineConfig:
     """Video width in pixels."""
     num_frames: int = 81
     """Video length in frames, 4 n + 1."""
+    boundary_ratio: float | None = None
+    """Of roles with two experts: at timesteps of at least this share of 1000 the first is used, below it the second;
+    none takes what the model_index.json of their pipeline folder says."""
+    guidance_scale_2: float | None = None
+    """Classifier-free guidance of the second expert, wherever a role with two is guided, as u + w (c - u); none guides
+    both as the method says."""
     offload_text_encoder: bool = False
     """Keep the text encoder in host memory, each layer on the device only while it runs: 11 GB less, seconds more a new
     prompt."""
@@ -80,6 +94,7 @@ class WanPipelineConfig:
         if self.num_frames < 1 or self.num_frames % 4 != 1:
             nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
             raise ValueError(f"num_frames = {self.num_frames} must be 4 n + 1 for the VAE; the nearest is {nearest}")
+        check_range(self, "boundary_ratio", above=0, below=1)
         for name in ("height", "width"):
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 nearest = max(16, round(getattr(self, name) / 16) * 16)
@@ -140,7 +155,53 @@ class WanFamily(ModelFamily):
     def needs_latents(self) -> bool:
         return self.config.pipeline_config.image_probability > 0
 
-    def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
+    def extra_tensors(self) -> tuple[str, ...]:
+        # Of videos they are made here.
+        return () if self.config.data.path.endswith(".csv") else self._image_tensors()
+
+    def _image_tensors(self) -> tuple[str, ...]:
+        known = [
+            self._architecture(name, role, by_name=bool(role.flavor))
+            for name, role in self.config.roles.items()
+            # Whoever samples from a checkpoint need not have what all roles once started from.
+            if role.flavor or is_reference(role.init_from) or Path(role.path or role.init_from).is_dir()
+        ]
+        return needed_tensors(known)
+
+    def _image_encoder(self, device: torch.device) -> ImageEncoder | None:
+        """None where no embedding is needed, or where the data has all of them and nothing else can be sampled from."""
+        path = self.config.pipeline_config.path
+        if EMBEDDING not in self._image_tensors() or not (Path(path) / ENCODER).is_dir():
+            return None
+        return ImageEncoder(path, device=device)
+
+    def spelled_out(self) -> Config:
+        boundary = find_boundary(self.config)
+        if boundary is None:
+            return self.config
+        return replace(self.config, pipeline_config=replace(self.config.pipeline_config, boundary_ratio=boundary))
+
+    def build_modules(
+        self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device
+    ) -> dict[str, nn.Module]:
+        names = experts_of(name, role, by_name=device.type == "meta")
+        modules = {expert: self.build_module(name, role, mesh, device, expert) for expert in names}
+        weights = role.path or role.init_from
+        if len(names) > 1 and device.type != "meta" and weights and len(stored_experts(weights)) == 1:
+            logger.info("Both experts of %s start from the one network in %s", name, weights)
+        configs = [_wan(module).config for module in modules.values()]
+        if configs[0] != configs[-1]:
+            raise ValueError(f"roles.{name}: the two experts in {weights} have different shapes")
+        return modules
+
+    def build_module(
+        self,
+        name: str,
+        role: RoleConfig,
+        mesh: RoleMesh | None,
+        device: torch.device,
+        expert: str = TRANSFORMER,
+    ) -> nn.Module:
         config = self.config
         compute_dtype = DTYPES[config.training.dtype]
         auto_dtype = torch.float32 if role.trainable and not role.lora.enabled else compute_dtype
@@ -157,10 +218,13 @@ class WanFamily(ModelFamily):
             lora=role.lora,
             sparse_attention=config.sparse_attention if role.attention == "sparse" else None,
         )
-        architecture = self._architecture(name, role, by_name=device.type == "meta")
-        return build_transformer(architecture, _loader(role.path or role.init_from), layout, config.job.seed)
+        architecture = self._architecture(name, role, by_name=device.type == "meta", expert=expert)
+        # Two networks that start at random must not start alike.
+        seed = config.job.seed + EXPERTS.index(expert)
+        return build_transformer(architecture, _loader(role.path or role.init_from, expert), layout, seed)
 
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
+        find_boundary(self.config, by_name=True)
         space = self._latent_space()
         space.check_size(*self.video_size())
         networks = {name: layout for name, layout in degrees.items() if self.config.roles[name].flavor != HEAD_FLAVOR}
@@ -206,7 +270,7 @@ class WanFamily(ModelFamily):
     def _core(self, is_sparse: bool) -> SparseAttention | None:
         return SparseAttention(self.config.sparse_attention) if is_sparse else None
 
-    def _architecture(self, name: str, role: RoleConfig, *, by_name: bool) -> WanConfig:
+    def _architecture(self, name: str, role: RoleConfig, *, by_name: bool, expert: str = TRANSFORMER) -> WanConfig:
         """What the role's network looks like: dense weights may become a sparse model, but not the other way round.
 
         ``by_name`` believes a flavor without reading any file.
@@ -214,7 +278,7 @@ class WanFamily(ModelFamily):
         weights = role.path or role.init_from
         if not weights or (by_name and role.flavor):
             return replace(FLAVORS[role.flavor], sparse_attention=role.attention == "sparse")
-        found = _stored_architecture(weights)
+        found = _stored_architecture(weights, expert)
         if found.sparse_attention and role.attention == "dense":
             raise ValueError(
                 f"roles.{name}.attention = 'dense', but {weights} holds a model trained with sparse attention, whose "
@@ -308,6 +372,12 @@ class WanFamily(ModelFamily):
             device=device,
             layouts=layouts,
             checkpointing=config.activation_checkpoint,
+            # A started run has it in its configuration, whatever became of the folders since.
+            boundary_ratio=pipeline.boundary_ratio or find_boundary(config),
+            guidance_scale_2=pipeline.guidance_scale_2,
+            image_tensors=self._image_tensors(),
+            image_encoder=self._image_encoder(device),
+            num_frames=pipeline.num_frames,
             image_mixing=self._image_mixing(),
             takes_images=pipeline.image_probability > 0 or expands_timesteps(pipeline.path),
         )
@@ -336,24 +406,16 @@ def _used(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]
     return ((name, tensor) for name, tensor in tensors if UNUSED_KEY not in name)
 
 
-def _stored_architecture(weights: str) -> WanConfig:
+def _stored_architecture(weights: str, expert: str) -> WanConfig:
     if is_reference(weights):
         return WanConfig.from_diffusers(resolve_reference(weights).trained.architecture)
-    return read_config(_transformer_folder(weights))
+    return read_config(network_folder(Path(weights), expert))
 
 
-def _loader(weights: str) -> WeightLoader | None:
+def _loader(weights: str, expert: str) -> WeightLoader | None:
     """What fills a model with the weights of a folder or of a role in a checkpoint; None where none are named."""
     if not weights:
         return None
-    return partial(read_weights, weights) if is_reference(weights) else partial(_load_folder, weights)
-
-
-def _load_folder(weights: str, model: WanTransformer) -> None:
-    load_weights(model, _transformer_folder(weights))
-
-
-def _transformer_folder(path: str) -> Path:
-    """The folder with the weights: ``path`` itself, or its ``transformer`` where it names a whole pipeline."""
-    inner = Path(path) / "transformer"
-    return inner if inner.is_dir() else Path(path)
+    if is_reference(weights):
+        return partial(read_weights, weights, name=expert)
+    return partial(load_weights, folder=network_folder(Path(weights), expert))

@@ -65,6 +65,29 @@ class FirstFrames:
         return adapter.encode_video(picture[None, None])[0]
 
 
+class PictureRows:
+    """What image-to-video networks take of pictures, by prompt, from the parquet that has the prompts.
+
+    ``names`` are the tensors needed, which may be none. Raises ValueError for a file without them.
+    """
+
+    def __init__(self, path: str, names: tuple[str, ...]) -> None:
+        self._names = names
+        if names and path.endswith((".csv", ".txt", ".jsonl")):
+            raise ValueError(
+                f"the models of this run start from images, of which {path} holds no embeddings; set "
+                "validation.prompts to parquet from `titan-distill data preprocess --images`"
+            )
+        self._rows = ParquetDataset(path, tensors=names) if names else None
+
+    def tensors(self, prompts: list[int], device: torch.device) -> dict[str, Tensor]:
+        """By name [B, ...], of the prompts with these indices."""
+        if self._rows is None:
+            return {}
+        rows = [self._rows[index % len(self._rows)].extra for index in prompts]
+        return {name: torch.stack([row[name] for row in rows]).float().to(device) for name in self._names}
+
+
 def _pictures(path: Path) -> list[tuple[str, Path]]:
     rows = list(read_csv(path, ("prompt",)))
     column = IMAGE if rows and IMAGE in rows[0][1] else VIDEO
