@@ -112,6 +112,8 @@ class TrainingMethod(ABC):
     """Frozen dataclass that types ``[method_config]``."""
     roles_required: ClassVar[dict[str, bool]]
     """Role name -> whether it must be trainable; `required_roles` refines it."""
+    causal_roles: ClassVar[frozenset[str]] = frozenset()
+    """Roles that may make a sample segment by segment."""
 
     def __init__(self, config: Any, roles: RoleManager, adapter: Adapter, noise: KeyedNoise, timer: PhaseTimer) -> None:
         self.config, self.roles, self.adapter, self.noise, self.timer = config, roles, adapter, noise, timer
@@ -155,6 +157,11 @@ class TrainingMethod(ABC):
                 raise ValueError(
                     f"roles.{name}.trainable = {str(not trainable).lower()}, but {config.recipe.method!r} "
                     f"{'trains' if trainable else 'never trains'} its {name}; set it to {str(trainable).lower()}"
+                )
+            if config.roles[name].attention == "causal" and name not in cls.causal_roles:
+                raise ValueError(
+                    f"roles.{name}.attention = 'causal', but {config.recipe.method!r} runs its {name} on whole samples "
+                    "with one noise level; set it to 'dense' or 'sparse'"
                 )
         if unused := sorted(set(config.roles) - set(required)):
             raise ValueError(

@@ -28,6 +28,7 @@ from titan_distill.diffusion import schedule
 if TYPE_CHECKING:
     from titan_distill.config import Config, RoleConfig
     from titan_distill.data.loader import Batch
+    from titan_distill.models.streaming import SegmentStream
     from titan_distill.observability.flops import WorkCounter
     from titan_distill.parallelisms.degrees import Degrees
     from titan_distill.parallelisms.mesh import Layouts, RoleMesh
@@ -56,6 +57,8 @@ class Adapter(ABC):
 
     latent_shape: tuple[int, ...]
     """Shape of one sample's latents, without the batch dim."""
+    sequence_dim: int = 1
+    """Dim of batched latents along which causal roles make a sample segment by segment."""
     flow_shift: float
     """Shift of the noise schedule, the same for every role of a run."""
     work: WorkCounter | None = None
@@ -80,7 +83,11 @@ class Adapter(ABC):
 
     @abstractmethod
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """The role's velocity ``ε - x0`` at noise level ``sigma_B`` in [0, 1]; shape and dtype of ``x``."""
+        """The role's velocity ``ε - x0`` at noise level ``sigma_B`` in [0, 1]; shape and dtype of ``x``.
+
+        A causal role reads all segments of ``x`` at once, each with those before it as its context; their noise levels
+        may differ: then ``sigma_B`` has the dims of ``x`` and varies along the sequence's alone.
+        """
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -98,6 +105,26 @@ class Adapter(ABC):
         """Text embeddings [tokens, width] as a dataset's rows hold them, without padding. Raises ValueError where
         the family has no text encoder, or the run was configured without one."""
         raise ValueError("this model family has no text encoder; take prompts from a parquet file with embeddings")
+
+    def segment_lengths(self, role: RoleHandle, length: int | None = None) -> tuple[int, ...] | None:
+        """Lengths of the segments in which a causal role makes a sequence of ``length``, a sample's by default; None
+        for a role that makes it as a whole. Raises ValueError for a length that segments don't fill."""
+        return None
+
+    def open_stream(self, role: RoleHandle, condition: Condition) -> SegmentStream:
+        """Begins a batch of sequences, which a causal role makes segment by segment. Raises ValueError for a role that
+        can't."""
+        raise ValueError(f"role {role.name!r} makes samples as a whole; set roles.{role.name}.attention to 'causal'")
+
+    def last_sample(self, sequence: Tensor) -> Tensor:
+        """The end of a sequence longer than a sample, as a sample that begins there; without a graph where its
+        beginning has to be encoded anew, because a family's first latent means something else than those behind it."""
+        length = self.latent_shape[self.sequence_dim - 1]
+        return sequence.narrow(self.sequence_dim, sequence.shape[self.sequence_dim] - length, length)
+
+    def num_latents(self, num_frames: int) -> int:
+        """Length of a sequence of latents of a video of ``num_frames``. Raises ValueError where there is none."""
+        raise ValueError("this model family makes samples of one length only")
 
     def add_noise(self, x0: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
         """``x_σ = (1 - σ) x0 + σ ε``."""

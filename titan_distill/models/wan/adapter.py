@@ -12,12 +12,15 @@ import torch
 from titan_kernels import tile_layout
 from torch import Tensor
 
+from titan_distill.attention.causal import KeysAndValues, Memory
 from titan_distill.data.loader import Batch
 from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import schedule
 from titan_distill.models.base import Adapter, Condition
+from titan_distill.models.streaming import SegmentStream
+from titan_distill.models.wan.stream import WanStream
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import decode_latents, encode_video
+from titan_distill.models.wan.vae import decode_latents, encode_video, num_latent_frames, restart
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 class WanAdapter(Adapter):
     """Adapter of Wan text-to-video models. VAE and text encoder may be absent where nothing is decoded or encoded."""
+
+    sequence_dim = 2
 
     def __init__(
         self,
@@ -58,7 +63,7 @@ class WanAdapter(Adapter):
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         values = {}
         for role in roles:
-            core = _transformer(role).sparse_attention
+            core = self.network(role).sparse_attention
             if core is not None:
                 core.start_step(step)
                 read = core.tiles_read(tile_layout(self._grid).num_tiles)
@@ -93,10 +98,41 @@ class WanAdapter(Adapter):
         return [self._text_encoder().embed(prompt, self.max_text_tokens) for prompt in prompts]
 
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        transformer = _transformer(role)
-        config, core = transformer.config, transformer.sparse_attention
+        return self.forward(role, x, sigma_B, condition)
+
+    def forward(
+        self,
+        role: RoleHandle,
+        x: Tensor,
+        sigma_B: Tensor,
+        condition: Condition,
+        memory: Memory | None = None,
+        kept: list[KeysAndValues] | None = None,
+    ) -> Tensor:
+        """``predict_velocity``; for a causal role also of one segment, given the ``memory`` of those before it."""
+        transformer = self.network(role)
+        self._count(role, x, condition, memory)
+
+        def forward(x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+            # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
+            timestep = schedule.timestep(sigma_B)
+            if sigma_B.ndim > 1:  # a level a frame
+                timestep = timestep.expand(*sigma_B.shape[:2], x.shape[2], 1, 1).flatten(1)
+            return transformer(x, timestep, condition["text"], memory=memory, kept=kept).to(x.dtype)
+
+        exchange = self.layouts.exchange(role.name)
+        return forward(x, sigma_B, condition) if exchange is None else exchange.run(forward, x, sigma_B, condition)
+
+    def _count(self, role: RoleHandle, x: Tensor, condition: Condition, memory: Memory | None) -> None:
+        transformer = self.network(role)
+        config, core, segmentation = transformer.config, transformer.sparse_attention, transformer.segmentation
         sparse = None if core is None else core.tiles_read(tile_layout(self._grid).num_tiles)
-        sizes = (self.work.tokens_per_sample, condition["text"].shape[1], sparse)
+        frames, tokens_per_frame = x.shape[2], math.prod(self._grid[1:])
+        keys = None
+        if segmentation is not None:
+            num_frames = segmentation.num_keys(frames) if memory is None else memory.num_remembered + frames
+            keys = num_frames * tokens_per_frame
+        sizes = (frames * tokens_per_frame, condition["text"].shape[1], sparse, keys)
         # The ranks that load the same samples share their work, in whatever layout.
         own_flops = forward_flops(config, *sizes).total * len(x) / self.layouts.data_group
         self.work.forward(
@@ -105,12 +141,22 @@ class WanAdapter(Adapter):
             recompute=recomputed_share(config, self.checkpointing, *sizes),
         )
 
-        def forward(x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-            # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
-            return transformer(x, schedule.timestep(sigma_B), condition["text"]).to(x.dtype)
+    def segment_lengths(self, role: RoleHandle, length: int | None = None) -> tuple[int, ...] | None:
+        segmentation = self.network(role).segmentation
+        return None if segmentation is None else segmentation.lengths(length or self.latent_shape[1])
 
-        exchange = self.layouts.exchange(role.name)
-        return forward(x, sigma_B, condition) if exchange is None else exchange.run(forward, x, sigma_B, condition)
+    def open_stream(self, role: RoleHandle, condition: Condition) -> SegmentStream:
+        segmentation = self.network(role).segmentation
+        if segmentation is None:
+            return super().open_stream(role, condition)
+        return WanStream(self, role, condition, segmentation)
+
+    @torch.no_grad()
+    def last_sample(self, sequence: Tensor) -> Tensor:
+        return restart(self._vae(), sequence, self.latent_shape[1])
+
+    def num_latents(self, num_frames: int) -> int:
+        return num_latent_frames(num_frames)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         return decode_latents(self._vae(), latents)
@@ -132,8 +178,9 @@ class WanAdapter(Adapter):
             )
         return self.vae
 
-
-def _transformer(role: RoleHandle) -> WanTransformer:
-    transformer = role.transformer
-    assert isinstance(transformer, WanTransformer)
-    return transformer
+    @staticmethod
+    def network(role: RoleHandle) -> WanTransformer:
+        """The role's transformer."""
+        transformer = role.transformer
+        assert isinstance(transformer, WanTransformer)
+        return transformer

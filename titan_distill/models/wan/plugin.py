@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from titan_distill.attention.causal import Segmentation
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.checkpoint.initial_weights import is_reference, read_weights, resolve_reference
 from titan_distill.config_sections import SparseAttentionConfig
@@ -22,9 +23,10 @@ from titan_distill.models.base import Adapter, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_transformer, check_degrees
+from titan_distill.models.wan.segments import check_segments, segmentation_of
 from titan_distill.models.wan.state_dict import UNUSED_KEY, copy_full_tensor, load_weights, read_config, save_folder
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import load_vae
+from titan_distill.models.wan.vae import load_vae, num_latent_frames
 from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.mesh import Layouts, RoleMesh, main_rank_first
 
@@ -52,13 +54,30 @@ class WanPipelineConfig:
     """Video width in pixels."""
     num_frames: int = 81
     """Video length in frames, 4 n + 1."""
+    frames_per_block: int = 3
+    """Latent frames that a causal role makes at once, attending both ways within them and back to those before."""
+    independent_first_frame: bool = False
+    """The first block of a causal role is one latent frame: a picture."""
+    cache_window_frames: int = 0
+    """Latent frames whose keys and values a causal role keeps at most, sink_frames among them; 0 keeps all. A window
+    bounds memory and work of a block, so that a video may become as long as it likes."""
+    sink_frames: int = 0
+    """Of cache_window_frames, how many are the video's first, for ever; the others are the latest."""
 
     def __post_init__(self) -> None:
         if self.flow_shift <= 0:
             raise ValueError(f"flow_shift = {self.flow_shift} must be positive; 1 means no shift")
-        if self.num_frames < 1 or self.num_frames % 4 != 1:
-            nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
-            raise ValueError(f"num_frames = {self.num_frames} must be 4 n + 1 for the VAE; the nearest is {nearest}")
+        num_latent_frames(self.num_frames)
+        if self.frames_per_block < 1:
+            raise ValueError(f"frames_per_block = {self.frames_per_block} must be at least 1")
+        for name in ("cache_window_frames", "sink_frames"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be 0 or more")
+        if self.sink_frames and self.sink_frames >= self.cache_window_frames:
+            raise ValueError(
+                f"sink_frames = {self.sink_frames} are frames of cache_window_frames = {self.cache_window_frames}, "
+                "which must leave room for later ones; lower the first or raise the second"
+            )
         for name in ("height", "width"):
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 nearest = max(16, round(getattr(self, name) / 16) * 16)
@@ -78,6 +97,7 @@ class WanFamily(ModelFamily):
                 raise ValueError(
                     f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}"
                 )
+        check_segments(config)
 
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
         config = self.config
@@ -94,6 +114,7 @@ class WanFamily(ModelFamily):
             compile=config.compile,
             float8=config.float8.for_role(name),
             sparse_attention=config.sparse_attention if role.attention == "sparse" else None,
+            segmentation=self._segmentation(role.attention == "causal"),
         )
         architecture = self._architecture(name, role, by_name=device.type == "meta")
         return build_transformer(architecture, _loader(role.path or role.init_from), layout, config.job.seed)
@@ -106,29 +127,40 @@ class WanFamily(ModelFamily):
                 self._architecture(name, self.config.roles[name], by_name=True),
                 layout,
                 role_parallelism(self.config, name).sequence_method,
-                ((pipeline.num_frames - 1) // 4 + 1, pipeline.height // 16, pipeline.width // 16),
+                (num_latent_frames(pipeline.num_frames), pipeline.height // 16, pipeline.width // 16),
                 self._core(self.config.roles[name].attention == "sparse"),
+                self._segmentation(self.config.roles[name].attention == "causal"),
             )
 
     def _core(self, is_sparse: bool) -> SparseAttention | None:
         return SparseAttention(self.config.sparse_attention) if is_sparse else None
 
+    def _segmentation(self, is_causal: bool) -> Segmentation | None:
+        return segmentation_of(self.config.pipeline_config) if is_causal else None
+
     def _architecture(self, name: str, role: RoleConfig, *, by_name: bool) -> WanConfig:
-        """What the role's network looks like: dense weights may become a sparse model, but not the other way round.
+        """What the role's network looks like: dense weights may become a sparse or a causal model, but not the other
+        way round.
 
         ``by_name`` believes a flavor without reading any file.
         """
         weights = role.path or role.init_from
         if not weights or (by_name and role.flavor):
-            return replace(FLAVORS[role.flavor], sparse_attention=role.attention == "sparse")
+            return _attending(FLAVORS[role.flavor], role.attention)
         found = _stored_architecture(weights)
-        if found.sparse_attention and role.attention == "dense":
+        if found.causal_attention and role.attention != "causal":
             raise ValueError(
-                f"roles.{name}.attention = 'dense', but {weights} holds a model trained with sparse attention, whose "
-                f"coarse branch a dense one lacks; set roles.{name}.attention to 'sparse' or choose other weights"
+                f"roles.{name}.attention = {role.attention!r}, but {weights} holds a model trained with causal "
+                f"attention; set roles.{name}.attention to 'causal' or choose other weights"
             )
-        found = replace(found, sparse_attention=role.attention == "sparse")
-        expected = replace(FLAVORS.get(role.flavor, found), sparse_attention=found.sparse_attention)
+        if found.sparse_attention and role.attention != "sparse":
+            raise ValueError(
+                f"roles.{name}.attention = {role.attention!r}, but {weights} holds a model trained with sparse "
+                f"attention, whose coarse branch a {role.attention} one lacks; set roles.{name}.attention to 'sparse' "
+                "or choose other weights"
+            )
+        found = _attending(found, role.attention)
+        expected = _attending(FLAVORS.get(role.flavor, found), role.attention)
         different = ", ".join(
             f"{f.name} is {getattr(found, f.name)} instead of {getattr(expected, f.name)}"
             for f in dataclasses.fields(found)
@@ -148,7 +180,9 @@ class WanFamily(ModelFamily):
     ) -> nn.Module:
         config = WanConfig.from_diffusers(architecture)
         with torch.device("meta"):
-            model = WanTransformer.from_config(config, self._core(config.sparse_attention))
+            model = WanTransformer.from_config(
+                config, self._core(config.sparse_attention), self._segmentation(config.causal_attention)
+            )
         model.to_empty(device=device).requires_grad_(False)
         parameters = dict(model.named_parameters())
         for name, tensor in tensors:
@@ -161,7 +195,9 @@ class WanFamily(ModelFamily):
         with torch.device("meta"):
             config = WanConfig.from_diffusers(architecture)
             model = WanTransformer(
-                config, SparseAttention(SparseAttentionConfig()) if config.sparse_attention else None
+                config,
+                SparseAttention(SparseAttentionConfig()) if config.sparse_attention else None,
+                Segmentation() if config.causal_attention else None,
             )
         wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
         found = {name: shape for name, shape in shapes.items() if UNUSED_KEY not in name}
@@ -200,7 +236,7 @@ class WanFamily(ModelFamily):
         return WanAdapter(
             latent_shape=(
                 channels,
-                (pipeline.num_frames - 1) // temporal + 1,
+                num_latent_frames(pipeline.num_frames, temporal),
                 pipeline.height // spatial,
                 pipeline.width // spatial,
             ),
@@ -224,6 +260,10 @@ class WanFamily(ModelFamily):
 def _wan(module: nn.Module) -> WanTransformer:
     assert isinstance(module, WanTransformer)
     return module
+
+
+def _attending(architecture: WanConfig, attention: str) -> WanConfig:
+    return replace(architecture, sparse_attention=attention == "sparse", causal_attention=attention == "causal")
 
 
 def _stored_architecture(weights: str) -> WanConfig:

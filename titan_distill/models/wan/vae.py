@@ -52,6 +52,28 @@ def decode_latents(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
     return pixels_BCTHW.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
 
 
+def restart(vae: AutoencoderKLWan, latents_BCFHW: Tensor, num_frames: int) -> Tensor:
+    """The last `num_frames` latent frames of a longer video, as a video that begins there.
+
+    The first latent frame of a video stands for one picture, each later one for four. What becomes the first is
+    therefore decoded, in the light of all before it, and its last picture encoded as the beginning of a video.
+    """
+    start = latents_BCFHW.shape[2] - num_frames
+    if not start:
+        return latents_BCFHW
+    picture_B1HW3 = decode_latents(vae, latents_BCFHW[:, :, : start + 1])[:, -1:]
+    first_BC1HW = encode_video(vae, picture_B1HW3).to(latents_BCFHW.dtype)
+    return torch.cat((first_BC1HW, latents_BCFHW[:, :, start + 1 :]), dim=2)
+
+
+def num_latent_frames(num_frames: int, temporal: int = 4) -> int:
+    """Latent frames of a video of `num_frames` pictures. Raises `ValueError` unless these are 4 n + 1."""
+    if num_frames < 1 or num_frames % temporal != 1:
+        nearest = max(1, round((num_frames - 1) / temporal) * temporal + 1)
+        raise ValueError(f"num_frames = {num_frames} must be {temporal} n + 1 for the VAE; the nearest is {nearest}")
+    return (num_frames - 1) // temporal + 1
+
+
 def _statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     shape = (1, vae.config.z_dim, 1, 1, 1)
     return (
