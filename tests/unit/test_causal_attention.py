@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_distill.attention.causal import CausalAttention, KeysAndValues, Memory, Segmentation
+from titan_distill.attention.causal import CausalAttention, KeysAndValues, Memory, Segmentation, TextMemory
 from titan_distill.attention.dense import dense_attention
 from titan_distill.config_sections import ActivationCheckpointConfig
 from titan_distill.models.wan import transformer as transformer_module
 from titan_distill.models.wan.config import FLAVORS
+from titan_distill.models.wan.layers import CrossAttention
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.activation_checkpoint import apply_activation_checkpointing
 
@@ -291,6 +292,13 @@ def _one_frame_more(self: Segmentation, num_before: int) -> tuple[int, int]:
     return sink, max(sink, first - 1)
 
 
+def _always_kept(self: CrossAttention, text: Tensor, kept: TextMemory | None) -> KeysAndValues:
+    assert kept is not None
+    kept.keys_and_values = kept.keys_and_values or TEXT(self, text, None)
+    return kept.keys_and_values
+
+
+TEXT = CrossAttention._text_keys_and_values
 MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[], None]]] = {
     "blocks see the future": (
         lambda: patch.object(transformer_module, "CausalAttention", SeesTheFuture),
@@ -309,7 +317,7 @@ MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[],
         lambda: test_memory_is_bounded_over_200_blocks(),
     ),
     "text is kept with its first gradient": (
-        lambda: patch.object(torch, "is_grad_enabled", lambda: False),
+        lambda: patch.object(CrossAttention, "_text_keys_and_values", _always_kept),
         lambda: test_text_is_computed_once_without_gradient_and_always_with_it(),
     ),
 }
