@@ -98,8 +98,8 @@ class RoleConfig:
     """Weights to start from: a diffusers folder, or a role in a checkpoint, PATH#ROLE:ema or PATH#ROLE:raw, where PATH
     is a step's folder or checkpoints/latest; "" starts from random weights."""
     attention: Literal["dense", "sparse", "causal"] = "dense"
-    """Self-attention of this role; sparse follows [sparse_attention], causal makes a video block by block and only looks
-    back. Both may start from dense weights."""
+    """Self-attention of this role; sparse follows [sparse_attention], causal makes a video block by block, each from
+    those before it. Both may start from dense weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Storage of the weights; auto keeps fp32 masters for trained roles and training.dtype for frozen ones."""
     optimizer: OptimizerOverride = field(default_factory=OptimizerOverride)

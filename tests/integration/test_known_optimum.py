@@ -112,7 +112,7 @@ def test_finetuning_reaches_its_target(
 ORIGINAL_DIRECTION, ORIGINAL_ROLLOUT = losses.dmd_direction, Dmd2.rollout
 
 
-def _wrong_sign(*tensors: Any, normalise: bool = True) -> torch.Tensor:
+def _wrong_sign(*tensors: Any, normalise: bool = True, **_: Any) -> torch.Tensor:
     return -ORIGINAL_DIRECTION(*tensors, normalise)
 
 

@@ -63,6 +63,9 @@ class Passes:
     num_conditions: int = 1
     backward: bool = False
     """Whether they carry gradients; at most one call of an update does."""
+    segments: int | None = None
+    """Of a causal role that makes its samples segment by segment: how many segments, each a call; 0 for as many as a
+    sample has, None for calls of whole samples."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class SampleRequest:
     """True: sampled once, before the first step, and kept for comparison (a teacher, the student before training)."""
     scored: bool = True
     """False: of this set only what is shown gets decoded, and only its distance to the reference is measured."""
+    context_sigma: float = 0.0
+    """Noise level at which a causal role reads its finished segments."""
 
 
 @dataclass(frozen=True)

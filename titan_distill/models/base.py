@@ -116,9 +116,14 @@ class Adapter(ABC):
         can't."""
         raise ValueError(f"role {role.name!r} makes samples as a whole; set roles.{role.name}.attention to 'causal'")
 
+    def segment_shape(self, length: int) -> tuple[int, ...]:
+        """Shape of one sample's latents, without the batch dim, when it is ``length`` long along the sequence's dim."""
+        before, behind = self.sequence_dim - 1, self.sequence_dim
+        return (*self.latent_shape[:before], length, *self.latent_shape[behind:])
+
     def last_sample(self, sequence: Tensor) -> Tensor:
-        """The end of a sequence longer than a sample, as a sample that begins there; without a graph where its
-        beginning has to be encoded anew, because a family's first latent means something else than those behind it."""
+        """The end of a sequence longer than a sample, as a sample that begins there. A family whose first latent means
+        something else than those behind it encodes it anew, without a graph."""
         length = self.latent_shape[self.sequence_dim - 1]
         return sequence.narrow(self.sequence_dim, sequence.shape[self.sequence_dim] - length, length)
 

@@ -9,6 +9,7 @@ is nor what a context is made of (for a video transformer: frames, and the keys 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,3 +39,9 @@ class SegmentStream(ABC):
     @abstractmethod
     def _write(self, x: Tensor, sigma_B: Tensor) -> None:
         """``write``, without gradients."""
+
+
+def write_context(stream: SegmentStream, x0: Tensor, sigma: float, noise: Callable[[], Tensor]) -> None:
+    """Finishes a segment whose context is read at the noise level ``sigma``; ``noise`` is asked for only above 0."""
+    sigma_B = torch.full((len(x0),), sigma, dtype=torch.float64, device=x0.device)
+    stream.write(schedule.add_noise(x0, noise(), sigma_B) if sigma else x0, sigma_B)

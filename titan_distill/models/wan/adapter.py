@@ -151,7 +151,6 @@ class WanAdapter(Adapter):
             return super().open_stream(role, condition)
         return WanStream(self, role, condition, segmentation)
 
-    @torch.no_grad()
     def last_sample(self, sequence: Tensor) -> Tensor:
         return restart(self._vae(), sequence, self.latent_shape[1])
 
