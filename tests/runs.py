@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
+
+from titan_distill.ode_pairs import OdePairsOptions, ode_pairs
 
 REPOSITORY = Path(__file__).parent.parent
 TINY_WAN = REPOSITORY / "tests" / "assets" / "tiny_wan"
@@ -29,16 +35,40 @@ def tiny_argv(method: str, output: Path, *overrides: str) -> list[str]:
     ]  # fmt: skip
 
 
+def record_pairs(folder: Path, num_pairs: int, num_steps: int) -> None:
+    """Trajectories of the tiny Wan for knowledge distillation, far fewer and coarser than a real job's."""
+    job, prompts = REPOSITORY / "train_configs" / "tiny_wan_kd.toml", TINY_SHAPES / "prompts.parquet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        ode_pairs(OdePairsOptions(job, prompts, folder, num_pairs=num_pairs, num_steps=num_steps))
+
+
 def read_metrics(output: Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+def largest(values: Iterable[float]) -> float:
+    """Unlike ``max`` NaN where one of them is, which is within no bound; 0 for no values."""
+    return float(torch.tensor([0.0, *values], dtype=torch.float64).max())
+
+
 def run_ranks(num_ranks: int, arguments: Sequence[str], timeout: float = 120) -> None:
-    """Trains on ``num_ranks`` gloo ranks. Fails with their output if a rank fails."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    """Trains on ``num_ranks`` gloo ranks, one being a plain process. Fails with their output if a rank fails."""
+    _run(num_ranks, ["-m", "titan_distill.train", *arguments], timeout)
+
+
+def run_worker(num_ranks: int, script: Path, *arguments: Path, timeout: float) -> None:
+    """Runs a script that imports modules of the tests on ``num_ranks`` gloo ranks. Fails as ``run_ranks`` does."""
+    _run(num_ranks, [str(script), *map(str, arguments)], timeout)
+
+
+def _run(num_ranks: int, arguments: Sequence[str], timeout: float) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    python_path = os.pathsep.join([str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*torchrun, "-m", "titan_distill.train", *arguments],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False,
+        [sys.executable, *(torchrun if num_ranks > 1 else []), *arguments],
+        cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": python_path},
+        capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

@@ -171,7 +171,12 @@ class ToyAdapter(Adapter):
         return {"label": torch.ones(len(prompts), 1)}
 
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        return role.transformer(x, sigma_B[:, None].to(x.dtype), condition["label"])
+        if not isinstance(role.transformer, ChainStudent):
+            return role.transformer(x, sigma_B[:, None].to(x.dtype), condition["label"])
+        segments, sigmas = (t.split(self.segment_length, 1) for t in (x, sigma_B.to(x.dtype).expand_as(x)))
+        contexts = (None, *segments[:-1])
+        parts = zip(segments, sigmas, contexts, strict=True)
+        return torch.cat([role.transformer(x, sigma[:, :1], context) for x, sigma, context in parts], 1)
 
     def segment_lengths(self, role: RoleHandle, length: int | None = None) -> tuple[int, ...] | None:
         if not isinstance(role.transformer, ChainStudent):

@@ -21,10 +21,10 @@ from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import read_manifest
 from titan_distill.data import preprocess, summary
 from titan_distill.dispatch import model_family
+from titan_distill.exit_codes import EXIT_BAD_INPUT
 from titan_distill.quiet import quiet_libraries
 
 EXIT_DIFFERENT = 1
-EXIT_BAD_INPUT = 2
 
 
 def list_checkpoints(folder: Positional[Path]) -> None:

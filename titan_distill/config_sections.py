@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from titan_distill.config_lora import LoraConfig
 from titan_distill.config_parsing import check_range, nearest_multiples
 
 
@@ -104,6 +105,8 @@ class RoleConfig:
     """Storage of the weights; auto keeps fp32 masters for trained roles and training.dtype for frozen ones."""
     optimizer: OptimizerOverride = field(default_factory=OptimizerOverride)
     """Where this role's optimizer differs from [optimizer]."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters to train instead of all weights."""
     max_grad_norm: float | None = None
     """Gradient clip of this role; none takes training.max_grad_norm."""
     parallelism: ParallelismOverride = field(default_factory=lambda: ParallelismOverride())
@@ -122,6 +125,7 @@ class RoleConfig:
                     f"{other} = {getattr(self, other)!r} contradicts path = {self.path!r}, which already gives "
                     f"architecture and weights; remove one of the two"
                 )
+        self.lora.check_role(trainable=self.trainable, weights=self.path or self.init_from, attention=self.attention)
         if not self.trainable and (self.optimizer != OptimizerOverride() or self.max_grad_norm is not None):
             raise ValueError(
                 "trainable = false leaves the optimizer and max_grad_norm of this role without effect; remove them"

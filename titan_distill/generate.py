@@ -30,6 +30,7 @@ def generate(
     seed: int = 0,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
+    num_frames: int | None = None,
     raw_weights: bool = False,
 ) -> None:
     """Make a video from a prompt with a trained role.
@@ -42,6 +43,7 @@ def generate(
         seed: Seed of the noise.
         num_steps: Sampling steps; the method's own if not given. A few-step student has a fixed schedule.
         guidance_scale: Classifier-free guidance, standard form; the method's own if not given.
+        num_frames: Length of the video. Only a causal role can make it longer or shorter than it was trained.
         raw_weights: Sample from the trained weights even where there is an average of them.
     """
     if not prompt.strip():
@@ -57,8 +59,17 @@ def generate(
         num_steps=request.num_steps if num_steps is None else num_steps,
         guidance_scale=request.guidance_scale if guidance_scale is None else guidance_scale,
     )
-    condition = adapter.encode_prompts([prompt])
-    latents = Sampling(adapter, KeyedNoise(seed), device).run(request, handle, condition, [0])
+    length = None if num_frames is None else adapter.num_latents(num_frames)
+    if length is not None and adapter.segment_lengths(handle, length) is None:
+        raise ValueError(
+            f"--num-frames {num_frames} asks the {role} for another length than its run's, which only a causal role "
+            "can make; leave it out"
+        )
+    condition, sampling = adapter.encode_prompts([prompt]), Sampling(adapter, KeyedNoise(seed), device)
+    if length is None:
+        latents = sampling.run(request, handle, condition, [0])
+    else:
+        latents = torch.cat(list(sampling.stream(request, handle, condition, [0], length)), adapter.sequence_dim)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(out, adapter.decode_latents(latents)[0].cpu().numpy(), config.validation.fps)
     print(f"{out}: {prompt!r}, {request.solver}, {request.num_steps} steps, seed {seed}")

@@ -20,7 +20,7 @@ from titan_distill.parallelisms.fsdp import reshard
 
 
 class Ema:
-    """Exponential moving average of a module's parameters, stored like them: sharded where they are sharded.
+    """Exponential moving average of a module's trained parameters, stored like them: sharded where they are sharded.
 
     Before ``start_step`` updates the average simply follows the parameters, so that it never remembers the initial
     weights.
@@ -28,7 +28,9 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float, start_step: int) -> None:
         self.decay, self.start_step = decay, start_step
-        self.shadow: dict[str, Tensor] = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.shadow: dict[str, Tensor] = {
+            name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, module: nn.Module, num_updates: int) -> None:
@@ -36,7 +38,7 @@ class Ema:
         included."""
         decay = self.decay if num_updates > self.start_step else 0.0
         reshard(module)
-        shadow, current = list(self.shadow.values()), [p.detach() for p in module.parameters()]
+        shadow, current = list(self.shadow.values()), [p.detach() for p in module.parameters() if p.requires_grad]
         torch._foreach_lerp_(shadow, current, 1.0 - decay)
 
     @contextmanager
@@ -51,10 +53,11 @@ class Ema:
     @torch.no_grad()
     def _swap(self, module: nn.Module) -> None:
         reshard(module)
-        for name, parameter in module.named_parameters():
-            kept = parameter.detach().clone()
-            parameter.copy_(self.shadow[name])
-            self.shadow[name].copy_(kept)
+        parameters = dict(module.named_parameters())
+        for name, averaged in self.shadow.items():
+            kept = parameters[name].detach().clone()
+            parameters[name].copy_(averaged)
+            averaged.copy_(kept)
 
 
 @dataclass
@@ -67,6 +70,8 @@ class RoleHandle:
     optimizers: dict[str, Optimizer] = field(default_factory=dict)
     schedulers: dict[str, LRScheduler] = field(default_factory=dict)
     ema: Ema | None = None
+    adapters_only: bool = False
+    """Whether only adapters are trained, and so saved: the weights that they change are named by the checkpoint."""
     max_grad_norm: float = math.inf
     num_updates: int = 0
     """Optimizer steps taken; saved with the checkpoint, drives the EMA's start."""

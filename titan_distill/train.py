@@ -13,15 +13,14 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference
+from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference, weights_digest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
-from titan_distill.checkpoint.manifest import FrozenRole, fingerprint
+from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole
 from titan_distill.checkpoint.ranks import RankFailure
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config import Config, check_paths, help_text, load_config, to_toml
@@ -41,6 +40,7 @@ from titan_distill.observability.planner import can_plan, fake_world, make_plan
 from titan_distill.observability.profiling import Profiler
 from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
+from titan_distill.parallelisms.lora import is_adapter
 from titan_distill.parallelisms.mesh import Layouts, World, default_device, num_ranks, start_world
 from titan_distill.parallelisms.tensor import check_async_communication
 from titan_distill.parallelisms.watchdog import LostRankError, Watchdog, record_collectives
@@ -257,7 +257,11 @@ def build_roles(config: Config, family: ModelFamily, layouts: Layouts, device: t
     for name, role in config.roles.items():
         module = family.build_module(name, role, layouts.role(name), device)
         clip = config.training.max_grad_norm if role.max_grad_norm is None else role.max_grad_norm
-        handles.append(RoleHandle(name, {"transformer": module}, role.trainable, max_grad_norm=clip))
+        handle = RoleHandle(name, {"transformer": module}, role.trainable, max_grad_norm=clip)
+        handle.adapters_only = role.lora.enabled
+        if role.lora.enabled and not any(is_adapter(parameter) for parameter, _ in module.named_parameters()):
+            raise ValueError(f"roles.{name}.lora: the family {config.recipe.family!r} has no adapters; set rank to 0")
+        handles.append(handle)
     return RoleManager(handles)
 
 
@@ -296,17 +300,18 @@ def _checkpoint_manager(
         pipeline_config=dataclasses.asdict(config.pipeline_config),
         architectures={role.name: family.architecture(role.transformer) for role in roles.trainable},
         frozen={
-            name: FrozenRole(weights, _weights_digest(weights))
+            name: FrozenRole(weights, weights_digest(weights))
             for name, role in config.roles.items()
             if not role.trainable and (weights := role.path or role.init_from)
+        },
+        bases={
+            name: AdaptedBase(weights, weights_digest(weights), role.lora.scale)
+            for name, role in config.roles.items()
+            if role.lora.enabled and (weights := role.path or role.init_from)
         },
     )
     folder, checkpoint = config.job.output_folder / "checkpoints", config.checkpoint
     return CheckpointManager(folder, checkpoint.keep, info, mode=checkpoint.mode, device=device)
-
-
-def _weights_digest(weights: str) -> str:
-    return resolve_reference(weights).digest if is_reference(weights) else fingerprint(Path(weights))
 
 
 def _experiment_digest(config: Config) -> str:

@@ -68,8 +68,7 @@ class TileLayout:
     @property
     def tile_grid(self) -> Grid:
         """Tiles along (frames, height, width), ragged ones included."""
-        frames, height, width = (-(-size // tile) for size, tile in zip(self.grid, self.tile, strict=True))
-        return frames, height, width
+        return tile_grid(self.grid, self.tile)
 
     @property
     def num_tiles(self) -> int:
@@ -99,6 +98,12 @@ class TileLayout:
         return Tiles(first - start[0], ends - first, join * math.prod(self.tile))
 
 
+def tile_grid(grid: Grid, tile: Grid = DEFAULT_TILE) -> Grid:
+    """Return the tiles along (frames, height, width) that cover `grid`, ragged ones included."""
+    frames, height, width = (-(-size // step) for size, step in zip(grid, tile, strict=True))
+    return frames, height, width
+
+
 def tile_layout(
     grid: tuple[int, int, int], tile: tuple[int, int, int] = DEFAULT_TILE, device: torch.device | str = "cpu"
 ) -> TileLayout:
@@ -121,7 +126,7 @@ def tile_layout(
 
 
 def _build_layout(grid: Grid, tile: Grid, device: torch.device) -> TileLayout:
-    tiles_per_dim = [-(-size // step) for size, step in zip(grid, tile, strict=True)]
+    tiles_per_dim = tile_grid(grid, tile)
     tile_of_token = torch.zeros(grid, dtype=torch.int64)
     length = torch.ones(tiles_per_dim, dtype=torch.int32)
     for dim, (size, step, num_tiles) in enumerate(zip(grid, tile, tiles_per_dim, strict=True)):

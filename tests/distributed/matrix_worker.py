@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from mutants import planted
+from mutants import MUTANTS
+from planting import planted
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -27,7 +28,7 @@ def main(rows_file: str, folder: str) -> None:
     torch.set_num_threads(1)
     world = start_world(120)
     for row in json.loads(Path(rows_file).read_text()):
-        with planted(row["mutant"]):
+        with planted(MUTANTS.get(row["mutant"])):
             train_row(world, row["arguments"], Path(folder) / f"{row['name']}.safetensors")
     if world.size > 1:
         dist.barrier()

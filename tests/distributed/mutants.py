@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -35,6 +33,10 @@ def sequence_gradients_not_divided(patch: pytest.MonkeyPatch) -> None:
         return collectives._reduce_scatter(gradients[0], ctx.dim, ctx.group), None, None
 
     patch.setattr(collectives._Gather, "backward", staticmethod(backward))
+
+
+def tangents_stay_where_they_are(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(collectives._AllToAll, "jvp", staticmethod(lambda ctx, *tangents: tangents[0].clone()))
 
 
 def norm_over_local_width(patch: pytest.MonkeyPatch) -> None:
@@ -89,6 +91,7 @@ MUTANTS = {
     for mutant in (
         noise_keyed_by_rank,
         sequence_gradients_not_divided,
+        tangents_stay_where_they_are,
         norm_over_local_width,
         mean_of_means,
         replicated_gradient_not_reduced,
@@ -96,12 +99,3 @@ MUTANTS = {
         gate_outside_of_the_region,
     )
 }
-
-
-@contextmanager
-def planted(name: str | None) -> Iterator[None]:
-    """The named fault for the duration of the block; none for None."""
-    with pytest.MonkeyPatch.context() as patch:
-        if name is not None:
-            MUTANTS[name](patch)
-        yield

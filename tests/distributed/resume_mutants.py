@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -91,12 +90,3 @@ MUTANTS = {
         last_step_repeated,
     )
 }
-
-
-@contextmanager
-def planted(name: str | None) -> Iterator[None]:
-    """The named fault for the duration of the block; none for None."""
-    with pytest.MonkeyPatch.context() as patch:
-        if name is not None:
-            MUTANTS[name](patch)
-        yield

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from matrix_worker import final_parameters
-from resume_mutants import planted
+from planting import planted
+from resume_mutants import MUTANTS
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -48,7 +49,7 @@ def main(jobs_file: str, folder: str) -> None:
 
 def run_jobs(world: World, jobs: list[dict[str, Any]], folder: Path) -> None:
     for job in jobs:
-        with planted(job["mutant"]):
+        with planted(MUTANTS.get(job["mutant"])):
             run_job(world, job, folder / job["name"])
 
 

@@ -2,16 +2,14 @@
 
 On one layout bit for bit: sample ids, losses, learning rates, cadence, and at the end every parameter, moment and
 average. From any layout to any other, what is loaded is bit for bit what was saved, and the steps after it agree
-within the rounding of sums. dmd2 with a student's update every third step, saved where critic-only steps follow.
+within the rounding of sums. dmd2 with a student's update every third step, saved where critic-only steps follow; every
+other method once, from one process to ranks that share weights or tokens.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +20,7 @@ import pytest
 import torch
 from resume_mutants import MUTANTS
 from resume_worker import run_jobs
-from runs import REPOSITORY, read_metrics, tiny_argv
+from runs import REPOSITORY, largest, read_metrics, record_pairs, run_worker, tiny_argv
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,7 +30,7 @@ from titan_distill.train import main
 BOUND = 1e-5
 # Adam's first steps divide a gradient by its own size, however small: rounding weighs more in them.
 STATE_BOUND = 1e-4
-CURVES = ("loss/", "grad_norm/", "dmd/")
+CURVES = ("loss/", "grad_norm/", "dmd/", "scm/")
 EXACT_KEYS = ("lr/", "samples_seen", "vsa_sparsity")
 # Three latent frames of 6 × 6 tokens: four tiles, three of them ragged.
 COMMON = (
@@ -50,6 +48,8 @@ class Experiment:
     saves_at: int = 4
     steps: int = 8
     global_batch: int = 4
+    method: str = "dmd2"
+    common: str = COMMON
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,17 @@ SPARSE = Experiment(
     steps=6,
 )
 
+# Averages, warm-ups and cadences in full motion when the run is saved.
+OTHERS = {
+    method: Experiment(method, overrides, 3, 6, 2, method, "--lr_scheduler.warmup_steps 2")
+    for method, overrides in {
+        "kd": "--data.path {folder}/pairs --method_config.teacher_steps 4",
+        "cm": "--ema.decay 0.8 --ema.start_step 1",
+        "scm": "--method_config.tangent_warmup 4",
+        "rcm": "--method_config.tangent_warmup 2 --method_config.update_ratio 2",
+    }.items()
+}
+
 P, TEACHER, CRITIC = "--parallelism.", "--roles.teacher.parallelism.", "--roles.critic.parallelism."
 ONE = Layout("one process", 1)
 FSDP_2 = Layout("fsdp 2", 2, data_ranks=2)
@@ -125,6 +136,10 @@ SHORT = tuple(
         (CADENCE, ONE, BY_ROLE),
         (NOT_YET, ONE, TENSOR_2),
         (SPARSE, ONE, FSDP_2),
+        (OTHERS["kd"], ONE, ULYSSES_2),
+        (OTHERS["cm"], ONE, FSDP_2),
+        (OTHERS["scm"], ONE, ULYSSES_2),
+        (OTHERS["rcm"], ONE, FSDP_2),
     )
 )
 LONG = (
@@ -187,11 +202,11 @@ def resumed_job(trial: Trial, folder: Path) -> Job:
 def _job(experiment: Experiment, layout: Layout, part: str, folder: Path, saves_at: int | None) -> Job:
     name = "".join(c if c.isalnum() else "_" for c in f"{experiment.name}-{layout.name}-{part}")
     arguments = tiny_argv(
-        "dmd2", folder / name,
+        experiment.method, folder / name,
         "--training.steps", str(experiment.steps), "--training.global_batch_size", str(experiment.global_batch),
         "--training.local_batch_size", str(experiment.global_batch // layout.data_ranks),
         "--checkpoint.enabled", str(saves_at is not None).lower(),
-        *COMMON.split(), *experiment.overrides.split(), *layout.overrides.split(),
+        *experiment.common.split(), *experiment.overrides.format(folder=folder).split(), *layout.overrides.split(),
     )  # fmt: skip
     return Job(name, layout.ranks, tuple(arguments), saves_at)
 
@@ -225,14 +240,7 @@ def launch(jobs: list[Job], folder: Path) -> None:
         return
     file = folder / "jobs.json"
     file.write_text(json.dumps(table))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [*torchrun, str(Path(__file__).parent / "resume_worker.py"), str(file), str(folder)],
-        cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True, text=True, timeout=1800, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    run_worker(num_ranks, Path(__file__).with_name("resume_worker.py"), file, folder, timeout=1800)
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +250,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[Trial
     @functools.cache
     def folder_of(trials: tuple[Trial, ...]) -> Path:
         folder = tmp_path_factory.mktemp("resume")
+        record_pairs(folder / "pairs", num_pairs=4, num_steps=4)
         for jobs in launches(trials, folder):
             launch(jobs, folder)
         return folder
@@ -259,11 +268,11 @@ class Differences:
     """L2, over the tensors of a kind (weights, averages, each moment), of the worst kind."""
 
     def __bool__(self) -> bool:
-        return max(self.losses, self.gradient_norms, self.end) > 0
+        return largest((self.losses, self.gradient_norms, self.end)) != 0
 
     @property
     def is_rounding(self) -> bool:
-        return max(self.losses, self.gradient_norms) <= BOUND and self.end <= STATE_BOUND
+        return largest((self.losses, self.gradient_norms)) <= BOUND and self.end <= STATE_BOUND
 
 
 def differences(expected: Path, found: Path, saves_at: int) -> Differences:
@@ -275,18 +284,18 @@ def differences(expected: Path, found: Path, saves_at: int) -> Differences:
     ids, found_ids = (json.loads(Path(f"{run}.ids.json").read_text()) for run in (expected, found))
     assert found_ids[-len(ids[saves_at:]) :] == ids[saves_at:], "sample ids"
     lines, found_lines = read_metrics(expected)[saves_at:], read_metrics(found)[-len(ids[saves_at:]) :]
-    worst: dict[str, float] = defaultdict(float)
+    found_at: dict[str, list[float]] = defaultdict(list)
     for line, other in zip(lines, found_lines, strict=True):
         assert line["step"] == other["step"]
         assert {key for key in line if key.startswith(CURVES)} == {key for key in other if key.startswith(CURVES)}
         for key, value in line.items():
             if key.startswith(CURVES):
                 kind = "norm" if key.startswith("grad_norm/") else "loss"
-                worst[kind] = max(worst[kind], abs(other[key] - value) / abs(value))
+                found_at[kind].append(abs(other[key] - value) / abs(value))
             elif key.startswith(EXACT_KEYS):
                 assert other[key] == value, f"{key} at step {line['step']}"
     end = _state_distance(load_file(f"{expected}.end.safetensors"), load_file(f"{found}.end.safetensors"))
-    return Differences(worst["loss"], worst["norm"], end)
+    return Differences(largest(found_at["loss"]), largest(found_at["norm"]), end)
 
 
 def _state_distance(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
@@ -301,7 +310,7 @@ def _state_distance(expected: dict[str, Tensor], found: dict[str, Tensor]) -> fl
             assert torch.equal(found[name], tensor), name
         distances[kind] += float((found[name] - tensor).double().square().sum())
         sizes[kind] += float(tensor.double().square().sum())
-    return max((distances[kind] / sizes[kind]) ** 0.5 for kind in distances if sizes[kind])
+    return largest((distances[kind] / sizes[kind]) ** 0.5 for kind in distances if sizes[kind])
 
 
 def _assert_bitwise(expected: Path, found: Path) -> None:

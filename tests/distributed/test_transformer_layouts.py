@@ -1,5 +1,6 @@
 """What the layout matrix has no data for: timesteps per frame and per token, image tokens, and lists that two tiles
-share, on shared tokens and shared weights. One forward and backward of the transformer, against one process.
+share, on shared tokens and shared weights. One forward and backward of the transformer, and one derivative in forward
+mode, against one process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 import torch.distributed as dist
 from titan_kernels import tile_layout
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config_sections import (
@@ -31,6 +34,7 @@ from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.compile import compile_blocks
 from titan_distill.parallelisms.degrees import Degrees
+from titan_distill.parallelisms.fsdp import reshard
 from titan_distill.parallelisms.mesh import RoleMesh
 
 TEXT_TO_VIDEO = replace(FLAVORS["tiny"], num_layers=2)
@@ -85,6 +89,21 @@ def gradients(model: WanTransformer, *arguments: Tensor | None) -> tuple[Tensor,
     return velocity.detach(), found
 
 
+@torch.no_grad()
+def tangent(model: WanTransformer, latents: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
+    """The velocity's derivative along noise in the latents and -1.5 in the timestep."""
+    direction = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
+    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        dual = (
+            forward_ad.make_dual(latents, direction),
+            forward_ad.make_dual(timestep, torch.full_like(timestep, -1.5)),
+        )
+        found = forward_ad.unpack_dual(model(*dual, *conditions)).tangent
+    assert found is not None
+    reshard(model)  # FSDP would leave the root gathered, as no backward follows
+    return found
+
+
 def check(rank: int, store: str, name: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -110,6 +129,13 @@ def check(rank: int, store: str, name: str) -> None:
             for key, gradient in expected.items():
                 difference = (found[key] - gradient).norm() / gradient.norm().clamp(min=1e-6)
                 assert difference < 1e-5, f"{key}, timesteps {tuple(arguments[1].shape)}: {difference:.1e}"
+            if sparse is None and arguments[1].shape != (
+                2,
+                FRAMES * HEIGHT * WIDTH,
+            ):  # torch.unique has no forward mode
+                expected_tangent = tangent(whole, *arguments)
+                difference = (tangent(shared, *arguments) - expected_tangent).norm() / expected_tangent.norm()
+                assert difference < 1e-5, f"forward mode, timesteps {tuple(arguments[1].shape)}: {difference:.1e}"
     dist.barrier()
     dist.destroy_process_group()
 

@@ -10,6 +10,7 @@ import resource
 from collections.abc import Callable
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,14 @@ class TestResume:
         other = RunInfo(family="toy", config_digest="d", frozen={"teacher": FrozenRole("other/teacher", "u")})
         CheckpointManager(saved.parent, 2, other).load(saved, make_roles(seed=0))
         assert "weights of teacher have changed" in caplog.text
+
+    def test_changed_configuration_is_named(
+        self, manager: CheckpointManager, saved: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        manager.load(saved, make_roles(seed=0))
+        assert "configuration has changed" not in caplog.text
+        CheckpointManager(saved.parent, 2, replace(RUN, config_digest="e")).load(saved, make_roles(seed=0))
+        assert "configuration has changed" in caplog.text
 
     @pytest.mark.parametrize(
         ("roles", "message"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
+from small_checkpoints import CONFIG
 from torch import Tensor
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
@@ -22,16 +23,6 @@ from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.state_dict import save_folder
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 
-CONFIG = WanConfig(
-    num_layers=1,
-    num_attention_heads=2,
-    attention_head_dim=12,
-    ffn_dim=16,
-    text_dim=8,
-    freq_dim=8,
-    in_channels=4,
-    out_channels=4,
-)
 VIDEO = {
     "prompt": "a red disc",
     "height": 16,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -426,3 +427,7 @@ def test_bad_further_tensor_is_named_with_file_and_row(tmp_path: Path, fault: st
     assert torch.equal(dataset[4].extra["trajectory"], row_with_extra(4).extra["trajectory"])
     with pytest.raises(BadRowError, match=rf"a\.parquet, row 5: .*{message}"):
         dataset[5]
+    summary = inspect(tmp_path)
+    assert summary.extra == {"trajectory [3, 4, 2, 3, 5] float16": 5, "timesteps [3] float32": 5}
+    assert len(summary.bad_rows) == 1 and re.search(message, summary.bad_rows[0])
+    assert "trajectory [3, 4, 2, 3, 5] float16: 5 rows" in str(summary)

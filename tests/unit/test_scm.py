@@ -195,6 +195,31 @@ def check_descent_flattens_the_map(folder: Path) -> None:
     assert sizes[1] < sizes[0]
 
 
+def check_slope_is_the_derivative_at_small_steps(folder: Path) -> None:
+    """Central differences: off by the square of the step, inside [0, 1] at both ends, and by another way than the
+    derivative's, which they replace."""
+    exact = exact_trainer(folder, 0.3)
+    batch, x, sigma_B = exact_point(exact)
+    expected = tangent_method(exact).tangent(batch, x, sigma_B, 0)
+    errors = []
+    for step in ("0.004", "0.002"):
+        trainer = exact_trainer(folder, 0.3, "scm", "--method_config.derivative_step", step)
+        with patch.object(Adapter, "predict_velocity_jvp", side_effect=AssertionError):
+            errors.append((tangent_method(trainer).tangent(batch, x, sigma_B, 0) - expected)[:-1].abs().max().item())
+    assert errors[0] < 5e-3 and 3 < errors[0] / errors[1] < 5
+    trainer = exact_trainer(folder, 0.0, "scm", "--method_config.derivative_step", "0.03")
+    sigmas: list[float] = []
+    real = trainer.adapter.predict_velocity
+
+    def predict(role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Any) -> Tensor:
+        sigmas.extend(sigma_B.tolist())
+        return real(role, x, sigma_B, condition)
+
+    with patch.object(trainer.adapter, "predict_velocity", predict):
+        assert tangent_method(trainer).tangent(batch, x, sigma_B, 0).isfinite().all()
+    assert min(sigmas) > 0.02 and max(sigmas) == 1.0
+
+
 CHECKS: dict[str, Callable[[Path], None]] = {
     check.__name__: check
     for check in (
@@ -202,6 +227,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
         check_tangent_is_the_derivative_of_x0,
         check_loss_against_transcription,
         check_descent_flattens_the_map,
+        check_slope_is_the_derivative_at_small_steps,
     )
 }
 
@@ -212,6 +238,7 @@ def test_check(name: str, tmp_path: Path) -> None:
 
 
 ORIGINAL_JVP, ORIGINAL_TANGENT = Adapter.predict_velocity_jvp, losses.consistency_tangent
+ORIGINAL_EULER = schedule.euler_step
 
 
 def _without_x(self: Adapter, role: RoleHandle, x: Tensor, sigma: Tensor, dx: Tensor, dsigma: Tensor, c: Any) -> Any:
@@ -233,6 +260,10 @@ def _wrong_sign(*arguments: Any) -> Tensor:
 
 def _wrong_sign_of_jvp(form: Any, x: Tensor, v: Tensor, v_teacher: Tensor, dv: Tensor, *rest: Any) -> Tensor:
     return ORIGINAL_TANGENT(form, x, v, v_teacher, -dv, *rest)
+
+
+def _one_sided(x: Tensor, v: Tensor, sigma: Tensor, end: Tensor) -> Tensor:
+    return ORIGINAL_EULER(x, v, sigma, torch.maximum(sigma, end))
 
 
 def _one_norm_a_batch(g: Tensor, floor: float) -> Tensor:
@@ -261,6 +292,9 @@ MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]] = {
     ),
     "wrong sign of the tangent, by descent": (
         lambda: patch.object(losses, "consistency_tangent", _wrong_sign), "check_descent_flattens_the_map"
+    ),
+    "slope without x on one side": (
+        lambda: patch.object(schedule, "euler_step", _one_sided), "check_slope_is_the_derivative_at_small_steps"
     ),
     "missing normalisation": (
         lambda: patch.object(losses, "normalise_tangent", lambda g, floor: g), "check_loss_against_transcription"
@@ -379,11 +413,17 @@ def test_rcm_cadence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("--compile.enabled", "true"), r"forward mode, which does not go with compile\.enabled = true; set"),
+        (
+            ("--compile.enabled", "true"),
+            r"forward mode .*, which does not go with compile\.enabled = true; set it to false",
+        ),
         (("--roles.student.attention", "sparse"), r"roles\.student\.attention = 'sparse'; set it to 'dense'"),
-        (("--float8.enabled", "true"), "with float8; name other roles"),
-        (("--parallelism.sequence", "2"), r"parallelism\.sequence = 2; set it to 1"),
-        (("--roles.student.parallelism.tensor", "2"), r"parallelism\.tensor = 2; set it to 1"),
+        (("--float8.enabled", "true"), r"with float8\.enabled = true; set it to false, or float8\.roles to others"),
+        (
+            ("--method_config.derivative_step", "0.02", "--training.dtype", "bfloat16"),
+            r"differences of velocities .* = 0\.02\), which does not go with training\.dtype = 'bfloat16'; set it to",
+        ),
+        (("--method_config.derivative_step", "0.5"), r"derivative_step = 0\.5 must be in \[0, 0\.5\)"),
         (("--method_config.tangent_floor", "0"), "tangent_floor = 0.0 must be positive"),
     ],
 )

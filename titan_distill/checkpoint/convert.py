@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 
 from titan_distill.checkpoint.contents import open_checkpoint
-from titan_distill.checkpoint.diffusers_folder import TRANSFORMER
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, open_folder
 from titan_distill.checkpoint.discovery import resolve
-from titan_distill.checkpoint.manifest import Manifest, TrainedRole, read_manifest
-from titan_distill.checkpoint.state import ema_prefix, model_prefix
+from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference, weights_digest
+from titan_distill.checkpoint.manifest import AdaptedBase, Manifest, read_manifest
+from titan_distill.checkpoint.role_weights import check_weights, stored_names, trained_role
+from titan_distill.parallelisms.lora import merge
+
+__all__ = ["export", "role_tensors", "trained_role"]
 
 WeightWriter = Callable[[Iterable[tuple[str, Tensor]], dict[str, Any], Path, torch.dtype | None], None]
 """Writes (name, tensor) pairs and the architecture into a folder, in the family's format; no dtype means as they
@@ -74,7 +77,8 @@ def export(
 
 
 def role_tensors(checkpoint: Path, role: str, *, use_ema: bool) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a role's transformer as full CPU tensors, one at a time, sorted by name.
+    """The weights of a role's transformer as full CPU tensors, one at a time, sorted by name; adapters are merged into
+    their base, in fp32.
 
     Verifies the whole checkpoint first. Raises as ``export`` does, before the first tensor.
     """
@@ -82,36 +86,29 @@ def role_tensors(checkpoint: Path, role: str, *, use_ema: bool) -> Iterator[tupl
     check_weights(checkpoint, read_manifest(checkpoint), role, use_ema=use_ema)
     contents = open_checkpoint(checkpoint)
     names = stored_names(contents.metadata, role, use_ema=use_ema)
-    return ((name, contents.read(stored)) for name, stored in names.items())
+    tensors = ((name, contents.read(stored)) for name, stored in names.items())
+    base = contents.manifest.trained[role].base
+    if base is None:
+        return tensors
+    adapters = dict(tensors)
+    return ((name, merge(name, weight, adapters, base.scale)) for name, weight in _base_tensors(base))
 
 
-def check_weights(checkpoint: Path, manifest: Manifest, role: str, *, use_ema: bool) -> None:
-    """Raises ValueError when the manifest knows no such weights of a trained role."""
-    if not trained_role(checkpoint, manifest, role).has_ema and use_ema:
-        raise ValueError(f"{checkpoint} has no EMA of {role!r}: set [ema] in the run, or ask for the raw weights")
+def _base_tensors(base: AdaptedBase) -> Iterator[tuple[str, Tensor]]:
+    """Everything that the base holds, one tensor at a time, sorted by name.
 
-
-def trained_role(checkpoint: Path, manifest: Manifest, role: str) -> TrainedRole:
-    """What the manifest says of a trained role. Raises ValueError with the known roles for any other."""
-    if role in manifest.frozen:
+    Raises ValueError when it is not there any more, or not what it was.
+    """
+    if not is_reference(base.path):
+        source = open_folder(Path(base.path))
+    if weights_digest(base.path) != base.digest:
         raise ValueError(
-            f"role {role!r} is frozen, so {checkpoint} does not hold it; its weights are in "
-            f"{manifest.frozen[role].path or 'no folder'}"
+            f"the weights in {base.path} are not those that the adapters were trained on; put the original ones back"
         )
-    if role not in manifest.trained:
-        raise ValueError(f"{checkpoint} has no role {role!r}; it has {', '.join(manifest.trained)}")
-    return manifest.trained[role]
-
-
-def stored_names(metadata: Metadata, role: str, *, use_ema: bool) -> dict[str, str]:
-    """Name in the model -> name in the checkpoint. Buffers are not averaged: they come from the model in any case."""
-    stored = sorted(metadata.state_dict_metadata)
-    model, averaged = (
-        {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
-        for prefix in (model_prefix(role, TRANSFORMER), ema_prefix(role))
-    )
-    assert averaged.keys() <= model.keys(), "EMA and model disagree on parameter names"
-    return {**model, **averaged} if use_ema else model
+    if is_reference(base.path):
+        found = resolve_reference(base.path)
+        return role_tensors(found.checkpoint, found.role, use_ema=found.use_ema)
+    return ((name, source.read(name)) for name in sorted(source.kinds))
 
 
 def _pipeline_parts(folder: Path) -> list[Path]:
@@ -135,6 +132,7 @@ def _copy(source: Path, target: Path) -> None:
 def _model_card(checkpoint: Path, manifest: Manifest, role: str, *, use_ema: bool) -> str:
     run_folder = checkpoint.parent.parent
     config = run_folder / "config.toml"
+    base = manifest.trained[role].base
     if manifest.weights_only:
         config_text = "# none: these weights were imported"
     else:
@@ -154,6 +152,7 @@ Exported by titan_distill from `{checkpoint.name}`. Where the folder has a `{PIP
 | role | {role} |
 | weights | {"exponential moving average" if use_ema else "raw, as trained"} |
 | step | {manifest.step} |
+| adapters | {"none" if base is None else f"merged into {base.path}"} |
 | updates of this role | {manifest.trained[role].num_updates} |
 | samples seen | {manifest.samples_seen} |
 | seed | {manifest.seed} |

@@ -17,17 +17,19 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from titan_distill.checkpoint import storage
-from titan_distill.checkpoint.convert import check_weights, stored_names, trained_role
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
     TrainedRole,
+    fingerprint,
     read_manifest,
     record_file,
     verify_hashes,
 )
 from titan_distill.checkpoint.ranks import Ranks
+from titan_distill.checkpoint.role_weights import check_weights, stored_names, trained_role
+from titan_distill.parallelisms.lora import without_adapters
 
 _FORM = "write PATH#ROLE, PATH#ROLE:ema or PATH#ROLE:raw, where PATH is a step's folder or checkpoints/latest"
 
@@ -74,10 +76,21 @@ def resolve_reference(text: str) -> WeightsReference:
         raise ValueError(f"{text!r} names no weights of a checkpoint; {_FORM}")
     checkpoint = resolve(Path(path))
     manifest = read_manifest(checkpoint)
-    if trained_role(checkpoint, manifest, role).has_ema and not colon:
+    trained = trained_role(checkpoint, manifest, role)
+    if trained.base is not None:
+        raise ValueError(
+            f"{checkpoint} holds only adapters of {role!r}, for the weights in {trained.base.path}; merge the two with "
+            "`titan-distill checkpoint export` and name the exported folder"
+        )
+    if trained.has_ema and not colon:
         raise ValueError(f"{checkpoint} has two sets of weights of {role!r}; write #{role}:ema or #{role}:raw")
     check_weights(checkpoint, manifest, role, use_ema=weights == "ema")
     return WeightsReference(checkpoint, manifest, role, weights == "ema")
+
+
+def weights_digest(weights: str) -> str:
+    """Identifies the weights that a role starts from: of a checkpoint, or in a folder."""
+    return resolve_reference(weights).digest if is_reference(weights) else fingerprint(Path(weights))
 
 
 @torch.no_grad()
@@ -94,7 +107,7 @@ def read_weights(reference: str, module: nn.Module) -> None:
     ranks.together(lambda: verify_hashes(found.checkpoint, found.manifest, shared_out))
     metadata = ranks.together(lambda: storage.read_metadata(found.checkpoint))
     names = stored_names(metadata, found.role, use_ema=found.use_ema)
-    weights: dict[str, Any] = get_model_state_dict(module)
+    weights: dict[str, Any] = without_adapters(get_model_state_dict(module))
     ranks.together(lambda: _check_same(weights, names, metadata, reference))
     storage.read({names[name]: weight for name, weight in weights.items()}, found.checkpoint, metadata, ranks.group)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from titan_distill.checkpoint import discovery, state, storage
 from titan_distill.checkpoint.background import Background
 from titan_distill.checkpoint.manifest import (
+    AdaptedBase,
     FrozenRole,
     Manifest,
     TrainedRole,
@@ -57,6 +58,8 @@ class RunInfo:
     """By trainable role: what builds its transformer again (``ModelFamily.architecture``)."""
     frozen: dict[str, FrozenRole] = field(default_factory=dict)
     """The roles that are not saved: where their weights are, and the ``manifest.fingerprint`` of that folder."""
+    bases: dict[str, AdaptedBase] = field(default_factory=dict)
+    """By role of which only adapters are saved: what they are for."""
 
 
 class CheckpointManager:
@@ -160,6 +163,7 @@ class CheckpointManager:
         self.ranks.together(lambda: verify_hashes(path, manifest, shared_out))
         metadata = self.ranks.together(lambda: storage.read_metadata(path))
         target = state.template(roles, metadata.state_dict_metadata.keys())
+        self.ranks.together(lambda: self._check_bases(path, manifest))
         self.ranks.together(lambda: storage.check_matches(target, path, metadata))
         if self.ranks.rank == 0:
             self._warn_before_resuming(path, manifest)
@@ -175,6 +179,7 @@ class CheckpointManager:
                 has_ema=handle.ema is not None,
                 mesh=state.mesh_of(handle),
                 architecture=self.run_info.architectures.get(handle.name, {}),
+                base=self.run_info.bases.get(handle.name),
             )
             for handle in roles.trainable
         }
@@ -216,6 +221,16 @@ class CheckpointManager:
         resumed = self._resumed_from
         return [resumed] if resumed is not None and resumed.name >= discovery.step_name(step) else []
 
+    def _check_bases(self, path: Path, manifest: Manifest) -> None:
+        for name, trained in manifest.trained.items():
+            saved, now = trained.base, self.run_info.bases.get(name)
+            if saved is not None and now is not None and (saved.digest, saved.scale) != (now.digest, now.scale):
+                raise ValueError(
+                    f"{path} has adapters of {name!r} for {saved.path}, counted {saved.scale:g} times, but this run's "
+                    f"are for {now.path}, counted {now.scale:g} times, or those weights have changed; resume with the "
+                    "same weights and roles.<name>.lora"
+                )
+
     def _warn_before_resuming(self, path: Path, manifest: Manifest) -> None:
         for name, saved in manifest.frozen.items():
             now = self.run_info.frozen.get(name)
@@ -223,6 +238,8 @@ class CheckpointManager:
                 logger.warning(
                     "The weights of %s have changed since the checkpoint: %s, was %s", name, now.path, saved.path
                 )
+        if manifest.config_digest != self.run_info.config_digest:
+            logger.warning("The configuration has changed since the checkpoint: config.toml has the present one")
         logger.info("Resuming from %s", path)
         newest = next(iter(discovery.step_folders(path.parent)), path)
         if newest.name != path.name:

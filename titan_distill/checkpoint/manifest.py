@@ -34,6 +34,18 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class AdaptedBase:
+    """The weights that a role's low-rank adapters change, which are not saved either."""
+
+    path: str
+    """A folder, or a role in a checkpoint, as in ``init_from``."""
+    digest: str
+    """``initial_weights.weights_digest`` of it."""
+    scale: float
+    """By which an adapter counts, alpha / rank."""
+
+
+@dataclass(frozen=True)
 class TrainedRole:
     """A role whose state is in the checkpoint."""
 
@@ -44,6 +56,8 @@ class TrainedRole:
     """Mesh axis -> degree, of the layout that saved it; empty for plain tensors. Any other layout can load it."""
     architecture: dict[str, Any]
     """What builds the module again; the diffusers config for families that diffusers knows."""
+    base: AdaptedBase | None = None
+    """What the checkpoint's adapters are for; None where it holds all weights."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +123,16 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _from_json(content: dict[str, Any]) -> Manifest:
     nested = {
-        "trained": {name: TrainedRole(**record) for name, record in content["trained"].items()},
+        "trained": {name: _trained_role(record) for name, record in content["trained"].items()},
         "frozen": {name: FrozenRole(**record) for name, record in content["frozen"].items()},
         "files": {name: FileRecord(**record) for name, record in content["files"].items()},
     }
     return Manifest(**{**content, **nested})
+
+
+def _trained_role(record: dict[str, Any]) -> TrainedRole:
+    base = record.get("base")
+    return TrainedRole(**{**record, "base": None if base is None else AdaptedBase(**base)})
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from titan_distill.checkpoint import discovery, storage
-from titan_distill.checkpoint.manifest import CheckpointDamaged, FileRecord, Manifest, write_manifest
-from titan_distill.checkpoint.publish import check_written, flush_folder, temporary_beside
+from titan_distill.checkpoint.manifest import FileRecord, Manifest, write_manifest
+from titan_distill.checkpoint.publish import check_size, check_written, flush_folder, temporary_beside
 from titan_distill.checkpoint.ranks import RankFailure, Ranks
 
 
@@ -104,11 +104,7 @@ def _checked_with_disk(folder: Path, written: Mapping[str, FileRecord]) -> Mappi
     """Each rank looks at its own files: on network disks it alone is sure to see what it wrote."""
     for name, record in written.items():
         path = folder / name
-        found = path.stat().st_size if path.exists() else 0
-        if found != record.num_bytes:
-            raise CheckpointDamaged(
-                f"{path} has {found} bytes on disk instead of {record.num_bytes}; is the disk full?"
-            )
+        check_size(path, path.stat().st_size if path.exists() else 0, record.num_bytes)
     return written
 
 

@@ -46,11 +46,13 @@ def publish_alone(out: Path, manifest: Manifest, write: Callable[[Path], Mapping
 def check_written(folder: Path, files: Mapping[str, FileRecord]) -> None:
     """Compares files with what the index says they hold. Raises CheckpointDamaged naming the file."""
     for name, num_bytes in storage.written_files(folder, storage.read_metadata(folder)).items():
-        found = files[name].num_bytes if name in files else 0
-        if found != num_bytes:
-            raise CheckpointDamaged(
-                f"{folder / name} has {found} bytes on disk instead of {num_bytes}; is the disk full?"
-            )
+        check_size(folder / name, files[name].num_bytes if name in files else 0, num_bytes)
+
+
+def check_size(path: Path, found: int, expected: int) -> None:
+    """Compares a file's bytes on disk with what was written to it. Raises CheckpointDamaged."""
+    if found != expected:
+        raise CheckpointDamaged(f"{path} has {found} bytes on disk instead of {expected}; is the disk full?")
 
 
 def temporary_beside(path: Path) -> Path:

@@ -1,6 +1,6 @@
 """Which state a run has: the names under which it stands in a checkpoint, and how it gets back into the roles.
 
-    models/{role}/{module}        parameters and buffers
+    models/{role}/{module}        parameters and buffers; of a role with adapters, these alone
     optimizers/{role}/{name}      moments and hyperparameters, by parameter name
     schedulers/{role}/{name}      position and last learning rates
     ema/{role}                    averaged weights, sharded like the weights
@@ -105,7 +105,9 @@ def restore(state: dict[str, Any], roles: RoleManager) -> TrainState:
     """Puts a ``template`` that has been read back into the roles. Returns where the run was."""
     for handle in roles.trainable:
         for name, module in handle.modules.items():
-            set_model_state_dict(module, state[model_prefix(handle.name, name)[:-1]])
+            # Not strict where only adapters are saved. All names have been compared before anything was read.
+            strict = StateDictOptions(strict=not handle.adapters_only)
+            set_model_state_dict(module, state[model_prefix(handle.name, name)[:-1]], options=strict)
         for name, optimizer in handle.optimizers.items():
             if (saved := state.get(_optimizer_key(handle, name))) is not None:
                 _warn_of_kept_settings(handle, optimizer, saved["param_groups"])
@@ -134,7 +136,8 @@ def _without_optimizers(roles: RoleManager, train_state: TrainState) -> dict[str
     }
     for handle in roles.trainable:
         for name, module in handle.modules.items():
-            state[model_prefix(handle.name, name)[:-1]] = get_model_state_dict(module)
+            saved = StateDictOptions(ignore_frozen_params=handle.adapters_only)
+            state[model_prefix(handle.name, name)[:-1]] = get_model_state_dict(module, options=saved)
         for name, scheduler in handle.schedulers.items():
             state[_scheduler_key(handle, name)] = scheduler.state_dict()
         if handle.ema is not None:

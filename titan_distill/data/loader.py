@@ -15,7 +15,6 @@ Shape legend: B samples of this rank, L max_text_tokens, D text width, C F H W l
 from __future__ import annotations
 
 import functools
-import hashlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from torch.nn.functional import pad
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_distill.data.parquet import LatentRow, ParquetDataset
+from titan_distill.keyed import keyed_generator
 
 
 @dataclass(frozen=True)
@@ -247,6 +247,4 @@ def _stack(rows: Sequence[LatentRow], tensors: Sequence[Tensor], what: str) -> T
 # Two epochs meet in a batch; a dataset smaller than the batch spans a few more.
 @functools.lru_cache(maxsize=4)
 def _permutation(num_rows: int, seed: int, epoch: int) -> Tensor:
-    digest = hashlib.blake2b(f"epoch permutation {seed} {epoch}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randperm(num_rows, generator=generator)
+    return torch.randperm(num_rows, generator=keyed_generator(f"epoch permutation {seed} {epoch}"))

@@ -141,6 +141,21 @@ def read_ids(path: str | Path) -> list[str]:
     return ids
 
 
+def extra_names(path: str | Path) -> tuple[str, ...]:
+    """The names of the further tensors that the first file of a dataset has columns for, sorted.
+
+    Raises:
+        ValueError: as `ParquetDataset`.
+    """
+    file = _list_files(Path(path))[0]
+    try:
+        columns = set(pq.read_schema(file).names) - set(SCHEMA.names)
+    except _READ_ERRORS as error:
+        raise ValueError(f"{file} is not a complete parquet file ({_brief(error)}): {_REMEDY}") from error
+    names = {column.removesuffix("_bytes") for column in columns if column.endswith("_bytes")}
+    return tuple(sorted(name for name in names if {f"{name}_{part}" for part in _TENSOR_TYPES} <= columns))
+
+
 class ParquetDataset(torch.utils.data.Dataset[LatentRow]):
     """Map-style view of one parquet file, or of all ``*.parquet`` files of a folder sorted by name.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from titan_distill.data.parquet import DTYPE_NAMES, BadRowError, LatentRow, ParquetDataset
+from titan_distill.data.parquet import DTYPE_NAMES, BadRowError, LatentRow, ParquetDataset, extra_names
 
 
 @dataclass
@@ -27,6 +27,7 @@ class DatasetSummary:
     text_widths: Counter[str] = field(default_factory=Counter)  # rows by "D dtype"
     text_tokens: Counter[int] = field(default_factory=Counter)  # rows by number of tokens
     captions: Counter[str] = field(default_factory=Counter)  # rows by caption
+    extra: Counter[str] = field(default_factory=Counter)  # rows by "name [...] dtype" of each further tensor
     _num_values: int = 0
     _sum: float = 0.0
     _sum_of_squares: float = 0.0
@@ -47,6 +48,8 @@ class DatasetSummary:
         self.text_widths[f"{width} {DTYPE_NAMES[row.text_embedding.dtype]}"] += 1
         self.text_tokens[len(row.text_embedding)] += 1
         self.captions[row.caption] += 1
+        for name, tensor in row.extra.items():
+            self.extra[f"{name} {list(tensor.shape)} {DTYPE_NAMES[tensor.dtype]}"] += 1
         if row.vae_latent is not None:
             self._add_latent(row.vae_latent)
 
@@ -65,6 +68,7 @@ class DatasetSummary:
         if self.text_tokens:
             tokens = f"{min(self.text_tokens)} to {max(self.text_tokens)}"
             lines.append(f"text tokens: {tokens}; {len(self.captions)} distinct captions")
+        lines += [f"{kind}: {count} rows" for kind, count in self.extra.most_common()]
         lines += [f"bad: {fault}" for fault in self.bad_rows]
         return "\n  ".join(lines)
 
@@ -75,7 +79,7 @@ def inspect(path: str | Path) -> DatasetSummary:
     Raises:
         ValueError: nothing there, or a file that is empty, truncated or lacks columns. Bad rows are listed instead.
     """
-    dataset = ParquetDataset(path)
+    dataset = ParquetDataset(path, tensors=extra_names(path))
     summary = DatasetSummary(dataset.path, dataset.num_files, len(dataset))
     for index in range(len(dataset)):
         try:

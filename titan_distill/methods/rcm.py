@@ -67,12 +67,12 @@ class Rcm(TangentTraining, Dmd2):
         return True
 
     @classmethod
-    def work(cls, config: Dmd2Config) -> list[Passes]:
+    def work(cls, config: RcmConfig) -> list[Passes]:
         """Of a step after the warm-up. Both forwards of the student are alive in one backward, as two conditions would
         be."""
         matching = Dmd2.work(config)
         both = [replace(p, num_conditions=2) if p.backward and p.role == p.update == "student" else p for p in matching]
-        return [*cls.tangent_work(config.teacher_guidance, 1 / config.update_ratio), *both]
+        return [*cls.tangent_work(config, config.teacher_guidance, 1 / config.update_ratio), *both]
 
     def updates(self, step: int) -> list[Update]:
         """The student alone during the warm-up, then the cadence of DMD2."""

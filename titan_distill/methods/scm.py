@@ -11,8 +11,10 @@ of `losses.consistency_tangent`, in the trigonometric time of the papers; the ne
 rectified flow, and both times are functions of σ.
 
 The tangent runs without gradient, beside the forward that has one: gathered weights and recomputed activations need
-not know of it. Time enters a network through features as fast as cos(1000 σ), whose derivative is large and multiplies
-every error of the weights; expect a continuous-time student to want lower learning rates than a discrete one.
+not know of it. Time enters a network through features as fast as cos(1000 σ). Where training never made a network
+smooth in them, the exact derivative is that of its ripples and not of its trend, and nothing can be learnt from it.
+`derivative_step` then takes the slope over a finite step instead: another pass, no forward mode, and a little of the
+error of a finite step.
 
 Sources: sCM (2410.11081), algorithm 1; rCM (2510.08431) for video.
 """
@@ -25,14 +27,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from titan_distill.config_world import role_parallelism
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.dispatch import register_method
 from titan_distill.methods import losses
 from titan_distill.methods.base import LossResult, Passes, TrainingMethod, Update, ValidationRequest
 from titan_distill.methods.consistency import FewStepConfig, few_step_validation
-from titan_distill.models.base import Guidance
+from titan_distill.models.base import Condition, Guidance
 
 if TYPE_CHECKING:
     from titan_distill.config import Config
@@ -53,6 +54,9 @@ class TangentConfig:
     """Training steps over which the student's own derivative is led in."""
     tangent_floor: float = 0.1
     """What is added to a tangent's norm before it is divided by it."""
+    derivative_step: float = 0.0
+    """0: the student's exact derivative, in forward mode. Above: its slope between σ - step and σ + step on the
+    teacher's tangent line, for students that are not smooth in time; needs float32, and no forward mode."""
 
     def check_tangent(self) -> None:
         """Raises ValueError for values outside their range."""
@@ -62,6 +66,8 @@ class TangentConfig:
             raise ValueError(f"tangent_warmup = {self.tangent_warmup} must be at least 0")
         if self.tangent_floor <= 0:
             raise ValueError(f"tangent_floor = {self.tangent_floor} must be positive")
+        if not 0 <= self.derivative_step < 0.5:
+            raise ValueError(f"derivative_step = {self.derivative_step} must be in [0, 0.5); 0 is the exact derivative")
 
 
 @dataclass(frozen=True)
@@ -81,27 +87,29 @@ class TangentTraining(TrainingMethod):
     @classmethod
     def validate(cls, config: Config) -> None:
         super().validate(config)
-        parallelism = role_parallelism(config, "student")
+        exact = not config.method_config.derivative_step
+        what = "differentiates the student in forward mode" if exact else "takes differences of velocities"
         for setting, is_set, remedy in (
-            ("roles.student.attention = 'sparse'", config.roles["student"].attention == "sparse", "set it to 'dense'"),
-            ("compile.enabled = true", config.compile.enabled, "set it to false"),
-            ("float8", config.float8.for_role("student").enabled, "name other roles in float8.roles, or disable it"),
-            (f"parallelism.sequence = {parallelism.sequence}", parallelism.sequence > 1, "set it to 1 for the student"),
-            (f"parallelism.tensor = {parallelism.tensor}", parallelism.tensor > 1, "set it to 1 for the student"),
+            ("roles.student.attention = 'sparse'", exact and config.roles["student"].attention == "sparse", "'dense'"),
+            ("compile.enabled = true", exact and config.compile.enabled, "false"),
+            ("training.dtype = 'bfloat16'", not exact and config.training.dtype == "bfloat16", "'float32'"),
+            ("float8.enabled = true", config.float8.for_role("student").enabled, "false, or float8.roles to others"),
         ):
             if is_set:
                 raise ValueError(
-                    f"recipe.method = {config.recipe.method!r} differentiates the student in forward mode, which does "
-                    f"not go with {setting}; {remedy}"
+                    f"recipe.method = {config.recipe.method!r} {what} (method_config.derivative_step = "
+                    f"{config.method_config.derivative_step}), which does not go with {setting}; set it to {remedy}"
                 )
 
     @classmethod
-    def tangent_work(cls, guidance: Guidance, updates_per_step: float) -> list[Passes]:
-        """The passes that make one tangent; the dual one does the work of two forwards."""
-        num_conditions = 1 if guidance.is_identity else 2
+    def tangent_work(cls, config: TangentConfig, guidance: Guidance, updates_per_step: float) -> list[Passes]:
+        """The passes that make one tangent. The dual one does the work of two forwards."""
+        num_forwards, num_conditions = (3, 1) if config.derivative_step else (1, 2)
         return [
-            Passes("student", "teacher", "teacher", 1, updates_per_step, num_conditions=num_conditions),
-            Passes("student", "student", "tangent", 1, updates_per_step, num_conditions=2),
+            Passes(
+                "student", "teacher", "teacher", 1, updates_per_step, num_conditions=1 if guidance.is_identity else 2
+            ),
+            Passes("student", "student", "tangent", num_forwards, updates_per_step, num_conditions=num_conditions),
         ]
 
     def tangent_loss(self, batch: Batch, step: int) -> LossResult:
@@ -135,12 +143,25 @@ class TangentTraining(TrainingMethod):
                 self.roles["teacher"], x, sigma_B, condition, self.config.teacher_guidance
             )
         with self.timer("tangent"):
-            v, dv = self.adapter.predict_velocity_jvp(
-                self.roles["student"], x, sigma_B, v_teacher, torch.ones_like(sigma_B), condition
-            )
+            v, dv = self._velocity_and_slope(x, sigma_B, v_teacher, condition)
         warmup = self.config.tangent_warmup
         ramp = min(1.0, step / warmup) if warmup else 1.0
         return losses.consistency_tangent(self.form, x, v, v_teacher, dv, sigma_B, ramp)
+
+    def _velocity_and_slope(
+        self, x: Tensor, sigma_B: Tensor, dx: Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor]:
+        """The student's velocity, and its derivative along (dx, 1)."""
+        student, h = self.roles["student"], self.config.derivative_step
+        if not h:
+            return self.adapter.predict_velocity_jvp(student, x, sigma_B, dx, torch.ones_like(sigma_B), condition)
+        ends_2B = torch.stack([(sigma_B + h).clamp(max=1), (sigma_B - h).clamp(min=0)])
+        ahead, behind = (
+            self.adapter.predict_velocity(student, schedule.euler_step(x, dx, sigma_B, end_B), end_B, condition)
+            for end_B in ends_2B
+        )
+        slope = (ahead - behind) / schedule.broadcast_sigma(ends_2B[0] - ends_2B[1], x)
+        return self.adapter.predict_velocity(student, x, sigma_B, condition), slope
 
 
 @register_method("scm")
@@ -154,7 +175,7 @@ class Scm(TangentTraining):
     @classmethod
     def work(cls, config: ScmConfig) -> list[Passes]:
         student = Passes("student", "student", "student", 1, 1.0, backward=True)
-        return [*cls.tangent_work(config.teacher_guidance, 1.0), student]
+        return [*cls.tangent_work(config, config.teacher_guidance, 1.0), student]
 
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.tangent_loss)]

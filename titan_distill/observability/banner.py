@@ -12,6 +12,7 @@ from titan_distill.config_world import check_world
 from titan_distill.parallelisms.activation_checkpoint import describe as describe_checkpointing
 from titan_distill.parallelisms.compile import describe as describe_compile
 from titan_distill.parallelisms.float8 import describe as describe_float8
+from titan_distill.parallelisms.lora import describe as describe_lora
 
 if TYPE_CHECKING:
     from titan_distill.config import Config
@@ -65,6 +66,8 @@ def _describe(config: Config, name: str, module: nn.Module) -> str:
     layout = "FSDP2 sharded" if hasattr(parameters[0], "placements") else "whole"
     kind = "trained" if role.trainable else "frozen"
     extras = [f"{role.attention} attention"]
+    if role.lora.enabled:
+        extras.append(describe_lora(role.lora, module))
     if role.trainable and config.activation_checkpoint.mode != "none":
         extras.append(f"activation checkpointing {describe_checkpointing(config.activation_checkpoint)}")
     if config.compile.enabled:

@@ -25,12 +25,14 @@ class Weights:
         root: numbers outside of blocks.
         compute_bytes: of a number in the compute type.
         reshards: whether gathered blocks are freed after their forward.
+        trained_share: of the numbers, those that have gradients: all, or adapters.
     """
 
     blocks: tuple[int, ...]
     root: int
     compute_bytes: int
     reshards: bool
+    trained_share: float = 1.0
 
     @property
     def total(self) -> int:
@@ -93,7 +95,7 @@ def weight_transfers(weights: Weights, links: Links, *, backward: bool, reduces:
         return
     again = sum(weights.blocks[:-1]) if weights.reshards else 0
     yield links.transfer("weights, all-gather", "fsdp", size * (weights.total + again), overlaps=True)
-    gradients = reduces * FP32 * weights.total
+    gradients = reduces * FP32 * weights.total * weights.trained_share
     yield links.transfer("gradients, reduce-scatter", "fsdp", gradients, overlaps=True)
     shard = gradients / (links.degrees.dp_shard * links.degrees.sequence)
     yield links.transfer("gradients, all-reduce of replicas", "replicas", shard, overlaps=True)

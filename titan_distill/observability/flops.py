@@ -98,6 +98,11 @@ class ForwardFlops:
         """Exact where all weights are trained; ``BACKWARD_FORWARDS * total`` is 0.1 % more."""
         return BACKWARD_FORWARDS * (self.total - self.selection) - self.data_layers
 
+    @property
+    def backward_of_inputs(self) -> float:
+        """Where only adapters are trained: no gradients of the weights (and what adapters themselves cost left out)."""
+        return self.total - self.selection - self.data_layers
+
 
 def forward_flops(
     config: DiTConfig,
@@ -202,14 +207,16 @@ class WorkCounter:
         finally:
             self._copies = 1
 
-    def forward(self, flops: float, *, backward: bool, recompute: float) -> None:
+    def forward(self, flops: float, *, backward: bool, recompute: float, frozen: bool = False) -> None:
         """Counts one forward of ``flops`` for all its samples and, where there is one, its backward, which computes the
-        share ``recompute`` of the forward again."""
+        share ``recompute`` of the forward again. ``frozen``: the weights themselves have no gradients, only adapters
+        beside them, so that half of a backward falls away."""
         if self._paused:
             return
         flops *= self._copies
-        self._model_flops += flops * (1 + BACKWARD_FORWARDS * backward)
-        self._hardware_flops += flops * (1 + (BACKWARD_FORWARDS + recompute) * backward)
+        backwards = 1 if frozen else BACKWARD_FORWARDS
+        self._model_flops += flops * (1 + backwards * backward)
+        self._hardware_flops += flops * (1 + (backwards + recompute) * backward)
 
     def drain(self) -> Work:
         """The work since the last call."""

@@ -62,7 +62,7 @@ def states(module: nn.Module, *, has_ema: bool) -> States:
         parameters=sum(_local_bytes(p) for p in parameters),
         gradients=held,
         optimizer=2 * held + FP32 * len(trained),  # AdamW's two moments, and a step counter a parameter
-        ema=sum(_local_bytes(p) for p in parameters) if has_ema else 0,
+        ema=held if has_ema else 0,
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+
+from titan_kernels import tile_layout
 
 from titan_distill.observability.hardware import COMPUTE_EFFICIENCY, GPUS_PER_NODE, NETWORK_EFFICIENCY, RESERVE
 from titan_distill.observability.memory import GIB
@@ -30,13 +33,11 @@ def layout_table(plan: Plan) -> str:
 
 def token_table(plan: Plan) -> str:
     """How the tokens of a sample are spread."""
-    frames, height, width = plan.grid
-    tiles = [-(-size // 4) for size in plan.grid]
-    full = (frames // 4) * (height // 4) * (width // 4)
-    num_tiles = tiles[0] * tiles[1] * tiles[2]
+    layout = tile_layout(plan.grid)
+    num_ragged = int((layout.length < math.prod(layout.tile)).sum())
     title = (
-        f"TOKENS   {frames} × {height} × {width} = {frames * height * width:,} tokens in {num_tiles} tiles, "
-        f"{num_tiles - full} of them ragged"
+        f"TOKENS   {' × '.join(map(str, plan.grid))} = {layout.num_tokens:,} tokens in {layout.num_tiles} tiles, "
+        f"{num_ragged} of them ragged"
     )
     rows = []
     for role in plan.roles.values():

@@ -56,6 +56,7 @@ class RolePlan:
     states: States
     weights: Weights
     offloaded: bool
+    adapters_only: bool = False
     sparse: TilesRead | None = None
     """What its attention reads at the end of the schedule; None where it is dense."""
     graph: float = 0.0
@@ -205,8 +206,11 @@ class _Planner:
         again = self._recomputed(role) if passes.backward else 0.0
         times = passes.num_forwards * passes.updates_per_step
         samples = times * passes.num_conditions * training.global_batch_size
-        dense = samples * (dense_flops.total + passes.backward * dense_flops.backward)
-        executed = samples * (flops.total + passes.backward * flops.backward + again)
+        dense, executed = (
+            samples * (of.total + passes.backward * (of.backward_of_inputs if role.adapters_only else of.backward))
+            for of in (dense_flops, flops)
+        )
+        executed += samples * again
         # Padded tokens are computed, too, and every rank waits for the one with the longest run.
         stretch = role.degrees.sequence * role.shards.padded_length / role.shards.bounds[-1]
         rank_flops = executed * stretch / self.layout.default.world_size
@@ -256,9 +260,9 @@ class _Planner:
         if not passes.backward:
             return weights.passing + memory.forward_working_set(forward)
         # A block's gradients in the compute type and, twice, in fp32 on the way to be reduced.
-        reduced = max(weights.blocks) * (weights.compute_bytes + 2 * memory.FP32)
+        reduced = weights.trained_share * max(weights.blocks) * (weights.compute_bytes + 2 * memory.FP32)
         # Micro-batches before the last one keep all gradients whole, in fp32.
-        whole = memory.FP32 * weights.total if self.layout.num_micro_batches > 1 else 0
+        whole = memory.FP32 * weights.total * weights.trained_share if self.layout.num_micro_batches > 1 else 0
         working = memory.backward_working_set(forward, self.config.activation_checkpoint)
         return weights.passing + reduced + whole + max(working, memory.forward_working_set(forward))
 
@@ -281,6 +285,7 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
         states=memory.states(role.transformer, has_ema=bool(config.ema.decay) and config.ema.role == role.name),
         weights=_weights(role.transformer, BYTES[config.training.dtype], parallelism.reshard_after_forward),
         offloaded=parallelism.cpu_offload,
+        adapters_only=role.adapters_only,
         sparse=None if core is None else core.tiles_read(tile_layout(grid).num_tiles),
     )
 
@@ -288,11 +293,14 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
 def _weights(module: nn.Module, compute_bytes: int, reshards: bool) -> Weights:
     blocks = [list(block.parameters()) for block in cast(nn.ModuleList, module.blocks)]
     inside = {id(p) for parameters in blocks for p in parameters}
+    trained = memory.num_gathered([p for p in module.parameters() if p.requires_grad])
     return Weights(
         blocks=tuple(memory.num_gathered(parameters) for parameters in blocks),
         root=memory.num_gathered([p for p in module.parameters() if id(p) not in inside]),
         compute_bytes=compute_bytes,
         reshards=reshards,
+        # A frozen role has no gradients to share out.
+        trained_share=trained / memory.num_gathered(list(module.parameters())) if trained else 1.0,
     )
 
 
@@ -331,6 +339,8 @@ def _left_out(config: Config, roles: dict[str, RolePlan]) -> Iterator[str]:
         yield "sparse attention: its kernels as fast, by FLOP, as dense ones; the schedule's way to its last sparsity"
     if config.compile.enabled:
         yield "compile: activations are those of eager mode, an upper bound"
+    if any(role.adapters_only for role in roles.values()):
+        yield "adapters: their own work and activations"
     if any(role.offloaded and role.states.optimizer for role in roles.values()):
         yield "optimizer steps on the host"
 

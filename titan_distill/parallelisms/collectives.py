@@ -16,6 +16,9 @@ and the parts must be summed.
     sum_statistics: all-reduce       all-reduce                   a sum of parts that every rank uses differently
     all_to_all                       all_to_all                   slices change places
 
+All of them are linear, so a forward-mode derivative needs no such choice: the tangent goes through the forward's own
+collective, in a second message.
+
 Every function takes and returns plain tensors. Slices are of equal size: callers pad.
 """
 
@@ -63,6 +66,10 @@ class _Shard(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _all_gather(gradients[0], ctx.dim, ctx.group), None, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _own(tangents[0], ctx.dim, ctx.group)
+
 
 class _Gather(torch.autograd.Function):
     @staticmethod
@@ -73,6 +80,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _own(gradients[0], ctx.dim, ctx.group), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _all_gather(tangents[0], ctx.dim, ctx.group)
 
 
 class _GatherForParts(torch.autograd.Function):
@@ -85,6 +96,10 @@ class _GatherForParts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _reduce_scatter(gradients[0], ctx.dim, ctx.group), None, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _all_gather(tangents[0], ctx.dim, ctx.group)
+
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
@@ -95,6 +110,10 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _all_gather(gradients[0], ctx.dim, ctx.group), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _reduce_scatter(tangents[0], ctx.dim, ctx.group)
 
 
 class _EnterParts(torch.autograd.Function):
@@ -107,15 +126,24 @@ class _EnterParts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _all_reduce(gradients[0], ctx.group), None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].view_as(tangents[0])
+
 
 class _SumParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
         return _all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return gradients[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _all_reduce(tangents[0], ctx.group)
 
 
 class _SumStatistics(torch.autograd.Function):
@@ -128,6 +156,10 @@ class _SumStatistics(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _all_reduce(gradients[0], ctx.group), None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _all_reduce(tangents[0], ctx.group)
+
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
@@ -138,6 +170,10 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _exchange_slices(gradients[0], ctx.group), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _exchange_slices(tangents[0], ctx.group)
 
 
 def _exchange_slices(x: Tensor, group: Group) -> Tensor:

@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from titan_kernels import tile_layout
+from titan_kernels.layout import tile_grid
 from torch import Tensor
 
 from titan_distill.attention.causal import KeysAndValues, Memory
@@ -53,8 +53,9 @@ class WanAdapter(Adapter):
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
         self.checkpointing = checkpointing
         _, frames, height, width = latent_shape
-        self._grid = (frames, height // 2, width // 2)
-        self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(self._grid))
+        grid = (frames, height // 2, width // 2)
+        self._num_tiles = math.prod(tile_grid(grid))
+        self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(grid))
         self.max_text_tokens = max_text_tokens
         self.layouts = layouts
         self.vae, self.text_encoder = vae, text_encoder
@@ -66,7 +67,7 @@ class WanAdapter(Adapter):
             core = self.network(role).sparse_attention
             if core is not None:
                 core.start_step(step)
-                read = core.tiles_read(tile_layout(self._grid).num_tiles)
+                read = core.tiles_read(self._num_tiles)
                 # What was asked for, and what the fine branch runs: whole tiles, and all of them below the crossover.
                 values["vsa_sparsity"] = float(core.sparsity)
                 values["vsa_sparsity_executed"] = 1 - read.num_selected / read.num_tiles
@@ -126,8 +127,8 @@ class WanAdapter(Adapter):
     def _count(self, role: RoleHandle, x: Tensor, condition: Condition, memory: Memory | None) -> None:
         transformer = self.network(role)
         config, core, segmentation = transformer.config, transformer.sparse_attention, transformer.segmentation
-        sparse = None if core is None else core.tiles_read(tile_layout(self._grid).num_tiles)
-        frames, tokens_per_frame = x.shape[2], math.prod(self._grid[1:])
+        sparse = None if core is None else core.tiles_read(self._num_tiles)
+        frames, tokens_per_frame = x.shape[2], self.work.tokens_per_sample // self.latent_shape[1]
         keys = None
         if segmentation is not None:
             num_frames = segmentation.num_keys(frames) if memory is None else memory.num_remembered + frames
@@ -139,11 +140,20 @@ class WanAdapter(Adapter):
             own_flops,
             backward=torch.is_grad_enabled() and role.trainable,
             recompute=recomputed_share(config, self.checkpointing, *sizes),
+            frozen=role.adapters_only,
         )
 
     def segment_lengths(self, role: RoleHandle, length: int | None = None) -> tuple[int, ...] | None:
         segmentation = self.network(role).segmentation
-        return None if segmentation is None else segmentation.lengths(length or self.latent_shape[1])
+        if segmentation is None:
+            return None
+        num_latents = self.latent_shape[1] if length is None else length
+        if num_latents not in (nearest := segmentation.nearest(num_latents)):
+            raise ValueError(
+                f"{4 * num_latents - 3} frames make {num_latents} latent frames, no whole number of the role's blocks; "
+                f"choose {' or '.join(str(4 * latents - 3) for latents in nearest)} frames"
+            )
+        return segmentation.lengths(num_latents)
 
     def open_stream(self, role: RoleHandle, condition: Condition) -> SegmentStream:
         segmentation = self.network(role).segmentation

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from titan_kernels.layout import DEFAULT_TILE
+from titan_kernels.layout import DEFAULT_TILE, tile_grid
 
 from titan_distill.attention.causal import Segmentation
 from titan_distill.attention.sparse import SparseAttention
+from titan_distill.config_lora import LoraConfig
 from titan_distill.config_parsing import nearest_divisors
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.state_dict import copy_full_tensor
 from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.activation_checkpoint import apply_activation_checkpointing
@@ -22,6 +24,7 @@ from titan_distill.parallelisms.compile import compile_blocks
 from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.float8 import apply_float8, finish_float8
 from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
+from titan_distill.parallelisms.lora import apply_lora, initial_adapters
 from titan_distill.parallelisms.mesh import RoleMesh
 from titan_distill.parallelisms.sequence import Method, SequenceParallel, choose_method, describe_tiles
 from titan_distill.parallelisms.tensor import enable_async_communication
@@ -39,7 +42,8 @@ WeightLoader = Callable[[WanTransformer], None]
 """Fills a model that has storage, in whatever layout it has."""
 
 HIGH_PRECISION = ("condition_embedder", "patch_embedding", "proj_out")
-"""What never computes in float8: the conditions, with timesteps and modulation, the first layer and the last."""
+"""What never computes in float8 and gets no adapter: the conditions, with timesteps and modulation, the first
+layer and the last."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Layout:
     """None for a dense role; must agree with the architecture."""
     segmentation: Segmentation | None = None
     """None for a role that is not causal; must agree with the architecture."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 def build_transformer(architecture: WanConfig, load: WeightLoader | None, layout: Layout, seed: int) -> WanTransformer:
@@ -74,6 +79,7 @@ def build_transformer(architecture: WanConfig, load: WeightLoader | None, layout
         model = WanTransformer.from_config(architecture, core, layout.segmentation)
     model.to(layout.storage_dtype).requires_grad_(layout.trainable)
     apply_float8(model, layout.float8, high_precision=HIGH_PRECISION, device=layout.device)
+    apply_lora(model, layout.lora, excluded=HIGH_PRECISION)
     if mesh is not None and mesh.tensor is not None:
         apply_tensor_parallel(model, mesh.tensor, by_tokens=parallelism.token_region)
         if parallelism.async_tensor:
@@ -93,6 +99,8 @@ def build_transformer(architecture: WanConfig, load: WeightLoader | None, layout
         load(model)
     else:
         model.reset_parameters(seed)
+    for parameter, value in initial_adapters(model, seed):
+        copy_full_tensor(parameter, value)
     finish_float8(model, layout.float8)
     return model
 
@@ -155,7 +163,7 @@ def check_degrees(
         check_causal_degrees(key, architecture, degrees, sequence_method, segmentation, grid)
         return
     join = runs_of_tiles(choose_method(heads, sequence, tensor, sequence_method), core)
-    num_tiles = math.prod(-(-size // tile) for size, tile in zip(grid, DEFAULT_TILE, strict=True))
+    num_tiles = math.prod(tile_grid(grid))
     num_runs = -(-num_tiles // join)
     if sequence > num_runs:
         raise ValueError(

@@ -102,7 +102,7 @@ class WanFamily(ModelFamily):
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
         config = self.config
         compute_dtype = DTYPES[config.training.dtype]
-        auto_dtype = torch.float32 if role.trainable else compute_dtype
+        auto_dtype = torch.float32 if role.trainable and not role.lora.enabled else compute_dtype
         layout = Layout(
             mesh=mesh,
             parallelism=role_parallelism(config, name),
@@ -113,6 +113,7 @@ class WanFamily(ModelFamily):
             activation_checkpoint=config.activation_checkpoint,
             compile=config.compile,
             float8=config.float8.for_role(name),
+            lora=role.lora,
             sparse_attention=config.sparse_attention if role.attention == "sparse" else None,
             segmentation=self._segmentation(role.attention == "causal"),
         )
@@ -122,6 +123,11 @@ class WanFamily(ModelFamily):
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
         pipeline = self.config.pipeline_config
         for name, layout in degrees.items():
+            if self.config.roles[name].lora.enabled and layout.tensor > 1:
+                raise ValueError(
+                    f"roles.{name}.lora does not go with tensor = {layout.tensor}: adapters are not cut over tensor "
+                    f"ranks; set roles.{name}.parallelism.tensor to 1, or lora.rank to 0"
+                )
             check_degrees(
                 f"roles.{name}",
                 self._architecture(name, self.config.roles[name], by_name=True),
@@ -185,7 +191,7 @@ class WanFamily(ModelFamily):
             )
         model.to_empty(device=device).requires_grad_(False)
         parameters = dict(model.named_parameters())
-        for name, tensor in tensors:
+        for name, tensor in _used(tensors):
             copy_full_tensor(parameters.pop(name), tensor)
         assert not parameters, f"the checkpoint lacks {', '.join(parameters)}"
         return model
@@ -211,7 +217,7 @@ class WanFamily(ModelFamily):
     def write_weights(
         tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path, dtype: torch.dtype | None
     ) -> None:
-        save_folder(tensors, WanConfig.from_diffusers(architecture), folder, dtype)
+        save_folder(_used(tensors), WanConfig.from_diffusers(architecture), folder, dtype)
 
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         config = _wan(module).config
@@ -264,6 +270,11 @@ def _wan(module: nn.Module) -> WanTransformer:
 
 def _attending(architecture: WanConfig, attention: str) -> WanConfig:
     return replace(architecture, sparse_attention=attention == "sparse", causal_attention=attention == "causal")
+
+
+def _used(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    """Without what published weights hold and no network has: adapters are merged into everything that a base holds."""
+    return ((name, tensor) for name, tensor in tensors if UNUSED_KEY not in name)
 
 
 def _stored_architecture(weights: str) -> WanConfig:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_distill.checkpoint.diffusers_folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, open_folder, read_json
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.parallelisms.lora import without_adapters
 from titan_distill.parallelisms.shards import local_region
 from titan_distill.parallelisms.tensor import local
 
@@ -78,7 +79,7 @@ def load_weights(model: WanTransformer, folder: str | Path) -> None:
     folder = Path(folder)
     config = read_config(folder)
     _check_same_config(model.config, config, folder)
-    parameters = dict(model.named_parameters())
+    parameters = without_adapters(dict(model.named_parameters()))
     found = open_folder(folder)
     stored = {name: tuple(kind.shape) for name, kind in found.kinds.items() if UNUSED_KEY not in name}
     if not config.sparse_attention and not any(GATE in name for name in stored):

@@ -18,7 +18,6 @@ M model width, R distinct timesteps (rows of modulation).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +31,7 @@ from titan_distill.attention.causal import CausalAttention, KeysAndValues, Memor
 from titan_distill.attention.dense import AttentionCore, DenseAttention
 from titan_distill.attention.placement import LocalAttention, Placement
 from titan_distill.attention.sparse import SparseAttention
+from titan_distill.keyed import keyed_generator
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.embeddings import ConditionEmbedding, PatchEmbedding
 from titan_distill.models.wan.layers import (
@@ -274,7 +274,6 @@ def _initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
         return torch.zeros(shape)
     if len(shape) == 1:  # the weight of a norm
         return torch.ones(shape)
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = keyed_generator(f"{seed}/{name}")
     limit = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
     return torch.empty(shape).uniform_(-limit, limit, generator=generator)

@@ -1,0 +1,117 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): train two thin matrices beside each weight, and leave the weight alone.
+
+A linear layer becomes ``W x + s B (A x)`` with A [rank, inputs] and B [outputs, rank]; s is alpha / rank. Gradients,
+moments, averages and checkpoints then hold the adapters only: at rank 64 about 1 % of a 14B model, and the base can be
+stored in the compute type like any frozen weight. The price is two thin products a layer, some rounding between the
+adapted model and the one it is merged into, and an update of low rank.
+
+The layers are `peft`'s. B starts at zero, so that an adapted model begins as its base, bit for bit; A is drawn by name,
+so that its values depend on no layout. Dropout is not offered: it would draw from a stream that knows ranks and order.
+
+`peft` wraps a layer, which renames its weight: ``to_q.weight`` becomes ``to_q.base_layer.weight`` beside
+``to_q.lora_A.default.weight`` and ``to_q.lora_B.default.weight``. The functions at the end know that, and nobody else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from titan_distill.keyed import keyed_generator
+
+if TYPE_CHECKING:
+    from titan_distill.config_lora import LoraConfig
+
+T = TypeVar("T")
+
+BASE, A, B = ".base_layer.", ".lora_A.default.", ".lora_B.default."
+
+
+def apply_lora(module: nn.Module, config: LoraConfig, *, excluded: Collection[str]) -> None:
+    """Gives linear layers of ``module``, which is on the meta device, fp32 adapters, and freezes everything else.
+
+    Args:
+        module: a model that is not sharded yet.
+        config: what to do; nothing unless it is enabled.
+        excluded: names of submodules, at any depth, whose layers get none.
+
+    Raises:
+        ValueError: a target names no linear layer.
+    """
+    if not config.enabled:
+        return
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    targets = _targets(module, config.target_modules, excluded)
+    adapters = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.scale * config.rank,  # type: ignore[arg-type]  # whole by its annotation alone
+        target_modules=targets,
+        init_lora_weights=False,
+    )
+    inject_adapter_in_model(adapters, module, low_cpu_mem_usage=True)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+
+
+def initial_adapters(module: nn.Module, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each adapter's parameter with its whole first value: A uniform, as in the paper's code, and B zero."""
+    for name, parameter in module.named_parameters():
+        if A in name:
+            limit = 1 / math.sqrt(parameter.shape[1])
+            generator = keyed_generator(f"{seed}/{name}")
+            yield parameter, torch.empty(parameter.shape).uniform_(-limit, limit, generator=generator)
+        elif B in name:
+            yield parameter, torch.zeros(parameter.shape)
+
+
+def describe(config: LoraConfig, module: nn.Module) -> str:
+    """How many layers are adapted and what is trained, for people."""
+    sizes = [p.numel() for name, p in module.named_parameters() if is_adapter(name)]
+    return f"LoRA of rank {config.rank} on {len(sizes) // 2} layers, {sum(sizes) / 1e6:,.1f} M trained"
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return A in name or B in name
+
+
+def without_adapters(named: Mapping[str, T]) -> dict[str, T]:
+    """The base's parameters, under the names that they have in a model without adapters."""
+    return {name.replace(BASE, "."): value for name, value in named.items() if not is_adapter(name)}
+
+
+@torch.no_grad()
+def merge(name: str, weight: Tensor, adapters: Mapping[str, Tensor], scale: float) -> Tensor:
+    """The base's tensor ``name`` with its adapter added, if it has one, in fp32: what training changed by little would
+    be lost in the rounding of a bf16 base."""
+    layer, _, leaf = name.rpartition(".")
+    a, b = (adapters.get(f"{layer}{part}{leaf}") for part in (A, B))
+    if a is None or b is None:
+        return weight.float()
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+
+
+def _targets(module: nn.Module, wanted: Collection[str], excluded: Collection[str]) -> list[str]:
+    linears = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and set(name.split(".")).isdisjoint(excluded)
+    ]
+    for target in wanted:
+        if not any(_ends_with(name, target) for name in linears):
+            known = sorted({name.removeprefix("blocks.0.") for name in linears if name.startswith("blocks.0.")})
+            raise ValueError(
+                f"lora.target_modules has {target!r}, which names no linear layer of the blocks; they have "
+                f"{', '.join(known)}"
+            )
+    return [name for name in linears if not wanted or any(_ends_with(name, target) for target in wanted)]
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
