@@ -115,6 +115,12 @@ class MeasuredAdapter(Adapter):
     def text_condition(self, batch: Batch) -> Condition:
         return self.inner.text_condition(batch)
 
+    def held(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        return self.inner.held(x, sigma_B, condition)
+
+    def loss_mask(self, condition: Condition) -> Tensor | None:
+        return self.inner.loss_mask(condition)
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         return self.inner.decode_latents(latents)
 
@@ -160,7 +166,7 @@ def synthetic_config(config: Config, folder: Path, num_steps: int) -> Config:
 def write_data(config: Config) -> None:
     """Random rows, equal on all ranks, with latents where the method wants them."""
     family = model_family(config.recipe.family)(config)
-    needs_latents = method_class(config.recipe.method).needs_latents(config.method_config)
+    needs_latents = family.needs_latents or method_class(config.recipe.method).needs_latents(config.method_config)
     latent_shape = family.build_adapter(torch.device("cpu"), Layouts.alone(torch.device("cpu"))).latent_shape
     text_shape = (config.data.max_text_tokens, _text_width(config, family))
     generator = torch.Generator().manual_seed(config.job.seed)

@@ -59,17 +59,9 @@ def generate(
         num_steps=request.num_steps if num_steps is None else num_steps,
         guidance_scale=request.guidance_scale if guidance_scale is None else guidance_scale,
     )
-    length = None if num_frames is None else adapter.num_latents(num_frames)
-    if length is not None and adapter.segment_lengths(handle, length) is None:
-        raise ValueError(
-            f"--num-frames {num_frames} asks the {role} for another length than its run's, which only a causal role "
-            "can make; leave it out"
-        )
-    condition, sampling = adapter.encode_prompts([prompt]), Sampling(adapter, KeyedNoise(seed), device)
-    if length is None:
-        latents = sampling.run(request, handle, condition, [0])
-    else:
-        latents = torch.cat(list(sampling.stream(request, handle, condition, [0], length)), adapter.sequence_dim)
+    length = None if num_frames is None else adapter.num_latents(handle, num_frames)
+    condition = adapter.encode_prompts([prompt])
+    latents = Sampling(adapter, KeyedNoise(seed), device).run(request, handle, condition, [0], length)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(out, adapter.decode_latents(latents)[0].cpu().numpy(), config.validation.fps)
     print(f"{out}: {prompt!r}, {request.solver}, {request.num_steps} steps, seed {seed}")

@@ -179,12 +179,13 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
     method_type = method_class(config.recipe.method)
     tensors = method_type.extra_tensors(config.method_config)
     dataset = ParquetDataset(config.data.path, tensors=tensors, max_bad_rows=config.data.max_bad_rows)
-    if method_type.needs_latents(config.method_config) and dataset[0].vae_latent is None:
+    family = model_family(config.recipe.family)(config)
+    needs_latents = family.needs_latents or method_type.needs_latents(config.method_config)
+    if needs_latents and dataset[0].vae_latent is None:
         raise ValueError(
             f"data.path = {config.data.path!r} holds only text, but {config.recipe.method!r} as configured trains on "
             "latents; make them with `titan-distill data preprocess`"
         )
-    family = model_family(config.recipe.family)(config)
     layouts = build_layouts(config, world)
     roles = build_roles(config, family, layouts, world.device)
     _check_latent_space(family, roles)

@@ -26,6 +26,16 @@ def noise_keyed_by_rank(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(titan_distill.train, "KeyedNoise", lambda seed: KeyedNoise(seed + dist.get_rank()))
 
 
+def equal_noise_on_data_ranks(patch: pytest.MonkeyPatch) -> None:
+    """Every rank draws for the first samples of a batch, whichever it has."""
+
+    class Unkeyed(KeyedNoise):
+        def normal(self, purpose: str, step: int, sample_ids: Sequence[int], *rest: Any, **options: Any) -> Tensor:
+            return super().normal(purpose, step, range(len(sample_ids)), *rest, **options)
+
+    patch.setattr(titan_distill.train, "KeyedNoise", Unkeyed)
+
+
 def sequence_gradients_not_divided(patch: pytest.MonkeyPatch) -> None:
     """Every rank's gradient of a replicated result is whole; summing them makes one per rank too many."""
 
@@ -90,6 +100,7 @@ MUTANTS = {
     mutant.__name__: mutant
     for mutant in (
         noise_keyed_by_rank,
+        equal_noise_on_data_ranks,
         sequence_gradients_not_divided,
         tangents_stay_where_they_are,
         norm_over_local_width,

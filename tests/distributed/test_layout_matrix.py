@@ -67,13 +67,17 @@ class Row:
 P = "--parallelism."
 TEACHER, STUDENT = "--roles.teacher.parallelism.", "--roles.student.parallelism."
 DMD2, FINETUNE = ("dmd2",), ("finetune",)
-METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm")
+METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm", "self_forcing", "ode_init")
+SELF_FORCING = ("self_forcing",)
 # Schedules of real length would not get anywhere in these steps.
 OPTIONS = {
     "kd": "--data.path {folder}/pairs --method_config.teacher_steps 4",
     "cm": "--ema.start_step 1",
     "scm": "--method_config.tangent_warmup 2",
     "rcm": "--method_config.tangent_warmup 2 --method_config.update_ratio 2",
+    "self_forcing": "--roles.student.init_from tests/assets/tiny_wan/transformer --method_config.context_noise 50 "
+    "--method_config.same_step_across_blocks false --method_config.denoising_steps [1000.0,500.0]",
+    "ode_init": "--data.path {folder}/pairs --method_config.teacher_steps 4",
 }
 REFERENCE = Row("one process", 1, "", methods=METHODS)
 SPARSE = (
@@ -107,6 +111,8 @@ ROWS = (
     Row("tensor 2 × sequence 2, token region", 4, f"{P}tensor 2 {P}sequence 2 {P}token_region"),
     Row("fsdp 2 × tensor 2", 4, f"{P}tensor 2", local_batch=2),
     Row("fsdp 2 × sequence 2", 4, f"{P}sequence 2", local_batch=2),
+    Row("causal, full checkpointing", 1, f"{CHECKPOINT}full", methods=SELF_FORCING),
+    Row("causal, student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2, methods=SELF_FORCING),
     Row("sparse, accumulation 4, full checkpointing", 1, f"{CHECKPOINT}full", EXACT, 1, FINETUNE, sparse=True),
     Row("sparse, fsdp 2, selective checkpointing", 2, f"{CHECKPOINT}selective", EXACT, 2, FINETUNE, sparse=True),
     Row(
@@ -124,6 +130,7 @@ MUTATED = (
     Row("mutant: sequence gradients", 2, f"{P}sequence 2", methods=FINETUNE, mutant="sequence_gradients_not_divided"),
     Row("mutant: local norm", 2, f"{P}tensor 2", methods=FINETUNE, mutant="norm_over_local_width"),
     Row("mutant: tangents", 2, f"{P}sequence 2", methods=("scm",), mutant="tangents_stay_where_they_are"),
+    Row("mutant: equal noise", 2, "", local_batch=2, methods=SELF_FORCING, mutant="equal_noise_on_data_ranks"),
     Row("mutant: mean of means", 2, f"{P}sequence 2", methods=FINETUNE, mutant="mean_of_means"),
     Row(
         "mutant: replicated gradient", 2, f"{P}tensor 2 {P}token_region", methods=FINETUNE,

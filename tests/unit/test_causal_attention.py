@@ -17,9 +17,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from causal_oracle import DetachedPast
 from torch import Tensor
 
-from titan_distill.attention.causal import CausalAttention, KeysAndValues, Memory, Segmentation, TextMemory
+from titan_distill.attention.causal import CausalAttention, KeysAndValues, Memory, Piece, Segmentation, TextMemory
 from titan_distill.attention.dense import dense_attention
 from titan_distill.config_sections import ActivationCheckpointConfig
 from titan_distill.models.wan import transformer as transformer_module
@@ -177,16 +178,6 @@ def all_gradients(model: WanTransformer, velocities: list[Tensor]) -> list[Tenso
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-class DetachedPast(CausalAttention):
-    """One forward over all blocks, in which only the last may be learned from."""
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, layout: Any, *rest: Any) -> tuple[Tensor, None]:
-        own = self.runs[-1].start
-        k, v = (torch.cat((x[:, :own].detach(), x[:, own:]), dim=1) for x in (k, v))
-        mixed, _ = super().mix(q, k, v, layout, *rest)
-        return torch.cat((mixed[:, :own].detach(), mixed[:, own:]), dim=1), None
-
-
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_gradients_are_those_of_the_whole_forward(checkpointing: Any) -> None:
     """With the past's graph kept they equal those of a plain forward; without it (as training has it) those of a
@@ -211,7 +202,7 @@ def test_gradients_are_those_of_the_whole_forward(checkpointing: Any) -> None:
 
 def test_memory_is_bounded_over_200_blocks() -> None:
     """Bytes as they are stored: views of what is no longer needed would keep it alive."""
-    segmentation = Segmentation(2, window=6, sink=2)
+    segmentation = Segmentation(2, window=6, sink=1)
     model, inputs = causal_model(segmentation), Inputs.make()
     memory, sizes = Memory.empty(segmentation, CONFIG.num_layers), []
     with torch.no_grad():
@@ -224,7 +215,7 @@ def test_memory_is_bounded_over_200_blocks() -> None:
     text = CONFIG.num_layers * 2 * 2 * 9 * CONFIG.inner_dim * 4
     assert sizes[0] == 2 * frame + text
     assert all(size == 6 * frame + text for size in sizes[2:])
-    assert memory.num_positions == 400
+    assert memory.num_positions == 400 and memory.num_remembered == 6
     with pytest.raises(ValueError, match=r"latent frames 1023 to 1025 exceed the model's rotary range of 1024"):
         model(inputs.latents[:, :, :2], torch.zeros(2), inputs.text, memory=replace(memory, num_positions=1023))
 
@@ -270,17 +261,16 @@ def test_how_much_is_read_on_average() -> None:
 
 class SeesTheFuture(CausalAttention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, None]:
-        return super().mix(q, k, v, *rest) if self.prefix is not None else (dense_attention(q, k, v), None)
+        return (dense_attention(q, k, v), None) if self.runs else super().mix(q, k, v, *rest)
 
 
-EXTENDED, CONTEXT, REMEMBERED = Memory.extended, transformer_module.token_context, Segmentation.remembered
+CONTEXT, REMEMBERED = transformer_module.token_context, Segmentation.remembered
 
 
-def _views(self: Memory, kept: list[KeysAndValues], num_positions: int) -> Memory:
-    whole = EXTENDED(replace(self, segmentation=Segmentation(2)), kept, num_positions)
-    tokens = 6 * kept[0][0].shape[1] // num_positions
-    layers = tuple((k[:, -tokens:], v[:, -tokens:]) for k, v in whole.layers)
-    return replace(whole, layers=layers, segmentation=self.segmentation)
+def _views(self: Piece, start: int, stop: int) -> Piece:
+    tokens = self.layers[0][0].shape[1] // self.num_positions
+    cut = slice(start * tokens, stop * tokens)
+    return Piece(stop - start, tuple((k[:, cut], v[:, cut]) for k, v in self.layers))
 
 
 def _relative_positions(*args: Any) -> Any:
@@ -308,12 +298,12 @@ MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[],
         lambda: patch.object(transformer_module, "token_context", _relative_positions),
         lambda: test_blocks_with_memory_equal_the_whole_forward("blocks of 2"),
     ),
-    "the whole forward's window is a frame too long": (
+    "the window is a frame too long": (
         lambda: patch.object(Segmentation, "remembered", _one_frame_more),
-        lambda: test_blocks_with_memory_equal_the_whole_forward("window"),
+        lambda: test_the_whole_forward_equals_masked_attention("window"),
     ),
     "memory keeps views": (
-        lambda: patch.object(Memory, "extended", _views),
+        lambda: patch.object(Piece, "part", _views),
         lambda: test_memory_is_bounded_over_200_blocks(),
     ),
     "text is kept with its first gradient": (
@@ -336,7 +326,6 @@ def test_a_core_of_one_layer_is_a_value() -> None:
     kept = [(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))]
     first = memory.extended(kept, 1)
     (core,) = first.cores()
-    assert core.prefix is not None and core.prefix[0].shape[1] == 2
     second = first.extended(kept, 1)
-    assert core.prefix[0].shape[1] == 2 and second.layers[0][0].shape[1] == 4
-    assert not memory.layers
+    assert [len(core.prefix), first.num_remembered, second.num_remembered, memory.num_remembered] == [1, 1, 2, 0]
+    assert second.pieces[0] is first.pieces[0], "memories share what they have in common"

@@ -101,8 +101,9 @@ OUTCOME_MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @pytest.mark.parametrize("name", OUTCOME_MUTANTS)
 def test_the_student_becomes_the_chain_and_mutants_do_not(name: str, tmp_path: Path) -> None:
+    shorter = () if name == "none" else ("--training.steps", "150")  # far from the optimum is soon reached
     with OUTCOME_MUTANTS[name]():
-        trainer = toy_trainer(tmp_path, "self_forcing", *TRAINING)
+        trainer = toy_trainer(tmp_path, "self_forcing", *TRAINING, *shorter)
         trainer.run()
     error = law_error(sampled(trainer))
     assert error < 0.05 if name == "none" else error > 0.3, error

@@ -19,7 +19,7 @@ Shape suffixes: B batch, L query tokens, S key tokens, T text tokens, H heads (t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from titan_kernels import TileLayout
@@ -115,12 +115,12 @@ class CausalAttention:
 
     Attributes:
         runs: what each segment reads; empty for one segment, which reads the prefix and itself.
-        prefix: keys and values of the segments in memory.
+        prefix: keys and values in memory, in pieces.
         kept: receives this forward's own keys and values; None where they are not to be remembered.
     """
 
     runs: tuple[Run, ...] = ()
-    prefix: KeysAndValues | None = None
+    prefix: tuple[KeysAndValues, ...] = ()
     kept: list[KeysAndValues] | None = None
 
     def mix(
@@ -142,8 +142,9 @@ class CausalAttention:
                 for run in self.runs
             ]
             return torch.cat(segments, dim=1), None
-        if self.prefix is not None:
-            k_BSHD, v_BSHD = (torch.cat(pair, dim=1) for pair in zip(self.prefix, (k_BSHD, v_BSHD), strict=True))
+        if self.prefix:
+            k_BSHD = torch.cat([*(k for k, _ in self.prefix), k_BSHD], dim=1)
+            v_BSHD = torch.cat([*(v for _, v in self.prefix), v_BSHD], dim=1)
         return dense_attention(q_BLHD, k_BSHD, v_BSHD), None
 
 
@@ -159,64 +160,86 @@ class TextMemory:
 
 
 @dataclass(frozen=True, eq=False)
+class Piece:
+    """Neighbouring positions in memory: each layer's keys and values [B, S, H, D]."""
+
+    num_positions: int
+    layers: tuple[KeysAndValues, ...]
+
+    def part(self, start: int, stop: int) -> Piece:
+        """The positions from ``start`` to ``stop`` of these, copied: a view would keep all of them alive."""
+        if (start, stop) == (0, self.num_positions):
+            return self
+        tokens = self.layers[0][0].shape[1] // self.num_positions
+        cut = slice(start * tokens, stop * tokens)
+        return Piece(stop - start, tuple((k[:, cut].clone(), v[:, cut].clone()) for k, v in self.layers))
+
+
+@dataclass(frozen=True, eq=False)
 class Memory:
-    """What a stream of segments has remembered: per layer keys and values [B, S, H, D] of video, and of text.
+    """What a stream of segments has remembered.
+
+    Each segment stays a tensor of its own. Forwards whose backward is still to come hold memories of different length,
+    and these share their pieces.
 
     Attributes:
         segmentation: of the sequence.
         num_positions: finished so far; the next segment begins at this position.
-        layers: of the positions that are in memory; empty at the start.
-        texts: filled by the first forward without gradient.
+        pieces: what is in memory, in order.
+        texts: one a layer, filled by the first forward without gradient.
     """
 
     segmentation: Segmentation
-    num_layers: int
-    num_positions: int = 0
-    layers: tuple[KeysAndValues, ...] = ()
-    texts: tuple[TextMemory, ...] = field(default=())
+    num_positions: int
+    pieces: tuple[Piece, ...]
+    texts: tuple[TextMemory, ...]
 
     @classmethod
     def empty(cls, segmentation: Segmentation, num_layers: int) -> Memory:
-        return cls(segmentation, num_layers, texts=tuple(TextMemory() for _ in range(num_layers)))
+        return cls(segmentation, 0, (), tuple(TextMemory() for _ in range(num_layers)))
 
     @property
     def num_remembered(self) -> int:
         """Positions whose keys and values are here."""
-        return self.segmentation.num_remembered(self.num_positions)
+        return sum(piece.num_positions for piece in self.pieces)
 
     def cores(self, kept: list[KeysAndValues] | None = None) -> Iterator[CausalAttention]:
         """One a layer, for a forward of the next segment; its keys and values are appended to ``kept``."""
-        for index in range(self.num_layers):
-            yield CausalAttention(prefix=self.layers[index] if self.layers else None, kept=kept)
+        for layer in range(len(self.texts)):
+            yield CausalAttention(prefix=tuple(piece.layers[layer] for piece in self.pieces), kept=kept)
 
     def extended(self, kept: list[KeysAndValues], num_positions: int) -> Memory:
         """With a finished segment of ``num_positions``, and without what the window no longer holds."""
-        assert len(kept) == self.num_layers, "one entry a layer"
+        assert len(kept) == len(self.texts), "one entry a layer"
         total = self.num_positions + num_positions
-        tokens = kept[0][0].shape[1] // num_positions
-        before, after = self.num_remembered, self.segmentation.num_remembered(total)
-        sink = min(self.segmentation.sink, after) if before + num_positions > after else 0
-
-        def extend(old: Tensor | None, new: Tensor) -> Tensor:
-            parts = [new] if old is None else [old, new]
-            if before + num_positions > after:
-                joined = torch.cat(parts, dim=1)
-                recent = joined[:, joined.shape[1] - (after - sink) * tokens :]
-                parts = [joined[:, : sink * tokens], recent]
-            # Always a copy: a view would keep alive all that it is cut from.
-            return torch.cat(parts, dim=1)
-
-        layers = tuple(
-            (extend(old_k, new_k), extend(old_v, new_v))
-            for (old_k, old_v), (new_k, new_v) in zip(
-                self.layers or [(None, None)] * self.num_layers, kept, strict=True
-            )
-        )
-        return Memory(self.segmentation, self.num_layers, total, layers, self.texts)
+        layers = tuple((_compact(k), _compact(v)) for k, v in kept)
+        pieces = (*self.pieces, Piece(num_positions, layers))
+        sink, first = self.segmentation.remembered(total)
+        return replace(self, num_positions=total, pieces=_forget(pieces, sink, total - first))
 
     @property
     def num_bytes(self) -> int:
         """Of everything remembered, as it is stored."""
         texts = [text.keys_and_values for text in self.texts if text.keys_and_values is not None]
-        tensors = [tensor for pair in (*self.layers, *texts) for tensor in pair]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        pairs = [pair for piece in self.pieces for pair in piece.layers]
+        return sum(tensor.untyped_storage().nbytes() for pair in (*pairs, *texts) for tensor in pair)
+
+
+def _forget(pieces: tuple[Piece, ...], num_first: int, num_last: int) -> tuple[Piece, ...]:
+    """The first and the last so many positions of ``pieces``; all of them where that is all."""
+    total, start, left = sum(piece.num_positions for piece in pieces), 0, []
+    for piece in pieces:
+        length = piece.num_positions
+        first_stop, last_start = min(length, num_first - start), max(0, total - num_last - start)
+        if last_start <= max(0, first_stop):
+            left.append(piece)
+        else:
+            parts = ((0, first_stop), (last_start, length))
+            left += [piece.part(begin, end) for begin, end in parts if end > begin]
+        start += length
+    return tuple(left)
+
+
+def _compact(x: Tensor) -> Tensor:
+    """``x`` without whatever else it is a view of."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

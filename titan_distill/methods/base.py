@@ -123,6 +123,10 @@ class TrainingMethod(ABC):
     def __init__(self, config: Any, roles: RoleManager, adapter: Adapter, noise: KeyedNoise, timer: PhaseTimer) -> None:
         self.config, self.roles, self.adapter, self.noise, self.timer = config, roles, adapter, noise, timer
 
+    uses_loss_mask: ClassVar[bool] = False
+    """Whether every loss leaves out what the condition gives (``Adapter.loss_mask``); families refuse to give parts of
+    a sample to a method that would count them."""
+
     @classmethod
     def required_roles(cls, config: Any) -> dict[str, bool]:
         """The roles under this ``method_config``: name -> whether it must be trainable."""

@@ -105,6 +105,7 @@ class Consistency(TrainingMethod):
 
     config_class: ClassVar[type] = ConsistencyConfig
     roles_required: ClassVar[dict[str, bool]] = {"student": True, "teacher": False}
+    uses_loss_mask = True
 
     @classmethod
     def validate(cls, config: Config) -> None:
@@ -151,7 +152,8 @@ class Consistency(TrainingMethod):
         target = self._target(self._teacher_step(x, sigma_B, lower_B, condition), lower_B, condition)
         with self.timer("student"):
             predicted = self.adapter.predict_x0(self.roles["student"], x, sigma_B, condition)
-        return LossResult(losses.consistency_loss(config.loss, predicted, target))
+        mask = self.adapter.loss_mask(condition)
+        return LossResult(losses.consistency_loss(config.loss, predicted, target, mask))
 
     @torch.no_grad()
     def _teacher_step(self, x: Tensor, sigma_B: Tensor, lower_B: Tensor, condition: Condition) -> Tensor:

@@ -105,6 +105,7 @@ class Dmd2(TrainingMethod):
 
     config_class: ClassVar[type] = Dmd2Config
     roles_required: ClassVar[dict[str, bool]] = {"student": True, "teacher": False, "critic": True}
+    uses_loss_mask = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -154,7 +155,7 @@ class Dmd2(TrainingMethod):
         rollout = self.rollout(batch, condition, step, purpose="dmd2/student")
         with torch.no_grad():
             direction = self._score_difference(batch, condition, step, rollout)
-        losses_B = losses.dmd_loss(rollout.x0, direction, mask=rollout.mask)
+        losses_B = losses.dmd_loss(rollout.x0, direction, self._mask(rollout, condition))
         size_B = direction.detach().abs().flatten(1).mean(1)
         return LossResult(losses_B, {"dmd/gradient_size": size_B})
 
@@ -169,7 +170,8 @@ class Dmd2(TrainingMethod):
         x = self.adapter.add_noise(rollout.x0, noise, sigma_B)
         with self.timer("critic"):
             velocity = self.adapter.predict_velocity(self.roles["critic"], x, sigma_B, condition)
-        return LossResult(losses.critic_loss(self.config.critic_loss, velocity, x, rollout.x0, noise, sigma_B))
+        mask = self.adapter.loss_mask(condition)
+        return LossResult(losses.critic_loss(self.config.critic_loss, velocity, x, rollout.x0, noise, sigma_B, mask))
 
     def rollout(self, batch: Batch, condition: Condition, step: int, purpose: str) -> Rollout:
         """Runs the student up to a random exit; only the exit's forward may carry gradients.
@@ -223,7 +225,11 @@ class Dmd2(TrainingMethod):
             fake = self.adapter.predict_x0(self.roles["critic"], x, sigma_B, condition, fake_guidance)
         with self.timer("teacher"):
             real = self.adapter.predict_x0(self.roles["teacher"], x, sigma_B, condition, config.teacher_guidance)
-        return losses.dmd_direction(fake, real, x0, normalise=config.normalise, mask=rollout.mask)
+        return losses.dmd_direction(fake, real, x0, config.normalise, self._mask(rollout, condition))
+
+    def _mask(self, rollout: Rollout, condition: Condition) -> Tensor | None:
+        """Where scores are compared: where the rollout says so, or else where the condition gives nothing."""
+        return self.adapter.loss_mask(condition) if rollout.mask is None else rollout.mask
 
     def _score_sigma(self, u_B: Tensor, exit_index: int) -> Tensor:
         """Noise levels at which the scores are compared, one a sample, from uniform draws."""

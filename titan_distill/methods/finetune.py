@@ -64,6 +64,7 @@ class Finetune(TrainingMethod):
 
     config_class: ClassVar[type] = FinetuneConfig
     roles_required: ClassVar[dict[str, bool]] = {"student": True}
+    uses_loss_mask = True
 
     @classmethod
     def required_roles(cls, config: FinetuneConfig) -> dict[str, bool]:
@@ -94,11 +95,12 @@ class Finetune(TrainingMethod):
         condition = self._condition(batch, step)
         velocity = self.adapter.predict_velocity(self.roles["student"], x, sigma_B, condition)
         weight_B = schedule.bell_weight(sigma_B, self.adapter.flow_shift) if config.weighting == "bell" else None
+        mask = self.adapter.loss_mask(condition)
         if config.target == "data":
-            return LossResult(losses.flow_matching_loss(velocity, x0, noise, weight_B))
+            return LossResult(losses.flow_matching_loss(velocity, x0, noise, weight_B, mask))
         with torch.no_grad(), self.timer("teacher"):
             target = self.adapter.predict_velocity(self.roles["teacher"], x, sigma_B, condition)
-        return LossResult(losses.velocity_loss(velocity, target, weight_B))
+        return LossResult(losses.velocity_loss(velocity, target, weight_B, mask))
 
     def _condition(self, batch: Batch, step: int) -> Condition:
         condition = self.adapter.text_condition(batch)
@@ -106,7 +108,7 @@ class Finetune(TrainingMethod):
         if not dropped_B.any():
             return condition
         negative = self.adapter.negative_condition(len(batch.sample_ids))
-        return {name: _where(dropped_B, negative[name], value) for name, value in condition.items()}
+        return {**condition, **{name: _where(dropped_B, value, condition[name]) for name, value in negative.items()}}
 
     def validation_request(self) -> ValidationRequest:
         config = self.config

@@ -15,7 +15,7 @@ Source: rCM (2510.08431).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from titan_distill.data.loader import Batch
 from titan_distill.dispatch import register_method
@@ -67,7 +67,7 @@ class Rcm(TangentTraining, Dmd2):
         return True
 
     @classmethod
-    def work(cls, config: RcmConfig) -> list[Passes]:
+    def work(cls, config: Any) -> list[Passes]:
         """Of a step after the warm-up. Both forwards of the student are alive in one backward, as two conditions would
         be."""
         matching = Dmd2.work(config)

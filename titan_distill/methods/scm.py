@@ -83,6 +83,7 @@ class TangentTraining(TrainingMethod):
     """The continuous-time consistency loss, for the methods that train with it."""
 
     form: ClassVar[losses.TangentForm]
+    uses_loss_mask = False  # a tangent's norm runs over all elements
 
     @classmethod
     def validate(cls, config: Config) -> None:

@@ -127,9 +127,23 @@ class Adapter(ABC):
         length = self.latent_shape[self.sequence_dim - 1]
         return sequence.narrow(self.sequence_dim, sequence.shape[self.sequence_dim] - length, length)
 
-    def num_latents(self, num_frames: int) -> int:
-        """Length of a sequence of latents of a video of ``num_frames``. Raises ValueError where there is none."""
-        raise ValueError("this model family makes samples of one length only")
+    def num_latents(self, role: RoleHandle, num_frames: int) -> int:
+        """Length of the latents of a video of ``num_frames``, where the role can make such a one; else ValueError."""
+        raise ValueError(f"only a causal role makes videos of any length, and {role.name!r} is none; leave it out")
+
+    def with_image(self, condition: Condition, images: Tensor) -> Condition:
+        """The condition that samples also start from these pictures, uint8 [B, height, width, 3]. Raises ValueError
+        where the models of the run can't."""
+        raise ValueError("the models of this run make videos from text only; leave the image out")
+
+    def held(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """What a network is shown: ``x`` at level ``sigma_B`` with those parts in place that the condition gives, and
+        its noise level, [B] or broadcastable to x. Nothing is given by default."""
+        return x, sigma_B
+
+    def loss_mask(self, condition: Condition) -> Tensor | None:
+        """1 where losses count an element of a sample, 0 where the condition gives it; None where it gives nothing."""
+        return None
 
     def add_noise(self, x0: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
         """``x_σ = (1 - σ) x0 + σ ε``."""
@@ -145,7 +159,8 @@ class Adapter(ABC):
     ) -> Tensor:
         """The role's estimate of the clean latents, with classifier-free guidance when asked for."""
         velocity = self.guided_velocity(role, x, sigma_B, condition, guidance or Guidance())
-        return schedule.x0_from_velocity(x, velocity, sigma_B)
+        shown, sigma = self.held(x, sigma_B, condition)
+        return schedule.x0_from_velocity(shown, velocity, sigma)
 
     @torch.no_grad()
     def predict_velocity_jvp(
@@ -178,7 +193,7 @@ class Adapter(ABC):
         """Conditional and unconditional velocity from one doubled forward, combined; one plain forward at scale 1."""
         if guidance.is_identity:
             return self.predict_velocity(role, x, sigma_B, condition)
-        negative = self.negative_condition(x.shape[0])
+        negative = {**condition, **self.negative_condition(x.shape[0])}
         both = {name: torch.cat([value, negative[name]]) for name, value in condition.items()}
         velocity = self.predict_velocity(role, torch.cat([x, x]), torch.cat([sigma_B, sigma_B]), both)
         conditional, unconditional = velocity.chunk(2)
@@ -202,6 +217,15 @@ class ModelFamily(ABC):
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
         """Checks each role's degrees against its network, before anything is built. Raises ValueError."""
         return
+
+    def token_grid(self) -> tuple[int, int, int] | None:
+        """Tokens of a sample along (frames, height, width), for the planner; None where samples are no videos."""
+        return None
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether training conditions are made of the data's latents, whatever the method needs."""
+        return False
 
     @abstractmethod
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:

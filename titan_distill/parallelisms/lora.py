@@ -50,7 +50,7 @@ def apply_lora(module: nn.Module, config: LoraConfig, *, excluded: Collection[st
     targets = _targets(module, config.target_modules, excluded)
     adapters = PeftConfig(
         r=config.rank,
-        lora_alpha=config.scale * config.rank,  # type: ignore[arg-type]  # whole by its annotation alone
+        lora_alpha=config.scale * config.rank,
         target_modules=targets,
         init_lora_weights=False,
     )

@@ -60,11 +60,21 @@ class Sampling:
     """As ``Validator.poll``."""
 
     @torch.no_grad()
-    def run(self, request: SampleRequest, role: RoleHandle, condition: Condition, prompt_ids: Sequence[int]) -> Tensor:
-        """Latents [B, *latent_shape] of the prompts whose global indices are ``prompt_ids``."""
+    def run(
+        self,
+        request: SampleRequest,
+        role: RoleHandle,
+        condition: Condition,
+        prompt_ids: Sequence[int],
+        length: int | None = None,
+    ) -> Tensor:
+        """Latents [B, *latent_shape] of the prompts whose global indices are ``prompt_ids``; of a causal role also
+        those of another ``length``."""
         adapter, guidance = self.adapter, Guidance(request.guidance_scale)
-        if adapter.segment_lengths(role) is not None:
-            return torch.cat(list(self.stream(request, role, condition, prompt_ids)), dim=adapter.sequence_dim)
+        if adapter.segment_lengths(role, length) is not None:
+            segments = list(self.stream(request, role, condition, prompt_ids, length))
+            return torch.cat(segments, dim=adapter.sequence_dim)
+        assert length is None, "only a causal role has sequences of other lengths than a sample's"
 
         def x0(x: Tensor, sigma_B: Tensor) -> Tensor:
             return adapter.predict_x0(role, x, sigma_B, condition, guidance)
@@ -73,7 +83,8 @@ class Sampling:
             return adapter.guided_velocity(role, x, sigma_B, condition, guidance)
 
         normal = partial(self._normal, "validation/noise", prompt_ids, adapter.latent_shape)
-        return self._solve(request, x0, velocity, normal)
+        latents = self._solve(request, x0, velocity, normal)
+        return adapter.held(latents, torch.zeros(len(latents), device=self.device), condition)[0]
 
     def _normal(self, purpose: str, prompt_ids: Sequence[int], shape: Sequence[int], index: int) -> Tensor:
         return self.noise.normal(purpose, index, prompt_ids, shape, device=self.device)
@@ -116,12 +127,7 @@ class Sampling:
         x0, velocity = self._polling(x0), self._polling(velocity)
         if request.solver == "sde":
             assert request.sigmas is not None
-            return sampler.sample_few_step(
-                x0,
-                normal(0),
-                request.sigmas,
-                lambda index: normal(index + 1),
-            )
+            return sampler.sample_few_step(x0, normal(0), request.sigmas, lambda index: normal(index + 1))
         return sampler.sample_ode(
             velocity,
             normal(0),

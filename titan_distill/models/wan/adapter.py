@@ -18,9 +18,14 @@ from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import schedule
 from titan_distill.models.base import Adapter, Condition
 from titan_distill.models.streaming import SegmentStream
+from titan_distill.models.wan import first_frame
+from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.first_frame import ImageMixing
+from titan_distill.models.wan.segments import check_fits, num_latent_frames
 from titan_distill.models.wan.stream import WanStream
+from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import decode_latents, encode_video, num_latent_frames, restart
+from titan_distill.models.wan.vae import decode_latents, encode_video, restart
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
@@ -32,7 +37,8 @@ if TYPE_CHECKING:
 
 
 class WanAdapter(Adapter):
-    """Adapter of Wan text-to-video models. VAE and text encoder may be absent where nothing is decoded or encoded."""
+    """Adapter of Wan models that make videos from text, or from text and a first frame. VAE and text encoder may be
+    absent where nothing is decoded or encoded."""
 
     sequence_dim = 2
 
@@ -48,16 +54,19 @@ class WanAdapter(Adapter):
         device: torch.device,
         layouts: Layouts,
         checkpointing: ActivationCheckpointConfig,
+        image_mixing: ImageMixing | None = None,
+        takes_images: bool = False,
     ) -> None:
-        """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know."""
+        """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know.
+        ``image_mixing``: which training samples start from an image; ``takes_images``: whether sampling may."""
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
         self.checkpointing = checkpointing
-        _, frames, height, width = latent_shape
-        grid = (frames, height // 2, width // 2)
+        grid = token_grid(latent_shape[1:], WanConfig.patch_size)
         self._num_tiles = math.prod(tile_grid(grid))
         self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(grid))
         self.max_text_tokens = max_text_tokens
         self.layouts = layouts
+        self.image_mixing, self.takes_images = image_mixing, takes_images
         self.vae, self.text_encoder = vae, text_encoder
         self._negative_LD = None if negative_embedding_LD is None else negative_embedding_LD.to(device)
 
@@ -82,7 +91,8 @@ class WanAdapter(Adapter):
         return batch.to(self.device)
 
     def text_condition(self, batch: Batch) -> Condition:
-        return {"text": batch.text_embeddings}
+        text = {"text": batch.text_embeddings}
+        return text if self.image_mixing is None else text | self.image_mixing.condition(batch)
 
     def negative_condition(self, batch_size: int) -> Condition:
         if self._negative_LD is None:
@@ -97,6 +107,21 @@ class WanAdapter(Adapter):
 
     def embed_prompts(self, prompts: list[str]) -> list[Tensor]:
         return [self._text_encoder().embed(prompt, self.max_text_tokens) for prompt in prompts]
+
+    def with_image(self, condition: Condition, images: Tensor) -> Condition:
+        if not self.takes_images:
+            raise ValueError(
+                "the models of this run make videos from text only: they were trained with "
+                "pipeline_config.image_probability = 0, and the pipeline they come from has no expand_timesteps in its "
+                "model_index.json; leave the image out"
+            )
+        return {**condition, **first_frame.given_frame(self.encode_video(images[:, None]))}
+
+    def held(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        return first_frame.held(x, sigma_B, condition)
+
+    def loss_mask(self, condition: Condition) -> Tensor | None:
+        return first_frame.loss_mask(condition, self.latent_shape[1])
 
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
         return self.forward(role, x, sigma_B, condition)
@@ -114,15 +139,15 @@ class WanAdapter(Adapter):
         transformer = self.network(role)
         self._count(role, x, condition, memory)
 
-        def forward(x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+        def forward(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
             # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
-            timestep = schedule.timestep(sigma_B)
-            if sigma_B.ndim > 1:  # a level a frame
-                timestep = timestep.expand(*sigma_B.shape[:2], x.shape[2], 1, 1).flatten(1)
-            return transformer(x, timestep, condition["text"], memory=memory, kept=kept).to(x.dtype)
+            return transformer(x, schedule.timestep(sigma), condition["text"], memory=memory, kept=kept).to(x.dtype)
 
-        exchange = self.layouts.exchange(role.name)
-        return forward(x, sigma_B, condition) if exchange is None else exchange.run(forward, x, sigma_B, condition)
+        x, sigma = self.held(x, sigma_B, condition)
+        if sigma.ndim > 1:
+            sigma = sigma.flatten(1)  # [B, F], a time for each frame
+        read, exchange = first_frame.without_frame(condition), self.layouts.exchange(role.name)
+        return forward(x, sigma, read) if exchange is None else exchange.run(forward, x, sigma, read)
 
     def _count(self, role: RoleHandle, x: Tensor, condition: Condition, memory: Memory | None) -> None:
         transformer = self.network(role)
@@ -147,24 +172,24 @@ class WanAdapter(Adapter):
         segmentation = self.network(role).segmentation
         if segmentation is None:
             return None
-        num_latents = self.latent_shape[1] if length is None else length
-        if num_latents not in (nearest := segmentation.nearest(num_latents)):
-            raise ValueError(
-                f"{4 * num_latents - 3} frames make {num_latents} latent frames, no whole number of the role's blocks; "
-                f"choose {' or '.join(str(4 * latents - 3) for latents in nearest)} frames"
-            )
-        return segmentation.lengths(num_latents)
+        return segmentation.lengths(self.latent_shape[1] if length is None else length)
 
     def open_stream(self, role: RoleHandle, condition: Condition) -> SegmentStream:
         segmentation = self.network(role).segmentation
         if segmentation is None:
             return super().open_stream(role, condition)
+        if first_frame.IMAGE in condition:
+            raise ValueError(f"role {role.name!r} is causal and makes videos from text only; leave the image out")
         return WanStream(self, role, condition, segmentation)
 
     def last_sample(self, sequence: Tensor) -> Tensor:
         return restart(self._vae(), sequence, self.latent_shape[1])
 
-    def num_latents(self, num_frames: int) -> int:
+    def num_latents(self, role: RoleHandle, num_frames: int) -> int:
+        segmentation = self.network(role).segmentation
+        if segmentation is None:
+            return super().num_latents(role, num_frames)
+        check_fits(segmentation, num_frames, "num_frames")
         return num_latent_frames(num_frames)
 
     def decode_latents(self, latents: Tensor) -> Tensor:

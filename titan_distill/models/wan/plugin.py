@@ -18,15 +18,19 @@ from titan_distill.checkpoint.initial_weights import is_reference, read_weights,
 from titan_distill.config_sections import SparseAttentionConfig
 from titan_distill.config_world import role_parallelism
 from titan_distill.data.text import TextEncoder
-from titan_distill.dispatch import register_model
+from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.dispatch import method_class, register_model
 from titan_distill.models.base import Adapter, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
+from titan_distill.models.wan.first_frame import ImageMixing, expands_timesteps
+from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_transformer, check_degrees
-from titan_distill.models.wan.segments import check_segments, segmentation_of
+from titan_distill.models.wan.segments import check_segments, num_latent_frames, segmentation_of
 from titan_distill.models.wan.state_dict import UNUSED_KEY, copy_full_tensor, load_weights, read_config, save_folder
+from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import load_vae, num_latent_frames
+from titan_distill.models.wan.vae import load_vae
 from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.mesh import Layouts, RoleMesh, main_rank_first
 
@@ -63,10 +67,19 @@ class WanPipelineConfig:
     bounds memory and work of a block, so that a video may become as long as it likes."""
     sink_frames: int = 0
     """Of cache_window_frames, how many are the video's first, for ever; the others are the latest."""
+    image_probability: float = 0.0
+    """Share of the training samples that start from an image, their own first latent frame (image-to-video); the rest
+    has text only. Wan 2.2 TI2V was trained with 0.2."""
+    image_noise_mean: float = -3.5
+    """The image of a training sample gets noise of exp(N(image_noise_mean, image_noise_std)) times the sample's level;
+    -inf leaves it clean."""
+    image_noise_std: float = 0.5
+    """See image_noise_mean."""
 
     def __post_init__(self) -> None:
         if self.flow_shift <= 0:
             raise ValueError(f"flow_shift = {self.flow_shift} must be positive; 1 means no shift")
+        self._check_images()
         num_latent_frames(self.num_frames)
         if self.frames_per_block < 1:
             raise ValueError(f"frames_per_block = {self.frames_per_block} must be at least 1")
@@ -83,6 +96,27 @@ class WanPipelineConfig:
                 nearest = max(16, round(getattr(self, name) / 16) * 16)
                 raise ValueError(f"{name} = {getattr(self, name)} must be a multiple of 16; the nearest is {nearest}")
 
+    def _check_images(self) -> None:
+        if not 0 <= self.image_probability <= 1:
+            raise ValueError(f"image_probability = {self.image_probability} must be between 0 and 1")
+        if not self.image_noise_mean <= -1:
+            raise ValueError(
+                f"image_noise_mean = {self.image_noise_mean} must be at most -1: it is the logarithm of a small share"
+            )
+        if not 0 <= self.image_noise_std <= 1:
+            raise ValueError(f"image_noise_std = {self.image_noise_std} must be between 0 and 1")
+        for name in ("image_noise_mean", "image_noise_std"):
+            if not self.image_probability and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} has no effect with image_probability = 0; remove it, or set "
+                    "image_probability"
+                )
+        if self.image_probability and self.num_frames < 5:
+            raise ValueError(
+                f"num_frames = {self.num_frames} leaves nothing to make after the first frame that "
+                f"image_probability = {self.image_probability} gives; set it to 5 or more"
+            )
+
 
 @register_model("wan")
 class WanFamily(ModelFamily):
@@ -98,6 +132,16 @@ class WanFamily(ModelFamily):
                     f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}"
                 )
         check_segments(config)
+        if config.pipeline_config.image_probability and not method_class(config.recipe.method).uses_loss_mask:
+            raise ValueError(
+                f"pipeline_config.image_probability = {config.pipeline_config.image_probability} gives first frames, "
+                f"which recipe.method = {config.recipe.method!r} would count in its loss; set it to 0, or train with "
+                "'finetune', 'dmd2' or 'consistency'"
+            )
+
+    @property
+    def needs_latents(self) -> bool:
+        return self.config.pipeline_config.image_probability > 0
 
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
         config = self.config
@@ -121,22 +165,44 @@ class WanFamily(ModelFamily):
         return build_transformer(architecture, _loader(role.path or role.init_from), layout, config.job.seed)
 
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
-        pipeline = self.config.pipeline_config
+        space = self._latent_space()
+        space.check_size(*self._video_size())
         for name, layout in degrees.items():
             if self.config.roles[name].lora.enabled and layout.tensor > 1:
                 raise ValueError(
                     f"roles.{name}.lora does not go with tensor = {layout.tensor}: adapters are not cut over tensor "
                     f"ranks; set roles.{name}.parallelism.tensor to 1, or lora.rank to 0"
                 )
+            architecture = self._architecture(name, self.config.roles[name], by_name=True)
+            space.check_channels(name, architecture.out_channels)
+            if self.needs_latents and architecture.in_channels != architecture.out_channels:
+                raise ValueError(
+                    f"roles.{name} takes images in {architecture.in_channels - architecture.out_channels} channels of "
+                    "its own, not as a first frame; set pipeline_config.image_probability to 0"
+                )
             check_degrees(
                 f"roles.{name}",
-                self._architecture(name, self.config.roles[name], by_name=True),
+                architecture,
                 layout,
                 role_parallelism(self.config, name).sequence_method,
-                (num_latent_frames(pipeline.num_frames), pipeline.height // 16, pipeline.width // 16),
+                self.token_grid(),
                 self._core(self.config.roles[name].attention == "sparse"),
                 self._segmentation(self.config.roles[name].attention == "causal"),
             )
+
+    def token_grid(self) -> Grid:
+        return self._latent_space().token_grid(*self._video_size())
+
+    def _latent_space(self) -> LatentSpace:
+        """Of the pipeline's VAE, or of the first role where there is no pipeline."""
+        name, role = next(iter(self.config.roles.items()))
+        return find_latent_space(
+            self.config.pipeline_config.path, lambda: self._architecture(name, role, by_name=True).out_channels
+        )
+
+    def _video_size(self) -> tuple[int, int, int]:
+        pipeline = self.config.pipeline_config
+        return pipeline.num_frames, pipeline.height, pipeline.width
 
     def _core(self, is_sparse: bool) -> SparseAttention | None:
         return SparseAttention(self.config.sparse_attention) if is_sparse else None
@@ -226,26 +292,15 @@ class WanFamily(ModelFamily):
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
         config, pipeline = self.config, self.config.pipeline_config
         vae = text_encoder = negative = None
-        channels, spatial, temporal = 16, 8, 4
         if pipeline.path:
             vae = load_vae(Path(pipeline.path), device)
-            channels, spatial, temporal = (
-                vae.config.z_dim,
-                vae.config.scale_factor_spatial,
-                vae.config.scale_factor_temporal,
-            )
             text_encoder = TextEncoder(pipeline.path, dtype=DTYPES[config.training.dtype], device=device)
             with main_rank_first():  # a real text encoder is 22 GB, and one embedding is all that most ranks need of it
                 negative = text_encoder.cached_embedding(
                     pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
                 )
         return WanAdapter(
-            latent_shape=(
-                channels,
-                num_latent_frames(pipeline.num_frames, temporal),
-                pipeline.height // spatial,
-                pipeline.width // spatial,
-            ),
+            latent_shape=self._latent_space().shape(*self._video_size()),
             flow_shift=pipeline.flow_shift,
             max_text_tokens=config.data.max_text_tokens,
             negative_embedding_LD=negative,
@@ -254,7 +309,16 @@ class WanFamily(ModelFamily):
             device=device,
             layouts=layouts,
             checkpointing=config.activation_checkpoint,
+            image_mixing=self._image_mixing(),
+            takes_images=pipeline.image_probability > 0 or expands_timesteps(pipeline.path),
         )
+
+    def _image_mixing(self) -> ImageMixing | None:
+        pipeline = self.config.pipeline_config
+        if not pipeline.image_probability:
+            return None
+        noise = KeyedNoise(self.config.job.seed)
+        return ImageMixing(noise, pipeline.image_probability, pipeline.image_noise_mean, pipeline.image_noise_std)
 
     def build_validator(self, adapter: Adapter, folder: Path, layouts: Layouts) -> Validator:
         assert isinstance(adapter, WanAdapter)

@@ -11,6 +11,7 @@ N heads, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -54,15 +55,12 @@ class TokenContext:
     text: TextMemory | None = None
 
 
-def token_grid(latents_BCFHW: Tensor, patch_size: Grid) -> Grid:
-    """Tokens along (frames, height, width).
+def token_grid(sizes: Sequence[int], patch_size: Grid) -> Grid:
+    """Tokens along (frames, height, width) of latents with these sizes.
 
     Raises:
-        ValueError: not a 5-d tensor, or a size that the patch does not divide (diffusers would drop the rest silently).
+        ValueError: a size that the patch does not divide (diffusers would drop the rest silently).
     """
-    if latents_BCFHW.ndim != 5:
-        raise ValueError(f"latents of shape {tuple(latents_BCFHW.shape)} must be [batch, channels, frames, H, W]")
-    sizes = latents_BCFHW.shape[2:]
     if any(size % patch for size, patch in zip(sizes, patch_size, strict=True)):
         raise ValueError(f"latent size {tuple(sizes)} must be a multiple of the patch size {patch_size}")
     frames, height, width = (size // patch for size, patch in zip(sizes, patch_size, strict=True))
@@ -71,7 +69,7 @@ def token_grid(latents_BCFHW: Tensor, patch_size: Grid) -> Grid:
 
 def patchify(latents_BCFHW: Tensor, patch_size: Grid) -> Tensor:
     """Return raster-ordered patches [B, L, P], numbers ordered (channel, frame, row, column) as in a convolution."""
-    frames, height, width = token_grid(latents_BCFHW, patch_size)
+    frames, height, width = token_grid(latents_BCFHW.shape[2:], patch_size)
     split = latents_BCFHW.unflatten(4, (width, -1)).unflatten(3, (height, -1)).unflatten(2, (frames, -1))
     num_tokens = frames * height * width
     return split.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(latents_BCFHW.shape[0], num_tokens, -1)

@@ -151,7 +151,7 @@ class WanTransformer(nn.Module):
                 superfluous.
         """
         self._check_inputs(hidden_states, encoder_hidden_states, encoder_hidden_states_image)
-        grid = token_grid(hidden_states, self.config.patch_size)
+        grid = token_grid(hidden_states.shape[2:], self.config.patch_size)
         tile, first_frame = self.tile, 0 if memory is None else memory.num_positions
         context = token_context(grid, self.config, hidden_states.device, tile, first_frame)
         if self.sparse_attention is not None:

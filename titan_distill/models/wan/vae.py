@@ -66,14 +66,6 @@ def restart(vae: AutoencoderKLWan, latents_BCFHW: Tensor, num_frames: int) -> Te
     return torch.cat((first_BC1HW, latents_BCFHW[:, :, start + 1 :]), dim=2)
 
 
-def num_latent_frames(num_frames: int, temporal: int = 4) -> int:
-    """Latent frames of a video of `num_frames` pictures. Raises `ValueError` unless these are 4 n + 1."""
-    if num_frames < 1 or num_frames % temporal != 1:
-        nearest = max(1, round((num_frames - 1) / temporal) * temporal + 1)
-        raise ValueError(f"num_frames = {num_frames} must be {temporal} n + 1 for the VAE; the nearest is {nearest}")
-    return (num_frames - 1) // temporal + 1
-
-
 def _statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     shape = (1, vae.config.z_dim, 1, 1, 1)
     return (

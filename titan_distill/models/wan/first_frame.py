@@ -1,0 +1,109 @@
+"""Image-to-video as Wan 2.2 TI2V does it: the first latent frame is given, and the network is told so by its time.
+
+No channel and no encoder is added to the network. A mask m is 1 on every latent frame that is to be made and small on
+the first one, where an image is given. What the network is shown is
+
+    x ← (1 − m) z + m x,        σ_frame = m σ,        t_frame = 1000 m σ,
+
+with z the image's latent and x at noise level σ throughout. At m = 0 the frame is the image, clean, at time 0. The two
+lines agree for every m: a mixture of z and of z noised to σ is z noised to m σ. So the clean estimate of a frame is
+x0 = x − m σ v by its *own* level; the scalar σ would move the first frame along a velocity that nobody learned.
+
+Samplers and methods keep x at one level σ and never look at frames: `held` puts the image back before each forward, so
+that fresh noise, a solver's step or a rollout's may do to the first frame what they like. No loss counts it.
+
+**Training** mixes both kinds: a sample starts from an image with probability ``image_probability``, and then m is not 0
+but exp(N(−3.5, 0.5)), about 0.03, drawn once a sample: a little noise on the given frame, so that the network does not
+depend on an image without flaws (a student that continues its own video will give it such ones). Sampling has m = 0.
+The image is the sample's own first latent frame: the VAE is causal, so that frame is what the picture alone encodes to.
+Both draws are keyed by the sample's id, which is unique over the run, and thus the same for all updates of a step.
+
+Source: Wan 2.2 (TI2V-5B); formulas of algorithms.md, section 5. The mask's law is Wan's own.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from titan_distill.data.loader import Batch
+from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.diffusion.schedule import broadcast_sigma
+from titan_distill.models.base import Condition
+
+IMAGE, MASK = "first_frame", "first_frame_mask"
+"""In a condition: the given latent frame [B, C, 1, H, W], and m on that frame [B]; 1 where a sample has no image."""
+
+# A mask beyond this would be no image any more; the law gets there once in ten million draws.
+_MAX_TRAINING_MASK = 0.5
+
+
+@dataclass(frozen=True)
+class ImageMixing:
+    """Which training samples start from an image, and how much noise it gets. ``noise_mean`` = -inf gives none."""
+
+    noise: KeyedNoise
+    probability: float
+    noise_mean: float
+    noise_std: float
+
+    def condition(self, batch: Batch) -> dict[str, Tensor]:
+        """What the condition of a training batch has beside text; the batch must have latents."""
+        assert batch.latents is not None, "assembling a run checks that its data has latents"
+        ids = batch.sample_ids
+        level_B = self.noise.normal("first_frame/mask", 0, ids, (), device="cpu", dtype=torch.float64)
+        mask_B = (self.noise_mean + self.noise_std * level_B).exp().clamp(max=_MAX_TRAINING_MASK)
+        has_image_B = self.noise.uniform("first_frame/choice", 0, ids) < self.probability
+        mask_B = torch.where(has_image_B, mask_B, 1.0)
+        return {IMAGE: batch.latents[:, :, :1], MASK: mask_B.to(batch.latents.device)}
+
+
+def given_frame(latents_BC1HW: Tensor) -> dict[str, Tensor]:
+    """What a condition has beside text when every sample's video starts from such a latent frame, clean."""
+    mask_B = torch.zeros(len(latents_BC1HW), dtype=torch.float64, device=latents_BC1HW.device)
+    return {IMAGE: latents_BC1HW, MASK: mask_B}
+
+
+def held(x_BCFHW: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    """``x`` at level ``sigma_B`` with the given frame in its place, and each frame's level [B, 1, F, 1, 1], float64.
+
+    Both as they are, the level [B], under a condition without an image.
+    """
+    if MASK not in condition:
+        return x_BCFHW, sigma_B
+    mask_B1F11 = _mask(condition[MASK], x_BCFHW.shape[2])
+    level = broadcast_sigma(sigma_B, x_BCFHW) * mask_B1F11
+    mask = mask_B1F11.to(x_BCFHW.dtype)
+    return (1 - mask) * condition[IMAGE].to(x_BCFHW.dtype) + mask * x_BCFHW, level
+
+
+def loss_mask(condition: Condition, num_frames: int) -> Tensor | None:
+    """[B, 1, F, 1, 1], 0 on given frames and 1 elsewhere; None under a condition without an image."""
+    if MASK not in condition:
+        return None
+    return (_mask(condition[MASK], num_frames) == 1).double()
+
+
+def without_frame(condition: Condition) -> Condition:
+    """The part of a condition that the network itself reads."""
+    return {name: value for name, value in condition.items() if name not in (IMAGE, MASK)}
+
+
+def expands_timesteps(pipeline: str) -> bool:
+    """Whether diffusers takes the pipeline in this folder for a TI2V one."""
+    file = Path(pipeline) / "model_index.json"
+    if not pipeline or not file.is_file():
+        return False
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")).get("expand_timesteps", False))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is no index of a pipeline ({error}); copy it again") from error
+
+
+def _mask(first_B: Tensor, num_frames: int) -> Tensor:
+    rest_BF = first_B.new_ones(len(first_B), num_frames - 1)
+    return torch.cat([first_B[:, None], rest_BF], 1)[:, None, :, None, None]

@@ -1,0 +1,95 @@
+"""The latent space of a run, and the grids that follow from it.
+
+Wan has two VAEs: 16 channels at 4 × 8 × 8 (frames × height × width) for 2.1 and the A14B, 48 channels at 4 × 16 × 16
+for 2.2 TI2V-5B. All that is counted in latents or tokens follows from which one it is: the shape of a sample, the token
+grid, the sizes that a video may have. So it is asked in one place. The VAE's own config answers where there is one; a
+plan or a dry run has no files and believes the number of channels that the networks work on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from titan_distill.config_parsing import nearest_multiples
+from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.tokens import Grid, token_grid
+
+_PATCH = WanConfig.patch_size[1]  # of all published sizes, along height as along width
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What a VAE makes of a video; compressions are pixels, or frames, for one latent."""
+
+    channels: int
+    temporal: int
+    spatial: int
+
+    def shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Latents (C, F, H, W) of a video in frames and pixels."""
+        return self.channels, (num_frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial
+
+    def token_grid(self, num_frames: int, height: int, width: int) -> Grid:
+        """Tokens along (frames, height, width) of a video in frames and pixels."""
+        return token_grid(self.shape(num_frames, height, width)[1:], WanConfig.patch_size)
+
+    def check_size(self, num_frames: int, height: int, width: int) -> None:
+        """Raises ValueError unless whole latents, and whole tokens, make up such a video."""
+        multiple = self.spatial * _PATCH
+        for name, size in (("height", height), ("width", width)):
+            if size % multiple:
+                raise ValueError(
+                    f"pipeline_config.{name} = {size} must be a multiple of {multiple} (a VAE that compresses by "
+                    f"{self.spatial}, patches of {_PATCH}); set it to {nearest_multiples(size, multiple)}"
+                )
+        if (num_frames - 1) % self.temporal:
+            nearest = (num_frames - 1) // self.temporal * self.temporal + 1
+            raise ValueError(
+                f"pipeline_config.num_frames = {num_frames} must be {self.temporal} n + 1 for this VAE; set it to "
+                f"{nearest} or {nearest + self.temporal}"
+            )
+
+    def check_channels(self, role: str, channels: int) -> None:
+        """Raises ValueError where a role's network works on other latents."""
+        if channels != self.channels:
+            raise ValueError(
+                f"roles.{role} works on latents of {channels} channels, but the VAE of the run makes {self.channels}; "
+                f"choose another model for it, or another pipeline_config.path"
+            )
+
+
+PUBLISHED = {space.channels: space for space in (LatentSpace(16, 4, 8), LatentSpace(48, 4, 16))}
+
+
+def find_latent_space(pipeline: str, channels: Callable[[], int]) -> LatentSpace:
+    """That of the VAE in the folder ``pipeline``; where no config of one lies there, the published one with as many
+    ``channels``.
+
+    Raises ValueError for a config that can't be read, and for channels that no published VAE has.
+    """
+    file = Path(pipeline) / "vae" / "config.json"
+    if pipeline and file.is_file():
+        return _read(file)
+    num_channels = channels()
+    if num_channels not in PUBLISHED:
+        raise ValueError(
+            f"the roles work on latents of {num_channels} channels, which no published Wan VAE makes "
+            f"({', '.join(map(str, PUBLISHED))}); set pipeline_config.path to a folder with their vae"
+        )
+    return PUBLISHED[num_channels]
+
+
+def _read(file: Path) -> LatentSpace:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        # Diffusers' own defaults, for the keys that a config leaves out.
+        return LatentSpace(
+            int(config.get("z_dim", 16)),
+            int(config.get("scale_factor_temporal", 4)),
+            int(config.get("scale_factor_spatial", 8)),
+        )
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no configuration of a VAE ({error}); copy it again") from error
