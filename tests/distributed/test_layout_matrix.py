@@ -76,7 +76,8 @@ OPTIONS = {
     "scm": "--method_config.tangent_warmup 2",
     "rcm": "--method_config.tangent_warmup 2 --method_config.update_ratio 2",
     "self_forcing": "--roles.student.init_from tests/assets/tiny_wan/transformer --method_config.context_noise 50 "
-    "--method_config.same_step_across_blocks false --method_config.denoising_steps [1000.0,500.0]",
+    "--method_config.same_step_across_blocks false --method_config.denoising_steps [1000.0,500.0] "
+    "--pipeline_config.num_frames 9",
     "ode_init": "--data.path {folder}/pairs --method_config.teacher_steps 4",
 }
 REFERENCE = Row("one process", 1, "", methods=METHODS)
@@ -111,7 +112,6 @@ ROWS = (
     Row("tensor 2 × sequence 2, token region", 4, f"{P}tensor 2 {P}sequence 2 {P}token_region"),
     Row("fsdp 2 × tensor 2", 4, f"{P}tensor 2", local_batch=2),
     Row("fsdp 2 × sequence 2", 4, f"{P}sequence 2", local_batch=2),
-    Row("causal, full checkpointing", 1, f"{CHECKPOINT}full", methods=SELF_FORCING),
     Row("causal, student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2, methods=SELF_FORCING),
     Row("sparse, accumulation 4, full checkpointing", 1, f"{CHECKPOINT}full", EXACT, 1, FINETUNE, sparse=True),
     Row("sparse, fsdp 2, selective checkpointing", 2, f"{CHECKPOINT}selective", EXACT, 2, FINETUNE, sparse=True),
@@ -130,7 +130,7 @@ MUTATED = (
     Row("mutant: sequence gradients", 2, f"{P}sequence 2", methods=FINETUNE, mutant="sequence_gradients_not_divided"),
     Row("mutant: local norm", 2, f"{P}tensor 2", methods=FINETUNE, mutant="norm_over_local_width"),
     Row("mutant: tangents", 2, f"{P}sequence 2", methods=("scm",), mutant="tangents_stay_where_they_are"),
-    Row("mutant: equal noise", 2, "", local_batch=2, methods=SELF_FORCING, mutant="equal_noise_on_data_ranks"),
+    Row("mutant: equal noise", 2, "", local_batch=2, methods=FINETUNE, mutant="equal_noise_on_data_ranks"),
     Row("mutant: mean of means", 2, f"{P}sequence 2", methods=FINETUNE, mutant="mean_of_means"),
     Row(
         "mutant: replicated gradient", 2, f"{P}tensor 2 {P}token_region", methods=FINETUNE,

@@ -22,6 +22,7 @@ from titan_distill.config import ConfigError, load_config
 from titan_distill.config_world import check_world
 from titan_distill.dispatch import model_family
 from titan_distill.methods.base import Passes
+from titan_distill.methods.dmd2 import Rollout
 from titan_distill.methods.self_forcing import SelfForcing
 from titan_distill.models.streaming import SegmentStream
 from titan_distill.models.wan import transformer as transformer_module
@@ -199,9 +200,12 @@ def test_training_on_longer_rollouts(trainer: Trainer) -> None:
     method = SelfForcing(config, trainer.roles, trainer.adapter, trainer.method.noise, trainer.method.timer)
     batch = trainer.adapter.prepare_batch(next(trainer.loader)).split(1)[0]
     rollouts, real = [], method.rollout
-    with patch.object(
-        method, "rollout", lambda *args, **options: rollouts.append(real(*args, **options)) or rollouts[0]
-    ):
+
+    def rollout(*args: Any, **options: Any) -> Rollout:
+        rollouts.append(real(*args, **options))
+        return rollouts[0]
+
+    with patch.object(method, "rollout", rollout):
         found = gradients(trainer, method.student_loss(batch, 0).losses_B.sum())
     assert method.lengths == (1, 2, 2, 2, 2) and rollouts[0].x0.shape == (1, *trainer.adapter.latent_shape)
     assert rollouts[0].mask is not None and rollouts[0].mask.flatten().tolist() == [0, 1, 1, 1, 1]
