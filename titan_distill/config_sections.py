@@ -49,8 +49,8 @@ class JobConfig:
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
     method: str
-    """Training method, a file in titan_distill/methods/ (dmd2, finetune, knowledge_distillation, consistency, scm, rcm)
-    or one registered by job.imports."""
+    """Training method, a file in titan_distill/methods/ (dmd2, self_forcing, finetune, knowledge_distillation,
+    consistency, scm, rcm) or one registered by job.imports."""
     family: str = "wan"
     """Model family, a folder in titan_distill/models/ or one registered by job.imports."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -31,6 +33,8 @@ def generate(
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     num_frames: int | None = None,
+    cache_window_frames: int | None = None,
+    sink_frames: int | None = None,
     raw_weights: bool = False,
 ) -> None:
     """Make a video from a prompt with a trained role.
@@ -44,12 +48,16 @@ def generate(
         num_steps: Sampling steps; the method's own if not given. A few-step student has a fixed schedule.
         guidance_scale: Classifier-free guidance, standard form; the method's own if not given.
         num_frames: Length of the video. Only a causal role can make it longer or shorter than it was trained.
+        cache_window_frames: Latent frames that a causal role remembers at most; the run's own number if not given.
+        sink_frames: Of these, how many are the video's first; the run's own number if not given.
         raw_weights: Sample from the trained weights even where there is an average of them.
     """
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the video should show")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, adapter, handle, request = load_role(resolve(checkpoint), role, device, raw_weights=raw_weights)
+    overrides = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}
+    pipeline = {name: value for name, value in overrides.items() if value is not None}
+    config, adapter, handle, request = load_role(resolve(checkpoint), role, device, pipeline, raw_weights=raw_weights)
     if num_steps is not None and request.sigmas is not None:
         raise ValueError(
             f"--num-steps {num_steps} contradicts the {role}'s own {len(request.sigmas)} steps; leave it out"
@@ -68,9 +76,15 @@ def generate(
 
 
 def load_role(
-    checkpoint: Path, role: str, device: torch.device, *, raw_weights: bool
+    checkpoint: Path,
+    role: str,
+    device: torch.device,
+    pipeline: Mapping[str, object] = MappingProxyType({}),
+    *,
+    raw_weights: bool,
 ) -> tuple[Config, Adapter, RoleHandle, SampleRequest]:
     """A trained role of a checkpoint as one module, its run's configuration, and how its method samples from it.
+    ``pipeline`` replaces values of the run's [pipeline_config].
 
     Raises ValueError when the run's ``config.toml`` is not beside the checkpoints, or for what ``role_tensors``
     refuses.
@@ -80,7 +94,8 @@ def load_role(
         raise ValueError(
             f"{checkpoint} lies in no run folder: {config_file} is missing; keep checkpoints below their run"
         )
-    config = load_config(["--job.config_file", str(config_file)])
+    overrides = [word for name, value in pipeline.items() for word in (f"--pipeline_config.{name}", str(value))]
+    config = load_config(["--job.config_file", str(config_file), *overrides])
     manifest = read_manifest(checkpoint)
     trained = convert.trained_role(checkpoint, manifest, role)
     tensors = convert.role_tensors(checkpoint, role, use_ema=trained.has_ema and not raw_weights)

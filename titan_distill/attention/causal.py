@@ -63,6 +63,12 @@ class Segmentation:
         below = first + count * self.length
         return [below] if below == num_positions > 0 else [length for length in (below, below + self.length) if length]
 
+    def describe(self) -> str:
+        """How, for people."""
+        first = "1, then of " if self.single_first else ""
+        window = f", memory of {self.window} with the first {self.sink}" if self.window else ""
+        return f"segments of {first}{self.length}{window}"
+
     def describe_nearest(self, num_positions: int) -> str:
         return " or ".join(map(str, self.nearest(num_positions)))
 

@@ -65,7 +65,8 @@ def _describe(config: Config, name: str, module: nn.Module) -> str:
         precision += f" stored, {config.training.dtype} computed"
     layout = "FSDP2 sharded" if hasattr(parameters[0], "placements") else "whole"
     kind = "trained" if role.trainable else "frozen"
-    extras = [f"{role.attention} attention"]
+    segmentation = getattr(module, "segmentation", None)
+    extras = [f"{role.attention} attention" + (f" in {segmentation.describe()}" if segmentation else "")]
     if role.lora.enabled:
         extras.append(describe_lora(role.lora, module))
     if role.trainable and config.activation_checkpoint.mode != "none":
