@@ -47,6 +47,8 @@ class Row:
     tolerance: float = EXACT
     local_batch: int = 4
     methods: tuple[str, ...] = ("dmd2", "finetune")
+    nightly: tuple[str, ...] = ()
+    """Methods that are left to the nightly tier: by the rows around it, this one says little with them."""
     mutant: str | None = None
     sparse: bool = False
 
@@ -67,8 +69,8 @@ class Row:
 P = "--parallelism."
 TEACHER, STUDENT = "--roles.teacher.parallelism.", "--roles.student.parallelism."
 DMD2, FINETUNE = ("dmd2",), ("finetune",)
-METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm", "self_forcing", "ode_init")
-SELF_FORCING = ("self_forcing",)
+METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm", "self_forcing")
+SELF_FORCING, ODE_INIT = ("self_forcing",), ("ode_init",)
 # Schedules of real length would not get anywhere in these steps.
 OPTIONS = {
     "kd": "--data.path {folder}/pairs --method_config.teacher_steps 4",
@@ -80,7 +82,7 @@ OPTIONS = {
     "--pipeline_config.num_frames 9",
     "ode_init": "--data.path {folder}/pairs --method_config.teacher_steps 4",
 }
-REFERENCE = Row("one process", 1, "", methods=METHODS)
+REFERENCE = Row("one process", 1, "", methods=METHODS + ODE_INIT)
 SPARSE = (
     "--roles.student.attention", "sparse", "--sparse_attention.sparsity", "0.75",
     "--sparse_attention.schedule_rate", "0.25", "--sparse_attention.crossover", "0.2",
@@ -88,31 +90,41 @@ SPARSE = (
 SPARSE_WEIGHTS = "sparse_wan"
 SPARSE_REFERENCE = Row("one process, sparse", 1, "", sparse=True)
 CHECKPOINT = "--activation_checkpoint.mode "
-ROWS = (
-    Row("accumulation 4", 1, "", local_batch=1),
-    Row("full checkpointing", 1, "--activation_checkpoint.mode full"),
-    Row("selective checkpointing", 1, "--activation_checkpoint.mode selective"),
-    Row("block skip", 1, "--activation_checkpoint.mode full --activation_checkpoint.skip_interval 2"),
-    Row("compile", 1, "--compile.enabled"),
-    Row("float8, emulated", 1, "--float8.enabled --float8.emulate --float8.min_features 16", COARSE),
-    Row("fsdp 2", 2, "", local_batch=2, methods=METHODS),
-    Row("bf16, fsdp 2", 2, "--training.dtype bfloat16", ROUNDED, local_batch=2),
-    Row("cpu offload, fsdp 2", 2, f"{P}cpu_offload", local_batch=2),
-    Row("no resharding, fsdp 2", 2, f"{P}reshard_after_forward false", local_batch=2),
+DENSE_ROWS = (
+    Row("accumulation 4", 1, "", local_batch=1, methods=DMD2, nightly=FINETUNE),
+    Row("full checkpointing", 1, f"{CHECKPOINT}full", methods=DMD2, nightly=FINETUNE + SELF_FORCING),
+    Row("selective checkpointing", 1, f"{CHECKPOINT}selective", methods=FINETUNE, nightly=DMD2),
+    Row("block skip", 1, f"{CHECKPOINT}full --activation_checkpoint.skip_interval 2", methods=FINETUNE, nightly=DMD2),
+    Row("compile", 1, "--compile.enabled", methods=FINETUNE, nightly=DMD2),
+    Row(
+        "float8, emulated", 1, "--float8.enabled --float8.emulate --float8.min_features 16", COARSE,
+        methods=FINETUNE, nightly=DMD2,
+    ),
+    Row("fsdp 2", 2, "", local_batch=2, methods=METHODS, nightly=ODE_INIT),
+    Row("bf16, fsdp 2", 2, "--training.dtype bfloat16", ROUNDED, local_batch=2, methods=DMD2, nightly=FINETUNE),
+    Row("cpu offload, fsdp 2", 2, f"{P}cpu_offload", local_batch=2, methods=FINETUNE, nightly=DMD2),
+    Row("no resharding, fsdp 2", 2, f"{P}reshard_after_forward false", local_batch=2, methods=DMD2, nightly=FINETUNE),
     Row("tensor 2", 2, f"{P}tensor 2"),
-    Row("tensor 2, token region", 2, f"{P}tensor 2 {P}token_region"),
-    Row("sequence 2", 2, f"{P}sequence 2", methods=METHODS),
+    Row("tensor 2, token region", 2, f"{P}tensor 2 {P}token_region", methods=FINETUNE, nightly=DMD2 + SELF_FORCING),
+    Row("sequence 2", 2, f"{P}sequence 2", methods=METHODS + ODE_INIT),
     Row("teacher tensor 2, students fsdp 2", 2, f"{TEACHER}tensor 2", local_batch=2, methods=DMD2),
     Row("teacher sequence 2, students fsdp 2", 2, f"{TEACHER}sequence 2", local_batch=2, methods=DMD2),
-    Row("student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2),
-    Row("sequence 3, all-gather", 3, f"{P}sequence 3"),
-    Row("fsdp 4", 4, "", local_batch=1),
-    Row("hsdp 2 × 2", 4, f"{P}dp_replicate 2", local_batch=1),
-    Row("tensor 2 × sequence 2", 4, f"{P}tensor 2 {P}sequence 2"),
-    Row("tensor 2 × sequence 2, token region", 4, f"{P}tensor 2 {P}sequence 2 {P}token_region"),
-    Row("fsdp 2 × tensor 2", 4, f"{P}tensor 2", local_batch=2),
-    Row("fsdp 2 × sequence 2", 4, f"{P}sequence 2", local_batch=2),
-    Row("causal, student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2, methods=SELF_FORCING),
+    Row(
+        "student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2,
+        methods=DMD2, nightly=FINETUNE + SELF_FORCING,
+    ),
+    Row("sequence 3, all-gather", 3, f"{P}sequence 3", methods=FINETUNE, nightly=DMD2),
+    Row("fsdp 4", 4, "", local_batch=1, methods=DMD2, nightly=FINETUNE),
+    Row("hsdp 2 × 2", 4, f"{P}dp_replicate 2", local_batch=1, methods=DMD2, nightly=FINETUNE),
+    Row("tensor 2 × sequence 2", 4, f"{P}tensor 2 {P}sequence 2", methods=DMD2, nightly=FINETUNE),
+    Row(
+        "tensor 2 × sequence 2, token region", 4, f"{P}tensor 2 {P}sequence 2 {P}token_region",
+        methods=FINETUNE, nightly=DMD2,
+    ),
+    Row("fsdp 2 × tensor 2", 4, f"{P}tensor 2", local_batch=2, methods=FINETUNE, nightly=DMD2),
+    Row("fsdp 2 × sequence 2", 4, f"{P}sequence 2", local_batch=2, methods=DMD2, nightly=FINETUNE),
+)  # fmt: skip
+SPARSE_ROWS = (
     Row("sparse, accumulation 4, full checkpointing", 1, f"{CHECKPOINT}full", EXACT, 1, FINETUNE, sparse=True),
     Row("sparse, fsdp 2, selective checkpointing", 2, f"{CHECKPOINT}selective", EXACT, 2, FINETUNE, sparse=True),
     Row(
@@ -124,6 +136,18 @@ ROWS = (
     Row("sparse, sequence 3, all-gather", 3, f"{P}sequence 3", methods=FINETUNE, sparse=True),
     Row("sparse, hsdp 2 × 2", 4, f"{P}dp_replicate 2", EXACT, 1, FINETUNE, sparse=True),
     Row("sparse, tensor 2 × sequence 2", 4, f"{P}tensor 2 {P}sequence 2", methods=FINETUNE, sparse=True),
+)  # fmt: skip
+ROWS = (
+    *DENSE_ROWS,
+    *SPARSE_ROWS,
+    # Every other layout with a sparse student, too.
+    *(
+        replace(
+            row, name=f"sparse student, {row.name}", sparse=True, methods=(),
+            nightly=FINETUNE if "finetune" in row.methods + row.nightly else DMD2,
+        )
+        for row in DENSE_ROWS
+    ),
 )  # fmt: skip
 MUTATED = (
     Row("mutant: noise keyed by rank", 2, f"{P}sequence 2", methods=FINETUNE, mutant="noise_keyed_by_rank"),
@@ -144,7 +168,12 @@ MUTATED = (
         "mutant: gate outside", 2, f"{P}tensor 2", methods=FINETUNE, mutant="gate_outside_of_the_region", sparse=True,
     ),
 )  # fmt: skip
-CASES = [pytest.param(row, method, id=f"{row.name}-{method}") for row in ROWS for method in row.methods]
+NIGHTLY = (pytest.mark.nightly, pytest.mark.timeout(1800))  # the first case waits for all of them to be trained
+CASES = [
+    pytest.param(row, method, id=f"{row.name}-{method}", marks=NIGHTLY if method in row.nightly else ())
+    for row in ROWS
+    for method in (*row.methods, *row.nightly)
+]
 
 
 @dataclass(frozen=True)
@@ -171,21 +200,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compare(folder: Path) -> Callable[[Row, str], Differences]:
-    """What compares one row with one process; trains all rows of as many ranks when the first of them is asked for."""
+    """What compares one row with one process; trains all rows of as many ranks, of one tier, when the first of them is
+    asked for."""
 
     @functools.cache
-    def launch(num_ranks: int) -> None:
+    def launch(num_ranks: int, nightly: bool) -> None:
         rows = [
             {"name": _file_name(row, method), "arguments": row.arguments(method, folder / _file_name(row, method)),
              "mutant": row.mutant}
             for row in (REFERENCE, SPARSE_REFERENCE, *ROWS, *MUTATED) if row.ranks == num_ranks
-            for method in row.methods
+            for method in (row.nightly if nightly else row.methods)
         ]  # fmt: skip
-        _launch(num_ranks, rows, folder)
+        _launch(f"{num_ranks}{'-nightly' * nightly}", num_ranks, rows, folder)
 
     def compare(row: Row, method: str) -> Differences:
-        launch(1)
-        launch(row.ranks)
+        launch(1, False)
+        launch(row.ranks, method in row.nightly)
         return _differences(folder / _file_name(row.reference, method), folder / _file_name(row, method))
 
     return compare
@@ -208,10 +238,10 @@ def _file_name(row: Row, method: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in f"{row.name}-{method}")
 
 
-def _launch(num_ranks: int, rows: list[dict[str, Any]], folder: Path) -> None:
-    table = folder / f"{num_ranks}.json"
+def _launch(name: str, num_ranks: int, rows: list[dict[str, Any]], folder: Path) -> None:
+    table = folder / f"{name}.json"
     table.write_text(json.dumps(rows))
-    run_worker(num_ranks, Path(__file__).with_name("matrix_worker.py"), table, folder, timeout=550)
+    run_worker(num_ranks, Path(__file__).with_name("matrix_worker.py"), table, folder, timeout=1700)
 
 
 def _differences(reference: Path, run: Path) -> Differences:

@@ -108,6 +108,7 @@ SPARSE = Experiment(
 OTHERS = {
     method: Experiment(method, overrides, 3, 6, 2, method, "--lr_scheduler.warmup_steps 2")
     for method, overrides in {
+        "finetune": "--ema.decay 0.8 --ema.start_step 1",
         "kd": "--data.path {folder}/pairs --method_config.teacher_steps 4",
         "cm": "--ema.decay 0.8 --ema.start_step 1",
         "scm": "--method_config.tangent_warmup 4",
@@ -139,6 +140,7 @@ SHORT = tuple(
         (CADENCE, ONE, BY_ROLE),
         (NOT_YET, ONE, TENSOR_2),
         (SPARSE, ONE, FSDP_2),
+        (OTHERS["finetune"], ONE, ONE),
         (OTHERS["kd"], ONE, ULYSSES_2),
         (OTHERS["cm"], ONE, FSDP_2),
         (OTHERS["scm"], ONE, ULYSSES_2),

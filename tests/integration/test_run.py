@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -55,7 +56,12 @@ def test_output_folder_holds_what_is_promised(run: tuple[Path, str]) -> None:
     assert fps == 8
     assert list((output / "checkpoints").iterdir()) == [output / "checkpoints" / "step-00000002"]
     assert list((output / "tensorboard").glob("events.*"))
-    last = read_metrics(output)[-1]
+    _, first, last = read_metrics(output)
+    times = ("data", "rollout", "teacher", "critic", "backward", "optimizer")
+    by_role = {f"{kind}/{role}" for kind in ("loss", "grad_norm", "lr") for role in ("student", "critic")}
+    assert {"step", "samples_seen", "tokens_per_second", "memory_gib", *by_role} <= first.keys()
+    assert {f"time/{phase}" for phase in times} <= first.keys()
+    assert all(math.isfinite(value) for value in first.values())
     assert {f"validation/{label}/prompt_accuracy" for label in ("teacher", "student")} <= last.keys()
     assert {f"validation/{label}/sliced_wasserstein" for label in labels[1:]} <= last.keys()
 
