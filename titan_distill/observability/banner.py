@@ -66,7 +66,9 @@ def _describe(config: Config, handle: RoleHandle) -> str:
         precision += f" stored, {config.training.dtype} computed"
     layout = "FSDP2 sharded" if hasattr(parameters[0], "placements") else "whole"
     kind = "trained" if role.trainable else "frozen"
-    extras = ["head" if role.flavor == HEAD_FLAVOR else f"{role.attention} attention"]
+    segmentation = getattr(module, "segmentation", None)
+    attention = f"{role.attention} attention" + (f" in {segmentation.describe()}" if segmentation else "")
+    extras = ["head" if role.flavor == HEAD_FLAVOR else attention]
     if len(handle.modules) > 1:
         extras.append(f"{len(handle.modules)} experts")
     if role.lora.enabled:
