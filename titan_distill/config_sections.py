@@ -49,8 +49,8 @@ class JobConfig:
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
     method: str
-    """Training method, a file in titan_distill/methods/ (dmd2, finetune, knowledge_distillation, consistency, scm, rcm)
-    or one registered by job.imports."""
+    """Training method, a file in titan_distill/methods/ (dmd2, self_forcing, finetune, knowledge_distillation,
+    consistency, scm, rcm) or one registered by job.imports."""
     family: str = "wan"
     """Model family, a folder in titan_distill/models/ or one registered by job.imports."""
 
@@ -98,8 +98,9 @@ class RoleConfig:
     init_from: str = ""
     """Weights to start from: a diffusers folder, or a role in a checkpoint, PATH#ROLE:ema or PATH#ROLE:raw, where PATH
     is a step's folder or checkpoints/latest; "" starts from random weights."""
-    attention: Literal["dense", "sparse"] = "dense"
-    """Self-attention of this role; sparse follows [sparse_attention], and may start from dense weights."""
+    attention: Literal["dense", "sparse", "causal"] = "dense"
+    """Self-attention of this role; sparse follows [sparse_attention], causal makes a video block by block, each from
+    those before it. Both may start from dense weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Storage of the weights; auto keeps fp32 masters for trained roles and training.dtype for frozen ones."""
     optimizer: OptimizerOverride = field(default_factory=OptimizerOverride)
@@ -152,8 +153,13 @@ class DataConfig:
             raise ValueError('path = "" names no data; set it to a parquet file, a folder of them or a .csv')
         if self.fps is not None:
             check_range(self, "fps", above=0)
-            if not self.path.endswith(".csv"):
+            if not self.holds_videos:
                 raise ValueError(f"fps = {self.fps} has no effect on path = {self.path!r}, which is no .csv; remove it")
+
+    @property
+    def holds_videos(self) -> bool:
+        """Whether the data is a table of videos and prompts, to be encoded during training."""
+        return self.path.endswith(".csv")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -32,6 +34,9 @@ def generate(
     seed: int = 0,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
+    num_frames: int | None = None,
+    cache_window_frames: int | None = None,
+    sink_frames: int | None = None,
     raw_weights: bool = False,
     image: Path | None = None,
 ) -> None:
@@ -45,6 +50,9 @@ def generate(
         seed: Seed of the noise.
         num_steps: Sampling steps; the method's own if not given. A few-step student has a fixed schedule.
         guidance_scale: Classifier-free guidance, standard form; the method's own if not given.
+        num_frames: Length of the video. Only a causal role can make it longer or shorter than it was trained.
+        cache_window_frames: Latent frames that a causal role remembers at most; the run's own number if not given.
+        sink_frames: Of these, how many are the video's first; the run's own number if not given.
         raw_weights: Sample from the trained weights even where there is an average of them.
         image: Picture (or video, of which the first frame) that the video starts from, scaled to cover its size and
             cropped; for models that take one.
@@ -52,7 +60,9 @@ def generate(
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the video should show")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, adapter, handle, request = load_role(resolve(checkpoint), role, device, raw_weights=raw_weights)
+    overrides = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}
+    pipeline = {name: value for name, value in overrides.items() if value is not None}
+    config, adapter, handle, request = load_role(resolve(checkpoint), role, device, pipeline, raw_weights=raw_weights)
     if num_steps is not None and request.sigmas is not None:
         raise ValueError(
             f"--num-steps {num_steps} contradicts the {role}'s own {len(request.sigmas)} steps; leave it out"
@@ -62,10 +72,11 @@ def generate(
         num_steps=request.num_steps if num_steps is None else num_steps,
         guidance_scale=request.guidance_scale if guidance_scale is None else guidance_scale,
     )
+    length = None if num_frames is None else adapter.num_latents(handle, num_frames)
     condition = adapter.encode_prompts([prompt])
     if image is not None:
         condition = adapter.with_image(condition, _picture(config, image)[None])
-    latents = Sampling(adapter, KeyedNoise(seed), device).run(request, handle, condition, [0])
+    latents = Sampling(adapter, KeyedNoise(seed), device).run(request, handle, condition, [0], length)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(out, adapter.decode_latents(latents)[0].cpu().numpy(), config.validation.fps)
     print(f"{out}: {prompt!r}, {request.solver}, {request.num_steps} steps, seed {seed}")
@@ -79,9 +90,15 @@ def _picture(config: Config, image: Path) -> Tensor:
 
 
 def load_role(
-    checkpoint: Path, role: str, device: torch.device, *, raw_weights: bool
+    checkpoint: Path,
+    role: str,
+    device: torch.device,
+    pipeline: Mapping[str, object] = MappingProxyType({}),
+    *,
+    raw_weights: bool,
 ) -> tuple[Config, Adapter, RoleHandle, SampleRequest]:
     """A trained role of a checkpoint as one module, its run's configuration, and how its method samples from it.
+    ``pipeline`` replaces values of the run's [pipeline_config].
 
     Raises ValueError when the run's ``config.toml`` is not beside the checkpoints, or for what ``role_tensors``
     refuses.
@@ -91,7 +108,8 @@ def load_role(
         raise ValueError(
             f"{checkpoint} lies in no run folder: {config_file} is missing; keep checkpoints below their run"
         )
-    config = load_config(["--job.config_file", str(config_file)])
+    overrides = [word for name, value in pipeline.items() for word in (f"--pipeline_config.{name}", str(value))]
+    config = load_config(["--job.config_file", str(config_file), *overrides])
     manifest = read_manifest(checkpoint)
     trained = convert.trained_role(checkpoint, manifest, role)
     use_ema = trained.has_ema and not raw_weights

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_ti2v
 import torch
+from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_media import brightness, write_video
@@ -22,6 +23,7 @@ from titan_distill.data.preprocess import PreprocessConfig, preprocess
 from titan_distill.data.prompts import read_prompts
 from titan_distill.data.text import TextEncoder
 from titan_distill.data.videos import VideoDataset, VideoSize
+from titan_distill.models.wan.latents import find_latent_space
 from titan_distill.parallelisms.mesh import World
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer
@@ -276,6 +278,12 @@ def test_generate_starts_from_a_picture(
         generate("--image", str(tmp_path / "absent.png"))
     assert leaving.value.code == 2
     assert "error: there is no picture" in capsys.readouterr().err
+
+
+def test_an_exported_student_is_a_ti2v_pipeline(run: Path, pipeline: Path, tmp_path: Path) -> None:
+    cli(["checkpoint", "export", "--checkpoint", str(run / "checkpoints/latest"), "--out", str(tmp_path / "out")])
+    assert WanImageToVideoPipeline.from_pretrained(tmp_path / "out").config.expand_timesteps
+    assert find_latent_space(str(tmp_path / "out"), lambda: 0).channels == tiny_ti2v.CHANNELS
 
 
 @pytest.mark.parametrize(

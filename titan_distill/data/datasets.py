@@ -25,7 +25,7 @@ def open_dataset(
         ValueError: data that can't be read, or that lacks what is needed.
     """
     dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
-    if data.path.endswith(".csv"):
+    if data.holds_videos:
         if video_size is None or tensors:
             lacking = f"the tensors {', '.join(tensors)}" if tensors else "samples of a family without videos"
             raise ValueError(f"data.path = {data.path!r} is a .csv, which can't hold {lacking}; use parquet")

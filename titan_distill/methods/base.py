@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
+from titan_distill.models.head import HEAD_FLAVOR
+
 if TYPE_CHECKING:
     from titan_distill.config import Config
     from titan_distill.data.loader import Batch
@@ -63,6 +65,9 @@ class Passes:
     num_conditions: int = 1
     backward: bool = False
     """Whether they carry gradients; at most one call of an update does."""
+    segments: int | None = None
+    """Of a causal role that makes its samples segment by segment: how many segments, each a call; 0 for as many as a
+    sample has, None for calls of whole samples."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class SampleRequest:
     """True: sampled once, before the first step, and kept for comparison (a teacher, the student before training)."""
     scored: bool = True
     """False: of this set only what is shown gets decoded, and only its distance to the reference is measured."""
+    context_sigma: float = 0.0
+    """Noise level at which a causal role reads its finished segments."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,16 @@ class TrajectoryRequest:
     """Classifier-free guidance in the standard form."""
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a role reads that is no network of the family, but a small head on the features of another role."""
+
+    of: str
+    """Role whose network has the features."""
+    depths: tuple[int, ...]
+    """Parts of that network, counted from 0, behind which they are read."""
+
+
 class TrainingMethod(ABC):
     """Base of all methods; subclasses are registered with ``@register_method``."""
 
@@ -112,6 +129,8 @@ class TrainingMethod(ABC):
     """Frozen dataclass that types ``[method_config]``."""
     roles_required: ClassVar[dict[str, bool]]
     """Role name -> whether it must be trainable; `required_roles` refines it."""
+    causal_roles: ClassVar[frozenset[str]] = frozenset()
+    """Roles that may make a sample segment by segment."""
 
     def __init__(self, config: Any, roles: RoleManager, adapter: Adapter, noise: KeyedNoise, timer: PhaseTimer) -> None:
         self.config, self.roles, self.adapter, self.noise, self.timer = config, roles, adapter, noise, timer
@@ -124,6 +143,11 @@ class TrainingMethod(ABC):
     def required_roles(cls, config: Any) -> dict[str, bool]:
         """The roles under this ``method_config``: name -> whether it must be trainable."""
         return cls.roles_required
+
+    @classmethod
+    def heads(cls, config: Any) -> dict[str, Head]:
+        """Which of the roles are heads under this ``method_config``; their ``flavor`` is "head"."""
+        return {}
 
     @classmethod
     def needs_latents(cls, config: Any) -> bool:
@@ -160,11 +184,28 @@ class TrainingMethod(ABC):
                     f"roles.{name}.trainable = {str(not trainable).lower()}, but {config.recipe.method!r} "
                     f"{'trains' if trainable else 'never trains'} its {name}; set it to {str(trainable).lower()}"
                 )
+            if config.roles[name].attention == "causal" and name not in cls.causal_roles:
+                raise ValueError(
+                    f"roles.{name}.attention = 'causal', but {config.recipe.method!r} runs its {name} on whole samples "
+                    "with one noise level; set it to 'dense' or 'sparse'"
+                )
         if unused := sorted(set(config.roles) - set(required)):
             raise ValueError(
                 f"[roles.{unused[0]}] is not used by recipe.method = {config.recipe.method!r}, "
                 f"whose roles are {', '.join(required)}; remove the table"
             )
+
+        heads = cls.heads(config.method_config)
+        for name, role in config.roles.items():
+            if (name in heads) != (role.flavor == HEAD_FLAVOR):
+                what = f"is a head; set it to {HEAD_FLAVOR!r}" if name in heads else "is no head; name a network's"
+                raise ValueError(
+                    f"roles.{name}.flavor = {role.flavor!r}, but the {name} of {config.recipe.method!r} {what}"
+                )
+            if name in heads and (role.init_from or role.attention != "dense" or role.dtype != "auto"):
+                raise ValueError(
+                    f"roles.{name} is a head, which has no init_from, attention or dtype of its own; remove them"
+                )
 
     @abstractmethod
     def updates(self, step: int) -> list[Update]:

@@ -13,7 +13,9 @@ Equation numbers and defaults: DMD (2311.18828) eq. 7–8, DMD2 §4; Self-Forcin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,12 +25,13 @@ from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.dispatch import register_method
 from titan_distill.methods import losses
-from titan_distill.methods.base import LossResult, Passes, SampleRequest, TrainingMethod, Update, ValidationRequest
+from titan_distill.methods.adversarial import AdversarialConfig, AdversarialTraining
+from titan_distill.methods.base import LossResult, Passes, SampleRequest, Update, ValidationRequest
 from titan_distill.models.base import Condition, Guidance
 
 
 @dataclass(frozen=True)
-class Dmd2Config:
+class Dmd2Config(AdversarialConfig):
     """[method_config] of ``recipe.method = "dmd2"``."""
 
     denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
@@ -82,6 +85,7 @@ class Dmd2Config:
                 f"min_step = {self.min_step} and max_step = {self.max_step} must keep 0 <= min_step < max_step <= 1000"
             )
         schedule.few_step_sigmas(self.denoising_steps, 1.0, self.warp)
+        self.check_adversarial()
 
     @property
     def teacher_guidance(self) -> Guidance:
@@ -94,11 +98,13 @@ class Rollout:
 
     x0: Tensor
     exit_index: int
+    mask: Tensor | None = None
+    """Where the scores are compared, broadcasting to ``x0``; None for everywhere."""
 
 
 @register_method("dmd2")
-class Dmd2(TrainingMethod):
-    """Roles ``student`` and ``critic`` are trained, ``teacher`` is frozen."""
+class Dmd2(AdversarialTraining):
+    """Roles ``student`` and ``critic`` are trained, ``teacher`` is frozen; a ``discriminator`` on request."""
 
     config_class: ClassVar[type] = Dmd2Config
     roles_required: ClassVar[dict[str, bool]] = {"student": True, "teacher": False, "critic": True}
@@ -115,7 +121,7 @@ class Dmd2(TrainingMethod):
 
     @classmethod
     def needs_latents(cls, config: Dmd2Config) -> bool:
-        return config.rollout == "data"
+        return config.rollout == "data" or config.has_discriminator
 
     @classmethod
     def work(cls, config: Dmd2Config) -> list[Passes]:
@@ -136,15 +142,17 @@ class Dmd2(TrainingMethod):
             ),
             Passes("critic", "student", "rollout", before_exit + 1, critics),
             Passes("critic", "critic", "critic", 1, critics, backward=True),
+            *cls.adversarial_work(config, before_exit + 1, students, critics),
         ]
 
     def updates(self, step: int) -> list[Update]:
-        """Student first when it is due, then the critic (unless the two exclude each other)."""
+        """Student first when it is due, then the critic, and the discriminator if there is one (unless student and
+        critic exclude each other)."""
         student = Update("student", self.student_loss)
-        critic = Update("critic", self.critic_loss)
+        critics = [Update("critic", self.critic_loss), *self.discriminator_updates()]
         if step % self.config.update_ratio != 0:
-            return [critic]
-        return [student] if self.config.exclusive else [student, critic]
+            return critics
+        return [student] if self.config.exclusive else [student, *critics]
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:
         """Moves the student's samples along the difference of the two scores."""
@@ -152,9 +160,18 @@ class Dmd2(TrainingMethod):
         rollout = self.rollout(batch, condition, step, purpose="dmd2/student")
         with torch.no_grad():
             direction = self._score_difference(batch, condition, step, rollout)
-        losses_B = losses.dmd_loss(rollout.x0, direction, self.adapter.loss_mask(condition))
-        size_B = direction.detach().abs().flatten(1).mean(1)
-        return LossResult(losses_B, {"dmd/gradient_size": size_B})
+        losses_B = losses.dmd_loss(rollout.x0, direction, self._mask(rollout, condition))
+        metrics = {"dmd/gradient_size": direction.detach().abs().flatten(1).mean(1)}
+        if self.config.adversarial_weight:
+            sigma_of = partial(self._score_sigma, exit_index=rollout.exit_index)
+            adversarial_B = self.adversarial_term(batch, condition, step, rollout.x0, sigma_of)
+            losses_B, metrics["dmd/adversarial"] = losses_B + adversarial_B, adversarial_B.detach()
+        return LossResult(losses_B, metrics)
+
+    def sample_for_discriminator(self, batch: Batch, condition: Condition, step: int) -> tuple[Tensor, Tensor]:
+        rollout = self.rollout(batch, condition, step, purpose="dmd2/discriminator")
+        u_B = self.noise.uniform("dmd2/discriminator/timestep", step, batch.sample_ids)
+        return rollout.x0, self._score_sigma(u_B, rollout.exit_index).to(rollout.x0.device)
 
     def critic_loss(self, batch: Batch, step: int) -> LossResult:
         """Teaches the critic the law of the student's current samples."""
@@ -184,37 +201,51 @@ class Dmd2(TrainingMethod):
             return Rollout(self._student_x0(x, exit_index, condition), exit_index)
 
     def _student_input(self, batch: Batch, condition: Condition, step: int, purpose: str, exit_index: int) -> Tensor:
-        noise = self._normal(batch, step, f"{purpose}/noise/0")
         if self.config.rollout == "data":
             assert batch.latents is not None
-            return self.adapter.add_noise(batch.latents, noise, self._sigma_B(exit_index, batch))
-        x = noise
+            noise = self._normal(batch, step, f"{purpose}/noise/0")
+            return self.adapter.add_noise(batch.latents, noise, self._sigma_B(exit_index, noise))
+        return self.denoise(
+            lambda x, index: self._student_x0(x, index, condition),
+            lambda index: self._normal(batch, step, f"{purpose}/noise/{index}"),
+            exit_index,
+        )
+
+    def denoise(
+        self, predict_x0: Callable[[Tensor, int], Tensor], normal: Callable[[int], Tensor], exit_index: int
+    ) -> Tensor:
+        """From the noise ``normal(0)`` to the input of the exit's forward, as at inference."""
+        x = normal(0)
         for index in range(exit_index):
-            x0 = self._student_x0(x, index, condition)
+            x0 = predict_x0(x, index)
             if self.config.student_sampler == "sde":
-                noise = self._normal(batch, step, f"{purpose}/noise/{index + 1}")
+                noise = normal(index + 1)
             else:
-                velocity = schedule.velocity_from_x0(x, x0, self._sigma_B(index, batch))
-                noise = schedule.noise_from_velocity(x, velocity, self._sigma_B(index, batch))
-            x = self.adapter.add_noise(x0, noise, self._sigma_B(index + 1, batch))
+                velocity = schedule.velocity_from_x0(x, x0, self._sigma_B(index, x))
+                noise = schedule.noise_from_velocity(x, velocity, self._sigma_B(index, x))
+            x = self.adapter.add_noise(x0, noise, self._sigma_B(index + 1, x))
         return x
 
     def _student_x0(self, x: Tensor, index: int, condition: Condition) -> Tensor:
-        sigma_B = torch.full((x.shape[0],), self.sigmas[index], dtype=torch.float64, device=x.device)
-        return self.adapter.predict_x0(self.roles["student"], x, sigma_B, condition)
+        return self.adapter.predict_x0(self.roles["student"], x, self._sigma_B(index, x), condition)
 
     def _score_difference(self, batch: Batch, condition: Condition, step: int, rollout: Rollout) -> Tensor:
         config, x0 = self.config, rollout.x0.detach()
         u_B = self.noise.uniform("dmd2/student/timestep", step, batch.sample_ids)
         sigma_B = self._score_sigma(u_B, rollout.exit_index).to(x0.device)
         x = self.adapter.add_noise(x0, self._normal(batch, step, "dmd2/student/noise"), sigma_B)
-        mask = self.adapter.loss_mask(condition)
+        mask = self._mask(rollout, condition)
         with self.timer("critic"):
             fake_guidance = Guidance(config.fake_guidance_scale)
             fake = self.adapter.predict_x0(self.roles["critic"], x, sigma_B, condition, fake_guidance)
         with self.timer("teacher"):
             real = self.adapter.predict_x0(self.roles["teacher"], x, sigma_B, condition, config.teacher_guidance)
-        return losses.dmd_direction(fake, real, x0, normalise=config.normalise, mask=mask)
+        direction = losses.dmd_direction(fake, real, x0, normalise=config.normalise, mask=mask)
+        return self.weighted(direction, x, sigma_B, condition)
+
+    def _mask(self, rollout: Rollout, condition: Condition) -> Tensor | None:
+        """Where scores are compared: where the rollout says so, or else where the condition gives nothing."""
+        return self.adapter.loss_mask(condition) if rollout.mask is None else rollout.mask
 
     def _score_sigma(self, u_B: Tensor, exit_index: int) -> Tensor:
         """Noise levels at which the scores are compared, one a sample, from uniform draws."""
@@ -236,9 +267,8 @@ class Dmd2(TrainingMethod):
         device = batch.text_embeddings.device
         return self.noise.normal(purpose, step, batch.sample_ids, self.adapter.latent_shape, device=device)
 
-    def _sigma_B(self, index: int, batch: Batch) -> Tensor:
-        device = batch.text_embeddings.device
-        return torch.full((len(batch.sample_ids),), self.sigmas[index], dtype=torch.float64, device=device)
+    def _sigma_B(self, index: int, x: Tensor) -> Tensor:
+        return torch.full((len(x),), self.sigmas[index], dtype=torch.float64, device=x.device)
 
     def validation_request(self) -> ValidationRequest:
         """Teacher with many steps (the reference), the teacher with as few steps as the student, the student before and

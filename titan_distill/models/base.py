@@ -12,7 +12,7 @@ videos (the toy family of the tests) use fewer dims after B; nothing outside a f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from titan_distill.diffusion import schedule
 if TYPE_CHECKING:
     from titan_distill.config import Config, RoleConfig
     from titan_distill.data.loader import Batch
+    from titan_distill.models.streaming import SegmentStream
     from titan_distill.observability.flops import WorkCounter
     from titan_distill.parallelisms.degrees import Degrees
     from titan_distill.parallelisms.mesh import Layouts, RoleMesh
@@ -56,6 +57,8 @@ class Adapter(ABC):
 
     latent_shape: tuple[int, ...]
     """Shape of one sample's latents, without the batch dim."""
+    sequence_dim: int = 1
+    """Dim of batched latents along which causal roles make a sample segment by segment."""
     flow_shift: float
     """Shift of the noise schedule, the same for every role of a run."""
     work: WorkCounter | None = None
@@ -80,7 +83,23 @@ class Adapter(ABC):
 
     @abstractmethod
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """The role's velocity ``ε - x0`` at noise level ``sigma_B`` in [0, 1]; shape and dtype of ``x``."""
+        """The role's velocity ``ε - x0`` at noise level ``sigma_B`` in [0, 1]; shape and dtype of ``x``.
+
+        A causal role reads all segments of ``x`` at once, each with those before it as its context; their noise levels
+        may differ: then ``sigma_B`` has the dims of ``x`` and varies along the sequence's alone.
+        """
+
+    def features(
+        self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Sequence[int]
+    ) -> list[Tensor]:
+        """What the role's network holds behind those of its parts that ``depths`` names, counted from 0, when it
+        predicts a velocity: [B, positions, width] each, of the positions that this rank has."""
+        raise NotImplementedError  # a family whose `feature_width` answers has them
+
+    def mean_over_positions(self, role: RoleHandle, x: Tensor, values_BL: Tensor) -> Tensor:
+        """Mean over all positions of what a head made of `features` of ``x``: [B], float64, equal on all ranks that
+        share the samples."""
+        raise NotImplementedError
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -98,6 +117,31 @@ class Adapter(ABC):
         """Text embeddings [tokens, width] as a dataset's rows hold them, without padding. Raises ValueError where
         the family has no text encoder, or the run was configured without one."""
         raise ValueError("this model family has no text encoder; take prompts from a parquet file with embeddings")
+
+    def segment_lengths(self, role: RoleHandle, length: int | None = None) -> tuple[int, ...] | None:
+        """Lengths of the segments in which a causal role makes a sequence of ``length``, a sample's by default; None
+        for a role that makes it as a whole. Raises ValueError for a length that segments don't fill."""
+        return None
+
+    def open_stream(self, role: RoleHandle, condition: Condition) -> SegmentStream:
+        """Begins a batch of sequences, which a causal role makes segment by segment. Raises ValueError for a role that
+        can't."""
+        raise ValueError(f"role {role.name!r} makes samples as a whole; set roles.{role.name}.attention to 'causal'")
+
+    def segment_shape(self, length: int) -> tuple[int, ...]:
+        """Shape of one sample's latents, without the batch dim, when it is ``length`` long along the sequence's dim."""
+        before, behind = self.sequence_dim - 1, self.sequence_dim
+        return (*self.latent_shape[:before], length, *self.latent_shape[behind:])
+
+    def last_sample(self, sequence: Tensor) -> Tensor:
+        """The end of a sequence longer than a sample, as a sample that begins there. A family whose first latent means
+        something else than those behind it encodes it anew, without a graph."""
+        length = self.latent_shape[self.sequence_dim - 1]
+        return sequence.narrow(self.sequence_dim, sequence.shape[self.sequence_dim] - length, length)
+
+    def num_latents(self, role: RoleHandle, num_frames: int) -> int:
+        """Length of the latents of a video of ``num_frames``, where the role can make such a one; else ValueError."""
+        raise ValueError(f"only a causal role makes videos of any length, and {role.name!r} is none; leave it out")
 
     def with_image(self, condition: Condition, images: Tensor) -> Condition:
         """The condition that samples also start from these pictures, uint8 [B, height, width, 3]. Raises ValueError
@@ -145,8 +189,8 @@ class Adapter(ABC):
         Forward-mode differentiation, one pass of about twice a forward's work and no stored activations; nothing is
         approximated. No fused attention kernel has a forward mode, so PyTorch's own attention runs as its plain
         mathematics here, which holds the [queries, keys] matrix of scores in memory. What is no PyTorch operation with
-        a forward mode (sparse attention, compiled blocks, float8, exchange between ranks) raises NotImplementedError or
-        RuntimeError: a method that needs derivatives refuses it beforehand.
+        a forward mode (sparse attention, compiled blocks, float8) raises NotImplementedError or RuntimeError: a method
+        that needs derivatives refuses it beforehand. Between ranks, tangents travel as what they are tangents of does.
         """
         counting = self.work.forward_mode() if self.work else nullcontext()
         with counting, sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
@@ -248,6 +292,11 @@ class ModelFamily(ABC):
     @abstractmethod
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         """Properties of the latents a module works on. All roles of a run must agree on them."""
+
+    def feature_width(self, module: nn.Module, depths: Sequence[int]) -> int:
+        """Width of the features behind ``depths`` (see `Adapter.features`). Raises ValueError for depths that the
+        network does not have, and where the family offers no features."""
+        raise ValueError(f"recipe.family = {self.config.recipe.family!r} offers no features for a head to read")
 
     @abstractmethod
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:

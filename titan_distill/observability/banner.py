@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from titan_distill.config_world import check_world
+from titan_distill.models.head import HEAD_FLAVOR
 from titan_distill.parallelisms.activation_checkpoint import describe as describe_checkpointing
 from titan_distill.parallelisms.compile import describe as describe_compile
 from titan_distill.parallelisms.float8 import describe as describe_float8
@@ -65,7 +66,9 @@ def _describe(config: Config, handle: RoleHandle) -> str:
         precision += f" stored, {config.training.dtype} computed"
     layout = "FSDP2 sharded" if hasattr(parameters[0], "placements") else "whole"
     kind = "trained" if role.trainable else "frozen"
-    extras = [f"{role.attention} attention"]
+    segmentation = getattr(module, "segmentation", None)
+    attention = f"{role.attention} attention" + (f" in {segmentation.describe()}" if segmentation else "")
+    extras = ["head" if role.flavor == HEAD_FLAVOR else attention]
     if len(handle.modules) > 1:
         extras.append(f"{len(handle.modules)} experts")
     if role.lora.enabled:

@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, F latent frames, H and W latent height and w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,17 @@ import torch
 from titan_kernels.layout import tile_grid
 from torch import Tensor, nn
 
+from titan_distill.attention.causal import KeysAndValues, Memory
 from titan_distill.data.images import ImageEncoder
 from titan_distill.data.loader import Batch
 from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import schedule
 from titan_distill.models.base import Adapter, Condition, Guidance
+from titan_distill.models.streaming import SegmentStream
 from titan_distill.models.wan import first_frame
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.experts import is_high_noise, route
+from titan_distill.models.wan.features import block_outputs, mean_over_tokens
 from titan_distill.models.wan.first_frame import ImageMixing
 from titan_distill.models.wan.image_channels import (
     EMBEDDING,
@@ -31,9 +35,11 @@ from titan_distill.models.wan.image_channels import (
     takes_channels,
     with_channels,
 )
+from titan_distill.models.wan.segments import check_fits, num_latent_frames
+from titan_distill.models.wan.stream import WanStream
 from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import decode_latents, encode_video
+from titan_distill.models.wan.vae import decode_latents, encode_video, restart
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
@@ -47,6 +53,8 @@ if TYPE_CHECKING:
 class WanAdapter(Adapter):
     """Adapter of Wan models that make videos from text, or from text and a first frame. VAE and text encoder may be
     absent where nothing is decoded or encoded."""
+
+    sequence_dim = 2
 
     def __init__(
         self,
@@ -91,9 +99,8 @@ class WanAdapter(Adapter):
 
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         values = {}
-        for transformer in (module for role in roles for module in role.modules.values()):
-            assert isinstance(transformer, WanTransformer)
-            core = transformer.sparse_attention
+        for module in (module for role in roles for module in role.modules.values()):
+            core = module.sparse_attention if isinstance(module, WanTransformer) else None  # a head has no attention
             if core is not None:
                 core.start_step(step)
                 read = core.tiles_read(self._num_tiles)
@@ -131,7 +138,10 @@ class WanAdapter(Adapter):
         if missing := [name for name in self.image_tensors if name not in batch.extra]:
             raise ValueError(f"the models of this run start from images, but there is no {missing[0]} in the data")
         text |= {name: batch.extra[name] for name in self.image_tensors}
-        return text if self.image_mixing is None else text | self.image_mixing.condition(batch)
+        # Without latents there is no image: data to train on has them (`needs_latents`), prompts to sample from don't.
+        if self.image_mixing is None or batch.latents is None:
+            return text
+        return text | self.image_mixing.condition(batch.sample_ids, batch.latents)
 
     def negative_condition(self, batch_size: int) -> Condition:
         if self._negative_LD is None:
@@ -177,11 +187,40 @@ class WanAdapter(Adapter):
         return first_frame.loss_mask(condition, self.latent_shape[1])
 
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        transformer = _transformer(role)
-        config, core = transformer.config, transformer.sparse_attention
-        check_pictures(role.name, config, condition)
+        return self.forward(role, x, sigma_B, condition)
+
+    def forward(
+        self,
+        role: RoleHandle,
+        x: Tensor,
+        sigma_B: Tensor,
+        condition: Condition,
+        memory: Memory | None = None,
+        kept: list[KeysAndValues] | None = None,
+    ) -> Tensor:
+        """``predict_velocity``; for a causal role also of one segment, given the ``memory`` of those before it."""
+        check_pictures(role.name, self.network(role).config, condition)
+        self._count(role, x, condition, memory)
+
+        def forward(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+            return self._routed(role, x, sigma, condition, memory, kept)
+
+        x, sigma = self.held(x, sigma_B, condition)
+        if sigma.ndim > 1:
+            sigma = sigma.flatten(1)  # [B, F], a time for each frame
+        read, exchange = first_frame.without_frame(condition), self.layouts.exchange(role.name)
+        return forward(x, sigma, read) if exchange is None else exchange.run(forward, x, sigma, read)
+
+    def _count(self, role: RoleHandle, x: Tensor, condition: Condition, memory: Memory | None) -> None:
+        transformer = self.network(role)
+        config, core, segmentation = transformer.config, transformer.sparse_attention, transformer.segmentation
         sparse = None if core is None else core.tiles_read(self._num_tiles)
-        sizes = (self.work.tokens_per_sample, condition["text"].shape[1], sparse)
+        frames, tokens_per_frame = x.shape[2], self.work.tokens_per_sample // self.latent_shape[1]
+        keys = None
+        if segmentation is not None:
+            num_frames = segmentation.num_keys(frames) if memory is None else memory.num_remembered + frames
+            keys = num_frames * tokens_per_frame
+        sizes = (frames * tokens_per_frame, condition["text"].shape[1], sparse, keys)
         # The ranks that load the same samples share their work, in whatever layout.
         own_flops = forward_flops(config, *sizes).total * len(x) / self.layouts.data_group
         self.work.forward(
@@ -191,21 +230,53 @@ class WanAdapter(Adapter):
             frozen=role.adapters_only,
         )
 
-        def forward(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-            return self._routed(role, x, sigma, condition)
+    def segment_lengths(self, role: RoleHandle, length: int | None = None) -> tuple[int, ...] | None:
+        segmentation = self.network(role).segmentation
+        if segmentation is None:
+            return None
+        return segmentation.lengths(self.latent_shape[1] if length is None else length)
 
-        x, sigma = self.held(x, sigma_B, condition)
-        if sigma.ndim > 1:
-            sigma = sigma.flatten(1)  # [B, F], a time for each frame
-        read, exchange = first_frame.without_frame(condition), self.layouts.exchange(role.name)
-        return forward(x, sigma, read) if exchange is None else exchange.run(forward, x, sigma, read)
+    def open_stream(self, role: RoleHandle, condition: Condition) -> SegmentStream:
+        segmentation = self.network(role).segmentation
+        if segmentation is None:
+            return super().open_stream(role, condition)
+        if first_frame.IMAGE in condition:
+            raise ValueError(f"role {role.name!r} is causal and makes videos from text only; leave the image out")
+        return WanStream(self, role, condition, segmentation)
 
-    def _routed(self, role: RoleHandle, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    def last_sample(self, sequence: Tensor) -> Tensor:
+        return restart(self._vae(), sequence, self.latent_shape[1])
+
+    def num_latents(self, role: RoleHandle, num_frames: int) -> int:
+        segmentation = self.network(role).segmentation
+        if segmentation is None:
+            return super().num_latents(role, num_frames)
+        check_fits(segmentation, num_frames, "num_frames")
+        return num_latent_frames(num_frames)
+
+    def features(
+        self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Sequence[int]
+    ) -> list[Tensor]:
+        assert self.layouts.exchange(role.name) is None, "the configuration keeps data groups apart"
+        return block_outputs(self.network(role), depths, x, lambda: self.predict_velocity(role, x, sigma_B, condition))
+
+    def mean_over_positions(self, role: RoleHandle, x: Tensor, values_BL: Tensor) -> Tensor:
+        return mean_over_tokens(self.network(role), values_BL, x)
+
+    def _routed(
+        self,
+        role: RoleHandle,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Condition,
+        memory: Memory | None,
+        kept: list[KeysAndValues] | None,
+    ) -> Tensor:
         """Each sample's velocity, by the expert for its noise level where there are two. ``sigma``: [B] or [B, F]."""
-        experts = [partial(_run, module) for module in role.modules.values()]
+        experts = [partial(_run, module, memory=memory, kept=kept) for module in role.modules.values()]
         if len(experts) == 1:
             return experts[0](x, sigma, condition)
-        whole = _transformer(role).sequence is not None
+        whole = self.network(role).sequence is not None
         return route(
             (experts[0], experts[1]), self._is_high_noise(sigma), x, sigma, condition,
             run_both=torch.is_grad_enabled() and role.trainable, dummy_frames=x.shape[2] if whole else 1,
@@ -242,17 +313,25 @@ class WanAdapter(Adapter):
             )
         return self.vae
 
+    @staticmethod
+    def network(role: RoleHandle) -> WanTransformer:
+        """The role's transformer."""
+        transformer = role.transformer
+        assert isinstance(transformer, WanTransformer)
+        return transformer
 
-def _run(transformer: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+
+def _run(
+    transformer: nn.Module,
+    x: Tensor,
+    sigma: Tensor,
+    condition: Condition,
+    memory: Memory | None,
+    kept: list[KeysAndValues] | None,
+) -> Tensor:
     config = transformer.config
     assert isinstance(config, WanConfig)
     image = condition[EMBEDDING] if config.image_dim is not None else None
     shown = with_channels(x, condition) if takes_channels(config) else x
     # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
-    return transformer(shown, schedule.timestep(sigma), condition["text"], image).to(x.dtype)
-
-
-def _transformer(role: RoleHandle) -> WanTransformer:
-    transformer = role.transformer
-    assert isinstance(transformer, WanTransformer)
-    return transformer
+    return transformer(shown, schedule.timestep(sigma), condition["text"], image, memory=memory, kept=kept).to(x.dtype)

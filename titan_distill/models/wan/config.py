@@ -52,6 +52,9 @@ class WanConfig:
     sparse_attention: bool = False
     """Blocks have a gate, `to_gate_compress`, for the coarse branch of video sparse attention. Not diffusers' key: it
     is written only where it is true, and diffusers then says that it ignores it."""
+    causal_attention: bool = False
+    """Trained to read only what comes before, segment by segment. Not diffusers' key either; the weights fit its model,
+    which would attend both ways."""
 
     @property
     def inner_dim(self) -> int:
@@ -78,6 +81,8 @@ class WanConfig:
                 f"added_kv_proj_dim {self.added_kv_proj_dim} must equal the model's width {self.inner_dim}, "
                 "to which the image embedder projects"
             )
+        if self.causal_attention and self.sparse_attention:
+            raise ValueError("causal_attention and sparse_attention are both true; no attention is both")
         if self.pos_embed_seq_len is not None and self.image_dim is None:
             raise ValueError(f"pos_embed_seq_len {self.pos_embed_seq_len} needs image_dim")
 
@@ -104,8 +109,9 @@ class WanConfig:
     def to_diffusers(self) -> dict[str, Any]:
         """Return the dict that diffusers' `config.json` holds."""
         values = asdict(self)
-        if not self.sparse_attention:
-            del values["sparse_attention"]
+        for name in ("sparse_attention", "causal_attention"):
+            if not values[name]:
+                del values[name]
         return {"_class_name": DIFFUSERS_CLASS_NAME, **values, "patch_size": list(self.patch_size)}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from titan_distill.attention.causal import Segmentation
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, network_folder
 from titan_distill.checkpoint.initial_weights import is_reference, read_weights, resolve_reference
@@ -24,6 +26,7 @@ from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.dispatch import method_class, register_model
 from titan_distill.models.base import Adapter, ModelFamily
+from titan_distill.models.head import HEAD_FLAVOR
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.experts import EXPERTS, experts_of, find_boundary, stored_experts
@@ -31,6 +34,7 @@ from titan_distill.models.wan.first_frame import ImageMixing, expands_timesteps
 from titan_distill.models.wan.image_channels import EMBEDDING, needed_tensors
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_transformer, check_degrees
+from titan_distill.models.wan.segments import check_segments, num_latent_frames, segmentation_of
 from titan_distill.models.wan.state_dict import UNUSED_KEY, copy_full_tensor, load_weights, read_config, save_folder
 from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
@@ -73,6 +77,15 @@ class WanPipelineConfig:
     offload_text_encoder: bool = False
     """Keep the text encoder in host memory, each layer on the device only while it runs: 11 GB less, seconds more a new
     prompt."""
+    frames_per_block: int = 3
+    """Latent frames that a causal role makes at once, attending both ways within them and back to those before."""
+    independent_first_frame: bool = False
+    """The first block of a causal role is one latent frame: a picture."""
+    cache_window_frames: int = 0
+    """Latent frames whose keys and values a causal role keeps at most, sink_frames among them; 0 keeps all. A window
+    bounds memory and work of a block, so that a video may become as long as it likes."""
+    sink_frames: int = 0
+    """Of cache_window_frames, how many are the video's first, for ever; the others are the latest."""
     image_probability: float = 0.0
     """Share of the training samples that start from an image, their own first latent frame (image-to-video); the rest
     has text only. Wan 2.2 TI2V was trained with 0.2."""
@@ -89,9 +102,17 @@ class WanPipelineConfig:
         if self.flow_shift <= 0:
             raise ValueError(f"flow_shift = {self.flow_shift} must be positive; 1 means no shift")
         self._check_images()
-        if self.num_frames < 1 or self.num_frames % 4 != 1:
-            nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
-            raise ValueError(f"num_frames = {self.num_frames} must be 4 n + 1 for the VAE; the nearest is {nearest}")
+        num_latent_frames(self.num_frames)
+        if self.frames_per_block < 1:
+            raise ValueError(f"frames_per_block = {self.frames_per_block} must be at least 1")
+        for name in ("cache_window_frames", "sink_frames"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be 0 or more")
+        if self.sink_frames and self.sink_frames >= self.cache_window_frames:
+            raise ValueError(
+                f"sink_frames = {self.sink_frames} are frames of cache_window_frames = {self.cache_window_frames}, "
+                "which must leave room for later ones; lower the first or raise the second"
+            )
         check_range(self, "boundary_ratio", above=0, below=1)
         for name in ("height", "width"):
             if getattr(self, name) < 16 or getattr(self, name) % 16:
@@ -107,6 +128,10 @@ class WanPipelineConfig:
             )
         if not 0 <= self.image_noise_std <= 1:
             raise ValueError(f"image_noise_std = {self.image_noise_std} must be between 0 and 1")
+        if self.image_noise_mean == -math.inf and self.image_noise_std != type(self).image_noise_std:
+            raise ValueError(
+                f"image_noise_std = {self.image_noise_std} has no effect with image_noise_mean = -inf; remove it"
+            )
         for name in ("image_noise_mean", "image_noise_std"):
             if not self.image_probability and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
@@ -129,15 +154,16 @@ class WanFamily(ModelFamily):
     @classmethod
     def validate(cls, config: Config) -> None:
         for name, role in config.roles.items():
-            if role.flavor and role.flavor not in FLAVORS:
+            if role.flavor not in ("", HEAD_FLAVOR, *FLAVORS):
                 raise ValueError(
                     f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}"
                 )
-        if config.data.path.endswith(".csv") and not config.pipeline_config.path:
+        if config.data.holds_videos and not config.pipeline_config.path:
             raise ValueError(
                 f"data.path = {config.data.path!r} holds videos and prompts to encode, but pipeline_config.path is "
                 "empty; set it to a diffusers folder with vae, text_encoder and tokenizer"
             )
+        check_segments(config)
         if config.pipeline_config.image_probability and not method_class(config.recipe.method).uses_loss_mask:
             raise ValueError(
                 f"pipeline_config.image_probability = {config.pipeline_config.image_probability} gives first frames, "
@@ -211,6 +237,7 @@ class WanFamily(ModelFamily):
             float8=config.float8.for_role(name),
             lora=role.lora,
             sparse_attention=config.sparse_attention if role.attention == "sparse" else None,
+            segmentation=self._segmentation(role.attention == "causal"),
         )
         architecture = self._architecture(name, role, by_name=device.type == "meta", expert=expert)
         # Two networks that start at random must not start alike.
@@ -221,7 +248,8 @@ class WanFamily(ModelFamily):
         find_boundary(self.config, by_name=True)
         space = self._latent_space()
         space.check_size(*self.video_size())
-        for name, layout in degrees.items():
+        networks = {name: layout for name, layout in degrees.items() if self.config.roles[name].flavor != HEAD_FLAVOR}
+        for name, layout in networks.items():
             architecture = self._architecture(name, self.config.roles[name], by_name=True)
             self._check_latents(name, architecture, space)
             if self.config.roles[name].lora.enabled and layout.tensor > 1:
@@ -236,6 +264,7 @@ class WanFamily(ModelFamily):
                 role_parallelism(self.config, name).sequence_method,
                 self.token_grid(),
                 self._core(self.config.roles[name].attention == "sparse"),
+                self._segmentation(self.config.roles[name].attention == "causal"),
             )
 
     def _check_latents(self, name: str, architecture: WanConfig, space: LatentSpace) -> None:
@@ -245,6 +274,15 @@ class WanFamily(ModelFamily):
                 f"roles.{name} takes images in {architecture.in_channels - architecture.out_channels} channels of its "
                 "own, not as a first frame; set pipeline_config.image_probability to 0"
             )
+        role = self.config.roles[name]
+        if role.attention == "causal":
+            is_single = len(experts_of(name, role, by_name=True)) == 1
+            if not is_single or architecture.in_channels != architecture.out_channels:
+                what = "pictures in channels of their own" if is_single else "two experts"
+                raise ValueError(
+                    f"roles.{name}.attention = 'causal' is for one network that makes videos from text, but this one "
+                    f"has {what}; choose another flavor, or attention = 'dense'"
+                )
 
     def token_grid(self) -> Grid:
         return self._latent_space().token_grid(*self.video_size())
@@ -263,22 +301,32 @@ class WanFamily(ModelFamily):
     def _core(self, is_sparse: bool) -> SparseAttention | None:
         return SparseAttention(self.config.sparse_attention) if is_sparse else None
 
+    def _segmentation(self, is_causal: bool) -> Segmentation | None:
+        return segmentation_of(self.config.pipeline_config) if is_causal else None
+
     def _architecture(self, name: str, role: RoleConfig, *, by_name: bool, expert: str = TRANSFORMER) -> WanConfig:
-        """What the role's network looks like: dense weights may become a sparse model, but not the other way round.
+        """What the role's network looks like: dense weights may become a sparse or a causal model, but not the other
+        way round.
 
         ``by_name`` believes a flavor without reading any file.
         """
         weights = role.path or role.init_from
         if not weights or (by_name and role.flavor):
-            return replace(FLAVORS[role.flavor], sparse_attention=role.attention == "sparse")
+            return _attending(FLAVORS[role.flavor], role.attention)
         found = _stored_architecture(weights, expert)
-        if found.sparse_attention and role.attention == "dense":
+        if found.causal_attention and role.attention != "causal":
             raise ValueError(
-                f"roles.{name}.attention = 'dense', but {weights} holds a model trained with sparse attention, whose "
-                f"coarse branch a dense one lacks; set roles.{name}.attention to 'sparse' or choose other weights"
+                f"roles.{name}.attention = {role.attention!r}, but {weights} holds a model trained with causal "
+                f"attention; set roles.{name}.attention to 'causal' or choose other weights"
             )
-        found = replace(found, sparse_attention=role.attention == "sparse")
-        expected = replace(FLAVORS.get(role.flavor, found), sparse_attention=found.sparse_attention)
+        if found.sparse_attention and role.attention != "sparse":
+            raise ValueError(
+                f"roles.{name}.attention = {role.attention!r}, but {weights} holds a model trained with sparse "
+                f"attention, whose coarse branch a {role.attention} one lacks; set roles.{name}.attention to 'sparse' "
+                "or choose other weights"
+            )
+        found = _attending(found, role.attention)
+        expected = _attending(FLAVORS.get(role.flavor, found), role.attention)
         different = ", ".join(
             f"{f.name} is {getattr(found, f.name)} instead of {getattr(expected, f.name)}"
             for f in dataclasses.fields(found)
@@ -298,7 +346,9 @@ class WanFamily(ModelFamily):
     ) -> nn.Module:
         config = WanConfig.from_diffusers(architecture)
         with torch.device("meta"):
-            model = WanTransformer.from_config(config, self._core(config.sparse_attention))
+            model = WanTransformer.from_config(
+                config, self._core(config.sparse_attention), self._segmentation(config.causal_attention)
+            )
         model.to_empty(device=device).requires_grad_(False)
         parameters = dict(model.named_parameters())
         for name, tensor in _used(tensors):
@@ -311,7 +361,9 @@ class WanFamily(ModelFamily):
         with torch.device("meta"):
             config = WanConfig.from_diffusers(architecture)
             model = WanTransformer(
-                config, SparseAttention(SparseAttentionConfig()) if config.sparse_attention else None
+                config,
+                SparseAttention(SparseAttentionConfig()) if config.sparse_attention else None,
+                Segmentation() if config.causal_attention else None,
             )
         wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
         found = {name: shape for name, shape in shapes.items() if UNUSED_KEY not in name}
@@ -331,12 +383,21 @@ class WanFamily(ModelFamily):
         config = _wan(module).config
         return {"channels": config.out_channels, "text width": config.text_dim}
 
+    def feature_width(self, module: nn.Module, depths: Sequence[int]) -> int:
+        num_blocks = _wan(module).config.num_layers
+        if outside := [depth for depth in depths if not 0 <= depth < num_blocks]:
+            raise ValueError(
+                f"a head is to read features behind block {outside[0]}, but the network has {num_blocks} blocks, "
+                f"counted from 0; choose from 0 to {num_blocks - 1}"
+            )
+        return _wan(module).config.inner_dim
+
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
         config, pipeline = self.config, self.config.pipeline_config
         vae = text_encoder = negative = None
         if pipeline.path:
-            compute_dtype, encodes = DTYPES[config.training.dtype], config.data.path.endswith(".csv")
-            vae_dtype = encoding_dtype(device, compute_dtype) if encodes else torch.float32
+            compute_dtype = DTYPES[config.training.dtype]
+            vae_dtype = encoding_dtype(device, compute_dtype) if config.data.holds_videos else torch.float32
             vae = load_vae(Path(pipeline.path), device, vae_dtype)
             text_encoder = TextEncoder(
                 pipeline.path, dtype=compute_dtype, device=device, offload=pipeline.offload_text_encoder
@@ -383,6 +444,10 @@ class WanFamily(ModelFamily):
 def _wan(module: nn.Module) -> WanTransformer:
     assert isinstance(module, WanTransformer)
     return module
+
+
+def _attending(architecture: WanConfig, attention: str) -> WanConfig:
+    return replace(architecture, sparse_attention=attention == "sparse", causal_attention=attention == "causal")
 
 
 def _used(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:

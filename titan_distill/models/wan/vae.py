@@ -73,6 +73,20 @@ def decode_latents(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
     return pixels_BCTHW.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
 
 
+def restart(vae: AutoencoderKLWan, latents_BCFHW: Tensor, num_frames: int) -> Tensor:
+    """The last `num_frames` latent frames of a longer video, as a video that begins there.
+
+    The first latent frame of a video stands for one picture, each later one for four. What becomes the first is
+    therefore decoded, in the light of all before it, and its last picture encoded as the beginning of a video.
+    """
+    start = latents_BCFHW.shape[2] - num_frames
+    if not start:
+        return latents_BCFHW
+    picture_B1HW3 = decode_latents(vae, latents_BCFHW[:, :, : start + 1])[:, -1:]
+    first_BC1HW = encode_video(vae, picture_B1HW3).to(latents_BCFHW.dtype)
+    return torch.cat((first_BC1HW, latents_BCFHW[:, :, start + 1 :]), dim=2)
+
+
 def _statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     shape = (1, vae.config.z_dim, 1, 1, 1)
     return (
