@@ -75,7 +75,9 @@ def held(x_BCFHW: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor
     mask_B1F11 = _mask(condition[MASK], x_BCFHW.shape[2])
     level = broadcast_sigma(sigma_B, x_BCFHW) * mask_B1F11
     mask = mask_B1F11.to(x_BCFHW.dtype)
-    return (1 - mask) * condition[IMAGE].to(x_BCFHW.dtype) + mask * x_BCFHW, level
+    # Detached: what a loss makes of the other frames must not move a given one by the share m of it that is shown.
+    given = (1 - mask) * condition[IMAGE].to(x_BCFHW.dtype) + mask * x_BCFHW.detach()
+    return torch.where(mask == 1, x_BCFHW, given), level
 
 
 def loss_mask(condition: Condition, num_frames: int) -> Tensor | None:
