@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from titan_distill.checkpoint.convert import EXPAND_TIMESTEPS
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.schedule import broadcast_sigma
 from titan_distill.models.base import Condition
@@ -98,7 +99,7 @@ def expands_timesteps(pipeline: str) -> bool:
     if not pipeline or not file.is_file():
         return False
     try:
-        return bool(json.loads(file.read_text(encoding="utf-8")).get("expand_timesteps", False))
+        return bool(json.loads(file.read_text(encoding="utf-8")).get(EXPAND_TIMESTEPS, False))
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} is no index of a pipeline ({error}); copy it again") from error
 
