@@ -67,11 +67,13 @@ class MlpVelocity(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, 1)])
 
-    def forward(self, x: Tensor, sigma_B1: Tensor, label_B1: Tensor) -> Tensor:
+    def hidden(self, x: Tensor, sigma_B1: Tensor, label_B1: Tensor) -> list[Tensor]:
+        """[B, values, width] behind each block but the last."""
         hidden = torch.stack([x, sigma_B1.expand_as(x), label_B1.expand_as(x)], -1)
-        for block in self.blocks[:-1]:
-            hidden = torch.nn.functional.silu(block(hidden))
-        return self.blocks[-1](hidden).squeeze(-1)
+        return [hidden := torch.nn.functional.silu(block(hidden)) for block in self.blocks[:-1]]
+
+    def forward(self, x: Tensor, sigma_B1: Tensor, label_B1: Tensor) -> Tensor:
+        return self.blocks[-1](self.hidden(x, sigma_B1, label_B1)[-1]).squeeze(-1)
 
 
 class ChainTeacher(nn.Module):
@@ -186,6 +188,13 @@ class ToyAdapter(Adapter):
     def open_stream(self, role: RoleHandle, condition: Condition) -> SegmentStream:
         return ToyStream(role)
 
+    def features(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Any) -> list[Tensor]:
+        hidden = role.transformer.hidden(x, sigma_B[:, None].to(x.dtype), condition["label"])
+        return [hidden[depth] for depth in depths]
+
+    def mean_over_positions(self, role: RoleHandle, x: Tensor, values_BL: Tensor) -> Tensor:
+        return values_BL.double().mean(1)
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         return latents
 
@@ -225,6 +234,9 @@ class ToyFamily(ModelFamily):
 
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         return {"values": self.config.pipeline_config.num_values}
+
+    def feature_width(self, module: nn.Module, depths: Any) -> int:
+        return 64
 
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
         return ToyAdapter(self.config.pipeline_config)

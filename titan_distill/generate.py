@@ -8,11 +8,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from titan_distill.checkpoint import convert
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import read_manifest
 from titan_distill.config import Config, load_config
+from titan_distill.data.footage import read_picture
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.dispatch import method_class, model_family
 from titan_distill.methods.base import SampleRequest
@@ -36,8 +38,9 @@ def generate(
     cache_window_frames: int | None = None,
     sink_frames: int | None = None,
     raw_weights: bool = False,
+    image: Path | None = None,
 ) -> None:
-    """Make a video from a prompt with a trained role.
+    """Make a video from a prompt, or from a prompt and a first picture, with a trained role.
 
     Args:
         checkpoint: A step folder, or ``outputs/<name>/checkpoints/latest``.
@@ -51,6 +54,8 @@ def generate(
         cache_window_frames: Latent frames that a causal role remembers at most; the run's own number if not given.
         sink_frames: Of these, how many are the video's first; the run's own number if not given.
         raw_weights: Sample from the trained weights even where there is an average of them.
+        image: Picture (or video, of which the first frame) that the video starts from, scaled to cover its size and
+            cropped; for models that take one.
     """
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the video should show")
@@ -69,10 +74,19 @@ def generate(
     )
     length = None if num_frames is None else adapter.num_latents(handle, num_frames)
     condition = adapter.encode_prompts([prompt])
+    if image is not None:
+        condition = adapter.with_image(condition, _picture(config, image)[None])
     latents = Sampling(adapter, KeyedNoise(seed), device).run(request, handle, condition, [0], length)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(out, adapter.decode_latents(latents)[0].cpu().numpy(), config.validation.fps)
     print(f"{out}: {prompt!r}, {request.solver}, {request.num_steps} steps, seed {seed}")
+
+
+def _picture(config: Config, image: Path) -> Tensor:
+    size = model_family(config.recipe.family)(config).video_size()
+    if size is None:
+        raise ValueError(f"--image {image}: family {config.recipe.family!r} makes no videos; leave it out")
+    return read_picture(image, *size[1:])
 
 
 def load_role(
@@ -98,10 +112,13 @@ def load_role(
     config = load_config(["--job.config_file", str(config_file), *overrides])
     manifest = read_manifest(checkpoint)
     trained = convert.trained_role(checkpoint, manifest, role)
-    tensors = convert.role_tensors(checkpoint, role, use_ema=trained.has_ema and not raw_weights)
+    use_ema = trained.has_ema and not raw_weights
     family = model_family(config.recipe.family)(config)
-    module = family.restore_module(trained.architecture, tensors, device)
-    handle = RoleHandle(role, {"transformer": module}, trainable=False)
+    modules = {}
+    for name in trained.modules:
+        tensors = convert.role_tensors(checkpoint, role, use_ema=use_ema, module=name)
+        modules[name] = family.restore_module(trained.architecture, tensors, device)
+    handle = RoleHandle(role, modules, trainable=False)
     roles, adapter = RoleManager([handle]), family.build_adapter(device, Layouts.alone(device))
     adapter.start_step(roles, max(0, manifest.step - 1))  # the last one trained, as validation finds the models
     method = method_class(config.recipe.method)(

@@ -11,11 +11,13 @@ import hashlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference, weights_digest
@@ -24,14 +26,15 @@ from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole
 from titan_distill.checkpoint.ranks import RankFailure
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config import Config, check_paths, help_text, load_config, to_toml
-from titan_distill.config_world import check_world
+from titan_distill.config_world import check_world, role_parallelism
+from titan_distill.data.datasets import open_dataset
 from titan_distill.data.loader import build_loader
-from titan_distill.data.parquet import ParquetDataset
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.dispatch import method_class, model_family
 from titan_distill.exit_codes import EXIT_BAD_INPUT, EXIT_COME_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
-from titan_distill.methods.base import TrainingMethod
+from titan_distill.methods.base import Head, TrainingMethod
 from titan_distill.models.base import ModelFamily
+from titan_distill.models.head import FeatureHead, build_head
 from titan_distill.observability.banner import banner, closing
 from titan_distill.observability.hardware import GPUS
 from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
@@ -40,6 +43,7 @@ from titan_distill.observability.planner import can_plan, fake_world, make_plan
 from titan_distill.observability.profiling import Profiler
 from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
+from titan_distill.parallelisms.fsdp import FsdpOptions
 from titan_distill.parallelisms.lora import is_adapter
 from titan_distill.parallelisms.mesh import Layouts, World, default_device, num_ranks, start_world
 from titan_distill.parallelisms.tensor import check_async_communication
@@ -111,7 +115,8 @@ def spell_out_references(config: Config) -> Config:
                     f"recipe.family is {config.recipe.family!r}; choose a checkpoint of the same family"
                 )
             roles[name] = dataclasses.replace(role, init_from=found.text)
-    return dataclasses.replace(config, roles=roles)
+    config = dataclasses.replace(config, roles=roles)
+    return model_family(config.recipe.family)(config).spelled_out()
 
 
 def train(trainer: Trainer) -> int:
@@ -177,15 +182,10 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     method_type = method_class(config.recipe.method)
-    tensors = method_type.extra_tensors(config.method_config)
-    dataset = ParquetDataset(config.data.path, tensors=tensors, max_bad_rows=config.data.max_bad_rows)
     family = model_family(config.recipe.family)(config)
+    tensors = (*method_type.extra_tensors(config.method_config), *family.extra_tensors())
     needs_latents = family.needs_latents or method_type.needs_latents(config.method_config)
-    if needs_latents and dataset[0].vae_latent is None:
-        raise ValueError(
-            f"data.path = {config.data.path!r} holds only text, but {config.recipe.method!r} as configured trains on "
-            "latents; make them with `titan-distill data preprocess`"
-        )
+    dataset = open_dataset(config.data, tensors=tensors, video_size=family.video_size(), needs_latents=needs_latents)
     layouts = build_layouts(config, world)
     roles = build_roles(config, family, layouts, world.device)
     _check_latent_space(family, roles)
@@ -254,16 +254,44 @@ def build_layouts(config: Config, world: World) -> Layouts:
 def build_roles(config: Config, family: ModelFamily, layouts: Layouts, device: torch.device) -> RoleManager:
     """Networks of all roles, laid out and loaded; optimizers come later, when the method has said how often it
     steps."""
+    heads = method_class(config.recipe.method).heads(config.method_config)
+    modules = {
+        name: family.build_modules(name, role, layouts.role(name), device)
+        for name, role in config.roles.items()
+        if name not in heads
+    }
+    for name, head in heads.items():
+        modules[name] = {"transformer": _head(config, family, layouts, device, name, head, modules[head.of])}
     handles = []
     for name, role in config.roles.items():
-        module = family.build_module(name, role, layouts.role(name), device)
         clip = config.training.max_grad_norm if role.max_grad_norm is None else role.max_grad_norm
-        handle = RoleHandle(name, {"transformer": module}, role.trainable, max_grad_norm=clip)
+        handle = RoleHandle(name, modules[name], role.trainable, max_grad_norm=clip)
         handle.adapters_only = role.lora.enabled
-        if role.lora.enabled and not any(is_adapter(parameter) for parameter, _ in module.named_parameters()):
+        if role.lora.enabled and not any(is_adapter(parameter) for parameter, _ in handle.network.named_parameters()):
             raise ValueError(f"roles.{name}.lora: the family {config.recipe.family!r} has no adapters; set rank to 0")
         handles.append(handle)
     return RoleManager(handles)
+
+
+def _head(
+    config: Config,
+    family: ModelFamily,
+    layouts: Layouts,
+    device: torch.device,
+    name: str,
+    head: Head,
+    read: Mapping[str, nn.Module],
+) -> nn.Module:
+    if len(read) > 1:
+        raise ValueError(
+            f"roles.{name} reads the features of {head.of}, which has {len(read)} experts and thus no one network for "
+            f"all noise levels; give roles.{head.of} a single network"
+        )
+    (network,) = read.values()
+    width = family.feature_width(network, head.depths)
+    offload = role_parallelism(config, name).cpu_offload
+    options = FsdpOptions(getattr(torch, config.training.dtype), cpu_offload=offload)
+    return build_head(width, len(head.depths), layouts.role(name), device, options, config.job.seed)
 
 
 def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -> None:
@@ -274,7 +302,7 @@ def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -
         role.optimizers["transformer"] = optimizer
         role.schedulers["transformer"] = build_scheduler(optimizer, config.lr_scheduler, num_updates[role.name])
         if config.ema.decay and config.ema.role == role.name:
-            role.ema = Ema(role.transformer, config.ema.decay, config.ema.start_step)
+            role.ema = Ema(role.network, config.ema.decay, config.ema.start_step)
 
 
 def _config_file(argv: Sequence[str]) -> str | None:
@@ -299,7 +327,7 @@ def _checkpoint_manager(
         family=config.recipe.family,
         config_digest=_experiment_digest(config),
         pipeline_config=dataclasses.asdict(config.pipeline_config),
-        architectures={role.name: family.architecture(role.transformer) for role in roles.trainable},
+        architectures={role.name: _architecture(family, role.transformer) for role in roles.trainable},
         frozen={
             name: FrozenRole(weights, weights_digest(weights))
             for name, role in config.roles.items()
@@ -315,6 +343,10 @@ def _checkpoint_manager(
     return CheckpointManager(folder, checkpoint.keep, info, mode=checkpoint.mode, device=device)
 
 
+def _architecture(family: ModelFamily, module: nn.Module) -> dict[str, Any]:
+    return module.architecture() if isinstance(module, FeatureHead) else family.architecture(module)
+
+
 def _experiment_digest(config: Config) -> str:
     """SHA-256 of the configuration without the keys that steer a run and do not define the experiment."""
     job = dataclasses.replace(config.job, output_dir="", dry_run=False)
@@ -324,7 +356,8 @@ def _experiment_digest(config: Config) -> str:
 
 
 def _check_latent_space(family: ModelFamily, roles: RoleManager) -> None:
-    spaces = {role.name: family.latent_space(role.transformer) for role in roles}
+    networks = [role for role in roles if not isinstance(role.transformer, FeatureHead)]
+    spaces = {role.name: family.latent_space(role.transformer) for role in networks}
     (first, expected), *others = spaces.items()
     for name, space in others:
         for key, value in space.items():

@@ -17,7 +17,7 @@ import titan_distill.train
 from titan_distill.attention.placement import add_coarse
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.methods import losses
-from titan_distill.models.wan import tensor_plan
+from titan_distill.models.wan import adapter, tensor_plan
 from titan_distill.models.wan.layers import SelfAttention
 from titan_distill.parallelisms import collectives, sequence, tensor
 from titan_distill.parallelisms.sequence import token_bounds
@@ -48,6 +48,11 @@ def sequence_gradients_not_divided(patch: pytest.MonkeyPatch) -> None:
 
 def tangents_stay_where_they_are(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(collectives._AllToAll, "jvp", staticmethod(lambda ctx, *tangents: tangents[0].clone()))
+
+
+def features_averaged_by_rank(patch: pytest.MonkeyPatch) -> None:
+    """Each sequence rank judges its own tokens."""
+    patch.setattr(adapter, "mean_over_tokens", lambda transformer, values_BL, x: values_BL.double().mean(1))
 
 
 def norm_over_local_width(patch: pytest.MonkeyPatch) -> None:
@@ -104,6 +109,7 @@ MUTANTS = {
         equal_noise_on_data_ranks,
         sequence_gradients_not_divided,
         tangents_stay_where_they_are,
+        features_averaged_by_rank,
         norm_over_local_width,
         mean_of_means,
         replicated_gradient_not_reduced,

@@ -39,6 +39,11 @@ ROUNDED = 5e-2
 COARSE = 2e-1
 
 
+def num_steps(method: str) -> int:
+    """Enough for every update to follow every other."""
+    return STEPS if method in ("dmd2", "finetune") else 3
+
+
 @dataclass(frozen=True)
 class Row:
     name: str
@@ -60,7 +65,7 @@ class Row:
         sparse = ("--roles.student.path", str(output.parent / SPARSE_WEIGHTS), *SPARSE) if self.sparse else ()
         return tiny_argv(
             method, output,
-            "--training.steps", str(STEPS), "--checkpoint.enabled", "false",
+            "--training.steps", str(num_steps(method)), "--checkpoint.enabled", "false",
             "--training.global_batch_size", str(GLOBAL_BATCH), "--training.local_batch_size", str(self.local_batch),
             *self.overrides.split(), *sparse, *OPTIONS.get(method, "").format(folder=output.parent).split(),
         )  # fmt: skip
@@ -69,14 +74,15 @@ class Row:
 P = "--parallelism."
 TEACHER, STUDENT = "--roles.teacher.parallelism.", "--roles.student.parallelism."
 DMD2, FINETUNE = ("dmd2",), ("finetune",)
-METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm", "self_forcing")
+METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm", "dmd2_gan", "self_forcing")
 SELF_FORCING, ODE_INIT = ("self_forcing",), ("ode_init",)
 # Schedules of real length would not get anywhere in these steps.
 OPTIONS = {
     "kd": "--data.path {folder}/pairs --method_config.teacher_steps 4",
     "cm": "--ema.start_step 1",
-    "scm": "--method_config.tangent_warmup 2",
-    "rcm": "--method_config.tangent_warmup 2 --method_config.update_ratio 2",
+    "scm": "--method_config.tangent_warmup 2 --method_config.derivative_step 0",
+    "rcm": "--method_config.tangent_warmup 1 --method_config.update_ratio 2",
+    "dmd2_gan": "--method_config.adversarial_weight 1",
     "self_forcing": "--roles.student.init_from tests/assets/tiny_wan/transformer --method_config.context_noise 50 "
     "--method_config.same_step_across_blocks false --method_config.denoising_steps [1000.0,500.0] "
     "--pipeline_config.num_frames 9",
@@ -105,7 +111,10 @@ DENSE_ROWS = (
     Row("cpu offload, fsdp 2", 2, f"{P}cpu_offload", local_batch=2, methods=FINETUNE, nightly=DMD2),
     Row("no resharding, fsdp 2", 2, f"{P}reshard_after_forward false", local_batch=2, methods=DMD2, nightly=FINETUNE),
     Row("tensor 2", 2, f"{P}tensor 2"),
-    Row("tensor 2, token region", 2, f"{P}tensor 2 {P}token_region", methods=FINETUNE, nightly=DMD2 + SELF_FORCING),
+    Row(
+        "tensor 2, token region", 2, f"{P}tensor 2 {P}token_region",
+        methods=("finetune", "dmd2_gan"), nightly=DMD2 + SELF_FORCING,
+    ),
     Row("sequence 2", 2, f"{P}sequence 2", methods=METHODS + ODE_INIT),
     Row("teacher tensor 2, students fsdp 2", 2, f"{TEACHER}tensor 2", local_batch=2, methods=DMD2),
     Row("teacher sequence 2, students fsdp 2", 2, f"{TEACHER}sequence 2", local_batch=2, methods=DMD2),
@@ -140,10 +149,12 @@ SPARSE_ROWS = (
 ROWS = (
     *DENSE_ROWS,
     *SPARSE_ROWS,
-    # Every other layout with a sparse student, too.
+    # Every layout with a sparse student, too. Rounding also picks other tiles where two are nearly as good: in bf16
+    # single gradient norms are off by 15 % with three quarters of the tiles left out, by 2 % with none.
     *(
         replace(
             row, name=f"sparse student, {row.name}", sparse=True, methods=(),
+            tolerance=EXACT if row.tolerance == EXACT else COARSE,
             nightly=FINETUNE if "finetune" in row.methods + row.nightly else DMD2,
         )
         for row in DENSE_ROWS
@@ -154,6 +165,7 @@ MUTATED = (
     Row("mutant: sequence gradients", 2, f"{P}sequence 2", methods=FINETUNE, mutant="sequence_gradients_not_divided"),
     Row("mutant: local norm", 2, f"{P}tensor 2", methods=FINETUNE, mutant="norm_over_local_width"),
     Row("mutant: tangents", 2, f"{P}sequence 2", methods=("scm",), mutant="tangents_stay_where_they_are"),
+    Row("mutant: features", 2, f"{P}sequence 2", methods=("dmd2_gan",), mutant="features_averaged_by_rank"),
     Row("mutant: equal noise", 2, "", local_batch=2, methods=FINETUNE, mutant="equal_noise_on_data_ranks"),
     Row("mutant: mean of means", 2, f"{P}sequence 2", methods=FINETUNE, mutant="mean_of_means"),
     Row(
@@ -216,7 +228,8 @@ def compare(folder: Path) -> Callable[[Row, str], Differences]:
     def compare(row: Row, method: str) -> Differences:
         launch(1, False)
         launch(row.ranks, method in row.nightly)
-        return _differences(folder / _file_name(row.reference, method), folder / _file_name(row, method))
+        pair = folder / _file_name(row.reference, method), folder / _file_name(row, method)
+        return _differences(*pair, num_steps(method))
 
     return compare
 
@@ -244,9 +257,9 @@ def _launch(name: str, num_ranks: int, rows: list[dict[str, Any]], folder: Path)
     run_worker(num_ranks, Path(__file__).with_name("matrix_worker.py"), table, folder, timeout=1700)
 
 
-def _differences(reference: Path, run: Path) -> Differences:
+def _differences(reference: Path, run: Path, steps: int) -> Differences:
     expected, found = read_metrics(reference), read_metrics(run)
-    assert len(expected) == len(found) == STEPS
+    assert len(expected) == len(found) == steps
     found_at: dict[str, list[float]] = defaultdict(list)
     for line, other in zip(expected, found, strict=True):
         for key, value in line.items():
@@ -293,8 +306,8 @@ def test_write_the_table(compare: Callable[[Row, str], Differences]) -> None:
     lines = [
         "# Layout parity",
         "",
-        f"Largest relative differences from one process over {STEPS} steps of {GLOBAL_BATCH} samples, tiny Wan, from "
-        "equal weights:",
+        f"Largest relative differences from one process over {STEPS} steps ({num_steps('kd')} for all but dmd2 and "
+        f"finetune) of {GLOBAL_BATCH} samples, tiny Wan, from equal weights:",
         "losses and gradient norms of all roles at every step, all parameters together (L2) at the end. Written by",
         "`pytest -m distributed tests/distributed/test_layout_matrix.py`.",
         "",

@@ -113,6 +113,7 @@ OTHERS = {
         "cm": "--ema.decay 0.8 --ema.start_step 1",
         "scm": "--method_config.tangent_warmup 4",
         "rcm": "--method_config.tangent_warmup 2 --method_config.update_ratio 2",
+        "dmd2_gan": "--method_config.adversarial_weight 1",
         "self_forcing": "--roles.student.init_from tests/assets/tiny_wan/transformer --pipeline_config.num_frames 9 "
         "--method_config.denoising_steps [1000.0,500.0]",
         "ode_init": "--data.path {folder}/pairs --method_config.teacher_steps 4",
@@ -180,6 +181,8 @@ LONG = (
     Trial(SPARSE, TENSOR_2, ULYSSES_2),
     Trial(SPARSE, ULYSSES_2, ONE),
     Trial(SPARSE, ONE, TENSOR_ULYSSES),
+    *(Trial(OTHERS[method], ONE, ULYSSES_2) for method in ("cm", "rcm", "dmd2_gan")),
+    *(Trial(OTHERS[method], ONE, FSDP_2) for method in ("kd", "scm", "dmd2_gan")),
 )
 MUTATED = tuple(Trial(CADENCE, ONE, ONE, mutant) for mutant in MUTANTS)
 # The first of them waits for all of them to be trained.

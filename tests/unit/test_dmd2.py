@@ -133,7 +133,7 @@ def check_loss_against_transcription(folder: Path) -> None:
     def capture(x: Tensor, g: Tensor, mask: Tensor | None = None) -> Tensor:
         x.retain_grad()
         captured.append(x)
-        return real_loss(x, g)
+        return real_loss(x, g, mask)
 
     with patch.object(losses, "dmd_loss", capture):
         method.student_loss(batch, 0).losses_B.sum().backward()

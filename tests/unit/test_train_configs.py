@@ -27,7 +27,8 @@ def test_the_promised_jobs_are_there() -> None:
 def test_dry_run(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Builds all roles without weights, on as many ranks as the file asks for."""
     config = load_config(["--job.config_file", str(path)])
-    ranks = config.parallelism.dp_replicate * max(1, config.parallelism.dp_shard)
+    layout = config.parallelism
+    ranks = layout.dp_replicate * max(1, layout.dp_shard) * layout.sequence * layout.tensor
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     assert main(["--job.config_file", str(path), "--job.dry_run"]) == 0
     shown = capsys.readouterr().out

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
+from titan_distill.models.head import HEAD_FLAVOR
+
 if TYPE_CHECKING:
     from titan_distill.config import Config
     from titan_distill.data.loader import Batch
@@ -110,6 +112,16 @@ class TrajectoryRequest:
     """Classifier-free guidance in the standard form."""
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a role reads that is no network of the family, but a small head on the features of another role."""
+
+    of: str
+    """Role whose network has the features."""
+    depths: tuple[int, ...]
+    """Parts of that network, counted from 0, behind which they are read."""
+
+
 class TrainingMethod(ABC):
     """Base of all methods; subclasses are registered with ``@register_method``."""
 
@@ -131,6 +143,11 @@ class TrainingMethod(ABC):
     def required_roles(cls, config: Any) -> dict[str, bool]:
         """The roles under this ``method_config``: name -> whether it must be trainable."""
         return cls.roles_required
+
+    @classmethod
+    def heads(cls, config: Any) -> dict[str, Head]:
+        """Which of the roles are heads under this ``method_config``; their ``flavor`` is "head"."""
+        return {}
 
     @classmethod
     def needs_latents(cls, config: Any) -> bool:
@@ -177,6 +194,18 @@ class TrainingMethod(ABC):
                 f"[roles.{unused[0]}] is not used by recipe.method = {config.recipe.method!r}, "
                 f"whose roles are {', '.join(required)}; remove the table"
             )
+
+        heads = cls.heads(config.method_config)
+        for name, role in config.roles.items():
+            if (name in heads) != (role.flavor == HEAD_FLAVOR):
+                what = f"is a head; set it to {HEAD_FLAVOR!r}" if name in heads else "is no head; name a network's"
+                raise ValueError(
+                    f"roles.{name}.flavor = {role.flavor!r}, but the {name} of {config.recipe.method!r} {what}"
+                )
+            if name in heads and (role.init_from or role.attention != "dense" or role.dtype != "auto"):
+                raise ValueError(
+                    f"roles.{name} is a head, which has no init_from, attention or dtype of its own; remove them"
+                )
 
     @abstractmethod
     def updates(self, step: int) -> list[Update]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,12 +25,13 @@ from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.dispatch import register_method
 from titan_distill.methods import losses
-from titan_distill.methods.base import LossResult, Passes, SampleRequest, TrainingMethod, Update, ValidationRequest
+from titan_distill.methods.adversarial import AdversarialConfig, AdversarialTraining
+from titan_distill.methods.base import LossResult, Passes, SampleRequest, Update, ValidationRequest
 from titan_distill.models.base import Condition, Guidance
 
 
 @dataclass(frozen=True)
-class Dmd2Config:
+class Dmd2Config(AdversarialConfig):
     """[method_config] of ``recipe.method = "dmd2"``."""
 
     denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
@@ -83,6 +85,7 @@ class Dmd2Config:
                 f"min_step = {self.min_step} and max_step = {self.max_step} must keep 0 <= min_step < max_step <= 1000"
             )
         schedule.few_step_sigmas(self.denoising_steps, 1.0, self.warp)
+        self.check_adversarial()
 
     @property
     def teacher_guidance(self) -> Guidance:
@@ -100,8 +103,8 @@ class Rollout:
 
 
 @register_method("dmd2")
-class Dmd2(TrainingMethod):
-    """Roles ``student`` and ``critic`` are trained, ``teacher`` is frozen."""
+class Dmd2(AdversarialTraining):
+    """Roles ``student`` and ``critic`` are trained, ``teacher`` is frozen; a ``discriminator`` on request."""
 
     config_class: ClassVar[type] = Dmd2Config
     roles_required: ClassVar[dict[str, bool]] = {"student": True, "teacher": False, "critic": True}
@@ -118,7 +121,7 @@ class Dmd2(TrainingMethod):
 
     @classmethod
     def needs_latents(cls, config: Dmd2Config) -> bool:
-        return config.rollout == "data"
+        return config.rollout == "data" or config.has_discriminator
 
     @classmethod
     def work(cls, config: Dmd2Config) -> list[Passes]:
@@ -139,15 +142,17 @@ class Dmd2(TrainingMethod):
             ),
             Passes("critic", "student", "rollout", before_exit + 1, critics),
             Passes("critic", "critic", "critic", 1, critics, backward=True),
+            *cls.adversarial_work(config, before_exit + 1, students, critics),
         ]
 
     def updates(self, step: int) -> list[Update]:
-        """Student first when it is due, then the critic (unless the two exclude each other)."""
+        """Student first when it is due, then the critic, and the discriminator if there is one (unless student and
+        critic exclude each other)."""
         student = Update("student", self.student_loss)
-        critic = Update("critic", self.critic_loss)
+        critics = [Update("critic", self.critic_loss), *self.discriminator_updates()]
         if step % self.config.update_ratio != 0:
-            return [critic]
-        return [student] if self.config.exclusive else [student, critic]
+            return critics
+        return [student] if self.config.exclusive else [student, *critics]
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:
         """Moves the student's samples along the difference of the two scores."""
@@ -156,8 +161,17 @@ class Dmd2(TrainingMethod):
         with torch.no_grad():
             direction = self._score_difference(batch, condition, step, rollout)
         losses_B = losses.dmd_loss(rollout.x0, direction, self._mask(rollout, condition))
-        size_B = direction.detach().abs().flatten(1).mean(1)
-        return LossResult(losses_B, {"dmd/gradient_size": size_B})
+        metrics = {"dmd/gradient_size": direction.detach().abs().flatten(1).mean(1)}
+        if self.config.adversarial_weight:
+            sigma_of = partial(self._score_sigma, exit_index=rollout.exit_index)
+            adversarial_B = self.adversarial_term(batch, condition, step, rollout.x0, sigma_of)
+            losses_B, metrics["dmd/adversarial"] = losses_B + adversarial_B, adversarial_B.detach()
+        return LossResult(losses_B, metrics)
+
+    def sample_for_discriminator(self, batch: Batch, condition: Condition, step: int) -> tuple[Tensor, Tensor]:
+        rollout = self.rollout(batch, condition, step, purpose="dmd2/discriminator")
+        u_B = self.noise.uniform("dmd2/discriminator/timestep", step, batch.sample_ids)
+        return rollout.x0, self._score_sigma(u_B, rollout.exit_index).to(rollout.x0.device)
 
     def critic_loss(self, batch: Batch, step: int) -> LossResult:
         """Teaches the critic the law of the student's current samples."""
@@ -220,12 +234,14 @@ class Dmd2(TrainingMethod):
         u_B = self.noise.uniform("dmd2/student/timestep", step, batch.sample_ids)
         sigma_B = self._score_sigma(u_B, rollout.exit_index).to(x0.device)
         x = self.adapter.add_noise(x0, self._normal(batch, step, "dmd2/student/noise"), sigma_B)
+        mask = self._mask(rollout, condition)
         with self.timer("critic"):
             fake_guidance = Guidance(config.fake_guidance_scale)
             fake = self.adapter.predict_x0(self.roles["critic"], x, sigma_B, condition, fake_guidance)
         with self.timer("teacher"):
             real = self.adapter.predict_x0(self.roles["teacher"], x, sigma_B, condition, config.teacher_guidance)
-        return losses.dmd_direction(fake, real, x0, config.normalise, self._mask(rollout, condition))
+        direction = losses.dmd_direction(fake, real, x0, normalise=config.normalise, mask=mask)
+        return self.weighted(direction, x, sigma_B, condition)
 
     def _mask(self, rollout: Rollout, condition: Condition) -> Tensor | None:
         """Where scores are compared: where the rollout says so, or else where the condition gives nothing."""

@@ -70,6 +70,7 @@ class Rcm(TangentTraining, Dmd2):
     def work(cls, config: Any) -> list[Passes]:
         """Of a step after the warm-up. Both forwards of the student are alive in one backward, as two conditions would
         be."""
+        assert isinstance(config, RcmConfig)
         matching = Dmd2.work(config)
         both = [replace(p, num_conditions=2) if p.backward and p.role == p.update == "student" else p for p in matching]
         return [*cls.tangent_work(config, config.teacher_guidance, 1 / config.update_ratio), *both]

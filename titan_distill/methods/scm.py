@@ -47,9 +47,9 @@ class TangentConfig:
     """Law of the noise level before the shift of pipeline_config.flow_shift. ``logit_normal`` is the papers' log-normal
     law of tan t = σ / (1 − σ)."""
     logit_mean: float = -0.8
-    """Mean of the logit-normal law; the shift s adds log s to it."""
+    """Mean of the logit-normal law, to which the shift s adds log s. The default is ours."""
     logit_std: float = 1.6
-    """Standard deviation of the logit-normal law."""
+    """Standard deviation of the logit-normal law. The default is ours."""
     tangent_warmup: int = 1000
     """Training steps over which the student's own derivative is led in."""
     tangent_floor: float = 0.1

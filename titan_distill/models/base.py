@@ -12,7 +12,7 @@ videos (the toy family of the tests) use fewer dims after B; nothing outside a f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,18 @@ class Adapter(ABC):
         A causal role reads all segments of ``x`` at once, each with those before it as its context; their noise levels
         may differ: then ``sigma_B`` has the dims of ``x`` and varies along the sequence's alone.
         """
+
+    def features(
+        self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Sequence[int]
+    ) -> list[Tensor]:
+        """What the role's network holds behind those of its parts that ``depths`` names, counted from 0, when it
+        predicts a velocity: [B, positions, width] each, of the positions that this rank has."""
+        raise NotImplementedError  # a family whose `feature_width` answers has them
+
+    def mean_over_positions(self, role: RoleHandle, x: Tensor, values_BL: Tensor) -> Tensor:
+        """Mean over all positions of what a head made of `features` of ``x``: [B], float64, equal on all ranks that
+        share the samples."""
+        raise NotImplementedError
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -177,8 +189,8 @@ class Adapter(ABC):
         Forward-mode differentiation, one pass of about twice a forward's work and no stored activations; nothing is
         approximated. No fused attention kernel has a forward mode, so PyTorch's own attention runs as its plain
         mathematics here, which holds the [queries, keys] matrix of scores in memory. What is no PyTorch operation with
-        a forward mode (sparse attention, compiled blocks, float8, exchange between ranks) raises NotImplementedError or
-        RuntimeError: a method that needs derivatives refuses it beforehand.
+        a forward mode (sparse attention, compiled blocks, float8) raises NotImplementedError or RuntimeError: a method
+        that needs derivatives refuses it beforehand. Between ranks, tangents travel as what they are tangents of does.
         """
         counting = self.work.forward_mode() if self.work else nullcontext()
         with counting, sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
@@ -197,7 +209,11 @@ class Adapter(ABC):
         both = {name: torch.cat([value, negative[name]]) for name, value in condition.items()}
         velocity = self.predict_velocity(role, torch.cat([x, x]), torch.cat([sigma_B, sigma_B]), both)
         conditional, unconditional = velocity.chunk(2)
-        return schedule.guide(conditional, unconditional, guidance.scale, guidance.form)
+        return schedule.guide(conditional, unconditional, self.guidance_scale(role, sigma_B, guidance), guidance.form)
+
+    def guidance_scale(self, role: RoleHandle, sigma_B: Tensor, guidance: Guidance) -> float | Tensor:
+        """The scale to guide with, or one for each sample, broadcast over its dims; a family may know better."""
+        return guidance.scale
 
 
 class ModelFamily(ABC):
@@ -222,14 +238,33 @@ class ModelFamily(ABC):
         """Tokens of a sample along (frames, height, width), for the planner; None where samples are no videos."""
         return None
 
+    def video_size(self) -> tuple[int, int, int] | None:
+        """(frames, height, width) of a sample in pixels; None where samples are no videos."""
+        return None
+
     @property
     def needs_latents(self) -> bool:
         """Whether training conditions are made of the data's latents, whatever the method needs."""
         return False
 
+    def extra_tensors(self) -> tuple[str, ...]:
+        """Names of the further tensors that training conditions take from every row of the data."""
+        return ()
+
     @abstractmethod
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
         """Builds, lays out and loads the network of one role. On ``device("meta")`` nothing is allocated or loaded."""
+
+    def build_modules(
+        self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device
+    ) -> dict[str, nn.Module]:
+        """All networks of one role by name, made of ``build_module``: ``transformer``, and what stands beside it."""
+        return {"transformer": self.build_module(name, role, mesh, device)}
+
+    def spelled_out(self) -> Config:
+        """The configuration with what the files that it names say of the family's own keys, for ``config.toml`` to
+        keep. Raises ValueError."""
+        return self.config
 
     @abstractmethod
     def architecture(self, module: nn.Module) -> dict[str, Any]:
@@ -257,6 +292,11 @@ class ModelFamily(ABC):
     @abstractmethod
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         """Properties of the latents a module works on. All roles of a run must agree on them."""
+
+    def feature_width(self, module: nn.Module, depths: Sequence[int]) -> int:
+        """Width of the features behind ``depths`` (see `Adapter.features`). Raises ValueError for depths that the
+        network does not have, and where the family offers no features."""
+        raise ValueError(f"recipe.family = {self.config.recipe.family!r} offers no features for a head to read")
 
     @abstractmethod
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:

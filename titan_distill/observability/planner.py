@@ -24,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from titan_distill.config_world import RunLayout, role_parallelism
 from titan_distill.dispatch import method_class, model_family
 from titan_distill.methods.base import Passes
+from titan_distill.models.head import FeatureHead
 from titan_distill.observability import communication, memory
 from titan_distill.observability.communication import Links, Transfer, Weights
 from titan_distill.observability.flops import DiTConfig, ForwardFlops, forward_flops, recomputed_share
@@ -59,6 +60,8 @@ class RolePlan:
     weights: Weights
     offloaded: bool
     adapters_only: bool = False
+    num_experts: int = 1
+    """Networks of which a sample goes through one."""
     sparse: TilesRead | None = None
     """What its attention reads at the end of the schedule; None where it is dense."""
     segmentation: Segmentation | None = None
@@ -129,7 +132,7 @@ def fake_world(num_ranks: int) -> Iterator[World]:
 
 def can_plan(config: Config, roles: RoleManager) -> bool:
     """Whether the family's networks are video transformers, whose costs are known."""
-    return _token_grid(config) is not None and all(hasattr(role.transformer, "config") for role in roles)
+    return _token_grid(config) is not None and all(hasattr(role.transformer, "config") for role in _networks(roles))
 
 
 def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -> Plan:
@@ -140,7 +143,7 @@ def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -
     grid = _token_grid(config)
     if grid is None or not can_plan(config, roles):
         raise ValueError(f"recipe.family = {config.recipe.family!r} has no video transformers that a plan is made for")
-    plans = {role.name: _role_plan(config, layout, role, grid) for role in roles}
+    plans = {role.name: _role_plan(config, layout, role, grid) for role in _networks(roles)}
     work = method_class(config.recipe.method).work(config.method_config)
     planner = _Planner(config, layout, gpu, plans, grid)
     plans = planner.plans = {name: planner.with_activations(plan, work) for name, plan in plans.items()}
@@ -210,7 +213,8 @@ class _Planner:
         own = [passes for passes in work if passes.update == update and passes.num_forwards]
         held = (0 if role.offloaded else role.states.lasting for role in self.plans.values())
         lasting = sum(held) + sum(role.weights.lasting for role in self.plans.values())
-        gradients = 0 if self.plans[update].offloaded else self.plans[update].states.gradients
+        role = self.plans.get(update)  # a head's gradients are not worth counting
+        gradients = 0 if role is None or role.offloaded else role.states.gradients
         graph = max((self._graph(passes) for passes in own), default=0.0)
         return lasting + gradients + graph + max((self._working_set(passes) for passes in own), default=0.0)
 
@@ -303,6 +307,11 @@ class _Planner:
         return weights.passing + reduced + whole + max(working, memory.forward_working_set(forward))
 
 
+def _networks(roles: RoleManager) -> list[RoleHandle]:
+    """The roles with a cost: all but heads, which are some thin layers on the features of others."""
+    return [role for role in roles if not isinstance(role.transformer, FeatureHead)]
+
+
 def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[int, int, int]) -> RolePlan:
     architecture = cast(DiTConfig, role.transformer.config)
     degrees, parallelism = layout.roles[role.name], role_parallelism(config, role.name)
@@ -319,8 +328,9 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
         method=choose_method(heads, degrees.sequence, degrees.tensor, parallelism.sequence_method),
         shards=TokenShards.of(layout_of_tokens, 1) if sequence is None else sequence.shards(layout_of_tokens),
         num_exchanged=degrees.model_parallel // layout.default.model_parallel,
-        states=memory.states(role.transformer, has_ema=bool(config.ema.decay) and config.ema.role == role.name),
-        weights=_weights(role.transformer, BYTES[config.training.dtype], parallelism.reshard_after_forward),
+        states=memory.states(role.network, has_ema=bool(config.ema.decay) and config.ema.role == role.name),
+        weights=_weights(role, BYTES[config.training.dtype], parallelism.reshard_after_forward),
+        num_experts=len(role.modules),
         offloaded=parallelism.cpu_offload,
         adapters_only=role.adapters_only,
         sparse=None if core is None else core.tiles_read(layout_of_tokens.num_tiles),
@@ -328,8 +338,11 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
     )
 
 
-def _weights(module: nn.Module, compute_bytes: int, reshards: bool) -> Weights:
-    blocks = [list(block.parameters()) for block in cast(nn.ModuleList, module.blocks)]
+def _weights(role: RoleHandle, compute_bytes: int, reshards: bool) -> Weights:
+    """Of all modules, one behind the other: where a role has two experts, both are gathered for a batch."""
+    module = role.network
+    stacks = [cast(nn.ModuleList, single.blocks) for single in role.modules.values()]
+    blocks = [list(block.parameters()) for stack in stacks for block in stack]
     inside = {id(p) for parameters in blocks for p in parameters}
     trained = memory.num_gathered([p for p in module.parameters() if p.requires_grad])
     return Weights(
@@ -337,6 +350,7 @@ def _weights(module: nn.Module, compute_bytes: int, reshards: bool) -> Weights:
         root=memory.num_gathered([p for p in module.parameters() if id(p) not in inside]),
         compute_bytes=compute_bytes,
         reshards=reshards,
+        num_modules=len(stacks),
         # A frozen role has no gradients to share out.
         trained_share=trained / memory.num_gathered(list(module.parameters())) if trained else 1.0,
     )
@@ -357,7 +371,7 @@ def _encoder_bytes(config: Config, channels: int) -> float:
     folder, in_bytes = Path(config.pipeline_config.path), BYTES[config.training.dtype]
     vae = _numbers_in(folder / "vae") or VAE_NUMBERS.get(channels, max(VAE_NUMBERS.values()))
     text = _numbers_in(folder / "text_encoder") or TEXT_ENCODER_NUMBERS
-    return memory.FP32 * vae + in_bytes * text
+    return memory.FP32 * vae + (0 if config.pipeline_config.offload_text_encoder else in_bytes * text)
 
 
 def _numbers_in(folder: Path) -> int:
@@ -375,6 +389,8 @@ def _left_out(config: Config, roles: dict[str, RolePlan]) -> Iterator[str]:
         yield "sparse attention: its kernels as fast, by FLOP, as dense ones; the schedule's way to its last sparsity"
     if config.compile.enabled:
         yield "compile: activations are those of eager mode, an upper bound"
+    if any(role.num_experts > 1 for role in roles.values()):
+        yield "two experts: steps of a rollout, which share a noise level, gather one of them only"
     if any(role.adapters_only for role in roles.values()):
         yield "adapters: their own work and activations"
     if any(role.offloaded and role.states.optimizer for role in roles.values()):

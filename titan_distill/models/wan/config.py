@@ -128,6 +128,12 @@ FLAVORS: dict[str, WanConfig] = {
     "1.3B": WanConfig(num_layers=30, num_attention_heads=12, ffn_dim=8960),
     "5B": WanConfig(num_layers=30, num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48),
     "14B": WanConfig(),
+    "A14B": WanConfig(),
+    "tiny-A14B": WanConfig(
+        num_layers=6, num_attention_heads=4, attention_head_dim=32, ffn_dim=512, text_dim=64, freq_dim=64
+    ),
+    "A14B-I2V": WanConfig(in_channels=36),
     "14B-I2V": WanConfig(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
 }
-"""Published sizes by name. "5B" is Wan2.2 TI2V, "14B-I2V" is Wan2.1 image-to-video with CLIP image embeddings."""
+"""Published sizes by name, of one network. "5B" is Wan2.2 TI2V, "A14B" is Wan2.2 T2V, of which a role has two (so has
+"tiny-A14B"), "A14B-I2V" its image-to-video model, "14B-I2V" is Wan2.1 image-to-video with CLIP image embeddings."""

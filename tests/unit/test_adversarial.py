@@ -1,0 +1,357 @@
+"""DMD2's adversarial option: its formulas, who gets gradients, the optimum, and mutants that each of these must catch.
+
+The toy family's data are N(1, 0.49), its guided teacher N(4, 0.49): what follows the discriminator ends at the one,
+what follows the scores at the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from runs import REPOSITORY, tiny_argv
+from torch import Tensor
+from toy_family import CONDITIONAL_MEAN, VARIANCE
+from toy_run import toy_trainer
+
+from titan_distill.data.loader import Batch
+from titan_distill.methods import adversarial, losses
+from titan_distill.methods.dmd2 import Dmd2
+from titan_distill.models.head import FeatureHead
+from titan_distill.roles import RoleHandle
+from titan_distill.train import main
+from titan_distill.trainer import Trainer
+
+FP64 = torch.float64
+R1 = ("--method_config.r1_weight", "2.0", "--method_config.r1_noise", "0.3")
+NAMES = ("student", "critic", "teacher", "discriminator")
+
+
+def method_and_batch(folder: Path, dtype: torch.dtype, *overrides: str) -> tuple[Trainer, Dmd2, Batch]:
+    """A run whose discriminator has an opinion."""
+    trainer = toy_trainer(folder, "adversarial", *overrides)
+    assert isinstance(trainer.method, Dmd2)
+    generator = torch.Generator().manual_seed(0)
+    for name in NAMES:
+        trainer.roles[name].transformer.to(dtype)
+    for parameter in trainer.roles["discriminator"].transformer.parameters():
+        parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    batch = trainer.adapter.prepare_batch(next(trainer.loader))
+    assert batch.latents is not None
+    return trainer, trainer.method, replace(batch, latents=batch.latents.to(dtype))
+
+
+def with_gradients(trainer: Trainer) -> set[str]:
+    return {name for name in NAMES if any(p.grad is not None for p in trainer.roles[name].transformer.parameters())}
+
+
+def literal_logits(trainer: Trainer, x: Tensor, sigma_B: Tensor) -> Tensor:
+    """The discriminator's mean over values, layer by layer."""
+    critic, head = (trainer.roles[name].transformer for name in ("critic", "discriminator"))
+    assert isinstance(head, FeatureHead)
+    inputs = torch.stack([x, sigma_B[:, None].expand_as(x), torch.ones_like(x)], -1)
+    first = torch.nn.functional.silu(critic.blocks[0](inputs))
+    second = torch.nn.functional.silu(critic.blocks[1](first))
+    return sum(reader(f) for reader, f in zip(head.readers, (first, second), strict=True)).squeeze(-1).mean(1)
+
+
+def softplus(z: Tensor) -> Tensor:
+    return (1 + z.exp()).log()
+
+
+# --- what the updates compute, literally
+
+
+def check_discriminator_update(folder: Path) -> None:
+    """softplus(−z_real) + softplus(z_made) + 2 (z_real − z_moved)², and its gradient; real, made and moved samples at
+    one noise level each, the moved one with the real one's noise. Nobody else learns."""
+    trainer, method, batch = method_and_batch(folder, FP64, *R1)
+    assert batch.latents is not None
+    seen: list[tuple[Tensor, Tensor]] = []
+    real_features = trainer.adapter.features
+
+    def features(role: RoleHandle, x: Tensor, sigma_B: Tensor, *rest: Any) -> list[Tensor]:
+        seen.append((x, sigma_B))
+        return real_features(role, x, sigma_B, *rest)
+
+    with patch.object(trainer.adapter, "features", features):
+        result = method.discriminator_loss(batch, 3)
+    ((x, sigma_3B),) = seen
+    x_real, x_made, x_moved = x.chunk(3)
+    sigma_B, *others = sigma_3B.chunk(3)
+    assert all(torch.equal(other, sigma_B) for other in others)
+
+    noise = {
+        name: method.noise.normal(f"adversarial/noise/{name}", 3, batch.sample_ids, (64,), device="cpu").double()
+        for name in ("real", "r1")
+    }
+    level = sigma_B[:, None]
+    torch.testing.assert_close(x_real, (1 - level) * batch.latents + level * noise["real"], rtol=0, atol=1e-10)
+    torch.testing.assert_close(x_moved - x_real, (1 - level) * 0.3 * noise["r1"], rtol=0, atol=1e-6)
+    z_real, z_made, z_moved = (literal_logits(trainer, each, sigma_B) for each in (x_real, x_made, x_moved))
+    literal_B = softplus(-z_real) + softplus(z_made) + 2.0 * (z_real - z_moved) ** 2
+    assert (result.losses_B - literal_B).abs().max() < 1e-10
+    assert (z_real - z_moved).abs().mean() > 1e-3
+
+    result.losses_B.sum().backward()
+    assert with_gradients(trainer) == {"discriminator"}
+    parameters = list(trainer.roles["discriminator"].transformer.parameters())
+    expected = torch.autograd.grad(literal_B.sum(), parameters)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+def check_student_update(folder: Path) -> None:
+    """The gradient in the student's sample is that of distribution matching and half of that of softplus(−z), which is
+    taken at the sample noised anew. Nobody else learns."""
+    trainer, method, batch = method_and_batch(folder, torch.float32)
+    captured: list[Tensor] = []
+    real_loss = losses.dmd_loss
+
+    def capture(x: Tensor, g: Tensor, mask: Tensor | None) -> Tensor:
+        x.retain_grad()
+        captured.extend((x, g))
+        return real_loss(x, g, mask)
+
+    with patch.object(losses, "dmd_loss", capture):
+        result = method.student_loss(batch, 0)
+    result.losses_B.sum().backward()
+    assert with_gradients(trainer) == {"student"}
+    x_g, direction = captured
+    trainer.roles["critic"].transformer.double()
+    trainer.roles["discriminator"].transformer.double()
+    sample = x_g.detach().double().requires_grad_()
+    sigma_B = method.noise.uniform("adversarial/student/timestep", 0, batch.sample_ids).clamp(0.02, 0.98)
+    noise = method.noise.normal("adversarial/noise/student", 0, batch.sample_ids, (64,), device="cpu").double()
+    x = (1 - sigma_B[:, None]) * sample + sigma_B[:, None] * noise
+    deception_B = softplus(-literal_logits(trainer, x, sigma_B))
+    (gradient,) = torch.autograd.grad(deception_B.sum(), sample)
+    assert x_g.grad is not None and gradient.abs().mean() > 1e-4
+    expected = direction / 64 + 0.5 * gradient
+    torch.testing.assert_close(x_g.grad.double(), expected, rtol=1e-5, atol=1e-7)
+    found_B = result.metrics_B["dmd/adversarial"]
+    torch.testing.assert_close(found_B, 0.5 * deception_B.detach(), rtol=1e-5, atol=1e-8)
+
+
+def check_divergences(folder: Path) -> None:
+    """h(r) = r² f″(r) by automatic differentiation, and each sample's direction multiplied by its own h."""
+    generators: dict[str, Callable[[Tensor], Tensor]] = {
+        "reverse_kl": lambda r: -r.log(),
+        "forward_kl": lambda r: r * r.log(),
+        "jensen_shannon": lambda r: r * r.log() - (1 + r) * ((1 + r) / 2).log(),
+    }
+    z_B = torch.tensor([-2.0, -0.3, 0.0, 0.4, 2.0], dtype=FP64)
+    for name, f in generators.items():
+        r = z_B.exp().requires_grad_()
+        (slope,) = torch.autograd.grad(f(r).sum(), r, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.sum(), r)
+        h_B = adversarial.divergence_weight(name, z_B)  # type: ignore[arg-type]
+        assert (h_B - r.detach() ** 2 * curvature).abs().max() < 1e-10, name
+    assert adversarial.divergence_weight("forward_kl", torch.tensor([50.0])) == adversarial.MAX_RATIO
+
+    trainer, method, batch = method_and_batch(folder, FP64, "--method_config.f_divergence", "forward_kl")
+    assert batch.latents is not None
+    direction, sigma_B = torch.ones_like(batch.latents), torch.full((8,), 0.3, dtype=FP64)
+    found = method.weighted(direction, batch.latents, sigma_B, trainer.adapter.text_condition(batch))
+    expected_B = literal_logits(trainer, batch.latents, sigma_B).exp().clamp(max=10)
+    torch.testing.assert_close(found, expected_B[:, None].expand_as(direction).detach(), rtol=1e-9, atol=1e-12)
+    assert expected_B.std() > 1e-3
+
+
+CHECKS = {check.__name__: check for check in (check_discriminator_update, check_student_update, check_divergences)}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_check(name: str, tmp_path: Path) -> None:
+    CHECKS[name](tmp_path)
+
+
+# --- where it leads
+
+TRAINING = (
+    "--training.steps", "200", "--training.global_batch_size", "16", "--training.local_batch_size", "16",
+    "--metrics.log_interval", "500", "--method_config.denoising_steps", "[1000.0]", "--method_config.update_ratio", "1",
+    "--optimizer.lr", "4e-2", "--lr_scheduler.decay", "cosine",
+    "--roles.critic.optimizer.lr", "5e-3", "--roles.discriminator.optimizer.lr", "5e-3",
+    "--method_config.adversarial_weight", "1.0",
+)  # fmt: skip
+
+
+def student_law(folder: Path) -> tuple[float, float]:
+    """Mean and deviation of a one-step student, without the scores' part of its loss."""
+    real_loss = losses.dmd_loss
+    trainer = toy_trainer(folder, "adversarial", *TRAINING)
+    with patch.object(losses, "dmd_loss", lambda x, g, mask: real_loss(x, 0 * g, mask)):
+        trainer.run()
+    noise = torch.randn(1024, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        x0 = trainer.adapter.predict_x0(
+            trainer.roles["student"], noise, torch.ones(1024, dtype=FP64), {"label": torch.ones(1024, 1)}
+        )
+    return x0.mean().item(), x0.std().item()
+
+
+# --- mutants
+
+ORIGINAL_LOGITS, ORIGINAL_NOISE, ORIGINAL_UPDATES = Dmd2._logits, Dmd2._noise, Dmd2.discriminator_updates
+
+
+def _gradients_everywhere(self: Dmd2, *arguments: Any, through: bool) -> Tensor:
+    return ORIGINAL_LOGITS(self, *arguments, through=True)
+
+
+def _loss_through_the_critic(
+    self: Dmd2, batch: Batch, condition: Any, step: int, x0: Tensor, sigma_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    sigma_B = sigma_of(self.noise.uniform("adversarial/student/timestep", step, batch.sample_ids))
+    x = self.adapter.add_noise(x0, self._noise(batch, step, "student"), sigma_B)
+    return self.config.adversarial_weight * adversarial.deception_loss(
+        self._logits(x, sigma_B, condition, through=True)
+    )
+
+
+def _fresh_noise_for_r1(self: Dmd2, batch: Batch, step: int, whose: str) -> Tensor:
+    noise = ORIGINAL_NOISE(self, batch, step, whose)
+    return 2 * noise if whose == "r1" else noise
+
+
+def _r1_at_another_level(tensors: Any, *rest: Any) -> Tensor:
+    """What `torch.cat` makes of the noised samples when the moved one is noised less."""
+    parts = list(tensors)
+    if len(parts) == 3 and parts[0].shape[-1] == 64:
+        parts[2] = parts[2] - 0.1 * (parts[2] - parts[0])
+    return ORIGINAL_CAT(parts, *rest)
+
+
+ORIGINAL_CAT = torch.cat
+
+
+def _saturating(z_B: Tensor) -> Tensor:
+    return -torch.nn.functional.softplus(z_B)
+
+
+def _encouraged(z_B: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(z_B)
+
+
+def _labels_swapped(z_real_B: Tensor, z_made_B: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(z_real_B) + torch.nn.functional.softplus(-z_made_B)
+
+
+MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]] = {
+    "the discriminator's update reaches the critic": (
+        lambda: patch.object(Dmd2, "_logits", _gradients_everywhere), "check_discriminator_update"
+    ),
+    "the student's update reaches critic and discriminator": (
+        lambda: patch.object(Dmd2, "adversarial_term", _loss_through_the_critic), "check_student_update"
+    ),
+    "R1 moves twice as far": (lambda: patch.object(Dmd2, "_noise", _fresh_noise_for_r1), "check_discriminator_update"),
+    "R1 at another level": (lambda: patch.object(torch, "cat", _r1_at_another_level), "check_discriminator_update"),
+    "labels swapped": (
+        lambda: patch.object(adversarial, "discriminator_loss", _labels_swapped), "check_discriminator_update"
+    ),
+    "saturating loss": (lambda: patch.object(adversarial, "deception_loss", _saturating), "check_student_update"),
+    "student encouraged": (lambda: patch.object(adversarial, "deception_loss", _encouraged), "check_student_update"),
+    "weights left out": (
+        lambda: patch.object(adversarial, "divergence_weight", lambda name, z: torch.ones_like(z)), "check_divergences"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
+    plant, check = MUTANTS[name]
+    with plant(), pytest.raises((AssertionError, RuntimeError)):
+        CHECKS[check](tmp_path)
+
+
+OUTCOME_MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "none": nullcontext,
+    "labels swapped": lambda: patch.object(adversarial, "discriminator_loss", _labels_swapped),
+    "student encouraged": lambda: patch.object(adversarial, "deception_loss", _encouraged),
+    "discriminator never trained": lambda: patch.object(Dmd2, "discriminator_updates", lambda self: []),
+}
+NIGHTLY = [pytest.param(name, marks=() if name == "none" else pytest.mark.nightly) for name in OUTCOME_MUTANTS]
+
+
+@pytest.mark.parametrize("name", NIGHTLY)
+def test_the_discriminator_alone_leads_to_the_data(name: str, tmp_path: Path) -> None:
+    with OUTCOME_MUTANTS[name]():
+        mean, deviation = student_law(tmp_path)
+    found = abs(mean - CONDITIONAL_MEAN) < 0.1 and abs(deviation - VARIANCE**0.5) < 0.1
+    assert found == (name == "none"), (mean, deviation)
+
+
+# --- around it
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
+    saving = ("--checkpoint.enabled", "true", "--checkpoint.interval", "4", "--checkpoint.resume_from", "latest")
+    constant = ("--lr_scheduler.decay", "constant")
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    whole = toy_trainer(tmp_path / "whole", "adversarial", *constant)
+    whole.run()
+    for steps in ("4", "8"):
+        resumed = toy_trainer(tmp_path / "parts", "adversarial", *saving, *constant, "--training.steps", steps)
+        resumed.run()
+    for name in ("student", "critic", "discriminator"):
+        pairs = zip(resumed.roles[name].parameters(), whole.roles[name].parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs), name
+    assert resumed.roles["discriminator"].num_updates == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("--method_config.adversarial_weight", "-1"), "adversarial_weight = -1.0 must be at least 0"),
+        (("--method_config.discriminator_depths", "[]"), "discriminator_depths is empty, but adversarial_weight"),
+        (("--method_config.discriminator_depths", "[1, 1]"), r"discriminator_depths = \[1, 1\] names a block twice"),
+        (("--method_config.adversarial_weight", "0"), "no effect without a discriminator"),
+        (("--method_config.r1_noise", "0"), "r1_noise = 0.0 must be positive"),
+        (("--roles.discriminator.flavor", "mlp"), r"roles\.discriminator\.flavor = 'mlp', but .* is a head; set it to"),
+        (("--roles.critic.flavor", "head"), r"roles\.critic\.flavor = 'head', but .* is no head; name a network's"),
+        (("--roles.discriminator.attention", "sparse"), r"roles\.discriminator is a head, which has no init_from"),
+        (("--roles.critic.parallelism.tensor", "2"), r"roles\.critic\.parallelism differs from \[parallelism\]"),
+    ],
+)
+def test_refusals(overrides: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        toy_trainer(tmp_path, "adversarial", *overrides)
+
+
+def test_a_discriminator_without_a_role_is_refused(tmp_path: Path) -> None:
+    asked = ("--method_config.adversarial_weight", "0.1", "--method_config.discriminator_depths", "[1]")
+    with pytest.raises(ValueError, match=r"needs \[roles\.discriminator\]"):
+        toy_trainer(tmp_path, "dmd2", *asked)
+
+
+def test_real_samples_are_needed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds only text"):
+        toy_trainer(tmp_path, "adversarial", with_latents=False)
+
+
+def test_rcm_takes_the_option_over(tmp_path: Path) -> None:
+    role = ("--roles.discriminator.flavor", "head", "--roles.discriminator.trainable", "true")
+    asked = ("--method_config.adversarial_weight", "0.1", "--method_config.discriminator_depths", "[1]")
+    trainer = toy_trainer(tmp_path, "rcm", *role, *asked)
+    due = [[update.role for update in trainer.method.updates(step)] for step in range(3, 7)]
+    assert due == [["student"], ["student"], ["critic", "discriminator"], ["student"]]
+    trainer.run()
+    assert trainer.roles["discriminator"].num_updates == 2
+
+
+def test_a_block_that_the_critic_lacks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    asked = ("--method_config.discriminator_depths", "[1, 6]", "--job.dry_run")
+    assert main(tiny_argv("dmd2_gan", tmp_path, *asked)) == 2
+    assert "behind block 6, but the network has 6 blocks, counted from 0; choose from 0 to 5" in capsys.readouterr().err

@@ -1,0 +1,217 @@
+"""An adversarial term for distribution matching: a discriminator that reads the critic's features.
+
+A student that only follows its teacher inherits the teacher's faults. Real samples know better: a discriminator learns
+to tell them from the student's, and the student learns to deceive it (DMD2, 2405.14867, §4.3). It judges noised
+samples, at the noise levels at which scores are compared, and reads what the critic holds between its parts, which at
+every level knows what a sample should look like.
+
+The discriminator is a role of its own, ``discriminator``, a head (`models.head`) with its own update and learning rate,
+due whenever the critic's is. Its update leaves the critic as it is: features are made without gradient, so that they
+stay those of the task that the critic is for, the student's score, and cost no activations. The student's term does
+need the gradient through the critic, but with respect to its own samples alone: it is taken on the spot, and what
+enters the student's loss is linear in the sample. No gradient of critic or discriminator is ever made there.
+
+With a logit z that tells real (positive) from made (negative) samples, trained by the non-saturating losses
+
+    discriminator   softplus(−z_real) + softplus(z_made) [+ r1_weight · (z_real − z_perturbed)²]
+    student         softplus(−z_made)
+
+the optimum is z = log(p_real / p_made). R1 proper penalises the discriminator's gradient at real samples and needs a
+second derivative through all of the critic; its approximation (APT, 2501.08316, eq. 3) compares a real sample with one
+that is moved a little in a random direction. Both are then noised alike, with the same noise at the same level, or the
+difference would be one between noise levels.
+
+**Which divergence.** Distribution matching descends the reverse KL divergence, one of many D_f = ∫ p_made f(r),
+r = p_real / p_made. Differentiating through the samples, ∇_x = −r f″(r) ∇r = −r² f″(r) (s_real − s_made): the same
+difference of scores, weighed by h(r) = r² f″(r) (f-distill, 2502.15681). And r = exp(z) is at hand:
+
+    reverse_kl        f = −log r                              h = 1            seeks modes
+    forward_kl        f = r log r                             h = r            covers them
+    jensen_shannon    f = r log r − (1 + r) log((1 + r)/2)    h = r / (1 + r)  between the two, bounded
+
+The scores are the guided teacher's and the ratio is the data's: a heuristic wherever guidance moves the one from the
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titan_distill.config_world import role_parallelism
+from titan_distill.data.loader import Batch
+from titan_distill.diffusion import schedule
+from titan_distill.methods.base import Head, LossResult, Passes, TrainingMethod, Update
+from titan_distill.models.base import Condition
+
+if TYPE_CHECKING:
+    from titan_distill.config import Config
+
+Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
+
+MAX_RATIO = 10.0
+"""Where forward_kl's weight ends: a discriminator that is sure of itself would make one sample the whole batch."""
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """Whether a discriminator is trained, and what its logit is used for."""
+
+    adversarial_weight: float = 0.0
+    """Weight of the adversarial term in the student's update; 0 leaves it out; FastGen's is 0.03."""
+    f_divergence: Divergence = "reverse_kl"
+    """What distribution matching descends; all but reverse_kl weigh the student's samples by the discriminator."""
+    discriminator_depths: tuple[int, ...] = ()
+    """Blocks of the critic, counted from 0, behind which the discriminator reads; 15, 22, 29 of 30, say."""
+    r1_weight: float = 0.0
+    """Weight of the approximate R1 penalty in the discriminator's update; 0 leaves it out."""
+    r1_noise: float = 0.1
+    """Standard deviation by which a real sample is moved for it."""
+
+    @property
+    def has_discriminator(self) -> bool:
+        return self.adversarial_weight > 0 or self.f_divergence != "reverse_kl"
+
+    def check_adversarial(self) -> None:
+        """Raises ValueError for values outside their range, or without effect."""
+        for name in ("adversarial_weight", "r1_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 0")
+        if self.r1_noise <= 0:
+            raise ValueError(f"r1_noise = {self.r1_noise} must be positive; r1_weight = 0 leaves the penalty out")
+        if self.has_discriminator and not self.discriminator_depths:
+            raise ValueError(
+                "discriminator_depths is empty, but adversarial_weight and f_divergence ask for a discriminator; name "
+                "the critic's blocks that it reads"
+            )
+        if not self.has_discriminator and (self.discriminator_depths or self.r1_weight):
+            raise ValueError(
+                "discriminator_depths and r1_weight have no effect without a discriminator; set adversarial_weight "
+                "above 0, or remove them"
+            )
+        if len(set(self.discriminator_depths)) < len(self.discriminator_depths):
+            raise ValueError(f"discriminator_depths = {list(self.discriminator_depths)} names a block twice")
+
+
+def discriminator_loss(z_real_B: Tensor, z_made_B: Tensor) -> Tensor:
+    """softplus(−z_real) + softplus(z_made), [B]: logistic regression of real against made."""
+    return F.softplus(-z_real_B) + F.softplus(z_made_B)
+
+
+def deception_loss(z_made_B: Tensor) -> Tensor:
+    """softplus(−z_made), [B]: non-saturating, its gradient is largest where the discriminator is right."""
+    return F.softplus(-z_made_B)
+
+
+@torch.no_grad()
+def divergence_weight(divergence: Divergence, z_made_B: Tensor) -> Tensor:
+    """h(r) = r² f″(r) at r = exp(z), [B]; forward_kl's ends at MAX_RATIO. Raises ValueError for another divergence."""
+    if divergence == "reverse_kl":
+        return torch.ones_like(z_made_B)
+    if divergence == "forward_kl":
+        return z_made_B.exp().clamp(max=MAX_RATIO)
+    if divergence == "jensen_shannon":
+        return z_made_B.sigmoid()
+    raise ValueError(f"unknown divergence {divergence!r}; choose 'reverse_kl', 'forward_kl' or 'jensen_shannon'")
+
+
+class AdversarialTraining(TrainingMethod):
+    """Everything about the discriminator, for methods with a student, a critic and samples of the student."""
+
+    @classmethod
+    def heads(cls, config: Any) -> dict[str, Head]:
+        return {"discriminator": Head("critic", config.discriminator_depths)} if config.has_discriminator else {}
+
+    @classmethod
+    def required_roles(cls, config: Any) -> dict[str, bool]:
+        return super().required_roles(config) | dict.fromkeys(cls.heads(config), True)
+
+    @classmethod
+    def validate(cls, config: Config) -> None:
+        super().validate(config)
+        for name in ("critic", "discriminator") if cls.heads(config.method_config) else ():
+            if role_parallelism(config, name) != config.parallelism:
+                raise ValueError(
+                    f"roles.{name}.parallelism differs from [parallelism], but critic and discriminator must be on the "
+                    "ranks that share a sample; remove the table"
+                )
+
+    @classmethod
+    def adversarial_work(cls, config: Any, rollout: float, students: float, critics: float) -> list[Passes]:
+        """The passes that the discriminator adds, where a rollout makes ``rollout`` forwards."""
+        if not config.has_discriminator:
+            return []
+        judged = 3 if config.r1_weight else 2
+        return [
+            Passes("student", "critic", "discriminator", 1, students, backward=config.adversarial_weight > 0),
+            Passes("discriminator", "student", "rollout", rollout, critics),
+            Passes("discriminator", "critic", "discriminator", 1, critics, num_conditions=judged),
+        ]
+
+    def discriminator_updates(self) -> list[Update]:
+        """What is due whenever the critic's update is."""
+        return [Update("discriminator", self.discriminator_loss)] if self.config.has_discriminator else []
+
+    def sample_for_discriminator(self, batch: Batch, condition: Condition, step: int) -> tuple[Tensor, Tensor]:
+        """Samples of the student, and noise levels [B] at which to judge them. Called without gradient."""
+        raise NotImplementedError
+
+    def discriminator_loss(self, batch: Batch, step: int) -> LossResult:
+        """Teaches the discriminator to tell the batch from the student's current samples."""
+        assert batch.latents is not None
+        config, real, condition = self.config, batch.latents, self.adapter.text_condition(batch)
+        with torch.no_grad():
+            made, sigma_B = self.sample_for_discriminator(batch, condition, step)
+        clean, noises = [real, made], [self._noise(batch, step, "real"), self._noise(batch, step, "made")]
+        if config.r1_weight:
+            # Moved, then noised as the one that was not: all that differs is what the penalty is about.
+            clean.append(real + config.r1_noise * self._noise(batch, step, "r1"))
+            noises.append(noises[0])
+        x = torch.cat([self.adapter.add_noise(*pair, sigma_B) for pair in zip(clean, noises, strict=True)])
+        times = len(clean)
+        repeated = {name: torch.cat([value] * times) for name, value in condition.items()}
+        z_B, z_made_B, *z_moved_B = self._logits(x, sigma_B.repeat(times), repeated, through=False).chunk(times)
+        losses_B = discriminator_loss(z_B, z_made_B)
+        if z_moved_B:
+            losses_B = losses_B + config.r1_weight * (z_B - z_moved_B[0]) ** 2
+        metrics = {"discriminator/logit_real": z_B.detach(), "discriminator/logit_made": z_made_B.detach()}
+        return LossResult(losses_B, metrics)
+
+    def adversarial_term(
+        self, batch: Batch, condition: Condition, step: int, x0: Tensor, sigma_of: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The weighted deception loss of the student's samples, [B]: its value, and its gradient in ``x0`` alone.
+
+        ``sigma_of`` turns uniform draws into noise levels.
+        """
+        sigma_B = sigma_of(self.noise.uniform("adversarial/student/timestep", step, batch.sample_ids)).to(x0.device)
+        leaf = x0.detach().requires_grad_()
+        x = self.adapter.add_noise(leaf, self._noise(batch, step, "student"), sigma_B)
+        loss_B = deception_loss(self._logits(x, sigma_B, condition, through=True))
+        (gradient,) = torch.autograd.grad(loss_B.sum(), leaf)
+        linear_B = ((x0 - leaf.detach()) * gradient).double().flatten(1).sum(1)
+        return self.config.adversarial_weight * (loss_B.detach() + linear_B)
+
+    @torch.no_grad()
+    def weighted(self, direction: Tensor, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+        """The difference of scores at ``x``, made the direction of another divergence where one is asked for."""
+        if self.config.f_divergence == "reverse_kl":
+            return direction
+        h_B = divergence_weight(self.config.f_divergence, self._logits(x, sigma_B, condition, through=False))
+        return direction * schedule.broadcast_sigma(h_B, direction)
+
+    def _logits(self, x: Tensor, sigma_B: Tensor, condition: Condition, *, through: bool) -> Tensor:
+        """[B], float64. ``through``: whether gradients reach ``x``; those of the head are made in any case."""
+        critic, head = self.roles["critic"], self.roles["discriminator"].transformer
+        with self.timer("discriminator"), torch.set_grad_enabled(through):
+            features = self.adapter.features(critic, x, sigma_B, condition, self.config.discriminator_depths)
+        return self.adapter.mean_over_positions(critic, x, head(*features))
+
+    def _noise(self, batch: Batch, step: int, whose: str) -> Tensor:
+        device, shape = batch.text_embeddings.device, self.adapter.latent_shape
+        return self.noise.normal(f"adversarial/noise/{whose}", step, batch.sample_ids, shape, device=device)

@@ -1,0 +1,59 @@
+"""What a Wan transformer holds between its blocks, for heads that read it.
+
+A block's output is tapped where the blocks run. Ranks may share the tokens: those of a sequence group keep their own
+(what is made of them is averaged over the group), those of a tensor-parallel token region bring theirs together first,
+as they do behind the last block. Padding is dropped.
+
+Shape suffixes: B batch, L this rank's tokens, M model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from titan_kernels import TileLayout, tile_layout
+from torch import Tensor
+
+from titan_distill.models.wan.tokens import token_grid
+from titan_distill.models.wan.transformer import WanTransformer
+from titan_distill.parallelisms import collectives
+
+
+def block_outputs(
+    transformer: WanTransformer, depths: Sequence[int], x: Tensor, forward: Callable[[], Tensor]
+) -> list[Tensor]:
+    """Runs ``forward``, which is to see latents as large as ``x``, and returns [B, L, M] behind each block of
+    ``depths``, in tile order."""
+    found: dict[int, Tensor] = {}
+
+    def tap(index: int, x_BLM: Tensor) -> None:
+        if index in depths:
+            found[index] = x_BLM
+
+    transformer.tap = tap
+    try:
+        forward()
+    finally:
+        transformer.tap = None
+    return [_own_tokens(transformer, found[depth], _layout(transformer, x)) for depth in depths]
+
+
+def _layout(transformer: WanTransformer, x: Tensor) -> TileLayout:
+    return tile_layout(token_grid(x.shape[2:], transformer.config.patch_size))
+
+
+def _own_tokens(transformer: WanTransformer, x_BLM: Tensor, layout: TileLayout) -> Tensor:
+    region, sequence = transformer.token_region, transformer.sequence
+    if region is not None:
+        x_BLM = collectives.gather(x_BLM, 1, region.group)
+    if sequence is None:
+        return x_BLM
+    own = 0 if sequence.group is None else sequence.group.rank()
+    return x_BLM[:, : sequence.shards(layout).lengths[own]]
+
+
+def mean_over_tokens(transformer: WanTransformer, values_BL: Tensor, x: Tensor) -> Tensor:
+    """[B], float64: the mean over all tokens of the samples ``x``, wherever they are; replicated."""
+    total_B = values_BL.double().sum(1)
+    group = None if transformer.sequence is None else transformer.sequence.group
+    return (total_B if group is None else collectives.sum_parts(total_B, group)) / _layout(transformer, x).num_tokens
