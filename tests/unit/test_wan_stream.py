@@ -31,9 +31,11 @@ from titan_distill.models.wan.config import FLAVORS
 from titan_distill.models.wan.stream import WanStream
 from titan_distill.models.wan.vae import decode_latents, restart
 from titan_distill.observability.flops import forward_flops
+from titan_distill.observability.hardware import GPUS
 from titan_distill.observability.memory import LocalForward
 from titan_distill.observability.unrolling import Unrolling
 from titan_distill.parallelisms.mesh import World
+from titan_distill.plan import planner
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 
@@ -162,6 +164,26 @@ def test_memory_of_the_real_size() -> None:
     assert forward_flops(FLAVORS["1.3B"], 32_760, num_keys=whole.num_keys).self_attention == pytest.approx(
         197.8e12 * 12 / 21, rel=1e-3
     )
+
+
+def test_plan_of_the_real_size() -> None:
+    """Segment-wise passes: the work of whole causal forwards, a call and a gathering of weights a segment, and keys and
+    values that stay until the backward."""
+    job = ["--job.config_file", "train_configs/self_forcing_wan1.3b.toml"]
+    with planner(64, GPUS["H100"]) as plans:
+        plan = plans.plan(load_config(job))
+    with planner(64, GPUS["H100"]) as plans:
+        in_one = plans.plan(load_config([*job, "--pipeline_config.frames_per_block", "21"]))
+    rollout, exit_pass, *_ = plan.phases
+    forward = forward_flops(FLAVORS["1.3B"], 32_760, num_keys=12 * 1560).total
+    assert rollout.executed_flops == pytest.approx(2.5 * 0.2 * 64 * forward)
+    assert exit_pass.dense_flops == pytest.approx(3 * 0.2 * 64 * forward, rel=1e-3)
+    gathered, once = (
+        sum(t.bytes_sent for t in p.phases[0].transfers if "gather" in t.collective) for p in (plan, in_one)
+    )
+    assert gathered == pytest.approx(7 * once)
+    kept = plan.roles["student"].graph - plan.roles["critic"].graph
+    assert kept == pytest.approx(6.04e9, rel=1e-3) and plan.fits
 
 
 # --- longer than a sample
