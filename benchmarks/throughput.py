@@ -154,7 +154,7 @@ def synthetic_config(config: Config, folder: Path, num_steps: int) -> Config:
         recipe=replace(config.recipe, family=measured_family(config.recipe.family)),
         roles={name: replace(role, init_from="") for name, role in config.roles.items()},
         pipeline_config=pipeline,
-        data=replace(config.data, path=str(folder / "data.parquet"), num_workers=0),
+        data=replace(config.data, path=str(folder / "data.parquet"), num_workers=0, fps=None),
         training=replace(config.training, steps=num_steps),
         validation=ValidationConfig(enabled=False),
         checkpoint=replace(config.checkpoint, enabled=False, resume_from=""),

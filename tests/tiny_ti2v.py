@@ -69,7 +69,7 @@ def write_pipeline(folder: Path) -> Path:
     return folder
 
 
-def write_data(path: Path, num_rows: int = 12) -> Path:
+def write_data(path: Path, num_rows: int = 12, shape: tuple[int, ...] = LATENT_SHAPE) -> Path:
     """Random latents and text embeddings."""
     generator = torch.Generator().manual_seed(0)
     rows = (
@@ -77,7 +77,7 @@ def write_data(path: Path, num_rows: int = 12) -> Path:
             id=str(index),
             caption=f"clip {index}",
             text_embedding=torch.randn(3 + index, TEXT_WIDTH, generator=generator),
-            vae_latent=torch.randn(LATENT_SHAPE, generator=generator),
+            vae_latent=torch.randn(shape, generator=generator),
         )
         for index in range(num_rows)
     )

@@ -21,12 +21,15 @@ from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.dispatch import register_model
 from titan_distill.methods.base import ValidationRequest
 from titan_distill.models.base import Adapter, Condition, ModelFamily
+from titan_distill.models.streaming import SegmentStream
 from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.base import Validator
 
 CONDITIONAL_MEAN, UNCONDITIONAL_MEAN, VARIANCE = 1.0, -0.5, 0.49
+CORRELATION = 0.8
+"""Of a value with the same value of the segment before, in the flavors made of segments."""
 
 
 class AnalyticTeacher(nn.Module):
@@ -73,7 +76,73 @@ class MlpVelocity(nn.Module):
         return self.blocks[-1](self.hidden(x, sigma_B1, label_B1)[-1]).squeeze(-1)
 
 
-FLAVORS: dict[str, type[nn.Module]] = {"analytic": AnalyticTeacher, "affine": AffineStudent, "mlp": MlpVelocity}
+class ChainTeacher(nn.Module):
+    """The exact velocity field of chains of segments: x_j = m + ρ (x_{j-1} - m) + noise, all of variance VARIANCE."""
+
+    def __init__(self, num_segments: int = 4) -> None:
+        super().__init__()
+        index = torch.arange(num_segments)
+        covariance = VARIANCE * CORRELATION ** (index[:, None] - index).abs()
+        self.mean = nn.Parameter(torch.full((num_segments,), CONDITIONAL_MEAN))
+        self.factor = nn.Parameter(torch.linalg.cholesky(covariance))
+
+    def forward(self, x: Tensor, sigma_B1: Tensor, label_B1: Tensor) -> Tensor:
+        num_segments = len(self.mean)
+        factor_SS, x_BSn = self.factor.tril(), x.unflatten(1, (num_segments, -1))
+        alpha_B11, sigma_B11 = 1 - sigma_B1[..., None], sigma_B1[..., None]
+        covariance = factor_SS @ factor_SS.T
+        noisy_BSS = alpha_B11**2 * covariance + sigma_B11**2 * torch.eye(num_segments)
+        mean_S1 = self.mean[:, None]
+        away = torch.linalg.solve(noisy_BSS, x_BSn - alpha_B11 * mean_S1)
+        x0_BSn = mean_S1 + alpha_B11 * covariance @ away
+        return ((x_BSn - x0_BSn) / sigma_B11).flatten(1)
+
+
+class ChainCritic(ChainTeacher):
+    """The same with a law to be learned; starts as independent segments."""
+
+    def __init__(self, num_segments: int = 4) -> None:
+        super().__init__(num_segments)
+        self.factor.data.copy_(torch.eye(num_segments))
+        self.mean.data.zero_()
+
+
+class ChainStudent(nn.Module):
+    """A segment from the one before it: x0 = scale x + gain context + shift, other numbers for a first segment."""
+
+    def __init__(self, levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)) -> None:
+        super().__init__()
+        self.levels = levels
+        self.affine = nn.Parameter(torch.tensor([[[1.0, 0.0, 0.0]] * 2] * len(levels)))
+
+    def forward(self, x: Tensor, sigma_B1: Tensor, context: Tensor | None) -> Tensor:
+        index_B = (sigma_B1 - sigma_B1.new_tensor(self.levels)).abs().argmin(1)
+        scale, gain, shift = self.affine[index_B, int(context is not None)].unsqueeze(-1).unbind(1)
+        x0 = scale * x + shift if context is None else scale * x + gain * context + shift
+        return (x - x0) / sigma_B1
+
+
+class ToyStream(SegmentStream):
+    """The context is the segment before, as it was written."""
+
+    def __init__(self, role: RoleHandle) -> None:
+        self.role, self.context = role, None
+
+    def predict_velocity(self, x: Tensor, sigma_B: Tensor) -> Tensor:
+        return self.role.transformer(x, sigma_B[:, None].to(x.dtype), self.context)
+
+    def _write(self, x: Tensor, sigma_B: Tensor) -> None:
+        self.context = x
+
+
+FLAVORS: dict[str, type[nn.Module]] = {
+    "analytic": AnalyticTeacher,
+    "affine": AffineStudent,
+    "mlp": MlpVelocity,
+    "chain": ChainTeacher,
+    "chain_critic": ChainCritic,
+    "chain_student": ChainStudent,
+}
 
 
 @dataclass(frozen=True)
@@ -82,11 +151,14 @@ class ToyPipelineConfig:
     """Shift of the noise schedule."""
     num_values: int = 64
     """Independent numbers in a sample."""
+    num_segments: int = 4
+    """Segments of a causal student's samples."""
 
 
 class ToyAdapter(Adapter):
     def __init__(self, config: ToyPipelineConfig) -> None:
         self.flow_shift, self.latent_shape = config.flow_shift, (config.num_values,)
+        self.segment_length = config.num_values // config.num_segments
 
     def prepare_batch(self, batch: Batch) -> Batch:
         return batch if batch.latents is None else replace(batch, latents=batch.latents.flatten(1))
@@ -101,7 +173,20 @@ class ToyAdapter(Adapter):
         return {"label": torch.ones(len(prompts), 1)}
 
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        return role.transformer(x, sigma_B[:, None].to(x.dtype), condition["label"])
+        if not isinstance(role.transformer, ChainStudent):
+            return role.transformer(x, sigma_B[:, None].to(x.dtype), condition["label"])
+        segments, sigmas = (t.split(self.segment_length, 1) for t in (x, sigma_B.to(x.dtype).expand_as(x)))
+        contexts = (None, *segments[:-1])
+        parts = zip(segments, sigmas, contexts, strict=True)
+        return torch.cat([role.transformer(x, sigma[:, :1], context) for x, sigma, context in parts], 1)
+
+    def segment_lengths(self, role: RoleHandle, length: int | None = None) -> tuple[int, ...] | None:
+        if not isinstance(role.transformer, ChainStudent):
+            return None
+        return (self.segment_length,) * ((length or self.latent_shape[0]) // self.segment_length)
+
+    def open_stream(self, role: RoleHandle, condition: Condition) -> SegmentStream:
+        return ToyStream(role)
 
     def features(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Any) -> list[Tensor]:
         hidden = role.transformer.hidden(x, sigma_B[:, None].to(x.dtype), condition["label"])
@@ -135,7 +220,7 @@ class ToyFamily(ModelFamily):
         return module
 
     def architecture(self, module: nn.Module) -> dict[str, Any]:
-        return {"flavor": next(name for name, cls in FLAVORS.items() if isinstance(module, cls))}
+        return {"flavor": next(name for name, cls in FLAVORS.items() if type(module).__name__.endswith(cls.__name__))}
 
     def restore_module(self, architecture: dict[str, Any], tensors: Any, device: torch.device) -> nn.Module:
         module = FLAVORS[architecture["flavor"]]().to(device)

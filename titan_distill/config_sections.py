@@ -49,8 +49,8 @@ class JobConfig:
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
     method: str
-    """Training method, a file in titan_distill/methods/ (dmd2, finetune, knowledge_distillation, consistency, scm, rcm)
-    or one registered by job.imports."""
+    """Training method, a file in titan_distill/methods/ (dmd2, self_forcing, finetune, knowledge_distillation,
+    consistency, scm, rcm) or one registered by job.imports."""
     family: str = "wan"
     """Model family, a folder in titan_distill/models/ or one registered by job.imports."""
 
@@ -98,8 +98,9 @@ class RoleConfig:
     init_from: str = ""
     """Weights to start from: a diffusers folder, or a role in a checkpoint, PATH#ROLE:ema or PATH#ROLE:raw, where PATH
     is a step's folder or checkpoints/latest; "" starts from random weights."""
-    attention: Literal["dense", "sparse"] = "dense"
-    """Self-attention of this role; sparse follows [sparse_attention], and may start from dense weights."""
+    attention: Literal["dense", "sparse", "causal"] = "dense"
+    """Self-attention of this role; sparse follows [sparse_attention], causal makes a video block by block, each from
+    those before it. Both may start from dense weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Storage of the weights; auto keeps fp32 masters for trained roles and training.dtype for frozen ones."""
     optimizer: OptimizerOverride = field(default_factory=OptimizerOverride)
@@ -134,19 +135,31 @@ class RoleConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: str
-    """Parquet file, or folder of them, with latents and text embeddings (or only text, where the method allows it)."""
+    """Parquet file, or folder of them, with latents and text embeddings (or only text, where the method allows it); or
+    a .csv with the columns video and prompt, which are then encoded during training."""
     max_text_tokens: int = 512
     """Text embeddings are zero-padded or cut to this many tokens."""
     num_workers: int = 0
     """Loader processes a rank; 0 reads in the training process."""
     max_bad_rows: int = 0
     """Unreadable rows to skip, each named in the log, before the run stops."""
+    fps: float | None = None
+    """Frames a second to which the videos of a .csv are resampled; none keeps every frame."""
 
     def __post_init__(self) -> None:
         check_range(self, "max_text_tokens", least=1)
         check_range(self, "num_workers", "max_bad_rows", least=0)
         if not self.path:
-            raise ValueError('path = "" names no data; set it to a parquet file or to a folder of them')
+            raise ValueError('path = "" names no data; set it to a parquet file, a folder of them or a .csv')
+        if self.fps is not None:
+            check_range(self, "fps", above=0)
+            if not self.holds_videos:
+                raise ValueError(f"fps = {self.fps} has no effect on path = {self.path!r}, which is no .csv; remove it")
+
+    @property
+    def holds_videos(self) -> bool:
+        """Whether the data is a table of videos and prompts, to be encoded during training."""
+        return self.path.endswith(".csv")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,8 +108,8 @@ def ode_pairs(options: OdePairsOptions) -> str:
         layouts = Layouts(world, degrees, {"teacher": degrees})
         if world.is_main:
             _publish_settings(options.out, settings)
-        module = family.build_module("teacher", role, layouts.role("teacher"), world.device)
-        handle = RoleHandle("teacher", {"transformer": module}, trainable=False)
+        modules = family.build_modules("teacher", role, layouts.role("teacher"), world.device)
+        handle = RoleHandle("teacher", modules, trainable=False)
         adapter = family.build_adapter(world.device, layouts)
         adapter.start_step(RoleManager([handle]), config.training.steps)  # sparse attention at its schedule's end
         maker = PairMaker(config, options, request, indices, adapter, handle, prompts)

@@ -82,6 +82,11 @@ class RoleHandle:
     def transformer(self) -> nn.Module:
         return self.modules["transformer"]
 
+    @property
+    def network(self) -> nn.Module:
+        """All that is trained and averaged: the transformer where it is alone, else all modules by name."""
+        return self.transformer if len(self.modules) == 1 else nn.ModuleDict(self.modules)
+
     def step(self, *, tick_ema: bool) -> None:
         """Applies the accumulated gradients, advances the schedules and folds the result into the EMA."""
         for optimizer in self.optimizers.values():
@@ -91,7 +96,7 @@ class RoleHandle:
             scheduler.step()
         self.num_updates += 1
         if self.ema is not None and tick_ema:
-            self.ema.update(self.transformer, self.num_updates)
+            self.ema.update(self.network, self.num_updates)
 
     def skip(self) -> None:
         """Drops the accumulated gradients; weights, moments, schedules and EMA stay as they are."""
@@ -110,7 +115,7 @@ class RoleHandle:
         if self.ema is None:
             yield
         else:
-            with self.ema.applied(self.transformer):
+            with self.ema.applied(self.network):
                 yield
 
     def parameters(self) -> list[nn.Parameter]:

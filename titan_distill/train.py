@@ -27,8 +27,8 @@ from titan_distill.checkpoint.ranks import RankFailure
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config import Config, check_paths, help_text, load_config, to_toml
 from titan_distill.config_world import check_world, role_parallelism
+from titan_distill.data.datasets import open_dataset
 from titan_distill.data.loader import build_loader
-from titan_distill.data.parquet import ParquetDataset
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.dispatch import method_class, model_family
 from titan_distill.exit_codes import EXIT_BAD_INPUT, EXIT_COME_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
@@ -115,7 +115,8 @@ def spell_out_references(config: Config) -> Config:
                     f"recipe.family is {config.recipe.family!r}; choose a checkpoint of the same family"
                 )
             roles[name] = dataclasses.replace(role, init_from=found.text)
-    return dataclasses.replace(config, roles=roles)
+    config = dataclasses.replace(config, roles=roles)
+    return model_family(config.recipe.family)(config).spelled_out()
 
 
 def train(trainer: Trainer) -> int:
@@ -181,15 +182,10 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     method_type = method_class(config.recipe.method)
-    tensors = method_type.extra_tensors(config.method_config)
-    dataset = ParquetDataset(config.data.path, tensors=tensors, max_bad_rows=config.data.max_bad_rows)
     family = model_family(config.recipe.family)(config)
+    tensors = (*method_type.extra_tensors(config.method_config), *family.extra_tensors())
     needs_latents = family.needs_latents or method_type.needs_latents(config.method_config)
-    if needs_latents and dataset[0].vae_latent is None:
-        raise ValueError(
-            f"data.path = {config.data.path!r} holds only text, but {config.recipe.method!r} as configured trains on "
-            "latents; make them with `titan-distill data preprocess`"
-        )
+    dataset = open_dataset(config.data, tensors=tensors, video_size=family.video_size(), needs_latents=needs_latents)
     layouts = build_layouts(config, world)
     roles = build_roles(config, family, layouts, world.device)
     _check_latent_space(family, roles)
@@ -259,20 +255,19 @@ def build_roles(config: Config, family: ModelFamily, layouts: Layouts, device: t
     """Networks of all roles, laid out and loaded; optimizers come later, when the method has said how often it
     steps."""
     heads = method_class(config.recipe.method).heads(config.method_config)
-    networks = {
-        name: family.build_module(name, role, layouts.role(name), device)
+    modules = {
+        name: family.build_modules(name, role, layouts.role(name), device)
         for name, role in config.roles.items()
         if name not in heads
     }
+    for name, head in heads.items():
+        modules[name] = {"transformer": _head(config, family, layouts, device, name, head, modules[head.of])}
     handles = []
     for name, role in config.roles.items():
-        module = (
-            networks[name] if name in networks else _head(config, family, layouts, device, name, heads[name], networks)
-        )
         clip = config.training.max_grad_norm if role.max_grad_norm is None else role.max_grad_norm
-        handle = RoleHandle(name, {"transformer": module}, role.trainable, max_grad_norm=clip)
+        handle = RoleHandle(name, modules[name], role.trainable, max_grad_norm=clip)
         handle.adapters_only = role.lora.enabled
-        if role.lora.enabled and not any(is_adapter(parameter) for parameter, _ in module.named_parameters()):
+        if role.lora.enabled and not any(is_adapter(parameter) for parameter, _ in handle.network.named_parameters()):
             raise ValueError(f"roles.{name}.lora: the family {config.recipe.family!r} has no adapters; set rank to 0")
         handles.append(handle)
     return RoleManager(handles)
@@ -285,9 +280,15 @@ def _head(
     device: torch.device,
     name: str,
     head: Head,
-    networks: Mapping[str, nn.Module],
+    read: Mapping[str, nn.Module],
 ) -> nn.Module:
-    width = family.feature_width(networks[head.of], head.depths)
+    if len(read) > 1:
+        raise ValueError(
+            f"roles.{name} reads the features of {head.of}, which has {len(read)} experts and thus no one network for "
+            f"all noise levels; give roles.{head.of} a single network"
+        )
+    (network,) = read.values()
+    width = family.feature_width(network, head.depths)
     offload = role_parallelism(config, name).cpu_offload
     options = FsdpOptions(getattr(torch, config.training.dtype), cpu_offload=offload)
     return build_head(width, len(head.depths), layouts.role(name), device, options, config.job.seed)
@@ -301,7 +302,7 @@ def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -
         role.optimizers["transformer"] = optimizer
         role.schedulers["transformer"] = build_scheduler(optimizer, config.lr_scheduler, num_updates[role.name])
         if config.ema.decay and config.ema.role == role.name:
-            role.ema = Ema(role.transformer, config.ema.decay, config.ema.start_step)
+            role.ema = Ema(role.network, config.ema.decay, config.ema.start_step)
 
 
 def _config_file(argv: Sequence[str]) -> str | None:

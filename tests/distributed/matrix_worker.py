@@ -48,7 +48,7 @@ def train_row(world: World, arguments: list[str], output: Path) -> None:
 def final_parameters(trainer: Trainer) -> dict[str, Tensor]:
     tensors = {}
     for role in trainer.roles.trainable:
-        for name, parameter in role.transformer.named_parameters():
+        for name, parameter in role.network.named_parameters():
             value = parameter.detach()
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             tensors[f"{role.name}/{name.removeprefix('_orig_mod.')}"] = whole.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +25,16 @@ from titan_distill.parallelisms.sequence import token_bounds
 
 def noise_keyed_by_rank(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(titan_distill.train, "KeyedNoise", lambda seed: KeyedNoise(seed + dist.get_rank()))
+
+
+def equal_noise_on_data_ranks(patch: pytest.MonkeyPatch) -> None:
+    """Every rank draws for the first samples of a batch, whichever it has."""
+
+    class Unkeyed(KeyedNoise):
+        def normal(self, purpose: str, step: int, sample_ids: Sequence[int], *rest: Any, **options: Any) -> Tensor:
+            return super().normal(purpose, step, range(len(sample_ids)), *rest, **options)
+
+    patch.setattr(titan_distill.train, "KeyedNoise", Unkeyed)
 
 
 def sequence_gradients_not_divided(patch: pytest.MonkeyPatch) -> None:
@@ -95,6 +106,7 @@ MUTANTS = {
     mutant.__name__: mutant
     for mutant in (
         noise_keyed_by_rank,
+        equal_noise_on_data_ranks,
         sequence_gradients_not_divided,
         tangents_stay_where_they_are,
         features_averaged_by_rank,

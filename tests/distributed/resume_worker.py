@@ -80,8 +80,8 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     tensors["random/torch"] = torch.get_rng_state()
     for role in trainer.roles.trainable:
         optimizer, scheduler = role.optimizers["transformer"], role.schedulers["transformer"]
-        reshard(role.transformer)  # the optimizer knows the shards, not what a forward gathered from them
-        for name, parameter in role.transformer.named_parameters():
+        reshard(role.network)  # the optimizer knows the shards, not what a forward gathered from them
+        for name, parameter in role.network.named_parameters():
             for kind, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{kind}/{role.name}/{name}"] = _whole(value)
         for name, value in role.ema.shadow.items() if role.ema else ():

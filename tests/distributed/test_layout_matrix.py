@@ -74,7 +74,8 @@ class Row:
 P = "--parallelism."
 TEACHER, STUDENT = "--roles.teacher.parallelism.", "--roles.student.parallelism."
 DMD2, FINETUNE = ("dmd2",), ("finetune",)
-METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm", "dmd2_gan")
+METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm", "dmd2_gan", "self_forcing")
+SELF_FORCING, ODE_INIT = ("self_forcing",), ("ode_init",)
 # Schedules of real length would not get anywhere in these steps.
 OPTIONS = {
     "kd": "--data.path {folder}/pairs --method_config.teacher_steps 4",
@@ -82,8 +83,12 @@ OPTIONS = {
     "scm": "--method_config.tangent_warmup 2 --method_config.derivative_step 0",
     "rcm": "--method_config.tangent_warmup 1 --method_config.update_ratio 2",
     "dmd2_gan": "--method_config.adversarial_weight 1",
+    "self_forcing": "--roles.student.init_from tests/assets/tiny_wan/transformer --method_config.context_noise 50 "
+    "--method_config.same_step_across_blocks false --method_config.denoising_steps [1000.0,500.0] "
+    "--pipeline_config.num_frames 9",
+    "ode_init": "--data.path {folder}/pairs --method_config.teacher_steps 4",
 }
-REFERENCE = Row("one process", 1, "", methods=METHODS)
+REFERENCE = Row("one process", 1, "", methods=METHODS + ODE_INIT)
 SPARSE = (
     "--roles.student.attention", "sparse", "--sparse_attention.sparsity", "0.75",
     "--sparse_attention.schedule_rate", "0.25", "--sparse_attention.crossover", "0.2",
@@ -93,7 +98,7 @@ SPARSE_REFERENCE = Row("one process, sparse", 1, "", sparse=True)
 CHECKPOINT = "--activation_checkpoint.mode "
 DENSE_ROWS = (
     Row("accumulation 4", 1, "", local_batch=1, methods=DMD2, nightly=FINETUNE),
-    Row("full checkpointing", 1, f"{CHECKPOINT}full", methods=DMD2, nightly=FINETUNE),
+    Row("full checkpointing", 1, f"{CHECKPOINT}full", methods=DMD2, nightly=FINETUNE + SELF_FORCING),
     Row("selective checkpointing", 1, f"{CHECKPOINT}selective", methods=FINETUNE, nightly=DMD2),
     Row("block skip", 1, f"{CHECKPOINT}full --activation_checkpoint.skip_interval 2", methods=FINETUNE, nightly=DMD2),
     Row("compile", 1, "--compile.enabled", methods=FINETUNE, nightly=DMD2),
@@ -101,16 +106,22 @@ DENSE_ROWS = (
         "float8, emulated", 1, "--float8.enabled --float8.emulate --float8.min_features 16", COARSE,
         methods=FINETUNE, nightly=DMD2,
     ),
-    Row("fsdp 2", 2, "", local_batch=2, methods=METHODS),
+    Row("fsdp 2", 2, "", local_batch=2, methods=METHODS, nightly=ODE_INIT),
     Row("bf16, fsdp 2", 2, "--training.dtype bfloat16", ROUNDED, local_batch=2, methods=DMD2, nightly=FINETUNE),
     Row("cpu offload, fsdp 2", 2, f"{P}cpu_offload", local_batch=2, methods=FINETUNE, nightly=DMD2),
     Row("no resharding, fsdp 2", 2, f"{P}reshard_after_forward false", local_batch=2, methods=DMD2, nightly=FINETUNE),
     Row("tensor 2", 2, f"{P}tensor 2"),
-    Row("tensor 2, token region", 2, f"{P}tensor 2 {P}token_region", methods=("finetune", "dmd2_gan"), nightly=DMD2),
-    Row("sequence 2", 2, f"{P}sequence 2", methods=METHODS),
+    Row(
+        "tensor 2, token region", 2, f"{P}tensor 2 {P}token_region",
+        methods=("finetune", "dmd2_gan"), nightly=DMD2 + SELF_FORCING,
+    ),
+    Row("sequence 2", 2, f"{P}sequence 2", methods=METHODS + ODE_INIT),
     Row("teacher tensor 2, students fsdp 2", 2, f"{TEACHER}tensor 2", local_batch=2, methods=DMD2),
     Row("teacher sequence 2, students fsdp 2", 2, f"{TEACHER}sequence 2", local_batch=2, methods=DMD2),
-    Row("student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2, methods=DMD2, nightly=FINETUNE),
+    Row(
+        "student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2,
+        methods=DMD2, nightly=FINETUNE + SELF_FORCING,
+    ),
     Row("sequence 3, all-gather", 3, f"{P}sequence 3", methods=FINETUNE, nightly=DMD2),
     Row("fsdp 4", 4, "", local_batch=1, methods=DMD2, nightly=FINETUNE),
     Row("hsdp 2 × 2", 4, f"{P}dp_replicate 2", local_batch=1, methods=DMD2, nightly=FINETUNE),
@@ -138,10 +149,12 @@ SPARSE_ROWS = (
 ROWS = (
     *DENSE_ROWS,
     *SPARSE_ROWS,
-    # Every other layout with a sparse student, too.
+    # Every layout with a sparse student, too. Rounding also picks other tiles where two are nearly as good: in bf16
+    # single gradient norms are off by 15 % with three quarters of the tiles left out, by 2 % with none.
     *(
         replace(
             row, name=f"sparse student, {row.name}", sparse=True, methods=(),
+            tolerance=EXACT if row.tolerance == EXACT else COARSE,
             nightly=FINETUNE if "finetune" in row.methods + row.nightly else DMD2,
         )
         for row in DENSE_ROWS
@@ -153,6 +166,7 @@ MUTATED = (
     Row("mutant: local norm", 2, f"{P}tensor 2", methods=FINETUNE, mutant="norm_over_local_width"),
     Row("mutant: tangents", 2, f"{P}sequence 2", methods=("scm",), mutant="tangents_stay_where_they_are"),
     Row("mutant: features", 2, f"{P}sequence 2", methods=("dmd2_gan",), mutant="features_averaged_by_rank"),
+    Row("mutant: equal noise", 2, "", local_batch=2, methods=FINETUNE, mutant="equal_noise_on_data_ranks"),
     Row("mutant: mean of means", 2, f"{P}sequence 2", methods=FINETUNE, mutant="mean_of_means"),
     Row(
         "mutant: replicated gradient", 2, f"{P}tensor 2 {P}token_region", methods=FINETUNE,

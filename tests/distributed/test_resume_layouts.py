@@ -114,6 +114,9 @@ OTHERS = {
         "scm": "--method_config.tangent_warmup 4",
         "rcm": "--method_config.tangent_warmup 2 --method_config.update_ratio 2",
         "dmd2_gan": "--method_config.adversarial_weight 1",
+        "self_forcing": "--roles.student.init_from tests/assets/tiny_wan/transformer --pipeline_config.num_frames 9 "
+        "--method_config.denoising_steps [1000.0,500.0]",
+        "ode_init": "--data.path {folder}/pairs --method_config.teacher_steps 4",
     }.items()
 }
 
@@ -143,6 +146,7 @@ SHORT = tuple(
         (OTHERS["cm"], ONE, FSDP_2),
         (OTHERS["scm"], ONE, ULYSSES_2),
         (OTHERS["rcm"], ONE, FSDP_2),
+        (OTHERS["self_forcing"], ONE, ULYSSES_2),
     )
 )
 LONG = (
@@ -171,6 +175,8 @@ LONG = (
     Trial(NOT_YET, ONE, ONE),
     Trial(NOT_YET, BY_ROLE, ONE),
     Trial(NOT_YET, ONE, HSDP_4),
+    Trial(OTHERS["self_forcing"], ULYSSES_2, FSDP_2),
+    Trial(OTHERS["ode_init"], ONE, FSDP_2),
     Trial(SPARSE, ONE, ONE),
     Trial(SPARSE, TENSOR_2, ULYSSES_2),
     Trial(SPARSE, ULYSSES_2, ONE),

@@ -112,8 +112,8 @@ def test_finetuning_reaches_its_target(
 ORIGINAL_DIRECTION, ORIGINAL_ROLLOUT = losses.dmd_direction, Dmd2.rollout
 
 
-def _wrong_sign(*arguments: Any) -> torch.Tensor:
-    return -ORIGINAL_DIRECTION(*arguments)
+def _wrong_sign(*arguments: Any, **options: Any) -> torch.Tensor:
+    return -ORIGINAL_DIRECTION(*arguments, **options)
 
 
 def _critic_on_real_data(self: Dmd2, batch: Any, condition: Any, step: int, purpose: str) -> dmd2.Rollout:

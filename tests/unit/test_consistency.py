@@ -195,7 +195,8 @@ def check_boundary(folder: Path) -> None:
     with patch.object(consistency.losses, "consistency_loss") as loss:
         loss.return_value = torch.zeros(8)
         method.student_loss(batch, 0)
-    _, _, target = loss.call_args.args
+    _, _, target, mask = loss.call_args.args
+    assert mask is None
     assert calls[1].sigma_B.abs().max() == 0 and torch.equal(target, calls[1].x)
 
 

@@ -130,7 +130,7 @@ def check_loss_against_transcription(folder: Path) -> None:
     captured: list[Tensor] = []
     real_loss = losses.dmd_loss
 
-    def capture(x: Tensor, g: Tensor, mask: None) -> Tensor:
+    def capture(x: Tensor, g: Tensor, mask: Tensor | None = None) -> Tensor:
         x.retain_grad()
         captured.append(x)
         return real_loss(x, g, mask)
@@ -270,17 +270,15 @@ ORIGINAL_CRITIC_LOSS = losses.critic_loss
 ORIGINAL_STEP = RoleHandle.step
 
 
-def _no_normaliser(fake: Tensor, real: Tensor, generated: Tensor, normalise: bool = True, mask: None = None) -> Tensor:
+def _no_normaliser(fake: Tensor, real: Tensor, generated: Tensor, normalise: bool = True, **_: Any) -> Tensor:
     return ORIGINAL_DIRECTION(fake, real, generated, normalise=False)
 
 
-def _batch_normaliser(
-    fake: Tensor, real: Tensor, generated: Tensor, normalise: bool = True, mask: None = None
-) -> Tensor:
+def _batch_normaliser(fake: Tensor, real: Tensor, generated: Tensor, normalise: bool = True, **_: Any) -> Tensor:
     return (fake - real) / (generated - real).abs().mean()
 
 
-def _wrong_sign(fake: Tensor, real: Tensor, generated: Tensor, normalise: bool = True, mask: None = None) -> Tensor:
+def _wrong_sign(fake: Tensor, real: Tensor, generated: Tensor, normalise: bool = True, **_: Any) -> Tensor:
     return -ORIGINAL_DIRECTION(fake, real, generated, normalise)
 
 

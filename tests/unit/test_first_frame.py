@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +228,7 @@ def test_text_alone_counts_every_frame(make: MakeTrainer) -> None:
 
 
 def draws(mixing: ImageMixing, ids: list[int]) -> Tensor:
-    latents = torch.zeros(len(ids), 1, 2, 1, 1)
-    return mixing.condition(Batch(ids, [""] * len(ids), torch.zeros(len(ids), 1, 1), latents))[MASK]
+    return mixing.condition(ids, torch.zeros(len(ids), 1, 2, 1, 1))[MASK]
 
 
 def test_images_are_drawn_by_sample_with_the_published_law() -> None:
@@ -241,6 +241,13 @@ def test_images_are_drawn_by_sample_with_the_published_law() -> None:
     assert not torch.equal(draws(ImageMixing(KeyedNoise(4), 0.2, -3.5, 0.5), list(range(4000))), mask_N)
     clean = draws(ImageMixing(KeyedNoise(3), 1.0, float("-inf"), 0.5), [0, 1])
     assert (clean == 0).all()
+
+
+def test_prompts_to_sample_from_bring_no_image(make: MakeTrainer) -> None:
+    """As when trajectories are recorded: rows without latents, in a job that trains on images."""
+    trainer = make("finetune", *ALL_IMAGES)
+    batch = replace(first_batch(trainer), latents=None)
+    assert trainer.adapter.text_condition(batch).keys() == {"text"}
 
 
 # Sampling, and what diffusers does
@@ -307,6 +314,7 @@ def sample_from(trainer: Trainer, noise: Tensor, condition: Any, scale: float, n
         ("finetune", ("--pipeline_config.image_probability", "1.5"), "image_probability = 1.5 must be between 0 and 1"),
         ("finetune", ("--pipeline_config.image_noise_mean", "0.5"), "image_noise_mean = 0.5 must be at most -1"),
         ("finetune", ("--pipeline_config.image_noise_std", "2"), "image_noise_std = 2.0 must be between 0 and 1"),
+        ("finetune", (*CLEAN, "--pipeline_config.image_noise_std", "0.1"), "image_noise_std = 0.1 has no effect"),
         ("finetune", ("--pipeline_config.num_frames", "1"), "num_frames = 1 leaves nothing to make"),
         (
             "finetune",

@@ -179,3 +179,59 @@ def test_toy_pairs_hold_the_law_and_its_ends(tmp_path: Path) -> None:
         deviation_K1 = ((1 - LEVELS) ** 2 * VARIANCE + LEVELS**2).sqrt()[:, None]
         ends_KN = MEAN + VARIANCE**0.5 * (x_KN - (1 - LEVELS[:, None]) * MEAN) / deviation_K1
         assert (ends_KN - end_N.flatten()).abs().max() < 0.03
+
+
+# --- a causal student
+
+
+CAUSAL = ("--roles.student.flavor", "chain_student", "--roles.student.attention", "causal")
+
+
+def check_states_of_segments(folder: Path) -> None:
+    """Each segment of each sample is a state of its own trajectory, or its end, at a level of its own."""
+    trainer = toy_trainer(folder, "knowledge_distillation", *CAUSAL)
+    method, seen, targets = trainer.method, [], []
+    assert isinstance(method, KnowledgeDistillation)
+    real = trainer.adapter.predict_velocity
+
+    def predict(role: Any, x: Tensor, sigma: Tensor, condition: Any) -> Tensor:
+        seen.append((x, sigma.expand_as(x)))
+        return real(role, x, sigma, condition)
+
+    trainer.adapter.predict_velocity = predict  # type: ignore[method-assign]
+    for step in range(3):
+        batch = trainer.adapter.prepare_batch(next(trainer.loader))
+        targets.append(batch)
+        assert method.student_loss(batch, step).losses_B.shape == (8,)
+    levels = set()
+    for (x, sigma), batch in zip(seen, targets, strict=True):
+        assert batch.latents is not None
+        states = torch.cat((batch.extra["trajectory"], batch.latents[:, None]), 1).unflatten(2, (4, 16))
+        grid = torch.cat((batch.extra["trajectory_timesteps"] / 1000, torch.zeros(8, 1)), 1)
+        x_segments, sigma_segments = x.unflatten(1, (4, 16)), sigma.unflatten(1, (4, 16))
+        for row in range(8):
+            for segment in range(4):
+                level = sigma_segments[row, segment]
+                assert (level == level[0]).all()
+                (index,) = torch.nonzero((grid[row] - level[0]).abs() < 1e-4).flatten().tolist()
+                assert torch.equal(x_segments[row, segment], states[row, index, segment])
+                levels.add((segment, round(level[0].item(), 2)))
+    assert len(levels) == 4 * 5
+    assert len({tuple(sigma.unflatten(1, (4, 16))[row, :, 0].tolist()) for _, sigma in seen for row in range(8)}) > 16
+
+
+def test_states_of_segments(tmp_path: Path) -> None:
+    check_states_of_segments(tmp_path)
+
+
+def _one_level_for_all_segments(self: KnowledgeDistillation, batch: Batch, step: int, lengths: Any) -> Any:
+    x, sigma_B = self._whole(batch, step)
+    return x, sigma_B[:, None].expand_as(x)
+
+
+def test_one_level_for_all_segments_is_caught(tmp_path: Path) -> None:
+    with (
+        patch.object(KnowledgeDistillation, "_by_segment", _one_level_for_all_segments),
+        pytest.raises(AssertionError),
+    ):
+        check_states_of_segments(tmp_path)

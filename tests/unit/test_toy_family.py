@@ -11,7 +11,7 @@ from toy_run import toy_trainer
 
 from titan_distill.trainer import NonFiniteError
 
-METHODS = ("dmd2", "finetune", "knowledge_distillation", "consistency", "scm", "rcm")
+METHODS = ("dmd2", "finetune", "knowledge_distillation", "consistency", "scm", "rcm", "self_forcing")
 
 
 @pytest.mark.parametrize("method", METHODS)

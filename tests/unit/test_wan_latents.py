@@ -15,7 +15,7 @@ from titan_distill.config import Config, load_config
 from titan_distill.config_world import check_world
 from titan_distill.dispatch import model_family
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
-from titan_distill.models.wan.vae import decode_latents, encode_video, load_vae
+from titan_distill.models.wan.vae import decode_latents, encode_video, encoding_dtype, load_vae
 from titan_distill.observability.hardware import GPUS
 from titan_distill.observability.planner import fake_world
 from titan_distill.plan import Planner
@@ -67,6 +67,18 @@ def test_the_vae_of_wan_22_makes_such_latents(tmp_path: Path) -> None:
     assert decode_latents(vae, latents).shape == video.shape
     # Causal: the first latent frame is that of the first picture alone, so an image is encoded as a video of one frame.
     assert torch.equal(encode_video(vae, video[:, :1]), latents[:, :, :1])
+
+
+def test_encoding_in_bf16_is_encoding(tmp_path: Path) -> None:
+    """What a run does with its videos on a GPU that has bf16; a CPU keeps fp32."""
+    folder = write_pipeline(tmp_path)
+    video = torch.randint(0, 256, (1, 9, 64, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    latents, rounded = (
+        encode_video(load_vae(folder, "cpu", dtype), video) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - latents).norm() < 0.05 * latents.norm()
+    assert encoding_dtype(torch.device("cpu"), torch.bfloat16) == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from titan_distill.checkpoint.contents import open_checkpoint
-from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, open_folder
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, open_folder, read_json
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference, weights_digest
 from titan_distill.checkpoint.manifest import AdaptedBase, Manifest, read_manifest
@@ -34,6 +34,8 @@ are."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 PIPELINE_INDEX = "model_index.json"
+BOUNDARY = "boundary_ratio"
+"""The key in it that says from which share of the timesteps on the first of two experts is used."""
 
 
 def export(
@@ -60,14 +62,18 @@ def export(
     storage_dtype = DTYPES[dtype] if dtype is not None else None
     parts = _pipeline_parts(pipeline_folder) if pipeline_folder is not None else []
     manifest = read_manifest(checkpoint)
-    tensors = role_tensors(checkpoint, role, use_ema=use_ema)
+    modules = trained_role(checkpoint, manifest, role).modules
+    tensors = {name: role_tensors(checkpoint, role, use_ema=use_ema, module=name) for name in modules}
+    boundary = manifest.pipeline_config.get(BOUNDARY) if TRANSFORMER_2 in modules else None
 
     temporary = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
     try:
         for part in parts:
             _copy(part, temporary / part.name)
-        write_weights(tensors, manifest.trained[role].architecture, temporary / TRANSFORMER, storage_dtype)
+        for name, of_module in tensors.items():
+            write_weights(of_module, manifest.trained[role].architecture, temporary / name, storage_dtype)
+        _name_experts(temporary / PIPELINE_INDEX, has_two=TRANSFORMER_2 in modules, boundary=boundary)
         (temporary / "README.md").write_text(_model_card(checkpoint, manifest, role, use_ema=use_ema))
         temporary.rename(out)
     except BaseException:
@@ -76,50 +82,75 @@ def export(
     return out
 
 
-def role_tensors(checkpoint: Path, role: str, *, use_ema: bool) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a role's transformer as full CPU tensors, one at a time, sorted by name; adapters are merged into
-    their base, in fp32.
+def role_tensors(
+    checkpoint: Path, role: str, *, use_ema: bool, module: str = TRANSFORMER
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of one of a role's modules as full CPU tensors, one at a time, sorted by name; adapters are merged
+    into their base, in fp32.
 
     Verifies the whole checkpoint first. Raises as ``export`` does, before the first tensor.
     """
     checkpoint = resolve(checkpoint)
     check_weights(checkpoint, read_manifest(checkpoint), role, use_ema=use_ema)
     contents = open_checkpoint(checkpoint)
-    names = stored_names(contents.metadata, role, use_ema=use_ema)
+    trained = contents.manifest.trained[role]
+    is_alone = len(trained.modules) == 1
+    names = stored_names(contents.metadata, role, use_ema=use_ema, module=module, is_alone=is_alone)
     tensors = ((name, contents.read(stored)) for name, stored in names.items())
-    base = contents.manifest.trained[role].base
-    if base is None:
+    if (base := trained.base) is None:
         return tensors
     adapters = dict(tensors)
-    return ((name, merge(name, weight, adapters, base.scale)) for name, weight in _base_tensors(base))
+    return ((name, merge(name, weight, adapters, base.scale)) for name, weight in _base_tensors(base, module))
 
 
-def _base_tensors(base: AdaptedBase) -> Iterator[tuple[str, Tensor]]:
+def _base_tensors(base: AdaptedBase, module: str) -> Iterator[tuple[str, Tensor]]:
     """Everything that the base holds, one tensor at a time, sorted by name.
 
     Raises ValueError when it is not there any more, or not what it was.
     """
     if not is_reference(base.path):
-        source = open_folder(Path(base.path))
+        source = open_folder(Path(base.path), module)
     if weights_digest(base.path) != base.digest:
         raise ValueError(
             f"the weights in {base.path} are not those that the adapters were trained on; put the original ones back"
         )
     if is_reference(base.path):
         found = resolve_reference(base.path)
-        return role_tensors(found.checkpoint, found.role, use_ema=found.use_ema)
+        stored = module if module in found.trained.modules else TRANSFORMER
+        return role_tensors(found.checkpoint, found.role, use_ema=found.use_ema, module=stored)
     return ((name, source.read(name)) for name in sorted(source.kinds))
 
 
 def _pipeline_parts(folder: Path) -> list[Path]:
-    """The index and the folders that it names, the transformer excepted; other files in the folder stay behind."""
+    """The index and the folders that it names, transformers excepted; other files in the folder stay behind."""
     index = folder / PIPELINE_INDEX
     if not index.is_file():
         raise ValueError(
             f"{folder} is not a diffusers pipeline: it has no {PIPELINE_INDEX}; name a folder that has one"
         )
-    names = [name for name in json.loads(index.read_text()) if name != TRANSFORMER and (folder / name).is_dir()]
+    networks = (TRANSFORMER, TRANSFORMER_2)
+    names = [name for name in json.loads(index.read_text()) if name not in networks and (folder / name).is_dir()]
     return [index, *(folder / name for name in names)]
+
+
+def _name_experts(path: Path, *, has_two: bool, boundary: float | None) -> None:
+    """Lets a copied index say how many transformers there are: its pipeline may have had another number.
+
+    Raises ValueError when nobody knows where the second expert takes over.
+    """
+    if not path.is_file():
+        return
+    index = read_json(path)
+    if has_two:
+        boundary = index.get(BOUNDARY) if boundary is None else boundary
+        if boundary is None:
+            raise ValueError(f"neither the run nor its pipeline says {BOUNDARY}; name a --pipeline with two experts")
+        index |= {TRANSFORMER_2: index[TRANSFORMER], BOUNDARY: boundary}
+    elif index.get(BOUNDARY) is not None or index.get(TRANSFORMER_2, [None])[0] is not None:
+        index |= {TRANSFORMER_2: [None, None], BOUNDARY: None}
+    else:
+        return
+    path.write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -24,6 +24,8 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 TRANSFORMER = "transformer"
+TRANSFORMER_2 = "transformer_2"
+"""The second expert of a pipeline that has two."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -62,13 +64,19 @@ class DiffusersFolder:
             return file.get_slice(name)[region]
 
 
-def open_folder(folder: Path) -> DiffusersFolder:
-    """Opens a network's folder, or the transformer of a pipeline's.
+def network_folder(folder: Path, module: str = TRANSFORMER) -> Path:
+    """The folder of a network, given it or its pipeline: ``module`` of one that has two, the transformer of others."""
+    inner = (folder / name for name in (module, TRANSFORMER))
+    return next((path for path in inner if path.is_dir()), folder)
+
+
+def open_folder(folder: Path, module: str = TRANSFORMER) -> DiffusersFolder:
+    """Opens a network's folder, or one in a pipeline's.
 
     Raises ValueError for a missing or damaged file, and for an index that disagrees with the files or leads out of the
     folder.
     """
-    folder = folder / TRANSFORMER if (folder / TRANSFORMER).is_dir() else folder
+    folder = network_folder(folder, module)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; name a diffusers transformer or pipeline")
     architecture = read_json(folder / CONFIG_NAME)

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from titan_distill.checkpoint import storage
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -94,8 +95,9 @@ def weights_digest(weights: str) -> str:
 
 
 @torch.no_grad()
-def read_weights(reference: str, module: nn.Module) -> None:
-    """Fills a materialised module, plain or sharded in any layout, with the weights that a reference names.
+def read_weights(reference: str, module: nn.Module, name: str = TRANSFORMER) -> None:
+    """Fills a materialised module, plain or sharded in any layout, with the weights that a reference names: those of
+    the module ``name``, or of the only one that the role has.
 
     Collective where there are several ranks. Everything is checked before any tensor changes. Raises as
     ``resolve_reference`` does, CheckpointDamaged naming the file, or ValueError naming the first weight that the module
@@ -106,7 +108,9 @@ def read_weights(reference: str, module: nn.Module) -> None:
     shared_out = sorted(found.manifest.files)[ranks.rank :: ranks.size]
     ranks.together(lambda: verify_hashes(found.checkpoint, found.manifest, shared_out))
     metadata = ranks.together(lambda: storage.read_metadata(found.checkpoint))
-    names = stored_names(metadata, found.role, use_ema=found.use_ema)
+    stored = found.trained.modules
+    name = name if name in stored else TRANSFORMER
+    names = stored_names(metadata, found.role, use_ema=found.use_ema, module=name, is_alone=len(stored) == 1)
     weights: dict[str, Any] = without_adapters(get_model_state_dict(module))
     ranks.together(lambda: _check_same(weights, names, metadata, reference))
     storage.read({names[name]: weight for name, weight in weights.items()}, found.checkpoint, metadata, ranks.group)

@@ -29,12 +29,18 @@ def trained_role(checkpoint: Path, manifest: Manifest, role: str) -> TrainedRole
     return manifest.trained[role]
 
 
-def stored_names(metadata: Metadata, role: str, *, use_ema: bool) -> dict[str, str]:
-    """Name in the model -> name in the checkpoint. Buffers are not averaged: they come from the model in any case."""
+def stored_names(
+    metadata: Metadata, role: str, *, use_ema: bool, module: str = TRANSFORMER, is_alone: bool = True
+) -> dict[str, str]:
+    """Name in the model -> name in the checkpoint, of one of a role's modules; ``is_alone``: of the only one.
+
+    Buffers are not averaged: they come from the model in any case.
+    """
     stored = sorted(metadata.state_dict_metadata)
+    ema = ema_prefix(role) if is_alone else f"{ema_prefix(role)}{module}."
     model, averaged = (
         {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
-        for prefix in (model_prefix(role, TRANSFORMER), ema_prefix(role))
+        for prefix in (model_prefix(role, module), ema)
     )
     assert averaged.keys() <= model.keys(), "EMA and model disagree on parameter names"
     return {**model, **averaged} if use_ema else model

@@ -3,7 +3,7 @@
     models/{role}/{module}        parameters and buffers; of a role with adapters, these alone
     optimizers/{role}/{name}      moments and hyperparameters, by parameter name
     schedulers/{role}/{name}      position and last learning rates
-    ema/{role}                    averaged weights, sharded like the weights
+    ema/{role}                    averaged weights, sharded like the weights; by module where there are several
     random/torch                  torch's CPU generator
     train_state                   step, samples_seen, seed, num_updates and num_skips by role
 

@@ -68,6 +68,18 @@ def read_clips(
         raise ValueError(f"{path} has {count} frames{rate}, a clip takes {num_frames}: remove it or ask for less")
 
 
+def read_picture(path: Path, height: int, width: int) -> Tensor:
+    """A picture, or a video's first frame, scaled to cover height × width and cropped: uint8 [height, width, 3].
+
+    Raises:
+        ValueError: a file that is not there or can't be decoded.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no picture {path}; correct the path")
+    clips = read_clips(path, num_frames=1, stride=1, height=height, width=width, fps=None)
+    return next(clips).pixels[0].permute(1, 2, 0)
+
+
 def decode(path: Path) -> Iterator[TimedFrame]:
     """All frames of the first video stream, in order of display.
 

@@ -25,7 +25,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_distill.data.parquet import LatentRow, ParquetDataset
+from titan_distill.data.parquet import LatentRow
+from titan_distill.data.rows import RowDataset
+from titan_distill.data.videos import ClipRow
 from titan_distill.keyed import keyed_generator
 
 
@@ -38,6 +40,8 @@ class Batch:
     text_embeddings: Tensor  # [B, L, D] fp32, zero after each prompt's true length
     latents: Tensor | None  # [B, C, F, H, W] fp32, None for text-only data
     extra: dict[str, Tensor] = field(default_factory=dict)  # further tensors by column name, [B, ...] fp32
+    clips: Tensor | None = None  # [B, T, H, W, 3] uint8, of which the latents are still to be made
+    is_encoded: bool = True  # whether text_embeddings are there; otherwise they are empty, to be made from captions
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -57,6 +61,7 @@ class Batch:
             text_embeddings=change(self.text_embeddings),
             latents=None if self.latents is None else change(self.latents),
             extra={name: change(tensor) for name, tensor in self.extra.items()},
+            clips=None if self.clips is None else change(self.clips),
         )
 
 
@@ -74,7 +79,7 @@ class SampleOrder:
 
 
 def build_loader(
-    dataset: ParquetDataset,
+    dataset: RowDataset[LatentRow] | RowDataset[ClipRow],
     *,
     global_batch_size: int,
     data_rank: int,
@@ -190,14 +195,16 @@ class _Failure:
 class _BatchReader(torch.utils.data.Dataset["Batch | _Failure"]):
     """Map-style dataset from a list of sample ids to the batch that holds them."""
 
-    dataset: ParquetDataset
+    dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
     order: SampleOrder
     max_text_tokens: int
 
     def __getitem__(self, sample_ids: list[int]) -> Batch | _Failure:
         try:
             rows = [self.dataset[self.order.row(sample_id)] for sample_id in sample_ids]
-            return collate(sample_ids, rows, self.max_text_tokens)
+            if isinstance(rows[0], ClipRow):
+                return collate_clips(sample_ids, [row for row in rows if isinstance(row, ClipRow)])
+            return collate(sample_ids, [row for row in rows if isinstance(row, LatentRow)], self.max_text_tokens)
         except Exception as error:  # raised again, as RuntimeError, by SampleLoader in the main process
             where = f"samples {sample_ids[0]} to {sample_ids[-1]} from {self.dataset.path}"
             return _Failure(f"can't load {where}: {type(error).__name__}: {error}", traceback.format_exc())
@@ -219,6 +226,19 @@ def collate(sample_ids: list[int], rows: Sequence[LatentRow], max_text_tokens: i
         text_embeddings=_stack(rows, padded, "text embedding"),
         latents=_stack_latents(rows),
         extra={name: _stack(rows, [row.extra[name].float() for row in rows], name) for name in rows[0].extra},
+    )
+
+
+def collate_clips(sample_ids: list[int], rows: Sequence[ClipRow]) -> Batch:
+    """One batch of rows that the adapter is to encode."""
+    clips = [row.pixels for row in rows if row.pixels is not None]
+    return Batch(
+        sample_ids=sample_ids,
+        captions=[row.caption for row in rows],
+        text_embeddings=torch.empty(len(rows), 0, 0),
+        latents=None,
+        clips=torch.stack(clips) if clips else None,
+        is_encoded=False,
     )
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import logging
 import math
 import os
 import textwrap
@@ -32,7 +31,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from titan_distill.data.rows import BadRowError, RowDataset
 
 MAX_GROUP_ROWS = 32
 MAX_GROUP_BYTES = 16 * 2**20
@@ -83,10 +82,6 @@ class LatentRow:
     duration_sec: float = 0.0
     fps: float = 0.0
     extra: dict[str, Tensor] = field(default_factory=dict)  # further tensors by column name, of any shape
-
-
-class BadRowError(ValueError):
-    """A row that can't be used; the message names file, row and fault."""
 
 
 def write_rows(path: str | Path, rows: Iterable[LatentRow]) -> int:
@@ -156,14 +151,13 @@ def extra_names(path: str | Path) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if {f"{name}_{part}" for part in _TENSOR_TYPES} <= columns))
 
 
-class ParquetDataset(torch.utils.data.Dataset[LatentRow]):
+class ParquetDataset(RowDataset[LatentRow]):
     """Map-style view of one parquet file, or of all ``*.parquet`` files of a folder sorted by name.
 
     Args:
         path: file or folder.
         tensors: names of the further tensors that every row must have; they become `LatentRow.extra`.
-        max_bad_rows: how many distinct bad rows this process may meet. Each is logged by file and row and replaced by
-            the next good row, which depends on the files alone, so that every layout trains on the same data.
+        max_bad_rows: see `RowDataset`.
         cache_bytes: memory for decoded row groups, per process.
 
     Raises:
@@ -175,10 +169,8 @@ class ParquetDataset(torch.utils.data.Dataset[LatentRow]):
     def __init__(
         self, path: str | Path, *, tensors: Sequence[str] = (), max_bad_rows: int = 0, cache_bytes: int = 256 * 2**20
     ) -> None:
-        self.path = Path(path)
+        super().__init__(path, max_bad_rows)
         self._tensors, self._schema = tuple(tensors), schema_with(tensors)
-        self.bad_rows: dict[int, str] = {}
-        self._max_bad_rows = max_bad_rows
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[_Group, pa.Table] = OrderedDict()
         files = _list_files(self.path)
@@ -191,17 +183,11 @@ class ParquetDataset(torch.utils.data.Dataset[LatentRow]):
     def __len__(self) -> int:
         return self._group_ends[-1] if self._group_ends else 0
 
-    def __getitem__(self, index: int) -> LatentRow:
-        """Row `index`, or the next good one after it (wrapping around) where bad rows are tolerated."""
-        for row in range(index, index + len(self)):
-            try:
-                return self.read(row % len(self))
-            except BadRowError as error:
-                self._tolerate(row % len(self), error)
-        raise BadRowError(f"all {len(self)} rows of {self.path} are bad: see the log for each, and write them again")
+    @property
+    def has_latents(self) -> bool:
+        return self[0].vae_latent is not None
 
     def read(self, index: int) -> LatentRow:
-        """Row `index` itself, 0 <= index < len(self); raises `BadRowError` if it is bad."""
         group, offset = self._locate(index)
         table = self._table(group)
         record = {name: table.column(name)[offset] for name in table.column_names}
@@ -225,16 +211,6 @@ class ParquetDataset(torch.utils.data.Dataset[LatentRow]):
                 self._cache.popitem(last=False)
         self._cache.move_to_end(group)
         return self._cache[group]
-
-    def _tolerate(self, index: int, error: BadRowError) -> None:
-        if index in self.bad_rows:
-            return
-        if len(self.bad_rows) >= self._max_bad_rows:
-            raise error
-        self.bad_rows[index] = str(error)
-        logger.warning(
-            "bad row %d of at most %d, the next good row replaces it: %s", len(self.bad_rows), self._max_bad_rows, error
-        )
 
 
 class _Group(NamedTuple):

@@ -8,8 +8,6 @@ fault in any video stops the whole job before a file appears: a data set that si
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import logging
@@ -22,10 +20,12 @@ import tyro
 from tqdm import tqdm
 
 from titan_distill.data.footage import SUFFIXES, read_clips
+from titan_distill.data.images import ImageEncoder
 from titan_distill.data.parquet import DTYPES, LatentRow, write_rows
-from titan_distill.data.prompts import read_text
 from titan_distill.data.summary import DatasetSummary, inspect
+from titan_distill.data.tables import non_empty, read_csv, read_text
 from titan_distill.data.text import TextEncoder
+from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, encode_pictures
 from titan_distill.models.wan.vae import encode_video, load_vae
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,10 @@ class PreprocessConfig:
     """The first so many clips of each video; all if not given."""
     max_text_tokens: int = 64
     """Captions are cut to so many tokens, with a warning; Wan's own limit is 512."""
+    images: bool = False
+    """Also encode the first frame of each clip as the picture that image-to-video models with channels for it take."""
+    image_encoder: Path | None = None
+    """With --images: pipeline folder with image_encoder/ and image_processor/ (CLIP), for models that attend to it."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     """How latents and text embeddings are stored; both are computed in float32."""
     device: str = "cpu"
@@ -84,6 +88,8 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
         raise ValueError(f"{output} exists: remove it or choose another folder for --out")
     captions = read_captions(config.captions)
     videos = find_videos(config.folder, captions, config.captions)
+    if config.image_encoder and not config.images:
+        raise ValueError(f"--image-encoder {config.image_encoder} has no effect without --images; add it")
     text_encoder = TextEncoder(config.text_encoder, config.tokenizer, device=config.device)
     vae = load_vae(config.vae, config.device)
     check_size(config, vae.config.scale_factor_spatial, vae.config.scale_factor_temporal)
@@ -100,9 +106,7 @@ def read_captions(path: Path) -> dict[str, str]:
         raise ValueError(f"no captions file {path}")
     captions: dict[str, str] = {}
     for where, entry in readers[path.suffix](path):
-        name, caption = entry.get("file_name"), entry.get("caption")
-        if not isinstance(name, str) or not isinstance(caption, str) or not name.strip() or not caption.strip():
-            raise ValueError(f"{where}: expected a non-empty file_name and caption, found {str(entry)[:200]}")
+        name, caption = non_empty(where, entry, ("file_name", "caption"))
         if name in captions:
             raise ValueError(f"{where}: {name} has a caption already: keep one")
         captions[name] = caption
@@ -110,14 +114,7 @@ def read_captions(path: Path) -> dict[str, str]:
 
 
 def _csv_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(read_text(path)))
-    try:
-        if not {"file_name", "caption"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path} has the columns {reader.fieldnames}: expected file_name and caption")
-        for entry in reader:
-            yield f"{path}, line {reader.line_num}", entry
-    except csv.Error as error:
-        raise ValueError(f"{path}, after line {reader.line_num}: not CSV ({error})") from error
+    return read_csv(path, ("file_name", "caption"))
 
 
 def _jsonl_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -174,6 +171,8 @@ def _rows(
     config: PreprocessConfig, videos: dict[str, Path], captions: dict[str, str], vae: Any, text_encoder: TextEncoder
 ) -> Iterator[LatentRow]:
     dtype = DTYPES[config.dtype]
+    image_encoder = ImageEncoder(config.image_encoder, device=config.device) if config.image_encoder else None
+    names = (*[LATENT] * config.images, *[EMBEDDING] * (image_encoder is not None))
     for name, path in tqdm(videos.items(), unit="video", disable=None):
         embedding = text_encoder.embed(captions[name], config.max_text_tokens).to(dtype)
         clips = read_clips(
@@ -185,11 +184,14 @@ def _rows(
             fps=config.fps,
         )
         for index, clip in enumerate(itertools.islice(clips, config.clips_per_video)):
+            frames = clip.pixels.permute(0, 2, 3, 1)
+            pictures = encode_pictures(names, frames[:1], config.num_frames, vae, image_encoder)
             yield LatentRow(
                 id=f"{name}-{index:04d}",
                 caption=captions[name],
                 text_embedding=embedding,
-                vae_latent=encode_video(vae, clip.pixels.permute(0, 2, 3, 1)[None])[0].to("cpu", dtype),
+                vae_latent=encode_video(vae, frames[None])[0].to("cpu", dtype),
+                extra={name: tensor[0].to("cpu", dtype) for name, tensor in pictures.items()},
                 file_name=name,
                 width=config.width,
                 height=config.height,

@@ -37,6 +37,7 @@ class TextEncoder:
     Args:
         text_encoder: folder of the encoder, or the pipeline folder that has it as ``text_encoder/``.
         tokenizer: folder of the tokenizer; ``tokenizer/`` beside the encoder if None.
+        offload: keep weights in host memory, each layer's on `device` only while it runs.
         dtype: of the weights and the computation. Embeddings come back as fp32 in any case.
 
     Raises:
@@ -50,12 +51,14 @@ class TextEncoder:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        offload: bool = False,
     ) -> None:
         folder = Path(text_encoder)
         self._folder = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
         self._tokenizer_folder = Path(tokenizer) if tokenizer else self._folder.parent / "tokenizer"
         self._dtype = dtype
         self._device = torch.device(device)
+        self._offload = offload
         if not (self._folder / "config.json").is_file() or not list(self._folder.glob("*.safetensors")):
             raise ValueError(f"no text encoder in {self._folder}: expected config.json and *.safetensors")
         if not self._tokenizer_folder.is_dir():
@@ -88,7 +91,7 @@ class TextEncoder:
         Raises:
             ValueError: the cached file is damaged.
         """
-        key = f"{prompt}\0{max_tokens}\0{self._dtype}\0{_digest(self._folder)}\0{_digest(self._tokenizer_folder)}"
+        key = f"{prompt}\0{max_tokens}\0{self._dtype}\0{self._files_digest}"
         file = Path(cache_dir) / f"text-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +115,10 @@ class TextEncoder:
         return hidden_1LD[0, : min(num_tokens, max_tokens)].float().cpu()
 
     @functools.cached_property
+    def _files_digest(self) -> str:
+        return f"{_digest(self._folder)}\0{_digest(self._tokenizer_folder)}"
+
+    @functools.cached_property
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
@@ -119,6 +126,7 @@ class TextEncoder:
 
     @functools.cached_property
     def _model(self) -> Any:
+        from accelerate import cpu_offload
         from transformers import UMT5EncoderModel
         from transformers.utils import logging as transformers_logging
 
@@ -126,7 +134,8 @@ class TextEncoder:
         model = UMT5EncoderModel.from_pretrained(
             self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True
         )
-        return model.requires_grad_(False).eval().to(self._device)
+        model.requires_grad_(False).eval()
+        return cpu_offload(model, self._device) if self._offload else model.to(self._device)
 
 
 def _pad(embedding_LD: Tensor, max_tokens: int) -> Tensor:

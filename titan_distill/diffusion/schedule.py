@@ -201,7 +201,7 @@ def bell_weight(sigma: Tensor, shift: float = 1.0) -> Tensor:
     return (_bell(sigma.double() * NUM_TRAIN_TIMESTEPS) - math.exp(-0.5)) / _bell_grid_mean(shift)
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: float, form: GuidanceForm) -> Tensor:
+def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor, form: GuidanceForm) -> Tensor:
     """Apply classifier-free guidance, x = u + w (c − u), to velocities or x0 predictions (2207.12598).
 
     "offset" reads `scale` as CausVid and Self-Forcing write it, c + w' (c − u), which is w = w' + 1. Copying their 3.0
@@ -212,10 +212,10 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, form: GuidanceForm) -> Ten
 
 def guidance_is_identity(scale: float, form: GuidanceForm) -> bool:
     """Say whether guidance returns `cond` unchanged, so that the unconditional forward can be spared."""
-    return _standard_scale(scale, form) == 1.0
+    return bool(_standard_scale(scale, form) == 1.0)
 
 
-def _standard_scale(scale: float, form: GuidanceForm) -> float:
+def _standard_scale(scale: float | Tensor, form: GuidanceForm) -> float | Tensor:
     if form == "standard":
         return scale
     if form == "offset":

@@ -65,6 +65,9 @@ class Passes:
     num_conditions: int = 1
     backward: bool = False
     """Whether they carry gradients; at most one call of an update does."""
+    segments: int | None = None
+    """Of a causal role that makes its samples segment by segment: how many segments, each a call; 0 for as many as a
+    sample has, None for calls of whole samples."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class SampleRequest:
     """True: sampled once, before the first step, and kept for comparison (a teacher, the student before training)."""
     scored: bool = True
     """False: of this set only what is shown gets decoded, and only its distance to the reference is measured."""
+    context_sigma: float = 0.0
+    """Noise level at which a causal role reads its finished segments."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,8 @@ class TrainingMethod(ABC):
     """Frozen dataclass that types ``[method_config]``."""
     roles_required: ClassVar[dict[str, bool]]
     """Role name -> whether it must be trainable; `required_roles` refines it."""
+    causal_roles: ClassVar[frozenset[str]] = frozenset()
+    """Roles that may make a sample segment by segment."""
 
     def __init__(self, config: Any, roles: RoleManager, adapter: Adapter, noise: KeyedNoise, timer: PhaseTimer) -> None:
         self.config, self.roles, self.adapter, self.noise, self.timer = config, roles, adapter, noise, timer
@@ -176,6 +183,11 @@ class TrainingMethod(ABC):
                 raise ValueError(
                     f"roles.{name}.trainable = {str(not trainable).lower()}, but {config.recipe.method!r} "
                     f"{'trains' if trainable else 'never trains'} its {name}; set it to {str(trainable).lower()}"
+                )
+            if config.roles[name].attention == "causal" and name not in cls.causal_roles:
+                raise ValueError(
+                    f"roles.{name}.attention = 'causal', but {config.recipe.method!r} runs its {name} on whole samples "
+                    "with one noise level; set it to 'dense' or 'sparse'"
                 )
         if unused := sorted(set(config.roles) - set(required)):
             raise ValueError(

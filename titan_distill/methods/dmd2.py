@@ -13,6 +13,7 @@ Equation numbers and defaults: DMD (2311.18828) eq. 7–8, DMD2 §4; Self-Forcin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -97,6 +98,8 @@ class Rollout:
 
     x0: Tensor
     exit_index: int
+    mask: Tensor | None = None
+    """Where the scores are compared, broadcasting to ``x0``; None for everywhere."""
 
 
 @register_method("dmd2")
@@ -157,7 +160,7 @@ class Dmd2(AdversarialTraining):
         rollout = self.rollout(batch, condition, step, purpose="dmd2/student")
         with torch.no_grad():
             direction = self._score_difference(batch, condition, step, rollout)
-        losses_B = losses.dmd_loss(rollout.x0, direction, self.adapter.loss_mask(condition))
+        losses_B = losses.dmd_loss(rollout.x0, direction, self._mask(rollout, condition))
         metrics = {"dmd/gradient_size": direction.detach().abs().flatten(1).mean(1)}
         if self.config.adversarial_weight:
             sigma_of = partial(self._score_sigma, exit_index=rollout.exit_index)
@@ -198,37 +201,51 @@ class Dmd2(AdversarialTraining):
             return Rollout(self._student_x0(x, exit_index, condition), exit_index)
 
     def _student_input(self, batch: Batch, condition: Condition, step: int, purpose: str, exit_index: int) -> Tensor:
-        noise = self._normal(batch, step, f"{purpose}/noise/0")
         if self.config.rollout == "data":
             assert batch.latents is not None
-            return self.adapter.add_noise(batch.latents, noise, self._sigma_B(exit_index, batch))
-        x = noise
+            noise = self._normal(batch, step, f"{purpose}/noise/0")
+            return self.adapter.add_noise(batch.latents, noise, self._sigma_B(exit_index, noise))
+        return self.denoise(
+            lambda x, index: self._student_x0(x, index, condition),
+            lambda index: self._normal(batch, step, f"{purpose}/noise/{index}"),
+            exit_index,
+        )
+
+    def denoise(
+        self, predict_x0: Callable[[Tensor, int], Tensor], normal: Callable[[int], Tensor], exit_index: int
+    ) -> Tensor:
+        """From the noise ``normal(0)`` to the input of the exit's forward, as at inference."""
+        x = normal(0)
         for index in range(exit_index):
-            x0 = self._student_x0(x, index, condition)
+            x0 = predict_x0(x, index)
             if self.config.student_sampler == "sde":
-                noise = self._normal(batch, step, f"{purpose}/noise/{index + 1}")
+                noise = normal(index + 1)
             else:
-                velocity = schedule.velocity_from_x0(x, x0, self._sigma_B(index, batch))
-                noise = schedule.noise_from_velocity(x, velocity, self._sigma_B(index, batch))
-            x = self.adapter.add_noise(x0, noise, self._sigma_B(index + 1, batch))
+                velocity = schedule.velocity_from_x0(x, x0, self._sigma_B(index, x))
+                noise = schedule.noise_from_velocity(x, velocity, self._sigma_B(index, x))
+            x = self.adapter.add_noise(x0, noise, self._sigma_B(index + 1, x))
         return x
 
     def _student_x0(self, x: Tensor, index: int, condition: Condition) -> Tensor:
-        sigma_B = torch.full((x.shape[0],), self.sigmas[index], dtype=torch.float64, device=x.device)
-        return self.adapter.predict_x0(self.roles["student"], x, sigma_B, condition)
+        return self.adapter.predict_x0(self.roles["student"], x, self._sigma_B(index, x), condition)
 
     def _score_difference(self, batch: Batch, condition: Condition, step: int, rollout: Rollout) -> Tensor:
         config, x0 = self.config, rollout.x0.detach()
         u_B = self.noise.uniform("dmd2/student/timestep", step, batch.sample_ids)
         sigma_B = self._score_sigma(u_B, rollout.exit_index).to(x0.device)
         x = self.adapter.add_noise(x0, self._normal(batch, step, "dmd2/student/noise"), sigma_B)
+        mask = self._mask(rollout, condition)
         with self.timer("critic"):
             fake_guidance = Guidance(config.fake_guidance_scale)
             fake = self.adapter.predict_x0(self.roles["critic"], x, sigma_B, condition, fake_guidance)
         with self.timer("teacher"):
             real = self.adapter.predict_x0(self.roles["teacher"], x, sigma_B, condition, config.teacher_guidance)
-        direction = losses.dmd_direction(fake, real, x0, config.normalise, self.adapter.loss_mask(condition))
+        direction = losses.dmd_direction(fake, real, x0, normalise=config.normalise, mask=mask)
         return self.weighted(direction, x, sigma_B, condition)
+
+    def _mask(self, rollout: Rollout, condition: Condition) -> Tensor | None:
+        """Where scores are compared: where the rollout says so, or else where the condition gives nothing."""
+        return self.adapter.loss_mask(condition) if rollout.mask is None else rollout.mask
 
     def _score_sigma(self, u_B: Tensor, exit_index: int) -> Tensor:
         """Noise levels at which the scores are compared, one a sample, from uniform draws."""
@@ -250,9 +267,8 @@ class Dmd2(AdversarialTraining):
         device = batch.text_embeddings.device
         return self.noise.normal(purpose, step, batch.sample_ids, self.adapter.latent_shape, device=device)
 
-    def _sigma_B(self, index: int, batch: Batch) -> Tensor:
-        device = batch.text_embeddings.device
-        return torch.full((len(batch.sample_ids),), self.sigmas[index], dtype=torch.float64, device=device)
+    def _sigma_B(self, index: int, x: Tensor) -> Tensor:
+        return torch.full((len(x),), self.sigmas[index], dtype=torch.float64, device=x.device)
 
     def validation_request(self) -> ValidationRequest:
         """Teacher with many steps (the reference), the teacher with as few steps as the student, the student before and

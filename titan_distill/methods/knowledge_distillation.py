@@ -14,7 +14,10 @@ it answers with a mean, which is blurred. Hence its use as the start of a distri
 column ``trajectory_timesteps`` [S], with the end as the row's latent. A file may hold more states than are trained on.
 A level that it lacks is an error: pairs made for another shift would otherwise be learned at wrong times.
 
-Students are bidirectional: one time a sample, the same for all its latents.
+A bidirectional student has one time a sample, the same for all its latents. A causal one has a time for each of its
+segments, drawn independently, and the end of the trajectory, time 0, is among them: its segments then learn from pasts
+at every level, and from finished ones above all, which is what they will meet when the student is unrolled (the
+initialisation of Self-Forcing). A segment at time 0 is context only: its own prediction is exact whatever the weights.
 """
 
 from __future__ import annotations
@@ -73,6 +76,7 @@ class KnowledgeDistillation(TrainingMethod):
 
     config_class: ClassVar[type] = KnowledgeDistillationConfig
     roles_required: ClassVar[dict[str, bool]] = {"student": True}
+    causal_roles: ClassVar[frozenset[str]] = frozenset({"student"})
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -99,15 +103,37 @@ class KnowledgeDistillation(TrainingMethod):
         return [Update("student", self.student_loss)]
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:
-        """Regression of the end from one state of each sample's trajectory; the state is a keyed draw."""
+        """Regression of the end from one state of each sample's trajectory, or of each segment's; the states are keyed
+        draws."""
         assert batch.latents is not None
+        lengths = self.adapter.segment_lengths(self.roles["student"])
+        x, sigma = self._whole(batch, step) if lengths is None else self._by_segment(batch, step, lengths)
+        with self.timer("student"):
+            x0 = self.adapter.predict_x0(self.roles["student"], x, sigma, self.adapter.text_condition(batch))
+        return LossResult(losses.x0_loss(x0, batch.latents))
+
+    def _whole(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """States at one level a sample, and the levels [B]."""
         u_B = self.noise.uniform("knowledge_distillation/time", step, batch.sample_ids)
         choice_B = (u_B * len(self.sigmas_K)).long()
         x = self._states(batch, choice_B)
-        sigma_B = self.sigmas_K[choice_B].to(x.device)
-        with self.timer("student"):
-            x0 = self.adapter.predict_x0(self.roles["student"], x, sigma_B, self.adapter.text_condition(batch))
-        return LossResult(losses.x0_loss(x0, batch.latents))
+        return x, self.sigmas_K[choice_B].to(x.device)
+
+    def _by_segment(self, batch: Batch, step: int, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """States at a level of its own for every segment, and the levels, which broadcast to the states."""
+        assert batch.latents is not None
+        dim, start, parts, levels = self.adapter.sequence_dim, 0, [], []
+        num_levels, ends = len(self.sigmas_K), torch.cat((self.sigmas_K, self.sigmas_K.new_zeros(1)))
+        each = [-1] + [1] * (batch.latents.ndim - 1)
+        for segment, length in enumerate(lengths):
+            u_B = self.noise.uniform(f"knowledge_distillation/time/{segment}", step, batch.sample_ids)
+            choice_B = (u_B * (num_levels + 1)).long()
+            is_end = (choice_B == num_levels).view(each).to(batch.latents.device)
+            states = self._states(batch, choice_B.clamp(max=num_levels - 1))
+            parts.append(torch.where(is_end, batch.latents, states).narrow(dim, start, length))
+            levels.append(ends[choice_B].view(each).expand([length if d == dim else -1 for d in range(len(each))]))
+            start += length
+        return torch.cat(parts, dim), torch.cat(levels, dim).to(batch.latents.device)
 
     def _states(self, batch: Batch, choice_B: Tensor) -> Tensor:
         """Each sample's recorded state at its chosen level of the schedule. Raises ValueError where it has none."""

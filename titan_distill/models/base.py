@@ -28,6 +28,7 @@ from titan_distill.diffusion import schedule
 if TYPE_CHECKING:
     from titan_distill.config import Config, RoleConfig
     from titan_distill.data.loader import Batch
+    from titan_distill.models.streaming import SegmentStream
     from titan_distill.observability.flops import WorkCounter
     from titan_distill.parallelisms.degrees import Degrees
     from titan_distill.parallelisms.mesh import Layouts, RoleMesh
@@ -56,6 +57,8 @@ class Adapter(ABC):
 
     latent_shape: tuple[int, ...]
     """Shape of one sample's latents, without the batch dim."""
+    sequence_dim: int = 1
+    """Dim of batched latents along which causal roles make a sample segment by segment."""
     flow_shift: float
     """Shift of the noise schedule, the same for every role of a run."""
     work: WorkCounter | None = None
@@ -80,7 +83,11 @@ class Adapter(ABC):
 
     @abstractmethod
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """The role's velocity ``ε - x0`` at noise level ``sigma_B`` in [0, 1]; shape and dtype of ``x``."""
+        """The role's velocity ``ε - x0`` at noise level ``sigma_B`` in [0, 1]; shape and dtype of ``x``.
+
+        A causal role reads all segments of ``x`` at once, each with those before it as its context; their noise levels
+        may differ: then ``sigma_B`` has the dims of ``x`` and varies along the sequence's alone.
+        """
 
     def features(
         self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Sequence[int]
@@ -110,6 +117,31 @@ class Adapter(ABC):
         """Text embeddings [tokens, width] as a dataset's rows hold them, without padding. Raises ValueError where
         the family has no text encoder, or the run was configured without one."""
         raise ValueError("this model family has no text encoder; take prompts from a parquet file with embeddings")
+
+    def segment_lengths(self, role: RoleHandle, length: int | None = None) -> tuple[int, ...] | None:
+        """Lengths of the segments in which a causal role makes a sequence of ``length``, a sample's by default; None
+        for a role that makes it as a whole. Raises ValueError for a length that segments don't fill."""
+        return None
+
+    def open_stream(self, role: RoleHandle, condition: Condition) -> SegmentStream:
+        """Begins a batch of sequences, which a causal role makes segment by segment. Raises ValueError for a role that
+        can't."""
+        raise ValueError(f"role {role.name!r} makes samples as a whole; set roles.{role.name}.attention to 'causal'")
+
+    def segment_shape(self, length: int) -> tuple[int, ...]:
+        """Shape of one sample's latents, without the batch dim, when it is ``length`` long along the sequence's dim."""
+        before, behind = self.sequence_dim - 1, self.sequence_dim
+        return (*self.latent_shape[:before], length, *self.latent_shape[behind:])
+
+    def last_sample(self, sequence: Tensor) -> Tensor:
+        """The end of a sequence longer than a sample, as a sample that begins there. A family whose first latent means
+        something else than those behind it encodes it anew, without a graph."""
+        length = self.latent_shape[self.sequence_dim - 1]
+        return sequence.narrow(self.sequence_dim, sequence.shape[self.sequence_dim] - length, length)
+
+    def num_latents(self, role: RoleHandle, num_frames: int) -> int:
+        """Length of the latents of a video of ``num_frames``, where the role can make such a one; else ValueError."""
+        raise ValueError(f"only a causal role makes videos of any length, and {role.name!r} is none; leave it out")
 
     def with_image(self, condition: Condition, images: Tensor) -> Condition:
         """The condition that samples also start from these pictures, uint8 [B, height, width, 3]. Raises ValueError
@@ -177,7 +209,11 @@ class Adapter(ABC):
         both = {name: torch.cat([value, negative[name]]) for name, value in condition.items()}
         velocity = self.predict_velocity(role, torch.cat([x, x]), torch.cat([sigma_B, sigma_B]), both)
         conditional, unconditional = velocity.chunk(2)
-        return schedule.guide(conditional, unconditional, guidance.scale, guidance.form)
+        return schedule.guide(conditional, unconditional, self.guidance_scale(role, sigma_B, guidance), guidance.form)
+
+    def guidance_scale(self, role: RoleHandle, sigma_B: Tensor, guidance: Guidance) -> float | Tensor:
+        """The scale to guide with, or one for each sample, broadcast over its dims; a family may know better."""
+        return guidance.scale
 
 
 class ModelFamily(ABC):
@@ -202,14 +238,33 @@ class ModelFamily(ABC):
         """Tokens of a sample along (frames, height, width), for the planner; None where samples are no videos."""
         return None
 
+    def video_size(self) -> tuple[int, int, int] | None:
+        """(frames, height, width) of a sample in pixels; None where samples are no videos."""
+        return None
+
     @property
     def needs_latents(self) -> bool:
         """Whether training conditions are made of the data's latents, whatever the method needs."""
         return False
 
+    def extra_tensors(self) -> tuple[str, ...]:
+        """Names of the further tensors that training conditions take from every row of the data."""
+        return ()
+
     @abstractmethod
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
         """Builds, lays out and loads the network of one role. On ``device("meta")`` nothing is allocated or loaded."""
+
+    def build_modules(
+        self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device
+    ) -> dict[str, nn.Module]:
+        """All networks of one role by name, made of ``build_module``: ``transformer``, and what stands beside it."""
+        return {"transformer": self.build_module(name, role, mesh, device)}
+
+    def spelled_out(self) -> Config:
+        """The configuration with what the files that it names say of the family's own keys, for ``config.toml`` to
+        keep. Raises ValueError."""
+        return self.config
 
     @abstractmethod
     def architecture(self, module: nn.Module) -> dict[str, Any]:

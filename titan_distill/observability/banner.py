@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from titan_distill.config_world import check_world
 from titan_distill.models.head import HEAD_FLAVOR
@@ -18,7 +17,7 @@ from titan_distill.parallelisms.lora import describe as describe_lora
 if TYPE_CHECKING:
     from titan_distill.config import Config
     from titan_distill.parallelisms.mesh import World
-    from titan_distill.roles import RoleManager
+    from titan_distill.roles import RoleHandle, RoleManager
 
 
 def banner(config: Config, roles: RoleManager, world: World) -> str:
@@ -33,7 +32,7 @@ def banner(config: Config, roles: RoleManager, world: World) -> str:
         f"  batch     {training.global_batch_size} samples = {world.size} ranks x {micro_batches} micro-batches x "
         f"{training.local_batch_size}",
     ]
-    lines += [f"  {role.name:<9} {_describe(config, role.name, role.transformer)}" for role in roles]
+    lines += [f"  {role.name:<9} {_describe(config, role)}" for role in roles]
     lines += [
         f"  data      {config.data.path}",
         f"  output    {config.job.output_folder}",
@@ -57,7 +56,8 @@ def closing(config: Config, metrics: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def _describe(config: Config, name: str, module: nn.Module) -> str:
+def _describe(config: Config, handle: RoleHandle) -> str:
+    name, module = handle.name, handle.network
     parameters = list(module.parameters())
     role = config.roles[name]
     size = sum(p.numel() for p in parameters) / 1e6
@@ -66,7 +66,11 @@ def _describe(config: Config, name: str, module: nn.Module) -> str:
         precision += f" stored, {config.training.dtype} computed"
     layout = "FSDP2 sharded" if hasattr(parameters[0], "placements") else "whole"
     kind = "trained" if role.trainable else "frozen"
-    extras = ["head" if role.flavor == HEAD_FLAVOR else f"{role.attention} attention"]
+    segmentation = getattr(module, "segmentation", None)
+    attention = f"{role.attention} attention" + (f" in {segmentation.describe()}" if segmentation else "")
+    extras = ["head" if role.flavor == HEAD_FLAVOR else attention]
+    if len(handle.modules) > 1:
+        extras.append(f"{len(handle.modules)} experts")
     if role.lora.enabled:
         extras.append(describe_lora(role.lora, module))
     if role.trainable and config.activation_checkpoint.mode != "none":

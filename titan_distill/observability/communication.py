@@ -25,6 +25,7 @@ class Weights:
         root: numbers outside of blocks.
         compute_bytes: of a number in the compute type.
         reshards: whether gathered blocks are freed after their forward.
+        num_modules: networks that the blocks belong to, equally many to each.
         trained_share: of the numbers, those that have gradients: all, or adapters.
     """
 
@@ -32,6 +33,7 @@ class Weights:
     root: int
     compute_bytes: int
     reshards: bool
+    num_modules: int = 1
     trained_share: float = 1.0
 
     @property
@@ -40,8 +42,9 @@ class Weights:
 
     @property
     def lasting(self) -> float:
-        """Bytes that stay gathered between forwards: the last block and the root, or everything."""
-        return self.compute_bytes * (self.blocks[-1] + self.root if self.reshards else self.total)
+        """Bytes that stay gathered between forwards: each network's last block and root, or everything."""
+        last = self.num_modules * self.blocks[-1]
+        return self.compute_bytes * (last + self.root if self.reshards else self.total)
 
     @property
     def passing(self) -> float:

@@ -105,10 +105,15 @@ class ForwardFlops:
 
 
 def forward_flops(
-    config: DiTConfig, num_tokens: int, num_text_tokens: int = 512, sparse: TilesRead | None = None
+    config: DiTConfig,
+    num_tokens: int,
+    num_text_tokens: int = 512,
+    sparse: TilesRead | None = None,
+    num_keys: float | None = None,
 ) -> ForwardFlops:
     """Cost of one forward for one sample of ``num_tokens`` video tokens with one timestep; with dense attention, or
-    with a sparse core that reads tiles of average length.
+    with a sparse core that reads tiles of average length. ``num_keys``: video tokens that each token attends to, on
+    average, where that is not all of them: fewer in a causal forward, more where others are in memory.
 
     The image tokens that I2V models attend to are left out (0.3 % of a 14B forward at 480p).
     """
@@ -119,7 +124,8 @@ def forward_flops(
     )
     text_in, text_out = (2 * num_text_tokens * rows * width for rows in (config.text_dim, width))
     time_in, time_out = 2 * config.freq_dim * width, 2 * 7 * width**2
-    fine, coarse, selection = 4.0 * num_tokens**2 * width, 0.0, 0.0
+    keys = num_tokens if num_keys is None else num_keys
+    fine, coarse, selection = 4.0 * num_tokens * keys * width, 0.0, 0.0
     if sparse is not None:
         fine *= sparse.num_selected / sparse.num_tiles
         coarse = 4 * sparse.num_tiles**2 * width
@@ -152,10 +158,11 @@ def recomputed_share(
     num_tokens: int,
     num_text_tokens: int = 512,
     sparse: TilesRead | None = None,
+    num_keys: float | None = None,
 ) -> float:
     """Share of a forward's FLOPs that its backward computes again: in each checkpointed block the matrix products that
     are not kept and, where only inputs are kept, attention. Embeddings and head are never recomputed."""
-    forward = forward_flops(config, num_tokens, num_text_tokens, sparse)
+    forward = forward_flops(config, num_tokens, num_text_tokens, sparse, num_keys)
     matmuls = block_matmuls(config, num_tokens, num_text_tokens, gated=sparse is not None)
     recomputed = sum(flops for index, flops in enumerate(matmuls) if not is_kept(index, checkpointing))
     if checkpointing.mode == "full":

@@ -30,12 +30,14 @@ from titan_distill.observability.communication import Links, Transfer, Weights
 from titan_distill.observability.flops import DiTConfig, ForwardFlops, forward_flops, recomputed_share
 from titan_distill.observability.hardware import COMPUTE_EFFICIENCY, Gpu
 from titan_distill.observability.memory import LocalForward, States
+from titan_distill.observability.unrolling import Unrolling
 from titan_distill.parallelisms.activation_checkpoint import is_checkpointed
 from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.mesh import World
 from titan_distill.parallelisms.sequence import Method, SequenceParallel, TokenShards, choose_method
 
 if TYPE_CHECKING:
+    from titan_distill.attention.causal import Segmentation
     from titan_distill.attention.sparse import SparseAttention, TilesRead
     from titan_distill.config import Config
     from titan_distill.roles import RoleHandle, RoleManager
@@ -58,8 +60,12 @@ class RolePlan:
     weights: Weights
     offloaded: bool
     adapters_only: bool = False
+    num_experts: int = 1
+    """Networks of which a sample goes through one."""
     sparse: TilesRead | None = None
     """What its attention reads at the end of the schedule; None where it is dense."""
+    segmentation: Segmentation | None = None
+    """How a causal role cuts videos; None for others."""
     graph: float = 0.0
     """Activations kept for its backward."""
     temporary: float = 0.0
@@ -169,7 +175,18 @@ class _Planner:
     grid: tuple[int, int, int]
 
     def forward(self, passes: Passes) -> LocalForward:
-        """One of the passes, as rank 0 sees it."""
+        """One call of the passes, as rank 0 sees it: of whole samples, or of a segment of them."""
+        whole, unrolling = self._whole(passes), self._unrolling(passes)
+        return whole if unrolling is None else unrolling.one_call(whole, self.grid[0])
+
+    def _unrolling(self, passes: Passes) -> Unrolling | None:
+        """How a causal role makes samples; None for calls of whole samples."""
+        segmentation = self.plans[passes.role].segmentation
+        if segmentation is None or passes.segments is None:
+            return None
+        return Unrolling.of(segmentation, self.grid, passes)
+
+    def _whole(self, passes: Passes) -> LocalForward:
         role, config = self.plans[passes.role], self.config
         return LocalForward(
             architecture=role.architecture,
@@ -204,8 +221,8 @@ class _Planner:
     def phase(self, passes: Passes) -> PhasePlan:
         """FLOPs of the whole step and global batch, seconds and bytes of one rank."""
         role, training, forward = self.plans[passes.role], self.config.training, self.forward(passes)
-        flops, dense_flops = self._flops(role), self._flops(replace(role, sparse=None))
-        again = self._recomputed(role) if passes.backward else 0.0
+        flops, dense_flops = self._flops(role, passes), self._flops(replace(role, sparse=None), passes)
+        again = self._recomputed(role, passes) if passes.backward else 0.0
         times = passes.num_forwards * passes.updates_per_step
         samples = times * passes.num_conditions * training.global_batch_size
         dense, executed = (
@@ -216,7 +233,8 @@ class _Planner:
         # Padded tokens are computed, too, and every rank waits for the one with the longest run.
         stretch = role.degrees.sequence * role.shards.padded_length / role.shards.bounds[-1]
         rank_flops = executed * stretch / self.layout.default.world_size
-        calls = times * self.layout.num_micro_batches
+        unrolling = self._unrolling(passes)
+        calls = times * self.layout.num_micro_batches * (1 if unrolling is None else unrolling.num_calls)
         return PhasePlan(
             passes=passes,
             executed_flops=executed,
@@ -244,20 +262,40 @@ class _Planner:
             size = memory.FP32 * forward.samples * (latents + text) * (1 + passes.backward)
             yield links.transfer("samples, exchange all-gather", "exchange", size)
 
-    def _flops(self, role: RolePlan) -> ForwardFlops:
-        sizes = (role.shards.bounds[-1], self.config.data.max_text_tokens)
-        return forward_flops(role.architecture, *sizes, role.sparse)
+    def _sizes(self, role: RolePlan, passes: Passes) -> tuple[int, int, TilesRead | None, float | None]:
+        """Tokens of one sample, of its text, and what its attention reads."""
+        num_tokens, num_keys, num_text_tokens = role.shards.bounds[-1], None, self.config.data.max_text_tokens
+        if role.segmentation is not None:
+            unrolling = Unrolling.of(role.segmentation, self.grid, passes)
+            num_tokens, num_keys = unrolling.num_tokens, unrolling.num_keys
+        return num_tokens, num_text_tokens, role.sparse, num_keys
 
-    def _recomputed(self, role: RolePlan) -> float:
+    def _flops(self, role: RolePlan, passes: Passes) -> ForwardFlops:
+        return forward_flops(role.architecture, *self._sizes(role, passes))
+
+    def _recomputed(self, role: RolePlan, passes: Passes) -> float:
         """FLOPs that the backward of one sample computes again."""
-        sizes = (role.shards.bounds[-1], self.config.data.max_text_tokens, role.sparse)
-        return self._flops(role).total * recomputed_share(role.architecture, self.config.activation_checkpoint, *sizes)
+        share = recomputed_share(role.architecture, self.config.activation_checkpoint, *self._sizes(role, passes))
+        return self._flops(role, passes).total * share
 
     def _graph(self, passes: Passes) -> float:
-        return memory.graph(self.forward(passes), self.config.activation_checkpoint) if passes.backward else 0.0
+        if not passes.backward:
+            return 0.0
+        mode, whole, unrolling = self.config.activation_checkpoint, self._whole(passes), self._unrolling(passes)
+        graph = memory.graph(whole, mode)
+        if unrolling is None:
+            return graph
+        num_layers = whole.architecture.num_layers
+        joined = sum(not is_checkpointed(index, mode) for index in range(num_layers)) / num_layers
+        return graph + joined * unrolling.copied_bytes(whole)
 
     def _working_set(self, passes: Passes) -> float:
         """What passes need beside graph and states."""
+        unrolling = self._unrolling(passes)
+        remembered = 0.0 if unrolling is None else unrolling.memory_bytes(self._whole(passes))
+        return remembered + self._working_set_of_a_call(passes)
+
+    def _working_set_of_a_call(self, passes: Passes) -> float:
         weights, forward = self.plans[passes.role].weights, self.forward(passes)
         if not passes.backward:
             return weights.passing + memory.forward_working_set(forward)
@@ -280,6 +318,7 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
     heads = architecture.num_attention_heads
     sequence = cast("SequenceParallel | None", role.transformer.sequence)
     core = cast("SparseAttention | None", role.transformer.sparse_attention)
+    layout_of_tokens = tile_layout(grid, cast("tuple[int, int, int]", role.transformer.tile))
     if core is not None:
         core.start_step(config.training.steps - 1)
     return RolePlan(
@@ -287,18 +326,23 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
         architecture=architecture,
         degrees=degrees,
         method=choose_method(heads, degrees.sequence, degrees.tensor, parallelism.sequence_method),
-        shards=TokenShards.of(tile_layout(grid), 1) if sequence is None else sequence.shards(tile_layout(grid)),
+        shards=TokenShards.of(layout_of_tokens, 1) if sequence is None else sequence.shards(layout_of_tokens),
         num_exchanged=degrees.model_parallel // layout.default.model_parallel,
-        states=memory.states(role.transformer, has_ema=bool(config.ema.decay) and config.ema.role == role.name),
-        weights=_weights(role.transformer, BYTES[config.training.dtype], parallelism.reshard_after_forward),
+        states=memory.states(role.network, has_ema=bool(config.ema.decay) and config.ema.role == role.name),
+        weights=_weights(role, BYTES[config.training.dtype], parallelism.reshard_after_forward),
+        num_experts=len(role.modules),
         offloaded=parallelism.cpu_offload,
         adapters_only=role.adapters_only,
-        sparse=None if core is None else core.tiles_read(tile_layout(grid).num_tiles),
+        sparse=None if core is None else core.tiles_read(layout_of_tokens.num_tiles),
+        segmentation=cast("Segmentation | None", role.transformer.segmentation),
     )
 
 
-def _weights(module: nn.Module, compute_bytes: int, reshards: bool) -> Weights:
-    blocks = [list(block.parameters()) for block in cast(nn.ModuleList, module.blocks)]
+def _weights(role: RoleHandle, compute_bytes: int, reshards: bool) -> Weights:
+    """Of all modules, one behind the other: where a role has two experts, both are gathered for a batch."""
+    module = role.network
+    stacks = [cast(nn.ModuleList, single.blocks) for single in role.modules.values()]
+    blocks = [list(block.parameters()) for stack in stacks for block in stack]
     inside = {id(p) for parameters in blocks for p in parameters}
     trained = memory.num_gathered([p for p in module.parameters() if p.requires_grad])
     return Weights(
@@ -306,6 +350,7 @@ def _weights(module: nn.Module, compute_bytes: int, reshards: bool) -> Weights:
         root=memory.num_gathered([p for p in module.parameters() if id(p) not in inside]),
         compute_bytes=compute_bytes,
         reshards=reshards,
+        num_modules=len(stacks),
         # A frozen role has no gradients to share out.
         trained_share=trained / memory.num_gathered(list(module.parameters())) if trained else 1.0,
     )
@@ -326,7 +371,7 @@ def _encoder_bytes(config: Config, channels: int) -> float:
     folder, in_bytes = Path(config.pipeline_config.path), BYTES[config.training.dtype]
     vae = _numbers_in(folder / "vae") or VAE_NUMBERS.get(channels, max(VAE_NUMBERS.values()))
     text = _numbers_in(folder / "text_encoder") or TEXT_ENCODER_NUMBERS
-    return memory.FP32 * vae + in_bytes * text
+    return memory.FP32 * vae + (0 if config.pipeline_config.offload_text_encoder else in_bytes * text)
 
 
 def _numbers_in(folder: Path) -> int:
@@ -344,6 +389,8 @@ def _left_out(config: Config, roles: dict[str, RolePlan]) -> Iterator[str]:
         yield "sparse attention: its kernels as fast, by FLOP, as dense ones; the schedule's way to its last sparsity"
     if config.compile.enabled:
         yield "compile: activations are those of eager mode, an upper bound"
+    if any(role.num_experts > 1 for role in roles.values()):
+        yield "two experts: steps of a rollout, which share a noise level, gather one of them only"
     if any(role.adapters_only for role in roles.values()):
         yield "adapters: their own work and activations"
     if any(role.offloaded and role.states.optimizer for role in roles.values()):

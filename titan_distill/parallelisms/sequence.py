@@ -69,7 +69,7 @@ def tile_bounds(layout: TileLayout, num_ranks: int, join: int = 1) -> list[int]:
     return [*bounds, layout.num_tiles]
 
 
-def describe_tiles(num_tiles: int, join: int) -> str:
+def describe_tiles(num_tiles: int, join: int = 1) -> str:
     """What runs are made of, for errors."""
     return f"{num_tiles} tiles" if join == 1 else f"{-(-num_tiles // join)} groups of {join} tiles"
 

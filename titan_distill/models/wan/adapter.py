@@ -7,23 +7,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from titan_kernels.layout import tile_grid
-from torch import Tensor
+from torch import Tensor, nn
 
+from titan_distill.attention.causal import KeysAndValues, Memory
+from titan_distill.data.images import ImageEncoder
 from titan_distill.data.loader import Batch
 from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import schedule
-from titan_distill.models.base import Adapter, Condition
+from titan_distill.models.base import Adapter, Condition, Guidance
+from titan_distill.models.streaming import SegmentStream
 from titan_distill.models.wan import first_frame
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.experts import is_high_noise, route
 from titan_distill.models.wan.features import block_outputs, mean_over_tokens
 from titan_distill.models.wan.first_frame import ImageMixing
+from titan_distill.models.wan.image_channels import (
+    EMBEDDING,
+    check_pictures,
+    encode_pictures,
+    takes_channels,
+    with_channels,
+)
+from titan_distill.models.wan.segments import check_fits, num_latent_frames
+from titan_distill.models.wan.stream import WanStream
 from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import decode_latents, encode_video
+from titan_distill.models.wan.vae import decode_latents, encode_video, restart
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
@@ -37,6 +53,8 @@ if TYPE_CHECKING:
 class WanAdapter(Adapter):
     """Adapter of Wan models that make videos from text, or from text and a first frame. VAE and text encoder may be
     absent where nothing is decoded or encoded."""
+
+    sequence_dim = 2
 
     def __init__(
         self,
@@ -52,9 +70,21 @@ class WanAdapter(Adapter):
         checkpointing: ActivationCheckpointConfig,
         image_mixing: ImageMixing | None = None,
         takes_images: bool = False,
+        text_cache: Path | None = None,
+        image_tensors: tuple[str, ...] = (),
+        image_encoder: ImageEncoder | None = None,
+        num_frames: int = 0,
+        boundary_ratio: float | None = None,
+        guidance_scale_2: float | None = None,
     ) -> None:
         """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know.
-        ``image_mixing``: which training samples start from an image; ``takes_images``: whether sampling may."""
+        ``image_mixing``: which training samples start from an image; ``takes_images``: whether sampling may.
+        ``text_cache``: folder for embeddings of prompts that come with videos.
+        ``image_tensors``, ``image_encoder``, ``num_frames``: of roles that take pictures in channels of their own, see
+        `image_channels`; frames of the videos.
+        ``boundary_ratio``, ``guidance_scale_2``: of roles with two experts, see `experts`."""
+        self.boundary_ratio, self.guidance_scale_2 = boundary_ratio, guidance_scale_2
+        self.image_tensors, self.image_encoder, self.num_frames = image_tensors, image_encoder, num_frames
         self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
         self.checkpointing = checkpointing
         grid = token_grid(latent_shape[1:], WanConfig.patch_size)
@@ -63,14 +93,14 @@ class WanAdapter(Adapter):
         self.max_text_tokens = max_text_tokens
         self.layouts = layouts
         self.image_mixing, self.takes_images = image_mixing, takes_images
+        self.text_cache = text_cache
         self.vae, self.text_encoder = vae, text_encoder
         self._negative_LD = None if negative_embedding_LD is None else negative_embedding_LD.to(device)
 
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         values = {}
-        for role in roles:
-            # A head has no attention.
-            core = role.transformer.sparse_attention if isinstance(role.transformer, WanTransformer) else None
+        for module in (module for role in roles for module in role.modules.values()):
+            core = module.sparse_attention if isinstance(module, WanTransformer) else None  # a head has no attention
             if core is not None:
                 core.start_step(step)
                 read = core.tiles_read(self._num_tiles)
@@ -80,6 +110,8 @@ class WanAdapter(Adapter):
         return values
 
     def prepare_batch(self, batch: Batch) -> Batch:
+        if not batch.is_encoded:
+            batch = self._encoded(batch)
         if batch.latents is not None and tuple(batch.latents.shape[1:]) != self.latent_shape:
             raise ValueError(
                 f"the data's latents have shape {tuple(batch.latents.shape[1:])}, but pipeline_config's num_frames, "
@@ -87,9 +119,29 @@ class WanAdapter(Adapter):
             )
         return batch.to(self.device)
 
+    def _encoded(self, batch: Batch) -> Batch:
+        """Each clip and each prompt by itself: what a sample is does not depend on its batch."""
+        encoder, clips = self._text_encoder(), batch.clips
+        assert self.text_cache is not None
+        texts = [encoder.cached_embedding(text, self.max_text_tokens, self.text_cache) for text in batch.captions]
+        latents = None if clips is None else torch.cat([self.encode_video(clip[None]) for clip in clips])
+        extra = {}
+        if self.image_tensors and clips is not None:
+            pictures = [self._pictures(clip[:1]) for clip in clips]
+            extra = {name: torch.cat([of_clip[name] for of_clip in pictures]) for name in self.image_tensors}
+        return replace(
+            batch, text_embeddings=torch.stack(texts), latents=latents, extra=extra, clips=None, is_encoded=True
+        )
+
     def text_condition(self, batch: Batch) -> Condition:
         text = {"text": batch.text_embeddings}
-        return text if self.image_mixing is None else text | self.image_mixing.condition(batch)
+        if missing := [name for name in self.image_tensors if name not in batch.extra]:
+            raise ValueError(f"the models of this run start from images, but there is no {missing[0]} in the data")
+        text |= {name: batch.extra[name] for name in self.image_tensors}
+        # Without latents there is no image: data to train on has them (`needs_latents`), prompts to sample from don't.
+        if self.image_mixing is None or batch.latents is None:
+            return text
+        return text | self.image_mixing.condition(batch.sample_ids, batch.latents)
 
     def negative_condition(self, batch_size: int) -> Condition:
         if self._negative_LD is None:
@@ -106,13 +158,27 @@ class WanAdapter(Adapter):
         return [self._text_encoder().embed(prompt, self.max_text_tokens) for prompt in prompts]
 
     def with_image(self, condition: Condition, images: Tensor) -> Condition:
+        if self.image_tensors:
+            return {**condition, **self._pictures(images)}
+        self.check_takes_images()
+        return self.with_first_frame(condition, self.encode_video(images[:, None]))
+
+    def with_first_frame(self, condition: Condition, latents: Tensor) -> Condition:
+        """The condition that videos also start from these latent frames [B, C, 1, H, W], clean."""
+        return {**condition, **first_frame.given_frame(latents.to(self.device))}
+
+    def _pictures(self, images: Tensor) -> dict[str, Tensor]:
+        tensors = encode_pictures(self.image_tensors, images, self.num_frames, self._vae(), self.image_encoder)
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+    def check_takes_images(self) -> None:
+        """Raises ValueError where the models of the run can't start a video from an image."""
         if not self.takes_images:
             raise ValueError(
                 "the models of this run make videos from text only: they were trained with "
                 "pipeline_config.image_probability = 0, and the pipeline they come from has no expand_timesteps in its "
-                "model_index.json; leave the image out"
+                "model_index.json; leave images out"
             )
-        return {**condition, **first_frame.given_frame(self.encode_video(images[:, None]))}
 
     def held(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         return first_frame.held(x, sigma_B, condition)
@@ -121,10 +187,40 @@ class WanAdapter(Adapter):
         return first_frame.loss_mask(condition, self.latent_shape[1])
 
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        transformer = _transformer(role)
-        config, core = transformer.config, transformer.sparse_attention
+        return self.forward(role, x, sigma_B, condition)
+
+    def forward(
+        self,
+        role: RoleHandle,
+        x: Tensor,
+        sigma_B: Tensor,
+        condition: Condition,
+        memory: Memory | None = None,
+        kept: list[KeysAndValues] | None = None,
+    ) -> Tensor:
+        """``predict_velocity``; for a causal role also of one segment, given the ``memory`` of those before it."""
+        check_pictures(role.name, self.network(role).config, condition)
+        self._count(role, x, condition, memory)
+
+        def forward(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+            return self._routed(role, x, sigma, condition, memory, kept)
+
+        x, sigma = self.held(x, sigma_B, condition)
+        if sigma.ndim > 1:
+            sigma = sigma.flatten(1)  # [B, F], a time for each frame
+        read, exchange = first_frame.without_frame(condition), self.layouts.exchange(role.name)
+        return forward(x, sigma, read) if exchange is None else exchange.run(forward, x, sigma, read)
+
+    def _count(self, role: RoleHandle, x: Tensor, condition: Condition, memory: Memory | None) -> None:
+        transformer = self.network(role)
+        config, core, segmentation = transformer.config, transformer.sparse_attention, transformer.segmentation
         sparse = None if core is None else core.tiles_read(self._num_tiles)
-        sizes = (self.work.tokens_per_sample, condition["text"].shape[1], sparse)
+        frames, tokens_per_frame = x.shape[2], self.work.tokens_per_sample // self.latent_shape[1]
+        keys = None
+        if segmentation is not None:
+            num_frames = segmentation.num_keys(frames) if memory is None else memory.num_remembered + frames
+            keys = num_frames * tokens_per_frame
+        sizes = (frames * tokens_per_frame, condition["text"].shape[1], sparse, keys)
         # The ranks that load the same samples share their work, in whatever layout.
         own_flops = forward_flops(config, *sizes).total * len(x) / self.layouts.data_group
         self.work.forward(
@@ -134,24 +230,68 @@ class WanAdapter(Adapter):
             frozen=role.adapters_only,
         )
 
-        def forward(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-            # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
-            return transformer(x, schedule.timestep(sigma), condition["text"]).to(x.dtype)
+    def segment_lengths(self, role: RoleHandle, length: int | None = None) -> tuple[int, ...] | None:
+        segmentation = self.network(role).segmentation
+        if segmentation is None:
+            return None
+        return segmentation.lengths(self.latent_shape[1] if length is None else length)
 
-        x, sigma = self.held(x, sigma_B, condition)
-        if sigma.ndim > 1:
-            sigma = sigma.flatten(1)  # [B, F], a time for each frame
-        read, exchange = first_frame.without_frame(condition), self.layouts.exchange(role.name)
-        return forward(x, sigma, read) if exchange is None else exchange.run(forward, x, sigma, read)
+    def open_stream(self, role: RoleHandle, condition: Condition) -> SegmentStream:
+        segmentation = self.network(role).segmentation
+        if segmentation is None:
+            return super().open_stream(role, condition)
+        if first_frame.IMAGE in condition:
+            raise ValueError(f"role {role.name!r} is causal and makes videos from text only; leave the image out")
+        return WanStream(self, role, condition, segmentation)
+
+    def last_sample(self, sequence: Tensor) -> Tensor:
+        return restart(self._vae(), sequence, self.latent_shape[1])
+
+    def num_latents(self, role: RoleHandle, num_frames: int) -> int:
+        segmentation = self.network(role).segmentation
+        if segmentation is None:
+            return super().num_latents(role, num_frames)
+        check_fits(segmentation, num_frames, "num_frames")
+        return num_latent_frames(num_frames)
 
     def features(
         self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Sequence[int]
     ) -> list[Tensor]:
         assert self.layouts.exchange(role.name) is None, "the configuration keeps data groups apart"
-        return block_outputs(_transformer(role), depths, x, lambda: self.predict_velocity(role, x, sigma_B, condition))
+        return block_outputs(self.network(role), depths, x, lambda: self.predict_velocity(role, x, sigma_B, condition))
 
     def mean_over_positions(self, role: RoleHandle, x: Tensor, values_BL: Tensor) -> Tensor:
-        return mean_over_tokens(_transformer(role), values_BL, x)
+        return mean_over_tokens(self.network(role), values_BL, x)
+
+    def _routed(
+        self,
+        role: RoleHandle,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Condition,
+        memory: Memory | None,
+        kept: list[KeysAndValues] | None,
+    ) -> Tensor:
+        """Each sample's velocity, by the expert for its noise level where there are two. ``sigma``: [B] or [B, F]."""
+        experts = [partial(_run, module, memory=memory, kept=kept) for module in role.modules.values()]
+        if len(experts) == 1:
+            return experts[0](x, sigma, condition)
+        whole = self.network(role).sequence is not None
+        return route(
+            (experts[0], experts[1]), self._is_high_noise(sigma), x, sigma, condition,
+            run_both=torch.is_grad_enabled() and role.trainable, dummy_frames=x.shape[2] if whole else 1,
+        )  # fmt: skip
+
+    def _is_high_noise(self, sigma: Tensor) -> Tensor:
+        assert self.boundary_ratio is not None, "a run with two experts has found their boundary"
+        return is_high_noise(sigma, self.boundary_ratio)
+
+    def guidance_scale(self, role: RoleHandle, sigma_B: Tensor, guidance: Guidance) -> float | Tensor:
+        if self.guidance_scale_2 is None or len(role.modules) == 1:
+            return guidance.scale
+        second = self.guidance_scale_2 - (guidance.form == "offset")
+        scale_B = torch.where(self._is_high_noise(sigma_B), guidance.scale, second)
+        return scale_B.view(-1, *[1] * len(self.latent_shape))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         return decode_latents(self._vae(), latents)
@@ -173,8 +313,25 @@ class WanAdapter(Adapter):
             )
         return self.vae
 
+    @staticmethod
+    def network(role: RoleHandle) -> WanTransformer:
+        """The role's transformer."""
+        transformer = role.transformer
+        assert isinstance(transformer, WanTransformer)
+        return transformer
 
-def _transformer(role: RoleHandle) -> WanTransformer:
-    transformer = role.transformer
-    assert isinstance(transformer, WanTransformer)
-    return transformer
+
+def _run(
+    transformer: nn.Module,
+    x: Tensor,
+    sigma: Tensor,
+    condition: Condition,
+    memory: Memory | None,
+    kept: list[KeysAndValues] | None,
+) -> Tensor:
+    config = transformer.config
+    assert isinstance(config, WanConfig)
+    image = condition[EMBEDDING] if config.image_dim is not None else None
+    shown = with_channels(x, condition) if takes_channels(config) else x
+    # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
+    return transformer(shown, schedule.timestep(sigma), condition["text"], image, memory=memory, kept=kept).to(x.dtype)

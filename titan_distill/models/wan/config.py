@@ -52,6 +52,9 @@ class WanConfig:
     sparse_attention: bool = False
     """Blocks have a gate, `to_gate_compress`, for the coarse branch of video sparse attention. Not diffusers' key: it
     is written only where it is true, and diffusers then says that it ignores it."""
+    causal_attention: bool = False
+    """Trained to read only what comes before, segment by segment. Not diffusers' key either; the weights fit its model,
+    which would attend both ways."""
 
     @property
     def inner_dim(self) -> int:
@@ -78,6 +81,8 @@ class WanConfig:
                 f"added_kv_proj_dim {self.added_kv_proj_dim} must equal the model's width {self.inner_dim}, "
                 "to which the image embedder projects"
             )
+        if self.causal_attention and self.sparse_attention:
+            raise ValueError("causal_attention and sparse_attention are both true; no attention is both")
         if self.pos_embed_seq_len is not None and self.image_dim is None:
             raise ValueError(f"pos_embed_seq_len {self.pos_embed_seq_len} needs image_dim")
 
@@ -104,8 +109,9 @@ class WanConfig:
     def to_diffusers(self) -> dict[str, Any]:
         """Return the dict that diffusers' `config.json` holds."""
         values = asdict(self)
-        if not self.sparse_attention:
-            del values["sparse_attention"]
+        for name in ("sparse_attention", "causal_attention"):
+            if not values[name]:
+                del values[name]
         return {"_class_name": DIFFUSERS_CLASS_NAME, **values, "patch_size": list(self.patch_size)}
 
 
@@ -122,6 +128,12 @@ FLAVORS: dict[str, WanConfig] = {
     "1.3B": WanConfig(num_layers=30, num_attention_heads=12, ffn_dim=8960),
     "5B": WanConfig(num_layers=30, num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48),
     "14B": WanConfig(),
+    "A14B": WanConfig(),
+    "tiny-A14B": WanConfig(
+        num_layers=6, num_attention_heads=4, attention_head_dim=32, ffn_dim=512, text_dim=64, freq_dim=64
+    ),
+    "A14B-I2V": WanConfig(in_channels=36),
     "14B-I2V": WanConfig(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
 }
-"""Published sizes by name. "5B" is Wan2.2 TI2V, "14B-I2V" is Wan2.1 image-to-video with CLIP image embeddings."""
+"""Published sizes by name, of one network. "5B" is Wan2.2 TI2V, "A14B" is Wan2.2 T2V, of which a role has two (so has
+"tiny-A14B"), "A14B-I2V" its image-to-video model, "14B-I2V" is Wan2.1 image-to-video with CLIP image embeddings."""

@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from titan_distill.data.loader import Batch
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.schedule import broadcast_sigma
 from titan_distill.models.base import Condition
@@ -51,15 +50,13 @@ class ImageMixing:
     noise_mean: float
     noise_std: float
 
-    def condition(self, batch: Batch) -> dict[str, Tensor]:
-        """What the condition of a training batch has beside text; the batch must have latents."""
-        assert batch.latents is not None, "assembling a run checks that its data has latents"
-        ids = batch.sample_ids
+    def condition(self, ids: list[int], latents_BCFHW: Tensor) -> dict[str, Tensor]:
+        """What the condition of training samples has beside text."""
         level_B = self.noise.normal("first_frame/mask", 0, ids, (), device="cpu", dtype=torch.float64)
         mask_B = (self.noise_mean + self.noise_std * level_B).exp().clamp(max=_MAX_TRAINING_MASK)
         has_image_B = self.noise.uniform("first_frame/choice", 0, ids) < self.probability
         mask_B = torch.where(has_image_B, mask_B, 1.0)
-        return {IMAGE: batch.latents[:, :, :1], MASK: mask_B.to(batch.latents.device)}
+        return {IMAGE: latents_BCFHW[:, :, :1], MASK: mask_B.to(latents_BCFHW.device)}
 
 
 def given_frame(latents_BC1HW: Tensor) -> dict[str, Tensor]:

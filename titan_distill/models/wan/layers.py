@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_distill.attention.causal import TextMemory
 from titan_distill.attention.dense import dense_attention
 from titan_distill.attention.placement import Placement
 from titan_distill.models.wan.config import WanConfig
@@ -122,7 +123,8 @@ class SelfAttention(Attention):
         k_BLND = apply_rotary(self.split_heads(self.norm_k(self.to_k(x_BLM))), context)
         v_BLND = self.split_heads(self.to_v(x_BLM))
         gate_BLND = None if to_gate is None else self.split_heads(to_gate(x_BLM))
-        mixed_BLND = self.placement(q_BLND, k_BLND, v_BLND, context.layout, gate_BLND, context.num_selected)
+        placement = self.placement if context.placement is None else context.placement
+        mixed_BLND = placement(q_BLND, k_BLND, v_BLND, context.layout, gate_BLND, context.num_selected)
         return self.to_out[0](mixed_BLND.flatten(2))
 
 
@@ -136,17 +138,25 @@ class CrossAttention(Attention):
             self.add_v_proj = nn.Linear(config.added_kv_proj_dim, config.inner_dim)
             self.norm_added_k = nn.RMSNorm(config.inner_dim, eps=config.eps)
 
-    def forward(self, x_BLM: Tensor, text_BSM: Tensor, image_BSM: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BLM: Tensor, text_BSM: Tensor, image_BSM: Tensor | None, kept: TextMemory | None = None
+    ) -> Tensor:
+        """Return [B, L, M]. `kept` holds the text's keys and values for forwards without gradient, or will."""
         dtype = self.to_q.weight.dtype
         q_BLND = self.split_heads(self.norm_q(self.to_q(x_BLM.to(dtype))))
-        text_BSM = text_BSM.to(dtype)
-        k_BSND = self.split_heads(self.norm_k(self.to_k(text_BSM)))
-        mixed_BLND = dense_attention(q_BLND, k_BSND, self.split_heads(self.to_v(text_BSM)))
+        mixed_BLND = dense_attention(q_BLND, *self._text_keys_and_values(text_BSM.to(dtype), kept))
         if image_BSM is not None:
             image_BSM = image_BSM.to(dtype)
             k_BSND = self.split_heads(self.norm_added_k(self.add_k_proj(image_BSM)))
             mixed_BLND = mixed_BLND + dense_attention(q_BLND, k_BSND, self.split_heads(self.add_v_proj(image_BSM)))
         return self.to_out[0](mixed_BLND.flatten(2))
+
+    def _text_keys_and_values(self, text_BSM: Tensor, kept: TextMemory | None) -> tuple[Tensor, Tensor]:
+        if kept is None or torch.is_grad_enabled():
+            return self.split_heads(self.norm_k(self.to_k(text_BSM))), self.split_heads(self.to_v(text_BSM))
+        if kept.keys_and_values is None:
+            kept.keys_and_values = self._text_keys_and_values(text_BSM, None)
+        return kept.keys_and_values
 
 
 def modulation_parts(rows_RKM: Tensor, row_BL: Tensor | None) -> list[Tensor]:
@@ -209,6 +219,6 @@ class WanBlock(nn.Module):
         shift, scale, gate = modulation_parts(rows_R6M[:, :3], context.row_BL)
         modulated_BLM = modulate(self.norm1(x_BLM), shift, scale)
         x_BLM = add_gated(x_BLM, self.attn1(modulated_BLM, context, self.to_gate_compress), gate)
-        x_BLM = x_BLM + self.attn2(self.norm2(x_BLM), text_BSM, image_BSM)
+        x_BLM = x_BLM + self.attn2(self.norm2(x_BLM), text_BSM, image_BSM, context.text)
         shift, scale, gate = modulation_parts(rows_R6M[:, 3:], context.row_BL)
         return add_gated(x_BLM, self.ffn(modulate(self.norm3(x_BLM), shift, scale)), gate)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from titan_kernels.layout import tile_grid
+from titan_kernels.layout import DEFAULT_TILE, tile_grid
 
+from titan_distill.attention.causal import Segmentation
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config_lora import LoraConfig
 from titan_distill.config_parsing import nearest_divisors
@@ -61,6 +62,8 @@ class Layout:
     float8: Float8Config
     sparse_attention: SparseAttentionConfig | None = None
     """None for a dense role; must agree with the architecture."""
+    segmentation: Segmentation | None = None
+    """None for a role that is not causal; must agree with the architecture."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -73,7 +76,7 @@ def build_transformer(architecture: WanConfig, load: WeightLoader | None, layout
     mesh, parallelism = layout.mesh, layout.parallelism
     core = None if layout.sparse_attention is None else SparseAttention(layout.sparse_attention)
     with torch.device("meta"):
-        model = WanTransformer.from_config(architecture, core)
+        model = WanTransformer.from_config(architecture, core, layout.segmentation)
     model.to(layout.storage_dtype).requires_grad_(layout.trainable)
     apply_float8(model, layout.float8, high_precision=HIGH_PRECISION, device=layout.device)
     apply_lora(model, layout.lora, excluded=HIGH_PRECISION)
@@ -133,9 +136,10 @@ def check_degrees(
     sequence_method: Literal["auto", "ulysses", "all_gather"],
     grid: tuple[int, int, int],
     core: SparseAttention | None = None,
+    segmentation: Segmentation | None = None,
 ) -> None:
-    """Checks degrees against a model, its sparse ``core`` if it has one, and a ``grid`` of tokens along (frames,
-    height, width).
+    """Checks degrees against a model, its sparse ``core`` or causal ``segmentation`` if it has one, and a ``grid`` of
+    tokens along (frames, height, width).
 
     Raises ValueError with the nearest valid choices.
     """
@@ -155,6 +159,9 @@ def check_degrees(
             f"{key}: Ulysses needs sequence × tensor = {sequence} × {tensor} to divide the {heads} attention heads; "
             f"set sequence to {nearest_divisors(sequence, heads // tensor)}, or sequence_method to 'all_gather'"
         )
+    if segmentation is not None:
+        check_causal_degrees(key, architecture, degrees, sequence_method, segmentation, grid)
+        return
     join = runs_of_tiles(choose_method(heads, sequence, tensor, sequence_method), core)
     num_tiles = math.prod(tile_grid(grid))
     num_runs = -(-num_tiles // join)
@@ -162,4 +169,35 @@ def check_degrees(
         raise ValueError(
             f"{key}: sequence = {sequence} ranks can't share the {describe_tiles(num_tiles, join)} of "
             f"{grid[0]} × {grid[1]} × {grid[2]} tokens; set it to {num_runs} or less"
+        )
+
+
+def check_causal_degrees(
+    key: str,
+    architecture: WanConfig,
+    degrees: Degrees,
+    sequence_method: Literal["auto", "ulysses", "all_gather"],
+    segmentation: Segmentation,
+    grid: tuple[int, int, int],
+) -> None:
+    """Checks how the ranks of a causal role share tokens: by heads, and in every segment.
+
+    Raises ValueError with the nearest valid choices.
+    """
+    heads, sequence = architecture.num_attention_heads, degrees.sequence
+    if sequence == 1:
+        return
+    if choose_method(heads, sequence, degrees.tensor, sequence_method) == "all_gather":
+        raise ValueError(
+            f"{key}: attention = 'causal' with gathered keys would keep a whole cache on each of {sequence} sequence "
+            f"ranks; leave sequence_method at 'auto' and set sequence to "
+            f"{nearest_divisors(sequence, heads // degrees.tensor)}, so that ranks share the heads"
+        )
+    shortest = 1 if segmentation.single_first else segmentation.length
+    # A causal model's tiles are one frame deep: see WanTransformer.tile.
+    num_tiles = shortest * math.prod(-(-size // tile) for size, tile in zip(grid[1:], DEFAULT_TILE[1:], strict=True))
+    if sequence > num_tiles:
+        raise ValueError(
+            f"{key}: sequence = {sequence} ranks can't share the {describe_tiles(num_tiles)} of the shortest block, "
+            f"{shortest} × {grid[1]} × {grid[2]} tokens; set it to {num_tiles} or less"
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,10 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from titan_distill.attention.causal import Segmentation
 from titan_distill.attention.sparse import SparseAttention
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, network_folder
 from titan_distill.checkpoint.initial_weights import is_reference, read_weights, resolve_reference
+from titan_distill.config_parsing import check_range
 from titan_distill.config_sections import SparseAttentionConfig
 from titan_distill.config_world import role_parallelism
+from titan_distill.data.images import ENCODER, ImageEncoder
 from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.dispatch import method_class, register_model
@@ -23,19 +29,24 @@ from titan_distill.models.base import Adapter, ModelFamily
 from titan_distill.models.head import HEAD_FLAVOR
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
+from titan_distill.models.wan.experts import EXPERTS, experts_of, find_boundary, stored_experts
 from titan_distill.models.wan.first_frame import ImageMixing, expands_timesteps
+from titan_distill.models.wan.image_channels import EMBEDDING, needed_tensors
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_transformer, check_degrees
+from titan_distill.models.wan.segments import check_segments, num_latent_frames, segmentation_of
 from titan_distill.models.wan.state_dict import UNUSED_KEY, copy_full_tensor, load_weights, read_config, save_folder
 from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import load_vae
+from titan_distill.models.wan.vae import encoding_dtype, load_vae
 from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.mesh import Layouts, RoleMesh, main_rank_first
 
 if TYPE_CHECKING:
     from titan_distill.config import Config, RoleConfig
     from titan_distill.validation.base import Validator
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -57,6 +68,24 @@ class WanPipelineConfig:
     """Video width in pixels."""
     num_frames: int = 81
     """Video length in frames, 4 n + 1."""
+    boundary_ratio: float | None = None
+    """Of roles with two experts: at timesteps of at least this share of 1000 the first is used, below it the second;
+    none takes what the model_index.json of their pipeline folder says."""
+    guidance_scale_2: float | None = None
+    """Classifier-free guidance of the second expert, wherever a role with two is guided, as u + w (c - u); none guides
+    both as the method says."""
+    offload_text_encoder: bool = False
+    """Keep the text encoder in host memory, each layer on the device only while it runs: 11 GB less, seconds more a new
+    prompt."""
+    frames_per_block: int = 3
+    """Latent frames that a causal role makes at once, attending both ways within them and back to those before."""
+    independent_first_frame: bool = False
+    """The first block of a causal role is one latent frame: a picture."""
+    cache_window_frames: int = 0
+    """Latent frames whose keys and values a causal role keeps at most, sink_frames among them; 0 keeps all. A window
+    bounds memory and work of a block, so that a video may become as long as it likes."""
+    sink_frames: int = 0
+    """Of cache_window_frames, how many are the video's first, for ever; the others are the latest."""
     image_probability: float = 0.0
     """Share of the training samples that start from an image, their own first latent frame (image-to-video); the rest
     has text only. Wan 2.2 TI2V was trained with 0.2."""
@@ -65,14 +94,26 @@ class WanPipelineConfig:
     -inf leaves it clean."""
     image_noise_std: float = 0.5
     """See image_noise_mean."""
+    validate_from_image: bool = False
+    """Validation videos start from the pictures that validation.prompts has beside its prompts: a .csv with the column
+    image (or video), or the first frames of parquet with latents."""
 
     def __post_init__(self) -> None:
         if self.flow_shift <= 0:
             raise ValueError(f"flow_shift = {self.flow_shift} must be positive; 1 means no shift")
         self._check_images()
-        if self.num_frames < 1 or self.num_frames % 4 != 1:
-            nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
-            raise ValueError(f"num_frames = {self.num_frames} must be 4 n + 1 for the VAE; the nearest is {nearest}")
+        num_latent_frames(self.num_frames)
+        if self.frames_per_block < 1:
+            raise ValueError(f"frames_per_block = {self.frames_per_block} must be at least 1")
+        for name in ("cache_window_frames", "sink_frames"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be 0 or more")
+        if self.sink_frames and self.sink_frames >= self.cache_window_frames:
+            raise ValueError(
+                f"sink_frames = {self.sink_frames} are frames of cache_window_frames = {self.cache_window_frames}, "
+                "which must leave room for later ones; lower the first or raise the second"
+            )
+        check_range(self, "boundary_ratio", above=0, below=1)
         for name in ("height", "width"):
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 nearest = max(16, round(getattr(self, name) / 16) * 16)
@@ -87,6 +128,10 @@ class WanPipelineConfig:
             )
         if not 0 <= self.image_noise_std <= 1:
             raise ValueError(f"image_noise_std = {self.image_noise_std} must be between 0 and 1")
+        if self.image_noise_mean == -math.inf and self.image_noise_std != type(self).image_noise_std:
+            raise ValueError(
+                f"image_noise_std = {self.image_noise_std} has no effect with image_noise_mean = -inf; remove it"
+            )
         for name in ("image_noise_mean", "image_noise_std"):
             if not self.image_probability and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
@@ -113,6 +158,12 @@ class WanFamily(ModelFamily):
                 raise ValueError(
                     f"roles.{name}.flavor = {role.flavor!r} is not known; it must be one of {', '.join(FLAVORS)}"
                 )
+        if config.data.holds_videos and not config.pipeline_config.path:
+            raise ValueError(
+                f"data.path = {config.data.path!r} holds videos and prompts to encode, but pipeline_config.path is "
+                "empty; set it to a diffusers folder with vae, text_encoder and tokenizer"
+            )
+        check_segments(config)
         if config.pipeline_config.image_probability and not method_class(config.recipe.method).uses_loss_mask:
             raise ValueError(
                 f"pipeline_config.image_probability = {config.pipeline_config.image_probability} gives first frames, "
@@ -124,7 +175,53 @@ class WanFamily(ModelFamily):
     def needs_latents(self) -> bool:
         return self.config.pipeline_config.image_probability > 0
 
-    def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
+    def extra_tensors(self) -> tuple[str, ...]:
+        # Of videos they are made here.
+        return () if self.config.data.path.endswith(".csv") else self._image_tensors()
+
+    def _image_tensors(self) -> tuple[str, ...]:
+        known = [
+            self._architecture(name, role, by_name=bool(role.flavor))
+            for name, role in self.config.roles.items()
+            # Whoever samples from a checkpoint need not have what all roles once started from.
+            if role.flavor or is_reference(role.init_from) or Path(role.path or role.init_from).is_dir()
+        ]
+        return needed_tensors(known)
+
+    def _image_encoder(self, device: torch.device) -> ImageEncoder | None:
+        """None where no embedding is needed, or where the data has all of them and nothing else can be sampled from."""
+        path = self.config.pipeline_config.path
+        if EMBEDDING not in self._image_tensors() or not (Path(path) / ENCODER).is_dir():
+            return None
+        return ImageEncoder(path, device=device)
+
+    def spelled_out(self) -> Config:
+        boundary = find_boundary(self.config)
+        if boundary is None:
+            return self.config
+        return replace(self.config, pipeline_config=replace(self.config.pipeline_config, boundary_ratio=boundary))
+
+    def build_modules(
+        self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device
+    ) -> dict[str, nn.Module]:
+        names = experts_of(name, role, by_name=device.type == "meta")
+        modules = {expert: self.build_module(name, role, mesh, device, expert) for expert in names}
+        weights = role.path or role.init_from
+        if len(names) > 1 and device.type != "meta" and weights and len(stored_experts(weights)) == 1:
+            logger.info("Both experts of %s start from the one network in %s", name, weights)
+        configs = [_wan(module).config for module in modules.values()]
+        if configs[0] != configs[-1]:
+            raise ValueError(f"roles.{name}: the two experts in {weights} have different shapes")
+        return modules
+
+    def build_module(
+        self,
+        name: str,
+        role: RoleConfig,
+        mesh: RoleMesh | None,
+        device: torch.device,
+        expert: str = TRANSFORMER,
+    ) -> nn.Module:
         config = self.config
         compute_dtype = DTYPES[config.training.dtype]
         auto_dtype = torch.float32 if role.trainable and not role.lora.enabled else compute_dtype
@@ -140,26 +237,25 @@ class WanFamily(ModelFamily):
             float8=config.float8.for_role(name),
             lora=role.lora,
             sparse_attention=config.sparse_attention if role.attention == "sparse" else None,
+            segmentation=self._segmentation(role.attention == "causal"),
         )
-        architecture = self._architecture(name, role, by_name=device.type == "meta")
-        return build_transformer(architecture, _loader(role.path or role.init_from), layout, config.job.seed)
+        architecture = self._architecture(name, role, by_name=device.type == "meta", expert=expert)
+        # Two networks that start at random must not start alike.
+        seed = config.job.seed + EXPERTS.index(expert)
+        return build_transformer(architecture, _loader(role.path or role.init_from, expert), layout, seed)
 
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
+        find_boundary(self.config, by_name=True)
         space = self._latent_space()
-        space.check_size(*self._video_size())
+        space.check_size(*self.video_size())
         networks = {name: layout for name, layout in degrees.items() if self.config.roles[name].flavor != HEAD_FLAVOR}
         for name, layout in networks.items():
+            architecture = self._architecture(name, self.config.roles[name], by_name=True)
+            self._check_latents(name, architecture, space)
             if self.config.roles[name].lora.enabled and layout.tensor > 1:
                 raise ValueError(
                     f"roles.{name}.lora does not go with tensor = {layout.tensor}: adapters are not cut over tensor "
                     f"ranks; set roles.{name}.parallelism.tensor to 1, or lora.rank to 0"
-                )
-            architecture = self._architecture(name, self.config.roles[name], by_name=True)
-            space.check_channels(name, architecture.out_channels)
-            if self.needs_latents and architecture.in_channels != architecture.out_channels:
-                raise ValueError(
-                    f"roles.{name} takes images in {architecture.in_channels - architecture.out_channels} channels of "
-                    "its own, not as a first frame; set pipeline_config.image_probability to 0"
                 )
             check_degrees(
                 f"roles.{name}",
@@ -168,10 +264,28 @@ class WanFamily(ModelFamily):
                 role_parallelism(self.config, name).sequence_method,
                 self.token_grid(),
                 self._core(self.config.roles[name].attention == "sparse"),
+                self._segmentation(self.config.roles[name].attention == "causal"),
             )
 
+    def _check_latents(self, name: str, architecture: WanConfig, space: LatentSpace) -> None:
+        space.check_channels(name, architecture.out_channels)
+        if self.needs_latents and architecture.in_channels != architecture.out_channels:
+            raise ValueError(
+                f"roles.{name} takes images in {architecture.in_channels - architecture.out_channels} channels of its "
+                "own, not as a first frame; set pipeline_config.image_probability to 0"
+            )
+        role = self.config.roles[name]
+        if role.attention == "causal":
+            is_single = len(experts_of(name, role, by_name=True)) == 1
+            if not is_single or architecture.in_channels != architecture.out_channels:
+                what = "pictures in channels of their own" if is_single else "two experts"
+                raise ValueError(
+                    f"roles.{name}.attention = 'causal' is for one network that makes videos from text, but this one "
+                    f"has {what}; choose another flavor, or attention = 'dense'"
+                )
+
     def token_grid(self) -> Grid:
-        return self._latent_space().token_grid(*self._video_size())
+        return self._latent_space().token_grid(*self.video_size())
 
     def _latent_space(self) -> LatentSpace:
         """Of the pipeline's VAE, or of the first role where there is no pipeline."""
@@ -180,29 +294,39 @@ class WanFamily(ModelFamily):
             self.config.pipeline_config.path, lambda: self._architecture(name, role, by_name=True).out_channels
         )
 
-    def _video_size(self) -> tuple[int, int, int]:
+    def video_size(self) -> tuple[int, int, int]:
         pipeline = self.config.pipeline_config
         return pipeline.num_frames, pipeline.height, pipeline.width
 
     def _core(self, is_sparse: bool) -> SparseAttention | None:
         return SparseAttention(self.config.sparse_attention) if is_sparse else None
 
-    def _architecture(self, name: str, role: RoleConfig, *, by_name: bool) -> WanConfig:
-        """What the role's network looks like: dense weights may become a sparse model, but not the other way round.
+    def _segmentation(self, is_causal: bool) -> Segmentation | None:
+        return segmentation_of(self.config.pipeline_config) if is_causal else None
+
+    def _architecture(self, name: str, role: RoleConfig, *, by_name: bool, expert: str = TRANSFORMER) -> WanConfig:
+        """What the role's network looks like: dense weights may become a sparse or a causal model, but not the other
+        way round.
 
         ``by_name`` believes a flavor without reading any file.
         """
         weights = role.path or role.init_from
         if not weights or (by_name and role.flavor):
-            return replace(FLAVORS[role.flavor], sparse_attention=role.attention == "sparse")
-        found = _stored_architecture(weights)
-        if found.sparse_attention and role.attention == "dense":
+            return _attending(FLAVORS[role.flavor], role.attention)
+        found = _stored_architecture(weights, expert)
+        if found.causal_attention and role.attention != "causal":
             raise ValueError(
-                f"roles.{name}.attention = 'dense', but {weights} holds a model trained with sparse attention, whose "
-                f"coarse branch a dense one lacks; set roles.{name}.attention to 'sparse' or choose other weights"
+                f"roles.{name}.attention = {role.attention!r}, but {weights} holds a model trained with causal "
+                f"attention; set roles.{name}.attention to 'causal' or choose other weights"
             )
-        found = replace(found, sparse_attention=role.attention == "sparse")
-        expected = replace(FLAVORS.get(role.flavor, found), sparse_attention=found.sparse_attention)
+        if found.sparse_attention and role.attention != "sparse":
+            raise ValueError(
+                f"roles.{name}.attention = {role.attention!r}, but {weights} holds a model trained with sparse "
+                f"attention, whose coarse branch a {role.attention} one lacks; set roles.{name}.attention to 'sparse' "
+                "or choose other weights"
+            )
+        found = _attending(found, role.attention)
+        expected = _attending(FLAVORS.get(role.flavor, found), role.attention)
         different = ", ".join(
             f"{f.name} is {getattr(found, f.name)} instead of {getattr(expected, f.name)}"
             for f in dataclasses.fields(found)
@@ -222,7 +346,9 @@ class WanFamily(ModelFamily):
     ) -> nn.Module:
         config = WanConfig.from_diffusers(architecture)
         with torch.device("meta"):
-            model = WanTransformer.from_config(config, self._core(config.sparse_attention))
+            model = WanTransformer.from_config(
+                config, self._core(config.sparse_attention), self._segmentation(config.causal_attention)
+            )
         model.to_empty(device=device).requires_grad_(False)
         parameters = dict(model.named_parameters())
         for name, tensor in _used(tensors):
@@ -235,7 +361,9 @@ class WanFamily(ModelFamily):
         with torch.device("meta"):
             config = WanConfig.from_diffusers(architecture)
             model = WanTransformer(
-                config, SparseAttention(SparseAttentionConfig()) if config.sparse_attention else None
+                config,
+                SparseAttention(SparseAttentionConfig()) if config.sparse_attention else None,
+                Segmentation() if config.causal_attention else None,
             )
         wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
         found = {name: shape for name, shape in shapes.items() if UNUSED_KEY not in name}
@@ -268,22 +396,33 @@ class WanFamily(ModelFamily):
         config, pipeline = self.config, self.config.pipeline_config
         vae = text_encoder = negative = None
         if pipeline.path:
-            vae = load_vae(Path(pipeline.path), device)
-            text_encoder = TextEncoder(pipeline.path, dtype=DTYPES[config.training.dtype], device=device)
+            compute_dtype = DTYPES[config.training.dtype]
+            vae_dtype = encoding_dtype(device, compute_dtype) if config.data.holds_videos else torch.float32
+            vae = load_vae(Path(pipeline.path), device, vae_dtype)
+            text_encoder = TextEncoder(
+                pipeline.path, dtype=compute_dtype, device=device, offload=pipeline.offload_text_encoder
+            )
             with main_rank_first():  # a real text encoder is 22 GB, and one embedding is all that most ranks need of it
                 negative = text_encoder.cached_embedding(
                     pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
                 )
         return WanAdapter(
-            latent_shape=self._latent_space().shape(*self._video_size()),
+            latent_shape=self._latent_space().shape(*self.video_size()),
             flow_shift=pipeline.flow_shift,
             max_text_tokens=config.data.max_text_tokens,
             negative_embedding_LD=negative,
             vae=vae,
             text_encoder=text_encoder,
+            text_cache=config.job.output_folder / "cache",
             device=device,
             layouts=layouts,
             checkpointing=config.activation_checkpoint,
+            # A started run has it in its configuration, whatever became of the folders since.
+            boundary_ratio=pipeline.boundary_ratio or find_boundary(config),
+            guidance_scale_2=pipeline.guidance_scale_2,
+            image_tensors=self._image_tensors(),
+            image_encoder=self._image_encoder(device),
+            num_frames=pipeline.num_frames,
             image_mixing=self._image_mixing(),
             takes_images=pipeline.image_probability > 0 or expands_timesteps(pipeline.path),
         )
@@ -307,29 +446,25 @@ def _wan(module: nn.Module) -> WanTransformer:
     return module
 
 
+def _attending(architecture: WanConfig, attention: str) -> WanConfig:
+    return replace(architecture, sparse_attention=attention == "sparse", causal_attention=attention == "causal")
+
+
 def _used(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
     """Without what published weights hold and no network has: adapters are merged into everything that a base holds."""
     return ((name, tensor) for name, tensor in tensors if UNUSED_KEY not in name)
 
 
-def _stored_architecture(weights: str) -> WanConfig:
+def _stored_architecture(weights: str, expert: str) -> WanConfig:
     if is_reference(weights):
         return WanConfig.from_diffusers(resolve_reference(weights).trained.architecture)
-    return read_config(_transformer_folder(weights))
+    return read_config(network_folder(Path(weights), expert))
 
 
-def _loader(weights: str) -> WeightLoader | None:
+def _loader(weights: str, expert: str) -> WeightLoader | None:
     """What fills a model with the weights of a folder or of a role in a checkpoint; None where none are named."""
     if not weights:
         return None
-    return partial(read_weights, weights) if is_reference(weights) else partial(_load_folder, weights)
-
-
-def _load_folder(weights: str, model: WanTransformer) -> None:
-    load_weights(model, _transformer_folder(weights))
-
-
-def _transformer_folder(path: str) -> Path:
-    """The folder with the weights: ``path`` itself, or its ``transformer`` where it names a whole pipeline."""
-    inner = Path(path) / "transformer"
-    return inner if inner.is_dir() else Path(path)
+    if is_reference(weights):
+        return partial(read_weights, weights, name=expert)
+    return partial(load_weights, folder=network_folder(Path(weights), expert))

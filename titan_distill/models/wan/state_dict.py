@@ -171,8 +171,8 @@ def _check_same_config(ours: WanConfig, theirs: WanConfig, folder: Path) -> None
     differing = [
         f"{key} {getattr(theirs, key)!r} (model: {getattr(ours, key)!r})"
         for key in ours.__dataclass_fields__
-        # Whether gates are there is told by the keys, in files of others too.
-        if key != "sparse_attention" and getattr(theirs, key) != getattr(ours, key)
+        # Whether gates are there is told by the keys, in files of others too; causality by no weight.
+        if key not in ("sparse_attention", "causal_attention") and getattr(theirs, key) != getattr(ours, key)
     ]
     if differing:
         raise ValueError(f"weights in {folder} are of another model: {', '.join(differing)}")

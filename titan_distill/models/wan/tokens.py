@@ -17,8 +17,11 @@ from functools import lru_cache
 
 import torch
 from titan_kernels import TileLayout, tile_layout
+from titan_kernels.layout import DEFAULT_TILE
 from torch import Tensor
 
+from titan_distill.attention.causal import TextMemory
+from titan_distill.attention.placement import Placement
 from titan_distill.models.wan.config import WanConfig
 
 Grid = tuple[int, int, int]
@@ -26,6 +29,8 @@ Grid = tuple[int, int, int]
 ROPE_THETA = 10000.0
 # One entry is 77 MB at 75,600 tokens. Two suffice for training and validation grids; all roles share them.
 _NUM_CACHED_PHASES = 2
+# A causal model has an entry for each of its segments, all together as large as one whole grid's.
+_NUM_CACHED_SEGMENTS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +42,8 @@ class TokenContext:
         cos_LD, sin_LD: fp32 rotary phases; a pair of head channels has one cosine twice and one sine as (-sin, sin).
         row_BL: int64, the row of the modulation that each token uses; None if sample b uses row b throughout.
         num_selected: tiles that each query tile of a sparse role reads; None where it reads all by dense attention.
+        placement: of self-attention in this layer and forward, where it is not the layer's own (causal roles).
+        text: this layer's keys and values of the text, where they are kept from forward to forward (causal roles).
     """
 
     layout: TileLayout
@@ -44,6 +51,8 @@ class TokenContext:
     sin_LD: Tensor
     row_BL: Tensor | None = None
     num_selected: int | None = None
+    placement: Placement | None = None
+    text: TextMemory | None = None
 
 
 def token_grid(sizes: Sequence[int], patch_size: Grid) -> Grid:
@@ -73,21 +82,39 @@ def unpatchify(patches_BLP: Tensor, grid: Grid, patch_size: Grid) -> Tensor:
     return split.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(patches_BLP.shape[0], -1, *size)
 
 
-def token_context(grid: Grid, config: WanConfig, device: torch.device) -> TokenContext:
-    """Return the context of `grid` for samples with one timestep each.
+def token_context(
+    grid: Grid, config: WanConfig, device: torch.device, tile: Grid = DEFAULT_TILE, first_frame: int = 0
+) -> TokenContext:
+    """Return the context of `grid`, which begins at `first_frame` of its video, for samples with one timestep each.
 
     Raises:
-        ValueError: the grid is larger than the model's rotary range.
+        ValueError: the grid is larger than the model's rotary range, or ends behind it.
     """
     if max(grid) > config.rope_max_seq_len:
         raise ValueError(f"token grid {grid} exceeds rope_max_seq_len {config.rope_max_seq_len} along one dimension")
-    layout = tile_layout(grid, device=device)
-    return TokenContext(layout, *_rotary_phases(layout, config.attention_head_dim))
+    if first_frame + grid[0] > config.rope_max_seq_len:
+        raise ValueError(
+            f"latent frames {first_frame} to {first_frame + grid[0]} exceed the model's rotary range of "
+            f"{config.rope_max_seq_len}; make a shorter video"
+        )
+    layout = tile_layout(grid, tile, device)
+    if tile == DEFAULT_TILE:
+        return TokenContext(layout, *_rotary_phases(layout, config.attention_head_dim))
+    return TokenContext(layout, *_segment_phases(layout, config.attention_head_dim, first_frame))
 
 
 @lru_cache(maxsize=_NUM_CACHED_PHASES)
-@torch.inference_mode(False)  # or the first validation would cache tensors that no training step can save for backward
 def _rotary_phases(layout: TileLayout, head_dim: int) -> tuple[Tensor, Tensor]:
+    return _phases(layout, head_dim, 0)
+
+
+@lru_cache(maxsize=_NUM_CACHED_SEGMENTS)
+def _segment_phases(layout: TileLayout, head_dim: int, first_frame: int) -> tuple[Tensor, Tensor]:
+    return _phases(layout, head_dim, first_frame)
+
+
+@torch.inference_mode(False)  # or the first validation would cache tensors that no training step can save for backward
+def _phases(layout: TileLayout, head_dim: int, first_frame: int) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines [L, head_dim] in tile order; a head's pairs are split over frames, height and width.
 
     Angles are formed in fp64 (Wan and diffusers do, too), their cosines stored in fp32.
@@ -97,7 +124,7 @@ def _rotary_phases(layout: TileLayout, head_dim: int) -> tuple[Tensor, Tensor]:
     angles = []
     for dim, channels in enumerate((head_dim - 2 * spatial_dim, spatial_dim, spatial_dim)):
         exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
-        position = torch.arange(layout.grid[dim], dtype=torch.float64, device=device)
+        position = torch.arange(layout.grid[dim], dtype=torch.float64, device=device) + first_frame * (dim == 0)
         angle = torch.outer(position, ROPE_THETA**-exponent)
         shape = [-1 if other == dim else 1 for other in range(3)]
         angles.append(angle.view(*shape, channels // 2).expand(*layout.grid, -1))

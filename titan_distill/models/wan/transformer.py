@@ -4,6 +4,9 @@ One forward is four steps that a parallel layout can wrap one by one: cut latent
 conditions, run the blocks, put the tokens back. Inputs, outputs and per-token timesteps are raster; tile order is
 internal. Parameter names and values are those of diffusers' `WanTransformer3DModel`, which is the parity oracle.
 
+**Causal models** have the same weights and other attention (`attention.causal`): segments of frames read themselves and
+what came before. They run over all segments at once, or over one segment given the `Memory` of those before it.
+
 **Timesteps.** A sample has one timestep, or (TI2V, causal and first-frame training) one per frame, or one per token.
 Modulation is computed once per distinct timestep and indexed by tokens: per token it would cost 2 GB at 27,280 tokens
 of width 3072. Per-frame timesteps are the cheap form: rows are known from the shapes. Per-token timesteps are searched
@@ -16,13 +19,15 @@ M model width, R distinct timesteps (rows of modulation).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from titan_kernels.layout import DEFAULT_TILE
 from torch import Tensor, nn
 
+from titan_distill.attention.causal import CausalAttention, KeysAndValues, Memory, Segmentation
 from titan_distill.attention.dense import AttentionCore, DenseAttention
 from titan_distill.attention.placement import LocalAttention, Placement
 from titan_distill.attention.sparse import SparseAttention
@@ -47,16 +52,28 @@ from titan_distill.parallelisms.tensor import TokenRegion, local
 class WanTransformer(nn.Module):
     """Predicts velocity; builds on any device, `meta` included (then `to_empty` and load or `reset_parameters`)."""
 
-    def __init__(self, config: WanConfig, sparse_attention: SparseAttention | None = None) -> None:
+    def __init__(
+        self,
+        config: WanConfig,
+        sparse_attention: SparseAttention | None = None,
+        segmentation: Segmentation | None = None,
+    ) -> None:
         super().__init__()
         if config.sparse_attention != (sparse_attention is not None):
             raise ValueError(
                 f"config.sparse_attention = {config.sparse_attention} and the core {sparse_attention} contradict each "
                 "other; give a SparseAttention to sparse models, and only to them"
             )
+        if config.causal_attention != (segmentation is not None):
+            raise ValueError(
+                f"config.causal_attention = {config.causal_attention} and {segmentation} contradict each other; give a "
+                "Segmentation to causal models, and only to them"
+            )
         self.config = config
         self.sparse_attention = sparse_attention
         """The core that all blocks of a sparse model share; None in a dense one."""
+        self.segmentation = segmentation
+        """How a causal model cuts a video into segments; None in a bidirectional one."""
         dim, patch_size = config.inner_dim, config.patch_size
         placement = LocalAttention(self.attention_core)
         self.patch_embedding = PatchEmbedding(config.in_channels, dim, kernel_size=patch_size, stride=patch_size)
@@ -75,16 +92,19 @@ class WanTransformer(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: WanConfig | Mapping[str, Any], sparse_attention: SparseAttention | None = None
+        cls,
+        config: WanConfig | Mapping[str, Any],
+        sparse_attention: SparseAttention | None = None,
+        segmentation: Segmentation | None = None,
     ) -> WanTransformer:
         """Build from a `WanConfig` or from the dict of a diffusers `config.json`.
 
         Raises:
-            ValueError: a sparse model without its core, or a core for a dense model.
+            ValueError: a sparse model without its core, or a causal one without its segments, or the other way round.
         """
         if not isinstance(config, WanConfig):
             config = WanConfig.from_diffusers(config)
-        return cls(config, sparse_attention)
+        return cls(config, sparse_attention, segmentation)
 
     @property
     def attention_core(self) -> AttentionCore:
@@ -114,6 +134,8 @@ class WanTransformer(nn.Module):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None = None,
+        memory: Memory | None = None,
+        kept: list[KeysAndValues] | None = None,
     ) -> Tensor:
         """Return the velocity [B, out channels, F, H, W] in the dtype of `hidden_states`.
 
@@ -123,6 +145,8 @@ class WanTransformer(nn.Module):
                 [B, tokens] in raster order.
             encoder_hidden_states: text embeddings [B, S, text_dim], zero-padded.
             encoder_hidden_states_image: CLIP image embeddings [B, S, image_dim] of I2V models.
+            memory: of a causal model: what the latents, one segment, follow; without it they are a whole video.
+            kept: receives the segment's keys and values, a layer each, to extend `memory` with.
 
         Raises:
             ValueError: shapes that don't fit the model or each other, a timestep below fp32, or an image missing or
@@ -130,7 +154,8 @@ class WanTransformer(nn.Module):
         """
         self._check_inputs(hidden_states, encoder_hidden_states, encoder_hidden_states_image)
         grid = token_grid(hidden_states.shape[2:], self.config.patch_size)
-        context = token_context(grid, self.config, hidden_states.device)
+        tile, first_frame = self.tile, 0 if memory is None else memory.num_positions
+        context = token_context(grid, self.config, hidden_states.device, tile, first_frame)
         if self.sparse_attention is not None:
             context = replace(context, num_selected=self.sparse_attention.selection(context.layout.num_tiles))
         timestep_R, context = _timestep_rows(timestep, hidden_states.shape[0], context)
@@ -141,23 +166,55 @@ class WanTransformer(nn.Module):
         if self.sequence is not None:
             patches_BLP = self.sequence.shard(patches_BLP, context.layout)
             context = _sequence_context(context, self.sequence)
-        x_BLM = self._run_blocks(self.patch_embedding(patches_BLP), text_BSM, image_BSM, rows_R6M, context)
+        contexts = [context] * len(self.blocks)
+        if self.segmentation is not None:
+            contexts = self._causal_contexts(self.segmentation, context, memory, kept)
+        x_BLM = self._run_blocks(self.patch_embedding(patches_BLP), text_BSM, image_BSM, rows_R6M, contexts)
         velocity_BLP = self._head(x_BLM, embedded_RM, context)
         if self.sequence is not None:
             velocity_BLP = self.sequence.gather(velocity_BLP, context.layout)
         velocity_BLP = velocity_BLP.index_select(1, context.layout.inverse)
         return unpatchify(velocity_BLP, grid, self.config.patch_size).to(hidden_states.dtype)
 
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        """Tokens that lie together along (frames, height, width). A causal model's lie frame after frame, so that
+        every segment is one run of them."""
+        return DEFAULT_TILE if self.segmentation is None else (1, *DEFAULT_TILE[1:])
+
+    def _causal_contexts(
+        self,
+        segmentation: Segmentation,
+        context: TokenContext,
+        memory: Memory | None,
+        kept: list[KeysAndValues] | None,
+    ) -> list[TokenContext]:
+        """What each layer knows: the segments of a whole video, or its own memory of those before this one."""
+        place = LocalAttention if self.sequence is None else self.sequence.placement
+        frames, height, width = context.layout.grid
+        if memory is None:
+            placement = place(CausalAttention(segmentation.runs(frames, height * width)))
+            return [replace(context, placement=placement)] * len(self.blocks)
+        layers = zip(memory.cores(kept), memory.texts, strict=True)
+        return [replace(context, placement=place(core), text=text) for core, text in layers]
+
     def _run_blocks(
-        self, x_BLM: Tensor, text_BSM: Tensor, image_BSM: Tensor | None, rows_R6M: Tensor, context: TokenContext
+        self,
+        x_BLM: Tensor,
+        text_BSM: Tensor,
+        image_BSM: Tensor | None,
+        rows_R6M: Tensor,
+        contexts: Sequence[TokenContext],
     ) -> Tensor:
         group = None if self.token_region is None else self.token_region.group
+        row_BL = contexts[0].row_BL
         # Where tensor-parallel ranks hold a run of tokens each, phases stay whole: attention sees all tokens.
         if group is not None:
             x_BLM = collectives.shard(x_BLM, 1, group)
-            if context.row_BL is not None:
-                context = replace(context, row_BL=collectives.shard(context.row_BL, 1, group))
-        for index, block in enumerate(self.blocks):
+            if row_BL is not None:
+                row_BL = collectives.shard(row_BL, 1, group)
+                contexts = [replace(context, row_BL=row_BL) for context in contexts]
+        for index, (block, context) in enumerate(zip(self.blocks, contexts, strict=True)):
             x_BLM = block(x_BLM, text_BSM, image_BSM, rows_R6M, context)
             if self.tap is not None:
                 self.tap(index, x_BLM)

@@ -19,25 +19,46 @@ if TYPE_CHECKING:
 DECODE_BATCH = 4
 
 
-def load_vae(path: Path, device: torch.device | str) -> AutoencoderKLWan:
-    """diffusers' AutoencoderKLWan in fp32 from its folder, or from the pipeline folder around it; raises `ValueError`
-    when there is none."""
+def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
+    """diffusers' AutoencoderKLWan from its folder, or from the pipeline folder around it; raises `ValueError` when
+    there is none."""
     from diffusers import AutoencoderKLWan
 
     folder = path / "vae" if (path / "vae").is_dir() else path
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise ValueError(f"no VAE in {folder}: expected config.json and *.safetensors")
-    vae = AutoencoderKLWan.from_pretrained(
-        folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
-    )
+    vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     return vae.requires_grad_(False).eval().to(device)
+
+
+def encoding_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
+    """In which a run encodes its videos between steps: bf16 where it computes in it, on a GPU that has it; a CPU would
+    only become slower by it."""
+    is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if is_fast and compute == torch.bfloat16 else torch.float32
 
 
 @torch.no_grad()
 def encode_video(vae: AutoencoderKLWan, frames_BTHW3: Tensor) -> Tensor:
     """Normalised latents, fp32 on the VAE's device, of uint8 frames on any device: the posterior's mean, because
     training adds noise of its own and the mean is reproducible."""
-    video_BCTHW = frames_BTHW3.to(vae.device).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
+    return _encode(vae, _signed(vae, frames_BTHW3))
+
+
+@torch.no_grad()
+def encode_image(vae: AutoencoderKLWan, images_BHW3: Tensor, num_frames: int) -> Tensor:
+    """Normalised latents as of `encode_video`, of clips that are a uint8 picture first and grey then."""
+    first_BC1HW = _signed(vae, images_BHW3[:, None])
+    grey = first_BC1HW.new_zeros(1).expand(*first_BC1HW.shape[:2], num_frames - 1, *first_BC1HW.shape[3:])
+    return _encode(vae, torch.cat([first_BC1HW, grey], 2))
+
+
+def _signed(vae: AutoencoderKLWan, frames_BTHW3: Tensor) -> Tensor:
+    """[B, C, T, H, W] in [-1, 1] on the VAE's device."""
+    return frames_BTHW3.to(vae.device).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
+
+
+def _encode(vae: AutoencoderKLWan, video_BCTHW: Tensor) -> Tensor:
     latents_BCFHW = vae.encode(video_BCTHW.to(vae.dtype)).latent_dist.mode().float()
     mean, std = _statistics(vae)
     return (latents_BCFHW - mean) / std
@@ -50,6 +71,20 @@ def decode_latents(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
     chunks = (latents_BCFHW.float() * std + mean).to(vae.dtype).split(DECODE_BATCH)
     pixels_BCTHW = torch.cat([vae.decode(chunk).sample.float() for chunk in chunks])
     return pixels_BCTHW.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+
+def restart(vae: AutoencoderKLWan, latents_BCFHW: Tensor, num_frames: int) -> Tensor:
+    """The last `num_frames` latent frames of a longer video, as a video that begins there.
+
+    The first latent frame of a video stands for one picture, each later one for four. What becomes the first is
+    therefore decoded, in the light of all before it, and its last picture encoded as the beginning of a video.
+    """
+    start = latents_BCFHW.shape[2] - num_frames
+    if not start:
+        return latents_BCFHW
+    picture_B1HW3 = decode_latents(vae, latents_BCFHW[:, :, : start + 1])[:, -1:]
+    first_BC1HW = encode_video(vae, picture_B1HW3).to(latents_BCFHW.dtype)
+    return torch.cat((first_BC1HW, latents_BCFHW[:, :, start + 1 :]), dim=2)
 
 
 def _statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.methods.base import SampleRequest, ValidationRequest
 from titan_distill.models.wan.adapter import WanAdapter
+from titan_distill.models.wan.validation_images import FirstFrames, PictureRows
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.base import Sampling, Validator
@@ -63,6 +64,12 @@ class WanValidator(Validator):
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.layouts = layouts
         self.prompts = read_prompts(self.config.prompts or config.data.path, self.config.num_prompts)
+        self.first_frames: FirstFrames | None = None
+        pipeline = config.pipeline_config
+        self.pictures = PictureRows(self.config.prompts or config.data.path, adapter.image_tensors)
+        if pipeline.validate_from_image:
+            adapter.check_takes_images()
+            self.first_frames = FirstFrames(self.config.prompts or config.data.path, pipeline.height, pipeline.width)
         self.score = SCORERS[self.config.scorer]
         self._baselines: dict[str, SampleSet] = {}
 
@@ -109,6 +116,10 @@ class WanValidator(Validator):
         with role.evaluation():
             for ids in self._batches():
                 condition = self.adapter.encode_prompts([self.prompts[index] for index in ids])
+                condition = {**condition, **self.pictures.tensors(ids, self.adapter.device)}
+                if self.first_frames is not None:
+                    frames = self.first_frames.latents(ids, self.adapter)
+                    condition = self.adapter.with_first_frame(condition, frames)
                 latents = sampling.run(request, role, condition, ids)
                 videos = self._decode(request, ids, latents)
                 for index, latent in zip(ids, latents.cpu(), strict=True):

@@ -1,0 +1,46 @@
+"""Text files, and CSV files with a header row by row, with the place of each row for messages."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_text(path: Path) -> str:
+    """The whole file, with any line ends as ``\\n``. Raises ValueError naming it when it is not there or no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not valid UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row as ("<path>, line n", values by column); further columns are there, too.
+
+    Raises:
+        ValueError: a file that can't be read or is no CSV, or that lacks one of `columns`.
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    try:
+        if not set(columns) <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path} has the columns {reader.fieldnames}: expected {' and '.join(columns)}")
+        for entry in reader:
+            yield f"{path}, line {reader.line_num}", entry
+    except csv.Error as error:
+        raise ValueError(f"{path}, after line {reader.line_num}: not CSV ({error})") from error
+
+
+def non_empty(where: str, entry: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    """The values of `columns`. Raises ValueError where one is missing or blank."""
+    values = [entry.get(column) for column in columns]
+    found = [value for value in values if isinstance(value, str) and value.strip()]
+    if len(found) < len(columns):
+        raise ValueError(f"{where}: expected a non-empty {' and '.join(columns)}, found {str(entry)[:200]}")
+    return found

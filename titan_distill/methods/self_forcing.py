@@ -1,0 +1,190 @@
+"""Self-Forcing (arXiv 2506.08009): distribution matching for a causal student, trained on its own rollouts.
+
+A causal student makes a sample segment by segment, each from the segments before it. Trained on true pasts it would
+meet, at inference, pasts of its own making and drift away. So training unrolls it just as inference will: every segment
+is denoised in a few steps, and its result becomes the context of the next. The losses are `dmd2`'s, unchanged, on the
+whole rollout at once: teacher and critic see a complete sample, and judge how its segments go together.
+
+Memory is what decides how. Gradients flow through one forward of a segment, the one at its exit, and never through the
+context: that is computed by one more forward without gradient, at noise level 0 (or `context_noise`, which hides from
+later segments the fine errors of earlier ones). A rollout then keeps activations of one forward over a whole sample.
+
+A rollout may be longer than a sample. Its last segments, as many as a sample has, are then what is trained on: they
+become a sample that begins in the middle (`Adapter.last_sample`), whose first segment has no gradient, because its past
+was cut off for the teacher and not for the student.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from titan_distill.data.loader import Batch
+from titan_distill.diffusion import schedule
+from titan_distill.dispatch import register_method
+from titan_distill.methods.base import Passes, ValidationRequest
+from titan_distill.methods.dmd2 import Dmd2, Dmd2Config, Rollout
+from titan_distill.models.base import Condition
+from titan_distill.models.streaming import SegmentStream, write_context
+
+if TYPE_CHECKING:
+    from titan_distill.config import Config
+
+
+@dataclass(frozen=True)
+class SelfForcingConfig(Dmd2Config):
+    """[method_config] of ``recipe.method = "self_forcing"``."""
+
+    same_step_across_blocks: bool = True
+    """One exit for all segments of a rollout, or one drawn for each."""
+    context_noise: float = 0.0
+    """Timestep at which finished segments are noised and read, in training and in sampling; 0 reads them clean."""
+    num_rollout_segments: int = 0
+    """Segments that the student makes in training; 0: as many as a sample has. More than that: only the last ones, as
+    many as a sample has, are trained on, all but their first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.context_noise < schedule.NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"context_noise = {self.context_noise} must lie in [0, 1000), as timesteps do")
+        if self.num_rollout_segments < 0:
+            raise ValueError(f"num_rollout_segments = {self.num_rollout_segments} must be 0 or more")
+        if self.rollout == "data":
+            raise ValueError(
+                "rollout = 'data' trains on noised data, and recipe.method = 'self_forcing' on what the student makes "
+                "itself; leave it at 'simulate'"
+            )
+        if self.ts_schedule and not self.same_step_across_blocks:
+            raise ValueError(
+                "ts_schedule = true follows the exit of a rollout, but same_step_across_blocks = false gives each "
+                "segment its own; change one of the two"
+            )
+
+
+@register_method("self_forcing")
+class SelfForcing(Dmd2):
+    """Roles ``student`` (causal) and ``critic`` are trained, ``teacher`` is frozen."""
+
+    config_class: ClassVar[type] = SelfForcingConfig
+    causal_roles: ClassVar[frozenset[str]] = frozenset({"student"})
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.context_sigma = self.config.context_noise / schedule.NUM_TRAIN_TIMESTEPS
+        self.sample_lengths, self.lengths = self._segment_lengths(self.config.num_rollout_segments)
+
+    def _segment_lengths(self, num_segments: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a sample, and of a rollout. Raises ValueError for a rollout that leaves nothing to train."""
+        if "student" not in self.roles:  # `titan-distill generate` may hold the critic alone
+            return (), ()
+        own = self.adapter.segment_lengths(self.roles["student"])
+        assert own is not None, "the configuration checks that the student is causal"
+        if not num_segments or num_segments == len(own):
+            return own, own
+        if num_segments < len(own) or len(own) == 1:
+            raise ValueError(
+                f"method_config.num_rollout_segments = {num_segments}, but a sample has {len(own)} segments, of which "
+                "a longer rollout trains all but the first; set it to 0, or to more where a sample has two or more"
+            )
+        return own, own + own[-1:] * (num_segments - len(own))
+
+    @classmethod
+    def validate(cls, config: Config) -> None:
+        super().validate(config)
+        if (attention := config.roles["student"].attention) != "causal":
+            raise ValueError(
+                f"roles.student.attention = {attention!r}, but recipe.method = {config.recipe.method!r} makes samples "
+                "segment by segment; set it to 'causal'"
+            )
+
+    @classmethod
+    def work(cls, config: Dmd2Config) -> list[Passes]:
+        """A segment costs its forwards up to the exit, and one that writes its context. Of a rollout longer than a
+        sample all exits are counted without gradient, those of the sample besides with it: a little too much."""
+        assert isinstance(config, SelfForcingConfig)
+        segments = config.num_rollout_segments
+        rollout, exit_pass, *scores, critic_rollout, critic = super().work(config)
+        written = 1 + bool(segments)
+        return [
+            replace(rollout, num_forwards=rollout.num_forwards + written, segments=segments),
+            replace(exit_pass, segments=0),
+            *scores,
+            replace(critic_rollout, num_forwards=critic_rollout.num_forwards + 1, segments=segments),
+            critic,
+        ]
+
+    def rollout(self, batch: Batch, condition: Condition, step: int, purpose: str) -> Rollout:
+        """Unrolls the student over all segments; of each, only the exit's forward may carry gradients."""
+        stream = self.adapter.open_stream(self.roles["student"], condition)
+        exits = [self._exit_index(step, purpose, segment) for segment in range(len(self.lengths))]
+        is_longer = len(self.lengths) > len(self.sample_lengths)
+        first_trained = len(self.lengths) - len(self.sample_lengths) + is_longer
+        segments = []
+        with self.timer("rollout"):
+            for segment, exit_index in enumerate(exits):
+                trained = segment >= first_trained and torch.is_grad_enabled()
+                with torch.set_grad_enabled(trained):
+                    segments.append(self._segment(stream, batch, step, f"{purpose}/{segment}", segment, exit_index))
+                if segment + 1 < len(exits):
+                    self._write(stream, batch, step, f"{purpose}/{segment}", segments[-1])
+            sequence = torch.cat(segments, dim=self.adapter.sequence_dim)
+            if not is_longer:
+                return Rollout(sequence, exits[-1])
+            sample = self.adapter.last_sample(sequence)
+        return Rollout(sample, exits[-1], self._all_but_the_first(sample))
+
+    def _exit_index(self, step: int, purpose: str, segment: int) -> int:
+        """One draw for the whole global batch: equally many forwards on all ranks."""
+        last = len(self.sigmas) - 1
+        if self.config.last_step_only:
+            return last
+        whose = "exit" if self.config.same_step_across_blocks else f"exit/{segment}"
+        return self.noise.index(f"{purpose}/{whose}", step, last + 1)
+
+    def _segment(
+        self, stream: SegmentStream, batch: Batch, step: int, purpose: str, segment: int, exit_index: int
+    ) -> Tensor:
+        """One segment's prediction at its exit."""
+        length = self.lengths[segment]
+
+        def predict_x0(x: Tensor, index: int) -> Tensor:
+            return stream.predict_x0(x, self._sigma_B(index, x))
+
+        def normal(index: int) -> Tensor:
+            return self._segment_noise(batch, step, f"{purpose}/noise/{index}", length)
+
+        with torch.no_grad():
+            x = self.denoise(predict_x0, normal, exit_index)
+        return predict_x0(x, exit_index)
+
+    def _write(self, stream: SegmentStream, batch: Batch, step: int, purpose: str, x0: Tensor) -> None:
+        length = x0.shape[self.adapter.sequence_dim]
+        write_context(
+            stream,
+            x0.detach(),
+            self.context_sigma,
+            lambda: self._segment_noise(batch, step, f"{purpose}/context", length),
+        )
+
+    def _segment_noise(self, batch: Batch, step: int, purpose: str, length: int) -> Tensor:
+        shape = self.adapter.segment_shape(length)
+        return self.noise.normal(purpose, step, batch.sample_ids, shape, device=batch.text_embeddings.device)
+
+    def _all_but_the_first(self, sample: Tensor) -> Tensor:
+        """A mask over the segments of ``sample``, without its first."""
+        dim = self.adapter.sequence_dim
+        mask = sample.new_ones([sample.shape[dim] if d == dim else 1 for d in range(sample.ndim)])
+        mask.narrow(dim, 0, self.sample_lengths[0]).zero_()
+        return mask
+
+    def validation_request(self) -> ValidationRequest:
+        """As dmd2's, with the student sampled segment by segment."""
+        request = super().validation_request()
+        samples = tuple(
+            replace(sample, context_sigma=self.context_sigma) if sample.role == "student" else sample
+            for sample in request.samples
+        )
+        return replace(request, samples=samples)
