@@ -111,15 +111,14 @@ class SelfForcing(Dmd2):
         sample all exits are counted without gradient, those of the sample besides with it: a little too much."""
         assert isinstance(config, SelfForcingConfig)
         segments = config.num_rollout_segments
-        rollout, exit_pass, *scores, critic_rollout, critic = super().work(config)
-        written = 1 + bool(segments)
-        return [
-            replace(rollout, num_forwards=rollout.num_forwards + written, segments=segments),
-            replace(exit_pass, segments=0),
-            *scores,
-            replace(critic_rollout, num_forwards=critic_rollout.num_forwards + 1, segments=segments),
-            critic,
-        ]
+
+        def unrolled(passes: Passes) -> Passes:
+            if passes.phase != "rollout":
+                return replace(passes, segments=0) if passes.phase == "student" else passes
+            written = 1 + bool(segments) if passes.update == "student" else 1
+            return replace(passes, num_forwards=passes.num_forwards + written, segments=segments)
+
+        return [unrolled(passes) for passes in super().work(config)]
 
     def rollout(self, batch: Batch, condition: Condition, step: int, purpose: str) -> Rollout:
         """Unrolls the student over all segments; of each, only the exit's forward may carry gradients."""
