@@ -49,6 +49,8 @@ def final_parameters(trainer: Trainer) -> dict[str, Tensor]:
     tensors = {}
     for role in trainer.roles.trainable:
         for name, parameter in role.network.named_parameters():
+            if not parameter.requires_grad:  # what is left as it was would hide how adapters differ
+                continue
             value = parameter.detach()
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             tensors[f"{role.name}/{name.removeprefix('_orig_mod.')}"] = whole.clone()

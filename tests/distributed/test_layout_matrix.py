@@ -74,7 +74,8 @@ class Row:
 P = "--parallelism."
 TEACHER, STUDENT = "--roles.teacher.parallelism.", "--roles.student.parallelism."
 DMD2, FINETUNE = ("dmd2",), ("finetune",)
-METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm", "dmd2_gan", "self_forcing")
+# The last one is dmd2 with two experts in a role; here the student also has low-rank adapters.
+METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm", "dmd2_gan", "self_forcing", "a14b")
 SELF_FORCING, ODE_INIT = ("self_forcing",), ("ode_init",)
 # Schedules of real length would not get anywhere in these steps.
 OPTIONS = {
@@ -87,6 +88,9 @@ OPTIONS = {
     "--method_config.same_step_across_blocks false --method_config.denoising_steps [1000.0,500.0] "
     "--pipeline_config.num_frames 9",
     "ode_init": "--data.path {folder}/pairs --method_config.teacher_steps 4",
+    # A micro-batch of one sample leaves an expert without any; so may the last one of all ranks.
+    "a14b": "--pipeline_config.num_frames 9 --pipeline_config.width 32 --ema.start_step 1 "
+    "--training.local_batch_size 1 --roles.student.lora.rank 4 --roles.student.lora.alpha 8",
 }
 REFERENCE = Row("one process", 1, "", methods=METHODS + ODE_INIT)
 SPARSE = (

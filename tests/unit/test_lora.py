@@ -237,6 +237,7 @@ def test_published_keys_that_no_network_has_are_left_out(tmp_path: Path) -> None
     assert UNUSED_KEY not in "".join(open_folder(tmp_path).kinds)
 
 
+@pytest.mark.nightly
 def test_blocks_with_adapters_are_one_graph(tmp_path: Path) -> None:
     model = make_trainer(tmp_path).roles["student"].transformer
     expected = forward(model)
@@ -244,6 +245,7 @@ def test_blocks_with_adapters_are_one_graph(tmp_path: Path) -> None:
     torch.testing.assert_close(forward(model), expected)
 
 
+@pytest.mark.nightly
 def test_float8_computes_the_base_and_adapters_train(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, *["--float8.enabled", "--float8.emulate", "--float8.min_features", "32"])
     assert any("base_layer" in name and "Float8" in type(m).__name__ for name, m in

@@ -25,7 +25,9 @@ from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.state_dict import save_folder
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.observability.flops import forward_flops
+from titan_distill.observability.hardware import GPUS
 from titan_distill.parallelisms.mesh import World
+from titan_distill.plan import planner
 from titan_distill.roles import RoleHandle
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer
@@ -279,6 +281,28 @@ def test_folders_that_do_not_fit_are_one_sentence(
 def save_other(folder: Path) -> None:
     config = replace(CONFIG, ffn_dim=32)
     save_folder(dict(WanTransformer.from_config(config).named_parameters()), config, folder)
+
+
+@pytest.mark.nightly
+def test_the_plan_counts_all_parameters_and_the_work_of_one_expert() -> None:
+    """Of the shipped job: 14,288,491,584 numbers an expert, and on each linear layer of its blocks an adapter."""
+    config = load_config(["--job.config_file", "train_configs/wan2.2_a14b_dmd2.toml"])
+    with planner(64, GPUS["H100"]) as replan:
+        plan = replan.plan(config)
+    width, hidden, rank, num_layers = 5120, 13824, 64, 40
+    adapters = num_layers * rank * (8 * (width + width) + 2 * (width + hidden))
+    student, teacher = plan.roles["student"], plan.roles["teacher"]
+    # Rank 0 of 8 that share the weights, bf16, holds what rows are left over: less than a thousandth more.
+    assert teacher.states.parameters == pytest.approx(2 * 2 * 14_288_491_584 / 8, rel=1e-3)
+    assert student.states.gradients == pytest.approx(4 * 2 * adapters / 8, rel=1e-3)
+    assert student.states.optimizer == pytest.approx(2 * student.states.gradients, rel=1e-3)
+    assert student.states.ema == student.states.gradients
+    assert student.states.parameters - teacher.states.parameters == pytest.approx(student.states.gradients, rel=1e-3)
+    teaching = next(phase for phase in plan.phases if phase.passes.role == "teacher")
+    samples = 64 * 2 * teaching.passes.updates_per_step
+    assert teaching.executed_flops / samples == pytest.approx(1678e12, rel=1e-3)
+    training = next(phase for phase in plan.phases if phase.passes.role == "critic" and phase.passes.backward)
+    assert training.dense_flops / 64 == pytest.approx(2 * 1678e12, rel=1e-2)
 
 
 def test_experts_drawn_at_random_are_not_alike(tmp_path: Path) -> None:

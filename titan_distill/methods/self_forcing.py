@@ -29,6 +29,7 @@ from titan_distill.methods.base import Passes, ValidationRequest
 from titan_distill.methods.dmd2 import Dmd2, Dmd2Config, Rollout
 from titan_distill.models.base import Condition
 from titan_distill.models.streaming import SegmentStream, write_context
+from titan_distill.parallelisms.compile import check_num_segments
 
 if TYPE_CHECKING:
     from titan_distill.config import Config
@@ -89,7 +90,10 @@ class SelfForcing(Dmd2):
                 f"method_config.num_rollout_segments = {num_segments}, but a sample has {len(own)} segments, of which "
                 "a longer rollout trains all but the first; set it to 0, or to more where a sample has two or more"
             )
-        return own, own + own[-1:] * (num_segments - len(own))
+        lengths = own + own[-1:] * (num_segments - len(own))
+        # No samples: what a family lacks to encode their beginnings is told now, not after the first rollout.
+        self.adapter.last_sample(torch.zeros(0, *self.adapter.segment_shape(sum(lengths))))
+        return own, lengths
 
     @classmethod
     def validate(cls, config: Config) -> None:
@@ -99,6 +103,7 @@ class SelfForcing(Dmd2):
                 f"roles.student.attention = {attention!r}, but recipe.method = {config.recipe.method!r} makes samples "
                 "segment by segment; set it to 'causal'"
             )
+        check_num_segments(config.compile, config.method_config.num_rollout_segments)
 
     @classmethod
     def work(cls, config: Dmd2Config) -> list[Passes]:
