@@ -181,7 +181,7 @@ KD = {
 SCM: dict[str, Plant] = {
     "none": nullcontext,
     "without the JVP": lambda: patch.object(Adapter, "predict_velocity_jvp", _without_jvp),
-    "without ẋ in the JVP": lambda: patch.object(Adapter, "predict_velocity_jvp", _without_x),
+    "without dx in the JVP": lambda: patch.object(Adapter, "predict_velocity_jvp", _without_x),
 }
 DMD2: dict[str, Plant] = {
     "none": nullcontext,
