@@ -124,7 +124,8 @@ def load_role(
     method = method_class(config.recipe.method)(
         config.method_config, roles, adapter, KeyedNoise(config.job.seed), PhaseTimer(device)
     )
-    request = next(
-        sample for sample in method.validation_request().samples if sample.role == role and not sample.baseline
-    )
+    requests = [x for x in method.validation_request().samples if x.role == role and not x.baseline]
+    if not requests:
+        raise ValueError(f"recipe.method = {config.recipe.method!r} does not say how to sample from its {role}")
+    request = requests[0]
     return config, adapter, handle, request

@@ -1,4 +1,4 @@
-"""T3: a video transformer learns moving blobs from nothing, and DMD2 makes a four-step student of it.
+"""T3: a video transformer learns moving blobs from nothing, and DMD2 makes a two-step student of it.
 
 No closed form here, but a teacher that is a network with its faults: what counts is how far few-step samples are from
 the teacher's own many-step samples, against where the student started. About ten minutes on two quiet cores.
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3600)]
 
 CPU = torch.device("cpu")
 DIRECTIONS = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-SIGMAS = (1.0, 0.9, 0.75, 0.5)  # of [1000, 750, 500, 250] at shift 3
+SIGMAS = (1.0, 0.75)  # of [1000, 500] at shift 3; in four steps the teacher itself would be close
 NUM_SAMPLES = 192
 
 JOB = """
@@ -126,7 +126,7 @@ def distances(folder: Path, teacher_steps: int, student_steps: int) -> tuple[flo
             f"[roles.teacher]\n{weights}false",
             f"[roles.student]\n{weights}true\noptimizer = {{ lr = 2e-4 }}",
             f"[roles.critic]\n{weights}true\noptimizer = {{ lr = 6e-4 }}",
-            "[method_config]\nupdate_ratio = 2\nguidance_scale = 1.0",
+            "[method_config]\ndenoising_steps = [1000.0, 500.0]\nupdate_ratio = 2\nguidance_scale = 1.0",
         )
     )
     trainer = train(folder, "student", "dmd2", roles, student_steps, 8)

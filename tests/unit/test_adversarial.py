@@ -22,7 +22,9 @@ from toy_run import toy_trainer
 
 from titan_distill.data.loader import Batch
 from titan_distill.methods import adversarial, losses
-from titan_distill.methods.dmd2 import Dmd2
+from titan_distill.methods.dmd2 import Dmd2, Dmd2Config
+from titan_distill.methods.rcm import Rcm, RcmConfig
+from titan_distill.methods.self_forcing import SelfForcing, SelfForcingConfig
 from titan_distill.models.head import FeatureHead
 from titan_distill.roles import RoleHandle
 from titan_distill.train import main
@@ -346,6 +348,19 @@ def test_rcm_takes_the_option_over(tmp_path: Path) -> None:
     assert due == [["student"], ["student"], ["critic", "discriminator"], ["student"]]
     trainer.run()
     assert trainer.roles["discriminator"].num_updates == 2
+
+
+@pytest.mark.parametrize("config_class", [Dmd2Config, SelfForcingConfig, RcmConfig])
+def test_the_plan_only_grows_by_the_discriminators_passes(config_class: type[Dmd2Config]) -> None:
+    method = {Dmd2Config: Dmd2, SelfForcingConfig: SelfForcing, RcmConfig: Rcm}[config_class]
+    plain = method.work(config_class())
+    passes = method.work(config_class(adversarial_weight=0.1, discriminator_depths=(1,), r1_weight=1.0))
+    assert passes[: len(plain)] == plain
+    assert [(p.update, p.role, p.num_conditions) for p in passes[len(plain) :]] == [
+        ("student", "critic", 1), ("discriminator", "student", 1), ("discriminator", "critic", 3),
+    ]  # fmt: skip
+    rollouts = [p for p in passes if p.phase == "rollout" and p.update != "student"]
+    assert rollouts[1] == replace(rollouts[0], update="discriminator")
 
 
 def test_a_block_that_the_critic_lacks_is_refused(

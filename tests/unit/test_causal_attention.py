@@ -22,12 +22,13 @@ from torch import Tensor
 
 from titan_distill.attention.causal import CausalAttention, KeysAndValues, Memory, Piece, Segmentation, TextMemory
 from titan_distill.attention.dense import dense_attention
-from titan_distill.config_sections import ActivationCheckpointConfig
+from titan_distill.config_sections import ActivationCheckpointConfig, CompileConfig
 from titan_distill.models.wan import transformer as transformer_module
 from titan_distill.models.wan.config import FLAVORS
 from titan_distill.models.wan.layers import CrossAttention
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.activation_checkpoint import apply_activation_checkpointing
+from titan_distill.parallelisms.compile import compile_blocks
 
 CONFIG = replace(FLAVORS["tiny"], num_layers=3, causal_attention=True)
 FRAMES, HEIGHT, WIDTH = 10, 5, 7
@@ -195,6 +196,22 @@ def test_gradients_are_those_of_the_whole_forward(checkpointing: Any) -> None:
     assert largest_difference(found, expected) <= 1e-4
     if checkpointing == "none":
         assert largest_difference(found, with_graph) > 1e-2
+
+
+@pytest.mark.nightly
+def test_compiled_blocks_compute_the_same() -> None:
+    """One graph without a break for each number of segments in memory, with gradient and without, writing or not."""
+    inputs, graphs = Inputs.make(), []
+
+    def count(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    model = causal_model(Segmentation(5))
+    expected = all_gradients(model, by_stream(model, inputs))
+    compile_blocks(model.blocks, CompileConfig(enabled=True), backend=count)
+    assert largest_difference(all_gradients(model, by_stream(model, inputs)), expected) <= 1e-5
+    assert 4 <= len(graphs) <= 6 * 2
 
 
 # --- memory

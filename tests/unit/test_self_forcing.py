@@ -366,6 +366,10 @@ def test_segments_come_one_by_one(tmp_path: Path) -> None:
             ("--method_config.ts_schedule", "true", "--method_config.same_step_across_blocks", "false"),
             r"ts_schedule = true follows the exit of a rollout.* change one of the two",
         ),
+        (
+            ("--compile.enabled", "true", "--method_config.num_rollout_segments", "9"),
+            r"compile\.enabled = true does not go with 9 segments .* set it to false",
+        ),
         (("--method_config.same_step_across_block", "true"), r"did you mean .*same_step_across_blocks"),
     ],
 )

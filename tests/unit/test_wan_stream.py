@@ -31,9 +31,11 @@ from titan_distill.models.wan.config import FLAVORS
 from titan_distill.models.wan.stream import WanStream
 from titan_distill.models.wan.vae import decode_latents, restart
 from titan_distill.observability.flops import forward_flops
+from titan_distill.observability.hardware import GPUS
 from titan_distill.observability.memory import LocalForward
 from titan_distill.observability.unrolling import Unrolling
 from titan_distill.parallelisms.mesh import World
+from titan_distill.plan import planner
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 
@@ -164,6 +166,26 @@ def test_memory_of_the_real_size() -> None:
     )
 
 
+def test_plan_of_the_real_size() -> None:
+    """Segment-wise passes: the work of whole causal forwards, a call and a gathering of weights a segment, and keys and
+    values that stay until the backward."""
+    job = ["--job.config_file", "train_configs/self_forcing_wan1.3b.toml"]
+    with planner(64, GPUS["H100"]) as plans:
+        plan = plans.plan(load_config(job))
+    with planner(64, GPUS["H100"]) as plans:
+        in_one = plans.plan(load_config([*job, "--pipeline_config.frames_per_block", "21"]))
+    rollout, exit_pass, *_ = plan.phases
+    forward = forward_flops(FLAVORS["1.3B"], 32_760, num_keys=12 * 1560).total
+    assert rollout.executed_flops == pytest.approx(2.5 * 0.2 * 64 * forward)
+    assert exit_pass.dense_flops == pytest.approx(3 * 0.2 * 64 * forward, rel=1e-3)
+    gathered, once = (
+        sum(t.bytes_sent for t in p.phases[0].transfers if "gather" in t.collective) for p in (plan, in_one)
+    )
+    assert gathered == pytest.approx(7 * once)
+    kept = plan.roles["student"].graph - plan.roles["critic"].graph
+    assert kept == pytest.approx(6.04e9, rel=1e-3) and plan.fits
+
+
 # --- longer than a sample
 
 
@@ -191,13 +213,19 @@ def test_a_longer_video_starts_anew_in_its_middle(trainer: Trainer) -> None:
     pictures, picture = decode_latents(adapter.vae, latents).float(), decode_latents(adapter.vae, sample)[:, 0].float()
     error, moved = ((picture - pictures[:, index]).abs().mean() for index in (16, 0))
     assert error < 0.5 * moved
-    assert restart(adapter.vae, latents, 9) is latents
+    assert torch.equal(restart(adapter.vae, latents, 9), latents)
+    with patch.object(adapter, "vae", None), pytest.raises(ValueError, match=r"no VAE .* set pipeline_config\.path"):
+        SelfForcing(replace(trainer.config.method_config, num_rollout_segments=5), *method_parts(trainer))
+
+
+def method_parts(trainer: Trainer) -> tuple[Any, ...]:
+    return trainer.roles, trainer.adapter, trainer.method.noise, trainer.method.timer
 
 
 def test_training_on_longer_rollouts(trainer: Trainer) -> None:
     """A rollout of five segments, of which the last two are trained on."""
     config = replace(trainer.config.method_config, num_rollout_segments=5)
-    method = SelfForcing(config, trainer.roles, trainer.adapter, trainer.method.noise, trainer.method.timer)
+    method = SelfForcing(config, *method_parts(trainer))
     batch = trainer.adapter.prepare_batch(next(trainer.loader)).split(1)[0]
     rollouts, real = [], method.rollout
 
@@ -210,6 +238,21 @@ def test_training_on_longer_rollouts(trainer: Trainer) -> None:
     assert method.lengths == (1, 2, 2, 2, 2) and rollouts[0].x0.shape == (1, *trainer.adapter.latent_shape)
     assert rollouts[0].mask is not None and rollouts[0].mask.flatten().tolist() == [0, 1, 1, 1, 1]
     assert len(found) == len(list(trainer.roles["student"].transformer.parameters()))
+
+
+def test_only_a_causal_role_makes_other_lengths(trainer: Trainer) -> None:
+    adapter, roles = trainer.adapter, trainer.roles
+    assert adapter.num_latents(roles["student"], 33) == 9
+    for role, num_frames, sentence in (
+        ("teacher", 33, r"only a causal role makes videos of any length, and 'teacher' is none"),
+        ("student", 29, r"num_frames = 29 makes 8 latent frames, which .* set it to 25 or 33"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            adapter.num_latents(roles[role], num_frames)
+    with pytest.raises(ValueError, match=r"'teacher' makes samples as a whole"):
+        adapter.open_stream(roles["teacher"], {})
+    with pytest.raises(ValueError, match=r"'student' is causal and makes videos from text only; leave the image out"):
+        adapter.open_stream(roles["student"], {"first_frame": torch.zeros(1)})
 
 
 # --- configuration

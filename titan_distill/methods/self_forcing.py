@@ -29,6 +29,7 @@ from titan_distill.methods.base import Passes, ValidationRequest
 from titan_distill.methods.dmd2 import Dmd2, Dmd2Config, Rollout
 from titan_distill.models.base import Condition
 from titan_distill.models.streaming import SegmentStream, write_context
+from titan_distill.parallelisms.compile import check_num_segments
 
 if TYPE_CHECKING:
     from titan_distill.config import Config
@@ -69,6 +70,7 @@ class SelfForcing(Dmd2):
     """Roles ``student`` (causal) and ``critic`` are trained, ``teacher`` is frozen."""
 
     config_class: ClassVar[type] = SelfForcingConfig
+    uses_loss_mask = False  # a rollout begins with the student's own first segment, and has a mask of its own
     causal_roles: ClassVar[frozenset[str]] = frozenset({"student"})
 
     def __init__(self, *args: Any) -> None:
@@ -89,7 +91,10 @@ class SelfForcing(Dmd2):
                 f"method_config.num_rollout_segments = {num_segments}, but a sample has {len(own)} segments, of which "
                 "a longer rollout trains all but the first; set it to 0, or to more where a sample has two or more"
             )
-        return own, own + own[-1:] * (num_segments - len(own))
+        lengths = own + own[-1:] * (num_segments - len(own))
+        # No samples: what a family lacks to encode their beginnings is told now, not after the first rollout.
+        self.adapter.last_sample(torch.zeros(0, *self.adapter.segment_shape(sum(lengths))))
+        return own, lengths
 
     @classmethod
     def validate(cls, config: Config) -> None:
@@ -99,6 +104,7 @@ class SelfForcing(Dmd2):
                 f"roles.student.attention = {attention!r}, but recipe.method = {config.recipe.method!r} makes samples "
                 "segment by segment; set it to 'causal'"
             )
+        check_num_segments(config.compile, config.method_config.num_rollout_segments)
 
     @classmethod
     def work(cls, config: Dmd2Config) -> list[Passes]:
@@ -106,15 +112,14 @@ class SelfForcing(Dmd2):
         sample all exits are counted without gradient, those of the sample besides with it: a little too much."""
         assert isinstance(config, SelfForcingConfig)
         segments = config.num_rollout_segments
-        rollout, exit_pass, *scores, critic_rollout, critic = super().work(config)
-        written = 1 + bool(segments)
-        return [
-            replace(rollout, num_forwards=rollout.num_forwards + written, segments=segments),
-            replace(exit_pass, segments=0),
-            *scores,
-            replace(critic_rollout, num_forwards=critic_rollout.num_forwards + 1, segments=segments),
-            critic,
-        ]
+
+        def unrolled(passes: Passes) -> Passes:
+            if passes.phase != "rollout":
+                return replace(passes, segments=0) if passes.phase == "student" else passes
+            written = 1 + bool(segments) if passes.update == "student" else 1
+            return replace(passes, num_forwards=passes.num_forwards + written, segments=segments)
+
+        return [unrolled(passes) for passes in super().work(config)]
 
     def rollout(self, batch: Batch, condition: Condition, step: int, purpose: str) -> Rollout:
         """Unrolls the student over all segments; of each, only the exit's forward may carry gradients."""

@@ -287,13 +287,16 @@ class _Planner:
             return graph
         num_layers = whole.architecture.num_layers
         joined = sum(not is_checkpointed(index, mode) for index in range(num_layers)) / num_layers
-        return graph + joined * unrolling.copied_bytes(whole)
+        return graph + unrolling.memory_bytes(whole) + joined * unrolling.copied_bytes(whole)
 
     def _working_set(self, passes: Passes) -> float:
         """What passes need beside graph and states."""
         unrolling = self._unrolling(passes)
-        remembered = 0.0 if unrolling is None else unrolling.memory_bytes(self._whole(passes))
-        return remembered + self._working_set_of_a_call(passes)
+        needed = self._working_set_of_a_call(passes)
+        # In the role's own update the graph holds what is in memory until the backward.
+        if unrolling is None or passes.update == passes.role:
+            return needed
+        return needed + unrolling.memory_bytes(self._whole(passes))
 
     def _working_set_of_a_call(self, passes: Passes) -> float:
         weights, forward = self.plans[passes.role].weights, self.forward(passes)

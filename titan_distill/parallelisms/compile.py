@@ -24,6 +24,19 @@ NUM_GRAPHS_OF_A_BLOCK = 64
 """All roles' blocks share the code that torch counts graphs by. One role needs a graph with and one without gradients,
 both for a single and for a doubled batch and for each form of timesteps; torch's own limit of 8 is soon reached."""
 
+NUM_COMPILED_SEGMENTS = 8
+"""Segments that a compiled causal role may make: each number of segments in its memory takes some six graphs more."""
+
+
+def check_num_segments(config: CompileConfig, num_segments: int) -> None:
+    """Raises ValueError where a causal role makes more segments than there are graphs for."""
+    if config.enabled and num_segments > NUM_COMPILED_SEGMENTS:
+        raise ValueError(
+            f"compile.enabled = true does not go with {num_segments} segments of a causal role: every number of "
+            f"segments in its memory takes graphs of its own, {NUM_COMPILED_SEGMENTS} at most; make segments longer, "
+            "or set it to false"
+        )
+
 
 def compile_blocks(
     blocks: Iterable[nn.Module], config: CompileConfig, backend: str | Callable[..., Any] = "inductor"

@@ -177,12 +177,12 @@ class WanFamily(ModelFamily):
 
     def extra_tensors(self) -> tuple[str, ...]:
         # Of videos they are made here.
-        return () if self.config.data.path.endswith(".csv") else self._image_tensors()
+        return () if self.config.data.holds_videos else self._image_tensors()
 
     def _image_tensors(self) -> tuple[str, ...]:
         known = [
             self._architecture(name, role, by_name=bool(role.flavor))
-            for name, role in self.config.roles.items()
+            for name, role in self._networks().items()
             # Whoever samples from a checkpoint need not have what all roles once started from.
             if role.flavor or is_reference(role.init_from) or Path(role.path or role.init_from).is_dir()
         ]
@@ -248,9 +248,9 @@ class WanFamily(ModelFamily):
         find_boundary(self.config, by_name=True)
         space = self._latent_space()
         space.check_size(*self.video_size())
-        networks = {name: layout for name, layout in degrees.items() if self.config.roles[name].flavor != HEAD_FLAVOR}
-        for name, layout in networks.items():
-            architecture = self._architecture(name, self.config.roles[name], by_name=True)
+        networks = self._networks()
+        for name, layout in ((name, layout) for name, layout in degrees.items() if name in networks):
+            architecture = self._architecture(name, networks[name], by_name=True)
             self._check_latents(name, architecture, space)
             if self.config.roles[name].lora.enabled and layout.tensor > 1:
                 raise ValueError(
@@ -266,6 +266,10 @@ class WanFamily(ModelFamily):
                 self._core(self.config.roles[name].attention == "sparse"),
                 self._segmentation(self.config.roles[name].attention == "causal"),
             )
+
+    def _networks(self) -> dict[str, RoleConfig]:
+        """The roles that are networks of the family, and no heads."""
+        return {name: role for name, role in self.config.roles.items() if role.flavor != HEAD_FLAVOR}
 
     def _check_latents(self, name: str, architecture: WanConfig, space: LatentSpace) -> None:
         space.check_channels(name, architecture.out_channels)
@@ -289,7 +293,7 @@ class WanFamily(ModelFamily):
 
     def _latent_space(self) -> LatentSpace:
         """Of the pipeline's VAE, or of the first role where there is no pipeline."""
-        name, role = next(iter(self.config.roles.items()))
+        name, role = next(iter(self._networks().items()))
         return find_latent_space(
             self.config.pipeline_config.path, lambda: self._architecture(name, role, by_name=True).out_channels
         )

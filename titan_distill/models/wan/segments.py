@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from titan_distill.attention.causal import Segmentation
+from titan_distill.parallelisms.compile import check_num_segments
 
 if TYPE_CHECKING:
     from titan_distill.config import Config
@@ -51,7 +52,9 @@ def check_segments(config: Config) -> None:
             f"pipeline_config.image_probability = {pipeline.image_probability} gives first frames, which causal roles "
             "don't take; set it to 0"
         )
-    check_fits(segmentation_of(pipeline), pipeline.num_frames, "pipeline_config.num_frames")
+    segmentation = segmentation_of(pipeline)
+    check_fits(segmentation, pipeline.num_frames, "pipeline_config.num_frames")
+    check_num_segments(config.compile, len(segmentation.lengths(num_latent_frames(pipeline.num_frames))))
 
 
 def check_fits(segmentation: Segmentation, num_frames: int, name: str) -> None:

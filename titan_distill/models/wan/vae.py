@@ -80,8 +80,8 @@ def restart(vae: AutoencoderKLWan, latents_BCFHW: Tensor, num_frames: int) -> Te
     therefore decoded, in the light of all before it, and its last picture encoded as the beginning of a video.
     """
     start = latents_BCFHW.shape[2] - num_frames
-    if not start:
-        return latents_BCFHW
+    if not start or not len(latents_BCFHW):
+        return latents_BCFHW[:, :, start:]
     picture_B1HW3 = decode_latents(vae, latents_BCFHW[:, :, : start + 1])[:, -1:]
     first_BC1HW = encode_video(vae, picture_B1HW3).to(latents_BCFHW.dtype)
     return torch.cat((first_BC1HW, latents_BCFHW[:, :, start + 1 :]), dim=2)
