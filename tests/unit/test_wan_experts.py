@@ -224,7 +224,7 @@ def test_an_average_of_two_experts_is_one_of_both(weights: Path, tmp_path: Path)
 
 
 def test_adapters_of_both_experts_are_merged_into_their_own_base(weights: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(weights, tmp_path, *"--roles.student.lora.rank 2 --method_config.update_ratio 1".split())
+    trainer = make_trainer(weights, tmp_path, *["--roles.student.lora.rank", "2", "--method_config.update_ratio", "1"])
     student = trainer.roles["student"]
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
