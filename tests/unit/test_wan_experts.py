@@ -223,6 +223,23 @@ def test_an_average_of_two_experts_is_one_of_both(weights: Path, tmp_path: Path)
     assert bool((load_file(exported / "transformer_2" / FILE)["proj_out.bias"] == 7).all())
 
 
+def test_adapters_of_both_experts_are_merged_into_their_own_base(weights: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(weights, tmp_path, *["--roles.student.lora.rank", "2", "--method_config.update_ratio", "1"])
+    student = trainer.roles["student"]
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    trainer.save()
+    path, out = tmp_path / "checkpoints" / "step-00000000", tmp_path / "exported"
+    cli.main(["checkpoint", "export", "--checkpoint", str(path), "--out", str(out), "--weights", "raw", "--pipeline",
+              str(with_index(weights, tmp_path / "pipeline"))])  # fmt: skip
+    for name, module in student.modules.items():
+        exported = WanTransformer3DModel.from_pretrained(out / name)
+        with torch.no_grad():
+            found = exported(latents(1), torch.tensor([500.0]), text(1), return_dict=False)[0]
+            expected = module(latents(1), torch.tensor([500.0]), text(1))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 def with_index(weights: Path, folder: Path) -> Path:
     folder.mkdir()
     shutil.copy(weights / PIPELINE_INDEX, folder / PIPELINE_INDEX)
@@ -263,6 +280,7 @@ def set_index(folder: Path, **values: object) -> None:
     ("spoil", "message"),
     [
         (lambda folder: set_index(folder, boundary_ratio=None), "no model_index.json says where the second one"),
+        (lambda folder: set_index(folder, boundary_ratio="x"), "boundary_ratio = 'x', which is no share"),
         (lambda folder: set_index(folder, boundary_ratio=0.9), "boundaries differ (0.9 in "),
         (lambda folder: save_other(folder / "transformer_2"), "have different shapes"),
     ],

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): train two thin matrices beside each weight, and leave the weight alone.
 
 A linear layer becomes ``W x + s B (A x)`` with A [rank, inputs] and B [outputs, rank]; s is alpha / rank. Gradients,
-moments, averages and checkpoints then hold the adapters only: at rank 64 about 1 % of a 14B model, and the base can be
+moments, averages and checkpoints then hold the adapters only: at rank 64 about 2 % of a 14B model, and the base can be
 stored in the compute type like any frozen weight. The price is two thin products a layer, some rounding between the
 adapted model and the one it is merged into, and an update of low rank.
 

@@ -155,4 +155,8 @@ def _stated_boundaries(folders: list[str]) -> Iterator[tuple[str, float]]:
         if folder and not is_reference(folder) and index.is_file():
             stated: Any = read_json(index).get(BOUNDARY)
             if stated is not None:
+                if not isinstance(stated, (int, float)) or not 0 < stated < 1:
+                    raise ValueError(
+                        f"{index} has {BOUNDARY} = {stated!r}, which is no share between 0 and 1; correct it"
+                    )
                 yield folder, float(stated)
