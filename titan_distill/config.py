@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from titan_distill.config_data import DataConfig
 from titan_distill.config_parsing import (
     COMMAND_LINE,
     ConfigError,
@@ -37,7 +38,6 @@ from titan_distill.config_sections import (
     CheckpointConfig,
     CommConfig,
     CompileConfig,
-    DataConfig,
     EmaConfig,
     Float8Config,
     JobConfig,

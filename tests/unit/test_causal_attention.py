@@ -198,6 +198,7 @@ def test_gradients_are_those_of_the_whole_forward(checkpointing: Any) -> None:
         assert largest_difference(found, with_graph) > 1e-2
 
 
+@pytest.mark.nightly
 def test_compiled_blocks_compute_the_same() -> None:
     """One graph without a break for each number of segments in memory, with gradient and without, writing or not."""
     inputs, graphs = Inputs.make(), []

@@ -156,6 +156,28 @@ def test_the_image_is_put_back_after_every_step_of_a_rollout(make: MakeTrainer, 
 # What losses count
 
 
+DISCRIMINATOR = (
+    "--roles.discriminator.flavor", "head", "--roles.discriminator.trainable", "true",
+    "--method_config.adversarial_weight", "1.0", "--method_config.discriminator_depths", "[0,1]",
+)  # fmt: skip
+
+
+def test_a_discriminator_does_not_move_a_given_frame(make: MakeTrainer) -> None:
+    """It reads the whole sample, with a share of m of what the student says there, from which no gradient comes."""
+    trainer = make("dmd2", *DISCRIMINATOR)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.roles["discriminator"].parameters():  # as it starts, it says nothing
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    batch = first_batch(trainer)
+    is_given_B = trainer.adapter.text_condition(batch)[MASK] < 1
+    with watched(trainer) as calls:
+        trainer.method.student_loss(batch, 0).losses_B.sum().backward()  # type: ignore[attr-defined]
+    (student,) = (call for call in calls if call["role"] == "student" and call["output"].grad is not None)
+    assert (student["output"].grad[is_given_B][:, :, 0] == 0).all()
+    assert (student["output"].grad[~is_given_B][:, :, 0] != 0).any()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_on_a_given_frame_are_exactly_zero(make: MakeTrainer, method: str) -> None:
     trainer = make(method)

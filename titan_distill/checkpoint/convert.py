@@ -38,6 +38,10 @@ BOUNDARY = "boundary_ratio"
 """The key in it that says from which share of the timesteps on the first of two experts is used."""
 
 
+EXPAND_TIMESTEPS = "expand_timesteps"
+"""The key in it that says that each frame has a time of its own, as a given first frame needs."""
+
+
 def export(
     checkpoint: Path,
     role: str,
@@ -74,6 +78,8 @@ def export(
         for name, of_module in tensors.items():
             write_weights(of_module, manifest.trained[role].architecture, temporary / name, storage_dtype)
         _name_experts(temporary / PIPELINE_INDEX, has_two=TRANSFORMER_2 in modules, boundary=boundary)
+        if manifest.pipeline_config.get("image_probability"):
+            _name_first_frames(temporary / PIPELINE_INDEX)
         (temporary / "README.md").write_text(_model_card(checkpoint, manifest, role, use_ema=use_ema))
         temporary.rename(out)
     except BaseException:
@@ -151,6 +157,12 @@ def _name_experts(path: Path, *, has_two: bool, boundary: float | None) -> None:
     else:
         return
     path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _name_first_frames(path: Path) -> None:
+    """Lets a copied index say that the exported model starts from images, which its pipeline's own may not have."""
+    if path.is_file():
+        path.write_text(json.dumps(read_json(path) | {EXPAND_TIMESTEPS: True}, indent=2) + "\n")
 
 
 def _copy(source: Path, target: Path) -> None:

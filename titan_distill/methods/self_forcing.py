@@ -70,6 +70,7 @@ class SelfForcing(Dmd2):
     """Roles ``student`` (causal) and ``critic`` are trained, ``teacher`` is frozen."""
 
     config_class: ClassVar[type] = SelfForcingConfig
+    uses_loss_mask = False  # a rollout begins with the student's own first segment, and has a mask of its own
     causal_roles: ClassVar[frozenset[str]] = frozenset({"student"})
 
     def __init__(self, *args: Any) -> None:

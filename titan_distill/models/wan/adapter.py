@@ -172,7 +172,12 @@ class WanAdapter(Adapter):
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def check_takes_images(self) -> None:
-        """Raises ValueError where the models of the run can't start a video from an image."""
+        """Raises ValueError where the models of the run can't start a video from a given first frame."""
+        if self.image_tensors:
+            raise ValueError(
+                f"the models of this run take pictures in channels of their own ({', '.join(self.image_tensors)}), not "
+                "as a first frame; set pipeline_config.validate_from_image to false"
+            )
         if not self.takes_images:
             raise ValueError(
                 "the models of this run make videos from text only: they were trained with "

@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from titan_distill.checkpoint.convert import EXPAND_TIMESTEPS
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.schedule import broadcast_sigma
 from titan_distill.models.base import Condition
@@ -75,7 +76,9 @@ def held(x_BCFHW: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor
     mask_B1F11 = _mask(condition[MASK], x_BCFHW.shape[2])
     level = broadcast_sigma(sigma_B, x_BCFHW) * mask_B1F11
     mask = mask_B1F11.to(x_BCFHW.dtype)
-    return (1 - mask) * condition[IMAGE].to(x_BCFHW.dtype) + mask * x_BCFHW, level
+    # Detached: what a loss makes of the other frames must not move a given one by the share m of it that is shown.
+    given = (1 - mask) * condition[IMAGE].to(x_BCFHW.dtype) + mask * x_BCFHW.detach()
+    return torch.where(mask == 1, x_BCFHW, given), level
 
 
 def loss_mask(condition: Condition, num_frames: int) -> Tensor | None:
@@ -96,7 +99,7 @@ def expands_timesteps(pipeline: str) -> bool:
     if not pipeline or not file.is_file():
         return False
     try:
-        return bool(json.loads(file.read_text(encoding="utf-8")).get("expand_timesteps", False))
+        return bool(json.loads(file.read_text(encoding="utf-8")).get(EXPAND_TIMESTEPS, False))
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} is no index of a pipeline ({error}); copy it again") from error
 

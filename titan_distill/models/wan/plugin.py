@@ -177,7 +177,7 @@ class WanFamily(ModelFamily):
 
     def extra_tensors(self) -> tuple[str, ...]:
         # Of videos they are made here.
-        return () if self.config.data.path.endswith(".csv") else self._image_tensors()
+        return () if self.config.data.holds_videos else self._image_tensors()
 
     def _image_tensors(self) -> tuple[str, ...]:
         known = [
