@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from runs import REPOSITORY
 from toy_run import toy_trainer
 
 from titan_distill.trainer import NonFiniteError
 
+SOURCES = sorted((REPOSITORY / "titan_distill" / "methods").glob("*.py"))
 METHODS = ("dmd2", "finetune", "knowledge_distillation", "consistency", "scm", "rcm", "self_forcing")
 
 
@@ -63,3 +66,11 @@ def test_a_non_finite_loss_stops_before_the_optimizer(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"loss/student is not finite at step 0.*\[0, 1, 2, 3, 4, 5, 6, 7\]"):
         trainer.run()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.roles["student"].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_methods_know_no_family_and_stay_short(source: Path) -> None:
+    text = source.read_text()
+    assert not re.search(r"\b(wan|videos?|frames?|tiles?|patch(es)?)\b", text, re.IGNORECASE)
+    assert not re.search(r"^\s*(from|import) titan_distill\.models\.(?!base|head|streaming)", text, re.MULTILINE)
+    assert len(text.splitlines()) <= 400

@@ -72,7 +72,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One set of videos that validation should make: who samples, how, and when."""
+    """One set of samples that validation should make: who samples, how, and when."""
 
     label: str
     """Column title and metric prefix, e.g. ``teacher`` or ``student``."""

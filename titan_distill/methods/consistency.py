@@ -49,9 +49,9 @@ class FewStepConfig:
     guidance_form: Literal["standard", "offset"] = "standard"
     """``standard``: u + w (c - u). ``offset``: c + w (c - u)."""
     teacher_steps: int = 48
-    """Sampling steps of the teacher's validation videos."""
+    """Sampling steps of the teacher's validation samples."""
     teacher_solver: Literal["euler", "unipc"] = "unipc"
-    """ODE solver of the teacher's validation videos."""
+    """ODE solver of the teacher's validation samples."""
 
     def __post_init__(self) -> None:
         schedule.few_step_sigmas(self.denoising_steps, 1.0, self.warp)

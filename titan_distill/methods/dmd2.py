@@ -1,4 +1,4 @@
-"""Distribution matching distillation, DMD2 (arXiv 2405.14867), for few-step video generators.
+"""Distribution matching distillation, DMD2 (arXiv 2405.14867), for few-step generators.
 
 Three roles. The *student* rolls out a few denoising steps from pure noise, just as it will at inference (backward
 simulation). The *teacher* says in which direction the data lie from a re-noised student sample, the *critic* in which
@@ -8,7 +8,7 @@ critic is trained on student samples all the while, several times for each stude
 Every random choice is a keyed draw. The exit of the rollout is one draw for the whole global batch, so all ranks stop
 after the same number of forward passes without being told; nothing is broadcast and no forward is wasted.
 
-Equation numbers and defaults: DMD (2311.18828) eq. 7–8, DMD2 §4; Self-Forcing (2506.08009) for video.
+Equation numbers and defaults: DMD (2311.18828) eq. 7–8, DMD2 §4; Self-Forcing (2506.08009).
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Dmd2Config(AdversarialConfig):
     """How a rollout moves between steps: ``sde`` re-noises the x0 estimate with fresh noise, ``ode`` takes an Euler
     step."""
     teacher_steps: int = 48
-    """Sampling steps of the teacher's validation videos."""
+    """Sampling steps of the teacher's validation samples."""
     teacher_solver: Literal["euler", "unipc"] = "unipc"
-    """ODE solver of the teacher's validation videos."""
+    """ODE solver of the teacher's validation samples."""
 
     def __post_init__(self) -> None:
         if self.update_ratio < 1:

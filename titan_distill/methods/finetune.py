@@ -43,11 +43,11 @@ class FinetuneConfig:
     weighting: Literal["none", "bell"] = "none"
     """``bell`` weighs middle noise levels more, mean 1 over the grid (Self-Forcing's code)."""
     validation_steps: int = 48
-    """Sampling steps of the validation videos."""
+    """Sampling steps of the validation samples."""
     validation_guidance: float = 5.0
-    """Guidance scale of the validation videos, standard form."""
+    """Guidance scale of the validation samples, standard form."""
     validation_solver: Literal["euler", "unipc"] = "unipc"
-    """ODE solver of the validation videos."""
+    """ODE solver of the validation samples."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.cfg_dropout < 1.0:

@@ -7,8 +7,8 @@ no statistic in here, DMD's normaliser above all, may look across samples.
 All arithmetic is float64 and so is the result: latents are small beside activations, the differences below cancel, and
 one rule is easier to trust than five. Gradients leave in the dtype of the tensor they belong to.
 
-Shapes: tensors are [B, ...] with at least one dim after the batch, for video [B, C, F, H, W]. `mask`, if given, has as
-many dims and broadcasts to them ([B, 1, F, 1, 1] leaves out frames): 1 where an element counts, 0 where it does not.
+Shapes: tensors are [B, ...] with at least one dim after the batch. `mask`, if given, has as many dims and broadcasts to
+them ([B, 1, F, 1, 1] leaves out parts of a sequence of F, say): 1 where an element counts, 0 where it does not.
 Means run over counted elements only, and every sample needs one.
 """
 
@@ -188,7 +188,7 @@ def normalise_tangent(g: Tensor, floor: float = 0.1) -> Tensor:
 def tangent_loss(output: Tensor, g: Tensor) -> Tensor:
     """Return ‖F − sg(F + g)‖² a sample, [B]: a surrogate whose gradient in F is −2 g.
 
-    A sum over elements and not their mean: normalised, g has norm one in a video as in an image, and so has its
+    A sum over elements and not their mean: normalised, g has norm one in any sample, large or small, and so has its
     gradient. The value, ‖g‖², says nothing about convergence: watch g before it is normalised.
     """
     output = output.double()

@@ -16,7 +16,7 @@ smooth in them, the exact derivative is that of its ripples and not of its trend
 `derivative_step` then takes the slope over a finite step instead: another pass, no forward mode, and a little of the
 error of a finite step.
 
-Sources: sCM (2410.11081), algorithm 1; rCM (2510.08431) for video.
+Sources: sCM (2410.11081), algorithm 1; rCM (2510.08431).
 """
 
 from __future__ import annotations
