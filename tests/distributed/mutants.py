@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from titan_kernels import Tiles, tile_layout
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import titan_distill.train
 from titan_distill.attention.placement import add_coarse
@@ -47,7 +48,15 @@ def sequence_gradients_not_divided(patch: pytest.MonkeyPatch) -> None:
 
 
 def tangents_stay_where_they_are(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(collectives._AllToAll, "jvp", staticmethod(lambda ctx, *tangents: tangents[0].clone()))
+    apply = collectives._apply
+
+    def forgetful(collective: type[torch.autograd.Function], x: Tensor, *arguments: Any) -> Tensor:
+        value, tangent = forward_ad.unpack_dual(x)
+        if tangent is None or collective is not collectives._AllToAll:
+            return apply(collective, x, *arguments)
+        return forward_ad.make_dual(collective.apply(value, *arguments), tangent.clone())
+
+    patch.setattr(collectives, "_apply", forgetful)
 
 
 def features_averaged_by_rank(patch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Group = dist.ProcessGroup
 
@@ -66,10 +67,6 @@ class _Shard(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _all_gather(gradients[0], ctx.dim, ctx.group), None, None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _own(tangents[0], ctx.dim, ctx.group)
-
 
 class _Gather(torch.autograd.Function):
     @staticmethod
@@ -80,10 +77,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _own(gradients[0], ctx.dim, ctx.group), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _all_gather(tangents[0], ctx.dim, ctx.group)
 
 
 class _GatherForParts(torch.autograd.Function):
@@ -96,10 +89,6 @@ class _GatherForParts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _reduce_scatter(gradients[0], ctx.dim, ctx.group), None, None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _all_gather(tangents[0], ctx.dim, ctx.group)
-
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
@@ -110,10 +99,6 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _all_gather(gradients[0], ctx.dim, ctx.group), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _reduce_scatter(tangents[0], ctx.dim, ctx.group)
 
 
 class _EnterParts(torch.autograd.Function):
@@ -126,24 +111,15 @@ class _EnterParts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _all_reduce(gradients[0], ctx.group), None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return tangents[0].view_as(tangents[0])
-
 
 class _SumParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
         return _all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return gradients[0], None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _all_reduce(tangents[0], ctx.group)
 
 
 class _SumStatistics(torch.autograd.Function):
@@ -156,10 +132,6 @@ class _SumStatistics(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _all_reduce(gradients[0], ctx.group), None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _all_reduce(tangents[0], ctx.group)
-
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
@@ -171,10 +143,6 @@ class _AllToAll(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _exchange_slices(gradients[0], ctx.group), None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _exchange_slices(tangents[0], ctx.group)
-
 
 def _exchange_slices(x: Tensor, group: Group) -> Tensor:
     x = x.contiguous()
@@ -183,41 +151,50 @@ def _exchange_slices(x: Tensor, group: Group) -> Tensor:
     return received
 
 
+def _apply(collective: type[torch.autograd.Function], x: Tensor, *arguments: Any) -> Tensor:
+    """Not by the functions' own forward mode, because torch.compile refuses functions that have one."""
+    if not torch.compiler.is_compiling():
+        value, tangent = forward_ad.unpack_dual(x)
+        if tangent is not None:
+            return forward_ad.make_dual(collective.apply(value, *arguments), collective.apply(tangent, *arguments))
+    return collective.apply(x, *arguments)
+
+
 def shard(x: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's slice of a replicated tensor."""
-    return _Shard.apply(x, dim, group)
+    return _apply(_Shard, x, dim, group)
 
 
 def gather(x: Tensor, dim: int, group: Group) -> Tensor:
     """All ranks' slices, as one replicated tensor."""
-    return _Gather.apply(x, dim, group)
+    return _apply(_Gather, x, dim, group)
 
 
 def gather_for_parts(x: Tensor, dim: int, group: Group) -> Tensor:
     """All ranks' slices, for ranks that then do different things."""
-    return _GatherForParts.apply(x, dim, group)
+    return _apply(_GatherForParts, x, dim, group)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's slice of the sum of all ranks' tensors."""
-    return _ReduceScatter.apply(x, dim, group)
+    return _apply(_ReduceScatter, x, dim, group)
 
 
 def enter_parts(x: Tensor, group: Group) -> Tensor:
     """A replicated tensor, for ranks that then do different things."""
-    return _EnterParts.apply(x, group)
+    return _apply(_EnterParts, x, group)
 
 
 def sum_parts(x: Tensor, group: Group) -> Tensor:
     """The sum of all ranks' tensors, replicated."""
-    return _SumParts.apply(x, group)
+    return _apply(_SumParts, x, group)
 
 
 def sum_statistics(x: Tensor, group: Group) -> Tensor:
     """The sum of all ranks' tensors, for ranks that then do different things."""
-    return _SumStatistics.apply(x, group)
+    return _apply(_SumStatistics, x, group)
 
 
 def all_to_all(x: Tensor, group: Group) -> Tensor:
     """Slice i of dim 0 goes to rank i; slice i of the result came from rank i."""
-    return _AllToAll.apply(x, group)
+    return _apply(_AllToAll, x, group)
