@@ -1,8 +1,8 @@
 """T3: a video transformer learns moving blobs from nothing, and DMD2 makes a two-step student of it.
 
 No closed form here, but a teacher that is a network with its faults: what counts is how far few-step samples are from
-the teacher's own many-step samples, against where the student started: 0.115 before, 0.062 after 250 student updates
-(2026-11-21, 204 s of CPU).
+the teacher's own many-step samples, against where the student started: 0.115 before, 0.062 after 250 student updates,
+0.058 after 500, 0.044 after 750 (2026-11-21, six and a half minutes of one core).
 """
 
 from __future__ import annotations
@@ -141,6 +141,6 @@ def distances(folder: Path, teacher_steps: int, student_steps: int) -> tuple[flo
 
 
 def test_few_steps_come_close_to_many(tmp_path: Path) -> None:
-    before, after = distances(tmp_path, teacher_steps=700, student_steps=500)
+    before, after = distances(tmp_path, teacher_steps=700, student_steps=1500)
     print(f"T3: excess sliced Wasserstein distance {before:.4f} before, {after:.4f} after")
-    assert after <= 0.07 and after <= 0.6 * before, (before, after)
+    assert after <= 0.07 and after <= 0.5 * before, (before, after)
