@@ -188,10 +188,10 @@ class WanFamily(ModelFamily):
         ]
         return needed_tensors(known)
 
-    def _image_encoder(self, device: torch.device) -> ImageEncoder | None:
+    def _image_encoder(self, tensors: Sequence[str], device: torch.device) -> ImageEncoder | None:
         """None where no embedding is needed, or where the data has all of them and nothing else can be sampled from."""
         path = self.config.pipeline_config.path
-        if EMBEDDING not in self._image_tensors() or not (Path(path) / ENCODER).is_dir():
+        if EMBEDDING not in tensors or not (Path(path) / ENCODER).is_dir():
             return None
         return ImageEncoder(path, device=device)
 
@@ -410,6 +410,7 @@ class WanFamily(ModelFamily):
                 negative = text_encoder.cached_embedding(
                     pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
                 )
+        image_tensors = self._image_tensors()
         return WanAdapter(
             latent_shape=self._latent_space().shape(*self.video_size()),
             flow_shift=pipeline.flow_shift,
@@ -424,8 +425,8 @@ class WanFamily(ModelFamily):
             # A started run has it in its configuration, whatever became of the folders since.
             boundary_ratio=pipeline.boundary_ratio or find_boundary(config),
             guidance_scale_2=pipeline.guidance_scale_2,
-            image_tensors=self._image_tensors(),
-            image_encoder=self._image_encoder(device),
+            image_tensors=image_tensors,
+            image_encoder=self._image_encoder(image_tensors, device),
             num_frames=pipeline.num_frames,
             image_mixing=self._image_mixing(),
             takes_images=pipeline.image_probability > 0 or expands_timesteps(pipeline.path),
