@@ -51,6 +51,12 @@ class Candidate:
     persistent: int = 0
     reason: str = ""
 
+    def __str__(self) -> str:
+        rows = "TMA" if self.tma else "pointers"
+        persistent = f", {self.persistent} resident" if self.persistent else ""
+        limit = "" if self.registers is None else f", {self.registers} registers"
+        return f"{self.warps} warps, {self.stages} stages, {rows}{persistent}{limit}"
+
     @property
     def options(self) -> dict[str, Any]:
         """Triton's launch options."""
@@ -177,6 +183,24 @@ def untimed() -> Iterator[None]:
         _may_time.reset(token)
 
 
+Observer = Callable[[str, Candidate, float | Exception], None]
+"""Takes a kernel's name, a candidate, and its milliseconds or the reason why it has none."""
+
+_observer: Observer | None = None
+"""Of the process, not of a context: autograd runs backwards on threads of its own."""
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Times the candidates of every launch within it, also of shapes known before, and tells `observer` of each."""
+    global _observer
+    _observer = observer
+    try:
+        yield
+    finally:
+        _observer = None
+
+
 _fastest: dict[tuple, Candidate] = {}
 
 
@@ -195,13 +219,21 @@ def launch(kernel: str, shape: Shape, start: Callable[[Candidate], None], *, tma
     ):
         return start(kept[0])
     key = (kernel, shape, tma, torch.cuda.current_device())
-    if key not in _fastest:
-        _fastest[key] = min(kept, key=lambda candidate: _milliseconds(start, candidate))
+    if key not in _fastest or _observer is not None:
+        _fastest[key] = min(kept, key=lambda candidate: _milliseconds(kernel, start, candidate))
     start(_fastest[key])
 
 
-def _milliseconds(start: Callable[[Candidate], None], candidate: Candidate) -> float:
+def _milliseconds(kernel: str, start: Callable[[Candidate], None], candidate: Candidate) -> float:
     try:
-        return triton.testing.do_bench(lambda: start(candidate), warmup=10, rep=50, return_mode="median")
-    except OutOfResources:  # this GPU has less shared memory than those the list was made for
+        milliseconds = triton.testing.do_bench(lambda: start(candidate), warmup=10, rep=50, return_mode="median")
+    except Exception as error:
+        # OutOfResources: this GPU has less shared memory than those the list was made for.
+        if _observer is None and not isinstance(error, OutOfResources):
+            raise
+        if _observer is not None:
+            _observer(kernel, candidate, error)
         return math.inf
+    if _observer is not None:
+        _observer(kernel, candidate, milliseconds)
+    return milliseconds
