@@ -23,6 +23,8 @@ _LOG_0, _LOG_1, _LOG_2, _LOG_3 = (tl.constexpr(value) for value in philox.LOG)
 _SIN_0, _SIN_1, _SIN_2, _SIN_3, _SIN_4 = (tl.constexpr(value) for value in philox.SIN)
 _COS_0, _COS_1, _COS_2, _COS_3, _COS_4 = (tl.constexpr(value) for value in philox.COS)
 _BLOCK = 512
+OPTIONS = {"enable_fp_fusion": False}
+"""Of the launch: see above."""
 
 
 @triton.jit
@@ -80,5 +82,5 @@ def philox_normal(keys_B2: Tensor, num_elements: int) -> Tensor:
     out = torch.empty(len(keys_B2), num_elements, device=keys_B2.device)
     if out.numel():
         grid = (triton.cdiv(num_elements, 4 * _BLOCK), len(keys_B2))
-        _philox_normal_kernel[grid](keys_B2.contiguous(), out, num_elements, BLOCK=_BLOCK, enable_fp_fusion=False)
+        _philox_normal_kernel[grid](keys_B2.contiguous(), out, num_elements, BLOCK=_BLOCK, **OPTIONS)
     return out
