@@ -7,6 +7,8 @@ import torch
 from philox_kernel import check_bits, check_published_words
 
 from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.models.wan.config import FLAVORS
+from titan_distill.models.wan.transformer import WanTransformer
 
 WAN_720P_LATENTS = (16, 21, 90, 160)
 
@@ -49,3 +51,17 @@ def test_streams_beyond_31_bits_of_elements():
     drawn, start = philox_normal(keys, num_elements), philox_normal(keys, 1000)
     assert torch.equal(drawn[:, :1000], start)
     assert not torch.equal(drawn[0, -1000:], drawn[1, -1000:]) and abs(float(drawn[0, -(10**6) :].mean())) < 0.005
+
+
+def test_random_weights_are_the_cpus():
+    """Drawn where they live, and on the GPU for parameters on the host."""
+
+    def model(device: str, drawn_on: str | None) -> dict[str, torch.Tensor]:
+        with torch.device("meta"):
+            made = WanTransformer.from_config(FLAVORS["tiny"])
+        made.to(torch.bfloat16).to_empty(device=device).reset_parameters(5, drawn_on and torch.device(drawn_on))
+        return {name: value.cpu() for name, value in made.state_dict().items()}
+
+    expected = model("cpu", None)
+    for found in (model("cuda", None), model("cpu", "cuda")):
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
