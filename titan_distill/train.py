@@ -29,7 +29,7 @@ from titan_distill.config import Config, check_paths, help_text, load_config, to
 from titan_distill.config_world import check_world, role_parallelism
 from titan_distill.data.datasets import open_dataset
 from titan_distill.data.loader import build_loader
-from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
 from titan_distill.dispatch import method_class, model_family
 from titan_distill.exit_codes import EXIT_BAD_INPUT, EXIT_COME_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from titan_distill.methods.base import Head, TrainingMethod
@@ -338,6 +338,7 @@ def _checkpoint_manager(
             for name, role in config.roles.items()
             if role.lora.enabled and (weights := role.path or role.init_from)
         },
+        noise_version=NOISE_VERSION,
     )
     folder, checkpoint = config.job.output_folder / "checkpoints", config.checkpoint
     return CheckpointManager(folder, checkpoint.keep, info, mode=checkpoint.mode, device=device)
