@@ -39,7 +39,7 @@ from torch import Tensor
 
 from benchmarks.machine import machine, write_result
 from titan_distill.config import Config, ValidationConfig, load_config, to_toml
-from titan_distill.config_world import check_world
+from titan_distill.config_world import check_world, needs_group
 from titan_distill.data.loader import Batch
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.dispatch import method_class, model_family, register_model
@@ -358,10 +358,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = load_config(["--job.config_file", str(arguments.config), *overrides])
         check_world(config, num_ranks())
+        world = start_world(config.comm.init_timeout_seconds, force_group=needs_group(config))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    world = start_world(config.comm.init_timeout_seconds, force_group=config.training.dtype != "float32")
     with tempfile.TemporaryDirectory() as folder:
         # One step more than will run: the metrics of the last one would take the timer's seconds.
         run = synthetic_config(config, Path(folder), arguments.warmup + arguments.steps + 1)
