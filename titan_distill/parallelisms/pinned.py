@@ -17,6 +17,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -34,23 +35,27 @@ _PORTABLE = 1
 def slabs(wanted: Mapping[Name, tuple[torch.Size, torch.dtype]], *, page_locked: bool) -> dict[Name, Tensor]:
     """Contiguous tensors of the wanted shapes and dtypes, zero, in one slab per dtype.
 
-    A slab is freed, and unlocked before, with the last of its tensors.
+    Each has a storage of its own, so that whoever saves it or counts its changes sees nothing of the others. A slab is
+    freed, and unlocked before, with the last of its tensors.
     """
     by_dtype: dict[torch.dtype, list[Name]] = defaultdict(list)
     for name, (_, dtype) in wanted.items():
         by_dtype[dtype].append(name)
     found = {}
     for dtype, names in by_dtype.items():
-        per_line = ALIGNMENT_BYTES // dtype.itemsize
-        starts, end = [], 0
-        for name in names:
-            starts.append(end)
-            end += -(-math.prod(wanted[name][0]) // per_line) * per_line
-        storage = _pages(end * dtype.itemsize, page_locked=page_locked)
-        for name, start in zip(names, starts, strict=True):
-            # No views: each tensor has a version counter of its own, which autograd and staging look at.
+        num_bytes = [math.prod(wanted[name][0]) * dtype.itemsize for name in names]
+        starts = [0, *accumulate(-(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for size in num_bytes)]
+        pages = _Pages(-1, max(1, starts[-1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if page_locked:
+            pages.lock()
+        for name, start, size in zip(names, starts, num_bytes):
             shape = wanted[name][0]
-            found[name] = torch.empty(0, dtype=dtype).set_(storage, start, shape)  # type: ignore[call-overload]
+            if size == 0:  # which no buffer may have
+                found[name] = torch.empty(shape, dtype=dtype)
+            else:
+                found[name] = torch.frombuffer(pages, dtype=dtype, count=size // dtype.itemsize, offset=start).view(
+                    shape
+                )
     return {name: found[name] for name in wanted}
 
 
@@ -88,7 +93,8 @@ class _Pages(mmap.mmap):
     _locked_by: tuple[int, int] | None = None
     """Process and address."""
 
-    def lock(self, address: int) -> None:
+    def lock(self) -> None:
+        address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
         self.madvise(mmap.MADV_DONTFORK)
         torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, len(self), _PORTABLE)))
         self._locked_by = os.getpid(), address
@@ -98,13 +104,3 @@ class _Pages(mmap.mmap):
         if self._locked_by is not None and self._locked_by[0] == os.getpid() and not sys.is_finalizing():
             torch.cuda.synchronize()  # a copy may still be under way
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._locked_by[1])))
-
-
-def _pages(num_bytes: int, *, page_locked: bool) -> torch.UntypedStorage:
-    if num_bytes == 0:
-        return torch.UntypedStorage(0)
-    pages = _Pages(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    storage = torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()  # keeps the pages
-    if page_locked:
-        pages.lock(storage.data_ptr())
-    return storage
