@@ -39,7 +39,7 @@ from torch import Tensor
 
 from benchmarks.machine import machine, write_result
 from titan_distill.config import Config, ValidationConfig, load_config, to_toml
-from titan_distill.config_world import check_world
+from titan_distill.config_world import check_world, needs_group
 from titan_distill.data.loader import Batch
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.dispatch import method_class, model_family, register_model
@@ -47,7 +47,7 @@ from titan_distill.models.base import Adapter, Condition, ModelFamily
 from titan_distill.observability.flops import BACKWARD_FORWARDS, Work, peak_flops
 from titan_distill.observability.metrics import memory_gib
 from titan_distill.observability.timing import PhaseTimer
-from titan_distill.parallelisms.mesh import Layouts, World, num_ranks, start_world
+from titan_distill.parallelisms.mesh import Layouts, World, check_local_ranks, num_ranks, start_world
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.train import EXIT_BAD_INPUT, assemble
 from titan_distill.trainer import Trainer
@@ -202,7 +202,7 @@ def build(config: Config, world: World) -> tuple[Trainer, MeasuredAdapter, Named
 @contextmanager
 def started(config: Config, num_steps: int) -> Iterator[tuple[World, Trainer, MeasuredAdapter, NamedTimer]]:
     """The ranks and the trainer of a run of `num_steps` steps, until the block ends."""
-    world = start_world(config.comm.init_timeout_seconds, force_group=config.training.dtype != "float32")
+    world = start_world(config.comm.init_timeout_seconds, force_group=needs_group(config))
     with tempfile.TemporaryDirectory() as folder:
         # One step more than will run: the metrics of the last one would take the timer's seconds.
         yield world, *build(synthetic_config(config, Path(folder), num_steps + 1), world)
@@ -375,6 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = load_config(["--job.config_file", str(arguments.config), *overrides])
         check_world(config, num_ranks())
+        check_local_ranks()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

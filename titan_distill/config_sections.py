@@ -460,7 +460,8 @@ class ProfilingConfig:
 @dataclass(frozen=True, kw_only=True)
 class CommConfig:
     init_timeout_seconds: int = 300
-    """How long a collective may take until the first step is done: start-up includes loading and compiling."""
+    """How long a collective may take until the first step is done, because start-up includes loading and compiling, and
+    at any time one of a checkpoint, which waits for the slowest disk."""
     train_timeout_seconds: int = 100
     """How long a collective may take afterwards, before the run is ended."""
 

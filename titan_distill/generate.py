@@ -20,7 +20,7 @@ from titan_distill.dispatch import method_class, model_family
 from titan_distill.methods.base import SampleRequest
 from titan_distill.models.base import Adapter
 from titan_distill.observability.metrics import PhaseTimer
-from titan_distill.parallelisms.mesh import Layouts
+from titan_distill.parallelisms.mesh import Layouts, default_device
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.base import Sampling
 from titan_distill.validation.video import write_mp4
@@ -59,7 +59,7 @@ def generate(
     """
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the video should show")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     overrides = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}
     pipeline = {name: value for name, value in overrides.items() if value is not None}
     config, adapter, handle, request = load_role(resolve(checkpoint), role, device, pipeline, raw_weights=raw_weights)

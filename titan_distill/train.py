@@ -26,7 +26,7 @@ from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole
 from titan_distill.checkpoint.ranks import RankFailure
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config import Config, check_paths, help_text, load_config, to_toml
-from titan_distill.config_world import check_world, role_parallelism
+from titan_distill.config_world import check_world, needs_group, role_parallelism
 from titan_distill.data.datasets import open_dataset
 from titan_distill.data.loader import build_loader
 from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
@@ -45,7 +45,7 @@ from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
 from titan_distill.parallelisms.fsdp import FsdpOptions
 from titan_distill.parallelisms.lora import is_adapter
-from titan_distill.parallelisms.mesh import Layouts, World, default_device, num_ranks, start_world
+from titan_distill.parallelisms.mesh import Layouts, World, check_local_ranks, default_device, num_ranks, start_world
 from titan_distill.parallelisms.tensor import check_async_communication
 from titan_distill.parallelisms.watchdog import LostRankError, Watchdog, record_collectives
 from titan_distill.quiet import quiet_libraries
@@ -83,6 +83,7 @@ def start(argv: list[str], stop: Stop) -> Trainer | None:
     config = load_config([argument for argument in argv if argument != CHECK])
     run_layout = check_world(config, num_ranks())
     if not config.job.dry_run:
+        check_local_ranks()
         check_paths(config)
         config = spell_out_references(config)
         check_hardware(config.float8, default_device())
@@ -95,7 +96,7 @@ def start(argv: list[str], stop: Stop) -> Trainer | None:
     if CHECK in argv:
         return None
     record_collectives(config.job.output_folder / "logs", config.comm.init_timeout_seconds)
-    world = _start(config)
+    world = start_world(config.comm.init_timeout_seconds, force_group=needs_group(config))
     watchdog = Watchdog(world.rank, world.size, config.comm.init_timeout_seconds)
     return assemble(config, world, watchdog, stop)
 
@@ -315,11 +316,6 @@ def _config_file(argv: Sequence[str]) -> str | None:
     return chosen
 
 
-def _start(config: Config) -> World:
-    # Mixed precision is FSDP's, which needs a process group even when there is one process.
-    return start_world(config.comm.init_timeout_seconds, force_group=config.training.dtype != "float32")
-
-
 def _checkpoint_manager(
     config: Config, family: ModelFamily, roles: RoleManager, device: torch.device
 ) -> CheckpointManager:
@@ -341,7 +337,10 @@ def _checkpoint_manager(
         noise_version=NOISE_VERSION,
     )
     folder, checkpoint = config.job.output_folder / "checkpoints", config.checkpoint
-    return CheckpointManager(folder, checkpoint.keep, info, mode=checkpoint.mode, device=device)
+    timeout = config.comm.init_timeout_seconds
+    return CheckpointManager(
+        folder, checkpoint.keep, info, mode=checkpoint.mode, device=device, timeout_seconds=timeout
+    )
 
 
 def _architecture(family: ModelFamily, module: nn.Module) -> dict[str, Any]:

@@ -67,7 +67,8 @@ class RunInfo:
 class CheckpointManager:
     """The checkpoints of one run. Construct and use it on every rank: all methods are collective, unless they say so.
 
-    Around training it is a context manager, which waits for the last save.
+    Around training it is a context manager, which waits for the last save. ``timeout_seconds`` is how long ranks wait
+    for each other when they save and load, see `Ranks`.
     """
 
     def __init__(
@@ -78,12 +79,13 @@ class CheckpointManager:
         *,
         mode: Literal["sync", "async"] = "sync",
         device: torch.device | None = None,
+        timeout_seconds: float | None = None,
     ) -> None:
         assert keep >= 1, "the configuration refuses to keep no checkpoint"
         self.folder, self.run_info, self.is_async = folder, run_info, mode == "async"
-        self.ranks = Ranks()
+        self.ranks = Ranks(timeout_seconds)
         # Groups are not for two threads at once: the saving thread has its own.
-        self._protocol = Protocol(folder, keep, Ranks() if self.is_async else self.ranks)
+        self._protocol = Protocol(folder, keep, Ranks(timeout_seconds) if self.is_async else self.ranks)
         self._device = device or torch.device("cpu")
         self._background, self._stager = Background(), Stager(self._device)
         self._stage: Stage | None = None

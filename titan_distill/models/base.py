@@ -274,7 +274,8 @@ class ModelFamily(ABC):
     def restore_module(
         self, architecture: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], device: torch.device
     ) -> nn.Module:
-        """A whole, frozen module from what a checkpoint holds: its architecture and full tensors by name."""
+        """A whole, frozen module from what a checkpoint holds: its architecture and full tensors by name. Its
+        parameters are of the dtype in which the run computes, training.dtype."""
 
     @staticmethod
     @abstractmethod

@@ -242,17 +242,26 @@ class Watchdog:
 def record_collectives(folder: Path, init_timeout_seconds: int) -> None:
     """Sets, where the user has not, what NCCL's own watchdog reads; call it before the process group is made.
 
-    Each rank then keeps its last collectives and writes them to ``folder`` when one times out: ``torchfrtrace`` reads
-    the files of all ranks and says who never entered which. gloo has nothing of the kind.
+    Each rank then keeps its last collectives and writes them to ``folder``, which is made, when one times out:
+    ``torchfrtrace`` reads the files of all ranks and says who never entered which. gloo has nothing of the kind.
     """
     settings = {
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(folder / "collectives_rank_"),  # torch appends the rank
+        "TORCH_FR_DUMP_TEMP_FILE": str(folder / "collectives_rank_"),  # torch appends the rank
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(init_timeout_seconds),  # for the case that NCCL's watchdog hangs
     }
+    folder.mkdir(parents=True, exist_ok=True)  # torch makes no folder, and drops what it can't write
     for name, value in settings.items():
-        os.environ.setdefault(name, value)
+        if _OLD_NAMES.get(name, name) not in os.environ:  # which the new name would overrule
+            os.environ.setdefault(name, value)
+
+
+_OLD_NAMES = {
+    "TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE",
+    "TORCH_FR_DUMP_TEMP_FILE": "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+}
+"""Deprecated names of the flight recorder's variables, which torch 2.11 to 2.13 still read, with a warning."""
 
 
 def describe_position(frame: FrameType) -> tuple[str, bool]:

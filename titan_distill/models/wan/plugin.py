@@ -353,7 +353,8 @@ class WanFamily(ModelFamily):
             model = WanTransformer.from_config(
                 config, self._core(config.sparse_attention), self._segmentation(config.causal_attention)
             )
-        model.to_empty(device=device).requires_grad_(False)
+        # As the run computes, so that what is sampled here is what its validation shows.
+        model.to(DTYPES[self.config.training.dtype]).to_empty(device=device).requires_grad_(False)
         parameters = dict(model.named_parameters())
         for name, tensor in _used(tensors):
             copy_full_tensor(parameters.pop(name), tensor)
