@@ -33,6 +33,7 @@ SMALL = (
     "--pipeline_config.width", "32",
     "--training.local_batch_size", "2",  # two micro-batches
     "--validation.num_prompts", "2",
+    "--validation.num_videos", "2",
     "--validation.scorer", "none",
     "--ema.start_step", "1",
 )  # fmt: skip

@@ -8,7 +8,10 @@ import pytest
 import torch
 from claimed_device import ClaimedDevice, claimed_device, is_on_gpu
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+from titan_distill.transfer import to_device
 
 MIXED: dict[str, Callable[[Tensor], object]] = {
     "a vector of the host times a matrix": lambda x: torch.tensor([0.1, 0.2]).view(2, 1) * x,
@@ -39,6 +42,7 @@ WAITS: dict[str, Callable[[Tensor], object]] = {
 ALLOWED: dict[str, Callable[[Tensor], object]] = {
     "a scalar of the host": lambda x: torch.tensor(0.1) * x,
     "a pinned copy": lambda x: torch.ones(2).pin_memory().to("cuda", non_blocking=True) * x[:, 0],
+    "to_device": lambda x: to_device(torch.ones(2), x.device) * to_device(x, "cuda")[:, 0],
     "factories": lambda x: x + torch.ones(3, device=x.device) + torch.zeros_like(x) + x.new_full((3,), 2.0),
     "a backward": lambda x: F.linear(x, torch.ones(3, 3, device="cuda", requires_grad=True)).square().sum().backward(),
     "an index on the GPU": lambda x: x[x.argmax(0)],
@@ -79,6 +83,15 @@ def test_a_planted_wait_is_found(name: str) -> None:
 def test_what_a_gpu_allows_is_no_fault(name: str) -> None:
     device = run(ALLOWED[name])
     assert not device.faults and not device.waits
+
+
+def test_a_tangent_goes_where_its_tensor_goes() -> None:
+    host = torch.arange(3.0)
+    with claimed_device() as device, forward_ad.dual_level():
+        moved = to_device(forward_ad.make_dual(host, host + 1), "cuda")
+        assert not device.waits
+        primal, tangent = forward_ad.unpack_dual(moved)
+        assert is_on_gpu(primal) and is_on_gpu(tangent) and torch.equal(tangent.cpu(), host + 1)
 
 
 def test_numbers_are_true_and_marks_follow_the_data() -> None:
