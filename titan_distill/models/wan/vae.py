@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from titan_distill.transfer import to_device
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
@@ -55,7 +57,7 @@ def encode_image(vae: AutoencoderKLWan, images_BHW3: Tensor, num_frames: int) ->
 
 def _signed(vae: AutoencoderKLWan, frames_BTHW3: Tensor) -> Tensor:
     """[B, C, T, H, W] in [-1, 1] on the VAE's device."""
-    return frames_BTHW3.to(vae.device).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
+    return to_device(frames_BTHW3, vae.device).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
 
 
 def _encode(vae: AutoencoderKLWan, video_BCTHW: Tensor) -> Tensor:
@@ -89,7 +91,5 @@ def restart(vae: AutoencoderKLWan, latents_BCFHW: Tensor, num_frames: int) -> Te
 
 def _statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     shape = (1, vae.config.z_dim, 1, 1, 1)
-    return (
-        torch.tensor(vae.config.latents_mean, device=vae.device).view(shape),
-        torch.tensor(vae.config.latents_std, device=vae.device).view(shape),
-    )
+    mean, std = (torch.tensor(values).view(shape) for values in (vae.config.latents_mean, vae.config.latents_std))
+    return to_device(mean, vae.device), to_device(std, vae.device)
