@@ -55,11 +55,11 @@ from triton.runtime.cache import triton_key
 from triton.runtime.jit import get_cache_invalidating_env_vars
 
 from benchmarks.launches import SIZES, Size
+from benchmarks.pretended_gpu import ARCH, TARGET, Job, PretendedGpu
 
 REPOSITORY = Path(__file__).parent.parent
 MANIFEST = "manifest.json"
 FOLDER_VARIABLE = "TRITON_CACHE_DIR"
-ARCH = 90
 
 
 def identity() -> dict[str, str]:
@@ -169,15 +169,13 @@ def start_making(folder: Path, processes: int, log: Path) -> subprocess.Popen[by
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
 
 
-def find_jobs(sizes: Sequence[Size] = tuple(SIZES), tests: bool = True) -> list[Any]:
-    """The kernels that attention of `sizes` and, with `tests`, tests/gpu launch; changes the process for good."""
-    from benchmarks.pretended_gpu import PretendedGpu
-
+def find_jobs() -> list[Job]:
+    """The kernels that attention of `SIZES` and tests/gpu launch, in that order; changes the process for good."""
     gpu = PretendedGpu()
-    for size in sizes:
+    for size in SIZES:
         run_attention(size)
-    if tests:
-        run_tests()
+    for line in run_tests():
+        print(f"stopped early: {line}", flush=True)
     return list(gpu.jobs.values())
 
 
@@ -228,17 +226,13 @@ def run_tests() -> list[str]:
     failures = _Failures()
     options = ["-q", "--no-header", "-o", "addopts=--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist"]
     pytest.main([*options, f"--rootdir={REPOSITORY}", str(REPOSITORY / "tests" / "gpu")], plugins=[failures])
-    for line in failures.lines:
-        print(f"stopped early: {line}", flush=True)
     return failures.lines
 
 
-def make(folder: Path, processes: int) -> int:
-    """Compile every kernel into `folder` and return how many there are; changes the process for good."""
+def make(folder: Path, processes: int, jobs: Sequence[Job]) -> int:
+    """Compile kernels into `folder`, in their order, and return how many it holds; sets Triton's environment."""
     started = time.monotonic()
-    jobs = find_jobs()
-    _JOBS.extend(jobs)
-    print(f"{len(jobs)} kernels found in {time.monotonic() - started:.0f} s", flush=True)
+    _JOBS[:] = jobs
     os.environ[FOLDER_VARIABLE] = str(folder.resolve())
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
     # Forked, because the sources hold functions that do not pickle; nothing has started CUDA or LLVM here.
@@ -258,13 +252,13 @@ def _kernels(folder: Path) -> dict[str, str]:
     return {path.parent.name: path.name.removeprefix("__grp__").removesuffix(".json") for path in listings}
 
 
-_JOBS: list[Any] = []
+_JOBS: list[Job] = []
 """What forked processes compile; they inherit it."""
 
 
 def _compile(index: int) -> str:
     job = _JOBS[index]
-    kernel = triton.compile(job.source, target=triton.runtime.driver.active.get_current_target(), options=job.options)
+    kernel = triton.compile(job.source, target=TARGET, options=job.options)
     assert kernel.hash == job.key
     if hasattr(nvidia, "make_launcher"):  # until Triton 3.6; later ones have one launcher for all
         _build_launcher(kernel)
@@ -313,7 +307,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.command == "make":
         arguments.folder.mkdir(parents=True, exist_ok=True)
-        print(f"{make(arguments.folder, arguments.processes)} kernels in {arguments.folder}")
+        jobs = find_jobs()
+        print(f"{len(jobs)} kernels to compile", flush=True)
+        print(f"{make(arguments.folder, arguments.processes, jobs)} kernels in {arguments.folder}")
     elif arguments.command == "pack":
         pack(arguments.folder, arguments.file)
         print(f"{arguments.file.stat().st_size / 2**20:.2f} MiB")

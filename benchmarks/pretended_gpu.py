@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +32,8 @@ ARCH = 90
 TARGET = GPUTarget("cuda", ARCH, 32)
 
 
-class Job(SimpleNamespace):
+@dataclass(frozen=True)
+class Job:
     """One kernel to compile: `key` as Triton's cache counts, `name`, and what `triton.compile` takes."""
 
     key: str
@@ -63,7 +65,7 @@ class PretendedGpu:
         backend = make_backend(target)
         key = get_cache_key(source, backend, backend.parse_options(options), get_cache_invalidating_env_vars())
         digest = hashlib.sha256(key.encode()).hexdigest()
-        self.jobs.setdefault(digest, Job(key=digest, name=source.name, source=source, options=options))
+        self.jobs.setdefault(digest, Job(digest, source.name, source, options))
         return SimpleNamespace()
 
 
@@ -123,9 +125,8 @@ class _CudaIsMeta(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], Tensor) and args[0].is_meta:
-            if function in _ANSWERS:
-                return _ANSWERS[function]
+        if function in _ANSWERS and args[0].is_meta:
+            return _ANSWERS[function]
         if function is Tensor.cuda:
             function, args = Tensor.to, (args[0], "cuda")
         args = tuple(_device(value) for value in args)

@@ -10,9 +10,9 @@ a *coarse* one for each tile. The gate stays where its tokens are; only outputs 
 PyTorch has several fused kernels for dense attention and takes the first of an order that fits. On Hopper and Blackwell
 GPUs cuDNN's is about twice as fast as FlashAttention-2, which torch 2.11 would take, so `order_backends` puts it first.
 The order is set once, where a run starts: it is the process's, so backwards on autograd's own thread, recomputed blocks
-and graphs that torch.compile traces all see it, and a call costs nothing. A context manager in each call would be traced
-into every graph, and left again before the backward. cuDNN takes 16-bit numbers, head dims up to 128 that 8 divides, and
-no deterministic mode; it has no forward-mode derivative. What it refuses goes to the next in order.
+and graphs that torch.compile traces all see it, and a call costs nothing. A context manager in a call would be traced
+into every graph, and left again before the backward. cuDNN takes 16-bit numbers and head dims up to 128 that 8 divides;
+it has no deterministic mode and no forward-mode derivative. What it refuses goes to the next in order.
 
 Shape suffixes: B batch, L query tokens, S key tokens, H heads, D head dim, N query tiles.
 """
@@ -79,7 +79,7 @@ def order_backends(device: torch.device) -> None:
 
 def set_order(backends: list[SDPBackend]) -> None:
     """Make PyTorch try these first, in this order, and then the others in theirs."""
-    first = [int(backend) for backend in backends]
+    first = [backend.value for backend in backends]
     # The order's only other entrance is a context manager, `sdpa_kernel(..., set_priority=True)`.
     others = [backend for backend in torch._C._get_sdp_priority_order() if backend not in first]
     torch._C._set_sdp_priority_order(first + others)
