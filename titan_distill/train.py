@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from titan_distill.attention.dense import order_backends
 from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference, weights_digest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole
@@ -255,6 +256,7 @@ def build_layouts(config: Config, world: World) -> Layouts:
 def build_roles(config: Config, family: ModelFamily, layouts: Layouts, device: torch.device) -> RoleManager:
     """Networks of all roles, laid out and loaded; optimizers come later, when the method has said how often it
     steps."""
+    order_backends(device)
     heads = method_class(config.recipe.method).heads(config.method_config)
     modules = {
         name: family.build_modules(name, role, layouts.role(name), device)

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,17 +169,23 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-_may_time: ContextVar[bool] = ContextVar("may_time", default=True)
+_may_time = True
 
 
 @contextmanager
-def untimed() -> Iterator[None]:
-    """Within it every launch takes its first candidate."""
-    token = _may_time.set(False)
+def timing(allowed: bool) -> Iterator[None]:
+    """Within it launches may be timed or not, on every thread: autograd runs the backward of CUDA on one of its own."""
+    global _may_time
+    before, _may_time = _may_time, allowed
     try:
         yield
     finally:
-        _may_time.reset(token)
+        _may_time = before
+
+
+def untimed() -> AbstractContextManager[None]:
+    """Within it every launch of the process takes its first candidate."""
+    return timing(False)
 
 
 Observer = Callable[[str, Candidate, float | Exception], None]
@@ -211,12 +216,7 @@ def launch(kernel: str, shape: Shape, start: Callable[[Candidate], None], *, tma
     interpreter), during graph capture, or within `untimed`.
     """
     kept = candidates(kernel, shape.block_m, shape.dtype, tma)
-    if (
-        len(kept) == 1
-        or not _may_time.get()
-        or not torch.cuda.is_available()
-        or torch.cuda.is_current_stream_capturing()
-    ):
+    if len(kept) == 1 or not _may_time or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
         return start(kept[0])
     key = (kernel, shape, tma, torch.cuda.current_device())
     if key not in _fastest or _observer is not None:

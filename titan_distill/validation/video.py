@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
@@ -29,6 +28,8 @@ def write_mp4(path: Path | str, video_THW3: Video, fps: int) -> None:
     _, height, width, _ = video_THW3.shape
     if height % 2 or width % 2:
         raise ValueError(f"a video of {width}×{height} pixels cannot be written as mp4; both sizes must be even")
+    import av  # 35 MB that runs without videos do without
+
     codec = next(name for name in CODECS if name in av.codecs_available)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=CODECS[codec])
@@ -40,6 +41,8 @@ def write_mp4(path: Path | str, video_THW3: Video, fps: int) -> None:
 
 def read_mp4(path: Path | str) -> tuple[Video, float]:
     """All frames ``[T, H, W, 3]`` of a video that ``write_mp4`` wrote, and its frames per second."""
+    import av
+
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
