@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -278,6 +279,17 @@ class TestPublish:
         manager.load(saved, roles)
         manager.save(roles, TrainState(step=4))
         assert manager.find_latest() == saved.with_name("step-00000004")
+
+    def test_failed_write_keeps_no_view_of_what_it_was_writing(self, manager: CheckpointManager, saved: Path) -> None:
+        """Such a view, as garbage in the cycle that a traceback is, crashes Python 3.12.0 and 3.12.1."""
+
+        def num_views() -> int:
+            return sum(type(each) is memoryview for each in gc.get_objects())
+
+        before = num_views()
+        with largest_file(num_bytes=4096), pytest.raises(RuntimeError) as failure:
+            manager.save(make_roles(seed=0), TrainState(step=4))
+        assert failure.value.__cause__ is not None and num_views() == before
 
     def test_write_that_lies_about_success_is_found_out(
         self, manager: CheckpointManager, saved: Path, monkeypatch: pytest.MonkeyPatch

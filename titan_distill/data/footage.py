@@ -91,8 +91,9 @@ def decode(path: Path) -> Iterator[TimedFrame]:
     import av  # 35 MB that training on latents does without
 
     try:
-        # Titles and the like are not read, so their encoding does not matter.
-        with av.open(str(path), metadata_errors="replace") as container:
+        # Titles and the like are not read, so their encoding does not matter; from PyAV 19 on it never does.
+        lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+        with av.open(str(path), **lenient) as container:
             if not container.streams.video:
                 raise ValueError(f"{path} has no video stream: remove it from the folder")
             stream = container.streams.video[0]
