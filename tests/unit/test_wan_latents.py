@@ -15,7 +15,7 @@ from titan_distill.config import Config, load_config
 from titan_distill.config_world import check_world
 from titan_distill.dispatch import model_family
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
-from titan_distill.models.wan.vae import decode_latents, encode_video, encoding_dtype, load_vae
+from titan_distill.models.wan.vae import decode_latents, encode_video, load_vae, vae_dtype
 from titan_distill.observability.hardware import GPUS
 from titan_distill.observability.planner import fake_world
 from titan_distill.plan import Planner
@@ -78,7 +78,7 @@ def test_encoding_in_bf16_is_encoding(tmp_path: Path) -> None:
     )
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - latents).norm() < 0.05 * latents.norm()
-    assert encoding_dtype(torch.device("cpu"), torch.bfloat16) == torch.float32
+    assert vae_dtype(torch.device("cpu"), torch.bfloat16) == torch.float32
 
 
 @pytest.mark.parametrize(
