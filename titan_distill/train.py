@@ -24,7 +24,7 @@ from titan_distill.attention.dense import order_backends
 from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference, weights_digest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole
-from titan_distill.checkpoint.ranks import RankFailure
+from titan_distill.checkpoint.ranks import RankFailure, Ranks
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config import Config, check_paths, help_text, load_config, to_toml
 from titan_distill.config_world import check_world, needs_group, role_parallelism
@@ -141,7 +141,8 @@ def train(trainer: Trainer) -> int:
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(closing(trainer.config, trainer.metrics.latest) if finished else _how_to_go_on(trainer, first_step))
     if dist.is_initialized():
-        dist.barrier()  # a rank that leaves while others still talk to it makes gloo abort
+        # A rank that leaves while others still talk to it makes gloo abort; rank 0's trackers may still upload.
+        trainer.ranks.wait()
         dist.destroy_process_group()
     return EXIT_DONE if finished else EXIT_COME_AGAIN
 
@@ -226,6 +227,9 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         num_workers=config.data.num_workers,
     )
     validator = family.build_validator(adapter, folder / "validation", layouts) if config.validation.enabled else None
+    ranks = Ranks(config.comm.validation_timeout_seconds)
+    if validator is not None:
+        validator.ranks = ranks
     metrics = MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work)
     if world.is_main:
         print(banner(config, roles, world))
@@ -242,6 +246,7 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         profiler=Profiler(config.profiling, folder / "profile", world, first_step=state.step),
         state=state,
         layouts=layouts,
+        ranks=ranks,
         watchdog=watchdog,
         stop=stop or Stop(),
     )

@@ -17,8 +17,11 @@ from titan_distill.transfer import to_device
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-# A few at a time: a decoder's activations are large, and on a CPU larger batches fall out of the caches.
-DECODE_BATCH = 4
+
+def num_decoded_at_once(device: torch.device) -> int:
+    """Clips in one call of the decoder. A GPU is filled by one, whose activations take gigabytes; on a CPU more than a
+    few fall out of the caches."""
+    return 1 if device.type == "cuda" else 4
 
 
 def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
@@ -33,9 +36,9 @@ def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype = torch.
     return vae.requires_grad_(False).eval().to(device)
 
 
-def encoding_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
-    """In which a run encodes its videos between steps: bf16 where it computes in it, on a GPU that has it; a CPU would
-    only become slower by it."""
+def vae_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
+    """In which a run encodes and decodes: bf16 where it computes in it, on a GPU that has it; a CPU would only become
+    slower by it."""
     is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if is_fast and compute == torch.bfloat16 else torch.float32
 
@@ -70,9 +73,14 @@ def _encode(vae: AutoencoderKLWan, video_BCTHW: Tensor) -> Tensor:
 def decode_latents(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
     """uint8 frames [B, T, H, W, 3] on the VAE's device of normalised latents."""
     mean, std = _statistics(vae)
-    chunks = (latents_BCFHW.float() * std + mean).to(vae.dtype).split(DECODE_BATCH)
-    pixels_BCTHW = torch.cat([vae.decode(chunk).sample.float() for chunk in chunks])
-    return pixels_BCTHW.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    chunks = (latents_BCFHW.float() * std + mean).to(vae.dtype).split(num_decoded_at_once(vae.device))
+    return torch.cat([_pixels(vae.decode(chunk).sample) for chunk in chunks])
+
+
+def _pixels(video_BCTHW: Tensor) -> Tensor:
+    """uint8 [B, T, H, W, 3] of [-1, 1]; may overwrite its argument, which is large."""
+    video_BCTHW = video_BCTHW.float().clamp_(-1, 1).add_(1).mul_(127.5).round_()
+    return video_BCTHW.to(torch.uint8).permute(0, 2, 3, 4, 1)
 
 
 def restart(vae: AutoencoderKLWan, latents_BCFHW: Tensor, num_frames: int) -> Tensor:
