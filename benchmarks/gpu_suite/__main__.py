@@ -28,7 +28,9 @@ class Stopped(Exception):
         self.number = number
 
 
-def run_suite(parts: Sequence[Part], out: Path, budget_s: float, rehearse: bool = False) -> int:
+def run_suite(
+    parts: Sequence[Part], out: Path, budget_s: float, rehearse: bool = False, cache: Path | None = None
+) -> int:
     """Runs `parts` and writes the results into `out`. Returns the exit code."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu_suite_") as scratch:
@@ -37,7 +39,7 @@ def run_suite(parts: Sequence[Part], out: Path, budget_s: float, rehearse: bool 
             write_whole(out / "summary.md", summary(supervisor.rows, parts, ended, rehearse))
             pack_logs(supervisor.logs, out / "logs.tar.gz")
 
-        supervisor = Supervisor(out, Path(scratch), budget_s, rehearse, after_part=write)
+        supervisor = Supervisor(out, Path(scratch), budget_s, rehearse, cache, after_part=write)
         try:
             with_signals(lambda: supervisor.run(parts))
         except Stopped as stopped:
@@ -75,13 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--budget", type=float, default=BUDGETS[FIRST], help="seconds for everything (default: %(default)g)"
     )
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU, through the same code")
+    parser.add_argument("--cache", type=Path, help="kernels packed by `python -m benchmarks.compiled_cache pack`")
     arguments = parser.parse_args(argv)
+    if arguments.cache and not arguments.cache.is_file():
+        parser.error(f"--cache {arguments.cache} is no file; make it with `python -m benchmarks.compiled_cache`")
     if arguments.budget < 30:
         parser.error(f"--budget {arguments.budget:g} is too short to start anything; give at least 30 seconds")
     if not arguments.rehearse and not nvidia_gpus():
         print("error: the GPU suite needs a GPU and nvidia-smi lists none; try --rehearse", file=sys.stderr)
         return EXIT_BAD_INPUT
-    code = run_suite(PARTS, arguments.out, arguments.budget, arguments.rehearse)
+    code = run_suite(PARTS, arguments.out, arguments.budget, arguments.rehearse, arguments.cache)
     print((arguments.out / "summary.md").read_text())
     return code
 

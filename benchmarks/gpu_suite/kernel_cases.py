@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 # Before CUDA starts: deterministic mode refuses matrix products without it.
@@ -18,20 +19,15 @@ from titan_kernels import tile_layout, tuning, video_sparse_attention
 from titan_kernels.layout import DEFAULT_TILE
 from vsa_oracle import NAMES, Oracle, error, random_inputs, run
 
-from benchmarks import attention, gpu_checks
+from benchmarks import attention, compiled_cache, gpu_checks
 from benchmarks.attention import Case, Clock, Grid
 from benchmarks.gpu_suite.worker import Cases, Context, Row
+from benchmarks.launches import SHORT_TILE, WAN_480P, WAN_720P, WHOLE_TILES
 from benchmarks.machine import machine
-
-SMALL_TILE: Grid = (3, 5, 4)
-"""Ragged tiles waste 12 % of the pairs at 81 frames with it, 33 % with 4 × 4 × 4."""
-
-GRID_720P, GRID_480P, GRID_5B = (21, 45, 80), (21, 30, 52), (31, 22, 40)
-GRID_ANCHOR = (28, 28, 52)
-"""40,768 tokens in whole tiles, with 16 heads: where the best public kernel states its times."""
 
 TOY_GRID = (5, 10, 14)
 TOLERANCE = {"cuda": 1e-2, "cpu": 1e-5}
+JVP_TOLERANCE = 1e-4
 COPY_BYTES = {"cuda": 4 * 2**30, "cpu": 2**24}
 
 
@@ -39,11 +35,33 @@ def card(context: Context) -> Cases:
     """The machine, and its two ceilings."""
     device = context.device
     return {
-        "loopback": lambda: [{"is_up": gpu_checks.loopback_is_up()}],
+        "loopback": lambda: [_judged(1 - gpu_checks.loopback_is_up(), 0)],
         "versions": lambda: [versions(device)],
+        "compiled cache": functools.partial(use_cache, context),
         "copy": lambda: [copy_bandwidth(device)],
         "matmul": lambda: [{"tflops": ceiling(device)}],
     }
+
+
+def use_cache(context: Context) -> Iterator[Row]:
+    """Unpacks the kernels compiled ahead of time; where there are none for this Triton, compiles in the background."""
+    folder = Path(os.environ[compiled_cache.FOLDER_VARIABLE])
+    differences = ["no compiled cache was given"]
+    if context.cache is not None:
+        installed = compiled_cache.install(context.cache, folder)
+        yield {"kernels": installed.num_kernels, "hit": installed.matches, "differences": installed.differences}
+        differences = installed.differences
+    if differences and not context.rehearse:
+        log = context.scratch / "logs" / "compile.log"
+        compiled_cache.start_making(folder, max(1, (os.cpu_count() or 1) - 2), log)
+        yield {"compiling": "; ".join(differences)}
+
+
+def compiled_here(context: Context) -> Iterator[Row]:
+    """Kernels that the cache did not hold."""
+    if context.cache is not None:
+        names = compiled_cache.compiled_since(Path(os.environ[compiled_cache.FOLDER_VARIABLE]))
+        yield {"compiled_here": len(names), "names": ", ".join(sorted(set(names)))}
 
 
 def versions(device: str) -> Row:
@@ -85,13 +103,13 @@ def smoke(context: Context) -> Cases:
     for grid in grids[: 1 if context.rehearse else None]:
         cases |= {
             f"oracle {grid}, tile {tile}": functools.partial(against_oracle, device, grid, tile)
-            for tile in (DEFAULT_TILE, SMALL_TILE)
+            for tile in (DEFAULT_TILE, SHORT_TILE)
         }
-    full = TOY_GRID if context.rehearse else GRID_480P
+    full = TOY_GRID if context.rehearse else WAN_480P
     return cases | {
         "same bits twice": functools.partial(same_bits, device, TOY_GRID if context.rehearse else (13, 18, 30)),
         "all tiles against dense attention": functools.partial(against_dense, device, full),
-        "rms_norm, forward mode": lambda: [_judged(gpu_checks.rms_norm_jvp_error(device), 1e-2)],
+        "rms_norm, forward mode": lambda: [_judged(gpu_checks.rms_norm_jvp_error(device), JVP_TOLERANCE)],
     }
 
 
@@ -144,14 +162,14 @@ def against_dense(device: str, grid: Grid) -> Iterator[Row]:
 
 def attention_720p(context: Context) -> Cases:
     """The headline: 75,600 tokens × 12 heads at 0.9, dense and sparse, in both tiles."""
-    return timings(context, headline(TOY_GRID, 2) if context.rehearse else headline(GRID_720P, 12))
+    return timings(context, headline(TOY_GRID, 2) if context.rehearse else headline(WAN_720P, 12))
 
 
 def attention_480p(context: Context) -> Cases:
     """32,760 tokens × 12 heads likewise, and the shape of the public anchor."""
-    if context.rehearse:
-        return timings(context, headline(TOY_GRID, 1, [SMALL_TILE]))
-    return timings(context, [*headline(GRID_480P, 12), *headline(GRID_ANCHOR, 16, [DEFAULT_TILE])])
+    sizes = [*headline(WAN_480P, 12), *headline(WHOLE_TILES, 16, [DEFAULT_TILE])]
+    cases = headline(TOY_GRID, 1, [SHORT_TILE]) if context.rehearse else sizes
+    return {**timings(context, cases), "compiled cache": functools.partial(compiled_here, context)}
 
 
 def attention_rest(context: Context) -> Cases:
@@ -159,15 +177,13 @@ def attention_rest(context: Context) -> Cases:
     if context.rehearse:
         return timings(context, [Case(TOY_GRID, 1, "vsa", 0.5, 1)])
     others = [
-        Case(grid, 12, "vsa", sparsity, 2, SMALL_TILE)
-        for sparsity in (0.8, 0.95, 0.5)
-        for grid in (GRID_720P, GRID_480P)
+        Case(grid, 12, "vsa", sparsity, 2, SHORT_TILE) for sparsity in (0.8, 0.95, 0.5) for grid in (WAN_720P, WAN_480P)
     ]
-    wide = [Case(GRID_480P, 40, "sdpa cudnn"), Case(GRID_480P, 40, "vsa", 0.9, 2, SMALL_TILE)]
-    return timings(context, [*others, *wide, Case(GRID_720P, 40, "vsa", 0.9, 2, SMALL_TILE)])
+    wide = [Case(WAN_480P, 40, "sdpa cudnn"), Case(WAN_480P, 40, "vsa", 0.9, 2, SHORT_TILE)]
+    return timings(context, [*others, *wide, Case(WAN_720P, 40, "vsa", 0.9, 2, SHORT_TILE)])
 
 
-def headline(grid: Grid, heads: int, tiles: Iterable[Grid] = (DEFAULT_TILE, SMALL_TILE)) -> list[Case]:
+def headline(grid: Grid, heads: int, tiles: Iterable[Grid] = (DEFAULT_TILE, SHORT_TILE)) -> list[Case]:
     """Cases of one size at sparsity 0.9: dense by backend, every candidate, the kernels, the whole operator."""
     cases = [Case(grid, heads, kind) for kind in (*attention.BACKENDS, "dense branch")]
     for tile in tiles:

@@ -106,15 +106,29 @@ class Supervisor:
         scratch: folder for logs and temporary files.
         budget_s: seconds for everything.
         rehearse: toy sizes on a CPU.
+        cache: kernels compiled ahead of time, if there are any.
         after_part: called when a part is over.
     """
 
     def __init__(
-        self, out: Path, scratch: Path, budget_s: float, rehearse: bool, after_part: Callable[[], None]
+        self,
+        out: Path,
+        scratch: Path,
+        budget_s: float,
+        rehearse: bool,
+        cache: Path | None,
+        after_part: Callable[[], None],
     ) -> None:
         self._started = time.monotonic()
         self._end = self._started + budget_s - RESERVE_S
-        self._out, self._scratch, self._rehearse, self._after_part = out, scratch, rehearse, after_part
+        self._scratch, self._rehearse, self._after_part = scratch, rehearse, after_part
+        self._context = {
+            "device": "cpu" if rehearse else "cuda",
+            "rehearse": rehearse,
+            "out": str(out.resolve()),
+            "scratch": str(scratch),
+            "cache": str(cache.resolve()) if cache else None,
+        }
         self.logs = scratch / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         self._file = RowFile(out / "rows.jsonl")
@@ -151,13 +165,7 @@ class Supervisor:
     def _run_cases(self, part: Part, progress: Progress, deadline: float) -> None:
         """Runs the cases that are left in one worker, until the end or until one breaks the worker."""
         worker = self._worker_of(part)
-        context = {
-            "device": "cpu" if self._rehearse else "cuda",
-            "rehearse": self._rehearse,
-            "out": str(self._out),
-            "scratch": str(self._scratch),
-            "seconds": deadline - time.monotonic(),
-        }
+        context = {**self._context, "seconds": deadline - time.monotonic()}
         worker.ask({"function": part.function, "context": context, "skip": progress.attempted})
         before, case, case_end, has_failed = progress.attempted, "start", deadline, False
         while not progress.is_over:
@@ -195,7 +203,7 @@ class Supervisor:
         if self._worker is not None and (self._worker.name != part.process or self._worker.has_ended):
             self.end_worker()
         if self._worker is None:
-            self._worker = Worker(part.process, self.logs, worker_environment())
+            self._worker = Worker(part.process, self.logs, worker_environment(self._scratch))
         return self._worker
 
     def end_worker(self) -> int:
@@ -216,10 +224,14 @@ def nvidia_gpus() -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
 
 
-def worker_environment() -> dict[str, str]:
-    """This process's environment, with the repository's packages importable without an installation."""
+def worker_environment(scratch: Path) -> dict[str, str]:
+    """This process's environment, with the repository's packages importable without an installation, and a folder for
+    compiled kernels that all workers share."""
     paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+    }
 
 
 def ended_by(code: int) -> str:

@@ -41,6 +41,7 @@ class Context:
         rehearse: toy sizes, for a CPU.
         out: folder of the results, for the few files that are no rows.
         scratch: folder for anything else, removed at the end.
+        cache: kernels packed by `benchmarks.compiled_cache`; None where there are none.
         seconds: what is left for the part.
     """
 
@@ -48,6 +49,7 @@ class Context:
     rehearse: bool
     out: Path
     scratch: Path
+    cache: Path | None
     seconds: float
 
 
@@ -75,7 +77,8 @@ def main() -> None:
 def serve(request: dict[str, Any], send: Callable[..., None]) -> None:
     """Runs one part's cases; whatever a case raises becomes a message."""
     context = request["context"]
-    context = Context(**context | {name: Path(context[name]) for name in ("out", "scratch")})
+    paths = {name: context[name] and Path(context[name]) for name in ("out", "scratch", "cache")}
+    context = Context(**context | paths)
     module, _, name = request["function"].partition(":")
     skip = request["skip"]
     try:

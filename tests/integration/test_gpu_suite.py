@@ -79,7 +79,7 @@ def test_each_kind_of_part_has_measured_something(rehearsed):
     def of(part: str, key: str) -> list:
         return [row[key] for row in rows if row["part"].startswith(part) and key in row]
 
-    assert of("card", "is_up") == [True] and of("card", "tflops")[0] > 0 and of("card", "tb_per_second")[0] > 0
+    assert of("card", "right") == [True] and of("card", "tflops")[0] > 0 and of("card", "tb_per_second")[0] > 0
     assert all(of("smoke", "right")) and len(of("smoke", "right")) >= 5
     assert len(of("attention 75,600", "forward_ms")) == 2 + 2 * 2 * 2
     assert of("finetune", "seconds_per_step")[0] > 0 and len(of("finetune", "rank")) == 30

@@ -13,6 +13,7 @@ import pytest
 import torch
 from runs import REPOSITORY
 
+from benchmarks import launches
 from benchmarks.gpu_suite import kernel_cases, plan, pytest_cases, training_cases, worker
 from benchmarks.gpu_suite.__main__ import main
 from benchmarks.gpu_suite.predictions import PREDICTIONS, compared
@@ -48,14 +49,14 @@ def test_the_page_has_every_prediction():
 
 
 def test_every_prediction_is_about_a_case_of_the_suite(context):
-    names = {name for part in plan.PARTS if part.name != "golden curves" for name in cases_of(part, context)}
+    names = {name for part in plan.PARTS for name in cases_of(part, context)}
     assert {prediction.case for prediction in PREDICTIONS} <= names
 
 
 @pytest.fixture
 def context(tmp_path) -> worker.Context:
     """What the parts are told on a GPU; listing cases computes nothing."""
-    return worker.Context("cuda", False, tmp_path, tmp_path, 60.0)
+    return worker.Context("cuda", False, tmp_path, tmp_path, None, 60.0)
 
 
 def cases_of(part: plan.Part, context: worker.Context) -> worker.Cases:
@@ -69,7 +70,7 @@ def test_the_headline_is_timed_first_and_completely(context):
     assert first[3:] == [f"75600 tokens, 12 heads: {kind}{tile}" for tile in ("", " 3x5x4") for kind in kinds]
     anchor = [name for name in kernel_cases.attention_480p(context) if name.startswith("40768 tokens, 16 heads")]
     assert len(anchor) == 3 + 6 and not any("3x5x4" in name for name in anchor)
-    assert math.prod(kernel_cases.GRID_ANCHOR) == 40_768 and all(size % 4 == 0 for size in kernel_cases.GRID_ANCHOR)
+    assert math.prod(launches.WHOLE_TILES) == 40_768 and all(size % 4 == 0 for size in launches.WHOLE_TILES)
 
 
 @pytest.mark.parametrize("part", ["finetune", "distillation", "training_rest"])
