@@ -230,19 +230,27 @@ def run_tests() -> list[str]:
 
 
 def make(folder: Path, processes: int, jobs: Sequence[Job]) -> int:
-    """Compile kernels into `folder`, in their order, and return how many it holds; sets Triton's environment."""
+    """Compile kernels into `folder`, in their order, and return how many it holds; sets Triton's environment.
+
+    Raises:
+        RuntimeError: some do not compile; all others are there, and it names the first.
+    """
     started = time.monotonic()
     _JOBS[:] = jobs
     os.environ[FOLDER_VARIABLE] = str(folder.resolve())
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
     # Forked, because the sources hold functions that do not pickle; nothing has started CUDA or LLVM here.
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        for name in pool.imap_unordered(_compile, range(len(jobs))):
-            print(f"{time.monotonic() - started:6.1f} s  {name}", flush=True)
+        failed = []
+        for name, error in pool.imap_unordered(_compile, range(len(jobs))):
+            print(f"{time.monotonic() - started:6.1f} s  {name} {error}", flush=True)
+            failed += [f"{name}: {error}"] if error else []
     if hasattr(nvidia, "make_launcher"):
         _build_module(Path(nvidia.dirname, "driver.c").read_text(), "cuda_utils")
     kernels = _kernels(folder)
     (folder / MANIFEST).write_text(json.dumps({"identity": identity(), "kernels": kernels}, indent=1))
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(jobs)} kernels do not compile: {failed[0]}")
     return len(kernels)
 
 
@@ -256,13 +264,17 @@ _JOBS: list[Job] = []
 """What forked processes compile; they inherit it."""
 
 
-def _compile(index: int) -> str:
+def _compile(index: int) -> tuple[str, str]:
+    """Returns the kernel's name, and why it does not compile or nothing."""
     job = _JOBS[index]
-    kernel = triton.compile(job.source, target=TARGET, options=job.options)
+    try:
+        kernel = triton.compile(job.source, target=TARGET, options=job.options)
+    except Exception as error:  # whatever the compiler raises; `make` raises it at the end
+        return job.name, repr(error)
     assert kernel.hash == job.key
     if hasattr(nvidia, "make_launcher"):  # until Triton 3.6; later ones have one launcher for all
         _build_launcher(kernel)
-    return job.name
+    return job.name, ""
 
 
 def _build_launcher(kernel: Any) -> None:

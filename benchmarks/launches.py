@@ -43,5 +43,6 @@ SIZES: list[Size] = [
     Size(WAN_480P, 12, SHORT_TILE),
     Size(WHOLE_TILES, 16),
     *(Size(grid, heads) for heads in (40, 24) for grid in (WAN_720P, WAN_480P, WAN_5B)),
+    *(Size(grid, 40, SHORT_TILE) for grid in (WAN_720P, WAN_480P)),
     Size(WAN_5B, 12),
 ]

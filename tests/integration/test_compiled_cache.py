@@ -28,8 +28,8 @@ from benchmarks.compiled_cache import run_attention
 from benchmarks.launches import SIZES
 from benchmarks.pretended_gpu import PretendedGpu
 
-def measure(grid, heads, sparsities):
-    tensors = attention.Tensors(grid, heads, "cuda")
+def measure(grid, heads, sparsities, tile=(4, 4, 4)):
+    tensors = attention.Tensors(grid, heads, "cuda", tile)
     for case in attention.plan([grid], [heads], sparsities):
         if not case.kind.startswith("sdpa"):
             work = attention.work(case, tensors)
@@ -44,7 +44,7 @@ for size in SIZES:
     run_attention(size)
 listed = set(gpu.jobs)
 for size in SIZES[:: int(sys.argv[1])]:
-    measure(size.grid, size.heads, [0.9, 0.8, 0.95, 0.5])
+    measure(size.grid, size.heads, [0.9, 0.8, 0.95, 0.5], size.tile)
 print(json.dumps([first, unlisted, len(listed), [gpu.jobs[key].name for key in gpu.jobs.keys() - listed]]))
 """
 

@@ -16,12 +16,15 @@ CARRIED = {line.split("==")[0].replace("-", "_") for line in requirements()}
 
 WITHOUT = """
 import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in MISSING:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-MISSING = set(sys.argv.pop(1).split(","))
-sys.meta_path.insert(0, Missing())
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *others):
+        return None if name.split(".")[0] in missing else self.finder.find_spec(name, *others)
+missing = set(sys.argv.pop(1).split(","))
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
 """Start of a program for which the packages named by its first argument are not installed."""
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs import REPOSITORY
 
-from benchmarks import launches
+from benchmarks import attention, launches
 from benchmarks.gpu_suite import kernel_cases, plan, pytest_cases, training_cases, worker
 from benchmarks.gpu_suite.__main__ import main
 from benchmarks.gpu_suite.predictions import PREDICTIONS, compared
@@ -71,6 +71,14 @@ def test_the_headline_is_timed_first_and_completely(context):
     anchor = [name for name in kernel_cases.attention_480p(context) if name.startswith("40768 tokens, 16 heads")]
     assert len(anchor) == 3 + 6 and not any("3x5x4" in name for name in anchor)
     assert math.prod(launches.WHOLE_TILES) == 40_768 and all(size % 4 == 0 for size in launches.WHOLE_TILES)
+
+
+def test_the_kernels_of_every_timing_are_compiled_ahead(context):
+    listed = {(size.grid, size.heads, size.tile) for size in launches.SIZES}
+    for part in (kernel_cases.attention_720p, kernel_cases.attention_480p, kernel_cases.attention_rest):
+        cases = [run.args[0] for run in part(context).values() if isinstance(run.args[0], attention.Case)]
+        sparse = {(case.grid, case.heads, case.tile) for case in cases if case.sparsity is not None}
+        assert sparse and sparse <= listed
 
 
 @pytest.mark.parametrize("part", ["finetune", "distillation", "training_rest"])

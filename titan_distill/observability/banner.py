@@ -70,7 +70,8 @@ def _describe(config: Config, handle: RoleHandle, device: torch.device) -> str:
     kind = "trained" if role.trainable else "frozen"
     segmentation = getattr(module, "segmentation", None)
     attention = f"{role.attention} attention" + (f" in {segmentation.describe()}" if segmentation else "")
-    attention += _dense_backend(config, module, device, role.trainable)
+    if backend := _dense_backend(config, module, device, role.trainable):
+        attention += f" by {backend}" if role.attention == "dense" else f" (dense: {backend})"
     extras = ["head" if role.flavor == HEAD_FLAVOR else attention]
     if len(handle.modules) > 1:
         extras.append(f"{len(handle.modules)} experts")
@@ -88,10 +89,10 @@ def _describe(config: Config, handle: RoleHandle, device: torch.device) -> str:
 
 
 def _dense_backend(config: Config, module: Module, device: torch.device, trained: bool) -> str:
-    """What computes dense attention, which sparse roles need below their crossover and between video and text."""
+    """The kernel of dense attention, which sparse roles need below their crossover and between video and text."""
     architecture: Any = getattr(module, "config", None)
     if not hasattr(architecture, "attention_head_dim") or device.type == "meta":
         return ""  # a family without attention, or a dry run, which has no device to ask
     heads, head_dim = architecture.num_attention_heads, architecture.attention_head_dim
     dtype = getattr(torch, config.training.dtype)
-    return f" (dense: {dense_backend(heads, head_dim, dtype, device, trained)})"
+    return dense_backend(heads, head_dim, dtype, device, trained)
