@@ -43,12 +43,11 @@ from titan_kernels.layout import DEFAULT_TILE
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.launches import WAN_5B, WAN_480P, WAN_720P, Grid
 from benchmarks.machine import write_result
 
-Grid = tuple[int, int, int]
-
 GRIDS: dict[str, list[Grid]] = {
-    "cuda": [(21, 45, 80), (21, 30, 52), (31, 22, 40)],
+    "cuda": [WAN_720P, WAN_480P, WAN_5B],
     "cpu": [(5, 10, 14), (4, 8, 8), (5, 6, 6)],
 }
 HEADS = {"cuda": [12, 40, 24], "cpu": [2, 1]}
