@@ -289,7 +289,7 @@ def _replacements(device: ClaimedDevice) -> Iterator[tuple[Any, str, Any]]:
     # An Ampere card: what is done for later ones only (the order of attention backends) changes the whole process.
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "max_memory_allocated": 0,
                "is_bf16_supported": True, "get_device_name": "NVIDIA A100-SXM4-80GB", "get_device_capability": (8, 0),
-               "set_device": None, "empty_cache": None}  # fmt: skip
+               "is_current_stream_capturing": False, "set_device": None, "empty_cache": None}  # fmt: skip
     for name, answer in answers.items():
         yield torch.cuda, name, lambda *args, answer=answer, **kwargs: answer
     yield torch.cuda, "synchronize", lambda *args: device.wait("synchronize")
