@@ -16,7 +16,7 @@ Two words (x, y) of a call make two normals, the first two words elements 4 i an
                                                          radius sin(pi t / 2))
 
 This is Box-Muller: t and the sign are a uniform direction. The polynomials are minimax fits of ours. They keep the
-results within 1e-6 of exact arithmetic on the same u and t.
+results within 2e-6 of exact arithmetic on the same u and t.
 
 This file is the plain twin, for CPUs: numpy in blocks that stay in a core's cache (int64 products take torch twice as
 long). It makes about 1e8 numbers per second and core.

@@ -78,7 +78,7 @@ def check_definition() -> None:
         drawn = philox_normal(streams(*rows), 99)
     expected = [[defined(key, high, element) for element in range(99)] for key, high in rows]
     assert drawn.dtype == torch.float32 and drawn.shape == (3, 99)
-    torch.testing.assert_close(drawn.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(drawn.double(), torch.tensor(expected, dtype=torch.float64), atol=2e-6, rtol=0)
 
 
 def test_normals_are_their_definition():
@@ -111,7 +111,7 @@ def test_edges_of_box_muller():
     out = np.empty((1, len(pairs), 4), np.float32)
     philox._box_muller(x.copy(), y.copy(), out)
     expected = np.array([defined_pair(*pair) for pair in pairs])
-    assert np.abs(out[0] - np.tile(expected, 2)).max() < 1e-6
+    assert np.abs(out[0] - np.tile(expected, 2)).max() < 2e-6
     assert np.abs(out).max() <= 6.76379 and np.abs(out).max() > 6.7637
 
 
