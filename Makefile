@@ -1,8 +1,8 @@
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test tiny-wan train clean
+.PHONY: help install lint format types test-unit test test-gpu-versions tiny-wan train clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## Install for development, with the tested versions
 	pip install -e ".[dev]" -c constraints.txt
@@ -10,7 +10,7 @@ install: ## Install for development, with the tested versions
 lint: ## Check style of Python and shell
 	ruff check .
 	ruff format --check .
-	shellcheck run_train.sh .ci/run scripts/slurm/train.sbatch
+	shellcheck run_train.sh .ci/run scripts/gpu_versions scripts/slurm/train.sbatch
 
 format: ## Format, and mend what can be mended
 	ruff check --fix .
@@ -24,6 +24,9 @@ test-unit: ## Run the tests that take seconds
 
 test: ## Run all tests but the nightly ones
 	pytest
+
+test-gpu-versions: ## Run unit and integration tests with the versions of GPU machines, half an hour
+	scripts/gpu_versions
 
 tiny-wan: ## Train the small Wan of tests/assets/tiny_wan again, about 2 hours
 	python scripts/build_tiny_wan

@@ -63,6 +63,7 @@ class Build:
         programs: that fit on one multiprocessor, by registers, shared memory and warps.
         instructions: in all.
         mix: instructions by group, each where it stands in the code; loops count once.
+        loop: instructions of the innermost loop that multiplies: the work for one tile.
         sass: SHA-256 of the instructions.
     """
 
@@ -78,6 +79,7 @@ class Build:
     programs: int
     instructions: int
     mix: dict[str, int]
+    loop: int
     sass: str
 
     @property
@@ -100,7 +102,8 @@ def build(
     )
     usage, code = _disassemble(compiled.asm["cubin"])
     # An instruction's line: /*address*/ @predicate NAME.MODIFIERS operands ;
-    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", code, re.M)
+    addressed = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.M)
+    lines = [line for _, line in addressed]
     names = Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in lines)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     shared = compiled.metadata.shared
@@ -117,6 +120,7 @@ def build(
         _programs(registers, shared, candidate.warps, arch),
         len(lines),
         {group: sum(n for name, n in names.items() if re.fullmatch(p, name)) for group, p in _GROUPS.items()},
+        _innermost([(int(address, 16), line) for address, line in addressed]),
         hashlib.sha256("\n".join(lines).encode()).hexdigest(),
     )
 
@@ -151,6 +155,20 @@ def _type(name: str, dtype: torch.dtype) -> str:
     if name in ("lse", "sums"):
         return "*fp32"
     return "fp32" if name.startswith("scale") else "i32"
+
+
+def _innermost(addressed: list[tuple[int, str]]) -> int:
+    """Instructions of the shortest stretch that ends in a jump back and has a matrix product or, without any, a sum."""
+    position = {address: i for i, (address, _) in enumerate(addressed)}
+    loops = []
+    for end, (address, line) in enumerate(addressed):
+        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", line)
+        if target and int(target[1], 16) < address:
+            loops.append([line for _, line in addressed[position[int(target[1], 16)] : end + 1]])
+    for works in (rf"\b({_GROUPS['wgmma']}|{_GROUPS['mma']})\b", r"\bFFMA\b"):
+        if lengths := [len(loop) for loop in loops if any(re.search(works, line) for line in loop)]:
+            return min(lengths)
+    return 0
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
@@ -200,7 +218,8 @@ def _line(name: str, tried: Build) -> str:
     )
     counts = " ".join(f"{group}:{n}" for group, n in mix.items() if n)
     return (
-        f"{name:<12} sm_{tried.arch:<4}{how:<34} {tried.registers:>4} regs {tried.local_bytes:>4} B local "
+        f"{name:<12} sm_{tried.arch:<4}{how:<34} {tried.loop:>4} in loop {tried.registers:>4} regs "
+        f"{tried.local_bytes:>4} B local "
         f"{tried.shared_bytes / 1024:6.1f} KiB {tried.programs} a SM  {counts}  {tried.sass[:8]}"
     )
 

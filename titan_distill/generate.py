@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from titan_distill.attention.dense import order_backends
 from titan_distill.checkpoint import convert
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import read_manifest
@@ -114,6 +115,7 @@ def load_role(
     trained = convert.trained_role(checkpoint, manifest, role)
     use_ema = trained.has_ema and not raw_weights
     family = model_family(config.recipe.family)(config)
+    order_backends(device)
     modules = {}
     for name in trained.modules:
         tensors = convert.role_tensors(checkpoint, role, use_ema=use_ema, module=name)

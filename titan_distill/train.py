@@ -20,16 +20,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from titan_distill.attention.dense import order_backends
 from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference, weights_digest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole
-from titan_distill.checkpoint.ranks import RankFailure
+from titan_distill.checkpoint.ranks import RankFailure, Ranks
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config import Config, check_paths, help_text, load_config, to_toml
 from titan_distill.config_world import check_world, needs_group, role_parallelism
 from titan_distill.data.datasets import open_dataset
 from titan_distill.data.loader import build_loader
-from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
 from titan_distill.dispatch import method_class, model_family
 from titan_distill.exit_codes import EXIT_BAD_INPUT, EXIT_COME_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from titan_distill.methods.base import Head, TrainingMethod
@@ -140,7 +141,8 @@ def train(trainer: Trainer) -> int:
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(closing(trainer.config, trainer.metrics.latest) if finished else _how_to_go_on(trainer, first_step))
     if dist.is_initialized():
-        dist.barrier()  # a rank that leaves while others still talk to it makes gloo abort
+        # A rank that leaves while others still talk to it makes gloo abort; rank 0's trackers may still upload.
+        trainer.ranks.wait()
         dist.destroy_process_group()
     return EXIT_DONE if finished else EXIT_COME_AGAIN
 
@@ -225,6 +227,9 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         num_workers=config.data.num_workers,
     )
     validator = family.build_validator(adapter, folder / "validation", layouts) if config.validation.enabled else None
+    ranks = Ranks(config.comm.validation_timeout_seconds)
+    if validator is not None:
+        validator.ranks = ranks
     metrics = MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work)
     if world.is_main:
         print(banner(config, roles, world))
@@ -241,6 +246,7 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         profiler=Profiler(config.profiling, folder / "profile", world, first_step=state.step),
         state=state,
         layouts=layouts,
+        ranks=ranks,
         watchdog=watchdog,
         stop=stop or Stop(),
     )
@@ -255,6 +261,7 @@ def build_layouts(config: Config, world: World) -> Layouts:
 def build_roles(config: Config, family: ModelFamily, layouts: Layouts, device: torch.device) -> RoleManager:
     """Networks of all roles, laid out and loaded; optimizers come later, when the method has said how often it
     steps."""
+    order_backends(device)
     heads = method_class(config.recipe.method).heads(config.method_config)
     modules = {
         name: family.build_modules(name, role, layouts.role(name), device)
@@ -334,6 +341,7 @@ def _checkpoint_manager(
             for name, role in config.roles.items()
             if role.lora.enabled and (weights := role.path or role.init_from)
         },
+        noise_version=NOISE_VERSION,
     )
     folder, checkpoint = config.job.output_folder / "checkpoints", config.checkpoint
     timeout = config.comm.init_timeout_seconds

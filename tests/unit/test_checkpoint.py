@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import logging
 import os
@@ -170,6 +172,26 @@ class TestResume:
         CheckpointManager(saved.parent, 2, replace(RUN, config_digest="e")).load(saved, make_roles(seed=0))
         assert "configuration has changed" in caplog.text
 
+    @pytest.mark.parametrize("recorded, version", [(None, "1 (not recorded)"), (1, "1"), (3, "3")])
+    def test_changed_noise_is_said_in_one_line(
+        self, recorded: int | None, version: str, saved: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        if recorded is None:
+            without_field(saved)
+        else:
+            write_manifest(saved, replace(read_manifest(saved), noise_version=recorded))
+        CheckpointManager(saved.parent, 2, replace(RUN, noise_version=2)).load(saved, make_roles(seed=0))
+        lines = [record.getMessage() for record in caplog.records if "Noise" in record.getMessage()]
+        drawn = f"the checkpoint's run drew noise of version {version}, this one draws version 2"
+        assert lines == [f"Noise changes from here: {drawn}"]
+
+    def test_the_same_noise_is_no_news(self, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+        manager = CheckpointManager(saved.parent, 2, replace(RUN, noise_version=2))
+        again = manager.save(make_roles(seed=0), TrainState(step=9))
+        assert read_manifest(again).noise_version == 2
+        manager.load(again, make_roles(seed=0))
+        assert "Noise" not in caplog.text
+
     @pytest.mark.parametrize(
         ("roles", "message"),
         [
@@ -257,6 +279,17 @@ class TestPublish:
         manager.load(saved, roles)
         manager.save(roles, TrainState(step=4))
         assert manager.find_latest() == saved.with_name("step-00000004")
+
+    def test_failed_write_keeps_no_view_of_what_it_was_writing(self, manager: CheckpointManager, saved: Path) -> None:
+        """Such a view, as garbage in the cycle that a traceback is, crashes Python 3.12.0 and 3.12.1."""
+
+        def num_views() -> int:
+            return sum(type(each) is memoryview for each in gc.get_objects())
+
+        before = num_views()
+        with largest_file(num_bytes=4096), pytest.raises(RuntimeError) as failure:
+            manager.save(make_roles(seed=0), TrainState(step=4))
+        assert failure.value.__cause__ is not None and num_views() == before
 
     def test_write_that_lies_about_success_is_found_out(
         self, manager: CheckpointManager, saved: Path, monkeypatch: pytest.MonkeyPatch
@@ -390,6 +423,14 @@ def test_fingerprint_tells_weights_apart(tmp_path: Path) -> None:
         content[position] = 1
         (tmp_path / "weights").write_bytes(content)
         assert fingerprint(tmp_path) != original
+
+
+def without_field(folder: Path) -> None:
+    """Makes the manifest one from before `noise_version`."""
+    content = json.loads((folder / MANIFEST_NAME).read_text())
+    del content["noise_version"], content["digest"]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST_NAME).write_text(json.dumps({**content, "digest": digest}))
 
 
 def sign(folder: Path) -> None:

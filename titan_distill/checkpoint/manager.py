@@ -60,6 +60,8 @@ class RunInfo:
     """The roles that are not saved: where their weights are, and the ``manifest.fingerprint`` of that folder."""
     bases: dict[str, AdaptedBase] = field(default_factory=dict)
     """By role of which only adapters are saved: what they are for."""
+    noise_version: int | None = None
+    """Of the noise that the run draws (`diffusion.noise.NOISE_VERSION`)."""
 
 
 class CheckpointManager:
@@ -196,6 +198,7 @@ class CheckpointManager:
             trained=trained,
             frozen=self.run_info.frozen,
             files={},
+            noise_version=self.run_info.noise_version,
         )
 
     def _save_staged(self, snapshot: Snapshot, stage: Stage, needed: list[Path]) -> None:
@@ -242,6 +245,12 @@ class CheckpointManager:
                 )
         if manifest.config_digest != self.run_info.config_digest:
             logger.warning("The configuration has changed since the checkpoint: config.toml has the present one")
+        if manifest.noise_version != self.run_info.noise_version:
+            logger.warning(
+                "Noise changes from here: the checkpoint's run drew noise of version %s, this one draws version %s",
+                manifest.noise_version or "1 (not recorded)",
+                self.run_info.noise_version,
+            )
         logger.info("Resuming from %s", path)
         newest = next(iter(discovery.step_folders(path.parent)), path)
         if newest.name != path.name:

@@ -68,6 +68,11 @@ class Ranks:
         dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self.group)
         return bool(votes)
 
+    def wait(self) -> None:
+        """Returns when every rank has called it."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
     def _all_gather(self, value: Any) -> list[Any]:
         if self.group is None:
             return [value]

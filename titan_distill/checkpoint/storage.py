@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -223,6 +224,20 @@ def _without_checksums() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
+def _let_go(failure: BaseException) -> None:
+    """Empties the frames that a failure remembers of what they held: shards on their way to the disk.
+
+    A traceback keeps them for as long as anybody keeps the failure. Worse, views of DCP's buffers that are garbage in a
+    cycle crash Python 3.12.0 and 3.12.1 (https://github.com/python/cpython/issues/111049).
+    """
+    known: list[BaseException] = []
+    reached: BaseException | None = failure
+    while reached is not None and reached not in known:
+        known.append(reached)
+        traceback.clear_frames(reached.__traceback__)
+        reached = reached.__cause__ or reached.__context__
+
+
 @contextmanager
 def _dcp_errors(doing: str, folder: Path) -> Iterator[None]:
     """Turns DCP's exception, which is no Exception and prints every rank's traceback, into one sentence."""
@@ -230,6 +245,8 @@ def _dcp_errors(doing: str, folder: Path) -> Iterator[None]:
         yield
     except CheckpointException as error:
         causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+        for failure in (error, *causes.values()):
+            _let_go(failure)
         for cause in causes.values():
             if isinstance(cause, KeyboardInterrupt):
                 raise KeyboardInterrupt from error  # DCP wraps Ctrl-C like any failure, but it is somebody's wish

@@ -18,7 +18,7 @@ expect, and FSDP's hooks, which sit around ``forward``, run once and outside of 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,13 @@ def apply_activation_checkpointing(
         options["context_fn"] = functools.partial(_selective_contexts, config)
     for index, block in enumerate(blocks):
         if is_checkpointed(index, config):
-            block.forward = functools.partial(checkpoint, block.forward, **options)
+            block.forward = functools.partial(_run, block.forward, options)
+
+
+def _run(forward: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs a block's ``forward``, to be recomputed in the backward if there will be one."""
+    # Without a graph nothing is kept anyway, and the checkpoint of PyTorch up to 2.11 has no forward mode.
+    return checkpoint(forward, *args, **options, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
 
 
 def _selective_contexts(

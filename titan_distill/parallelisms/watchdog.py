@@ -105,6 +105,7 @@ class Watchdog:
         self._call_since = time.monotonic()
         self._has_complained = self._have_started = False
         self._beats_after_failure = 0
+        self._silence = Silence()
         self._is_over = False
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -116,6 +117,8 @@ class Watchdog:
 
     def tighten(self, timeout_seconds: float) -> None:
         """The timeout from now on: start-up, with loading and compiling, is given more."""
+        # The others beat as rarely as before until they come here, too: their silence so far says nothing.
+        self._silence = Silence()
         self._timeout = timeout_seconds
         self._wake.set()
 
@@ -141,7 +144,6 @@ class Watchdog:
     # The thread ------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        silence = Silence()
         while not self._is_over:
             self._wake.wait(self._timeout / BEATS_A_TIMEOUT)
             self._wake.clear()
@@ -153,7 +155,7 @@ class Watchdog:
                 gone = f"the store on {os.environ['MASTER_ADDR']} does not answer: that machine or its torchrun is gone"
                 self._leave(f"{gone} ({error})")
             now = time.monotonic()
-            seconds = silence.update(beats, now)
+            seconds = self._silence.update(beats, now)
             if lost := {rank: beats[rank] for rank, value in seconds.items() if value >= PATIENCE * self._timeout}:
                 self._kill_siblings(lost)
                 self._leave(_no_sign_of_life(lost, PATIENCE * self._timeout))

@@ -103,8 +103,8 @@ def build_transformer(architecture: WanConfig, load: WeightLoader | None, layout
     if load is not None:
         load(model)
     else:
-        model.reset_parameters(seed)
-    for parameter, value in initial_adapters(model, seed):
+        model.reset_parameters(seed, layout.device)
+    for parameter, value in initial_adapters(model, seed, layout.device):
         copy_full_tensor(parameter, value)
     finish_float8(model, layout.float8)
     return model
