@@ -27,8 +27,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from titan_distill.diffusion.noise import KeyedNoise
-
 CUDA = torch.device("cuda", 0)
 PROJECT = ("titan_distill.", "titan_kernels.")
 
@@ -293,7 +291,7 @@ def _replacements(device: ClaimedDevice) -> Iterator[tuple[Any, str, Any]]:
     for name, answer in answers.items():
         yield torch.cuda, name, lambda *args, answer=answer, **kwargs: answer
     yield torch.cuda, "synchronize", lambda *args: device.wait("synchronize")
-    group, normal = torch._C._group_tensors_by_device_and_dtype, KeyedNoise.normal
+    group = torch._C._group_tensors_by_device_and_dtype
 
     def grouped(tensors: Any, with_indices: bool = False) -> Any:
         """Optimizers and gradient clipping ask this for devices, in C++."""
@@ -301,11 +299,4 @@ def _replacements(device: ClaimedDevice) -> Iterator[tuple[Any, str, Any]]:
         first = next((tensor for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor)), None)
         return {(CUDA if is_on_gpu(first) else real, dtype): value for (real, dtype), value in groups.items()}
 
-    def drawn(noise: KeyedNoise, *args: Any, device: Any, **kwargs: Any) -> Tensor:
-        """The same numbers on every device, so the CPU may draw them."""
-        rows = normal(noise, *args, device="cpu", **kwargs)
-        _mark(rows, torch.device(device).type == "cuda")
-        return rows
-
     yield torch._C, "_group_tensors_by_device_and_dtype", grouped
-    yield KeyedNoise, "normal", drawn

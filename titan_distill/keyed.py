@@ -11,6 +11,8 @@ import torch
 from titan_kernels import philox_normal
 from torch import Tensor
 
+from titan_distill.transfer import to_device
+
 
 def keyed_generator(key: str) -> torch.Generator:
     """A CPU generator that depends on `key` alone: on no rank, no layout, and no draw before."""
@@ -27,6 +29,4 @@ def keyed_normal(keys: Sequence[str], shape: Sequence[int], device: torch.device
     digests = [hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys]
     streams = [struct.unpack(">qq", digest) for digest in digests]
     streams_B2 = torch.tensor(streams, dtype=torch.int64, device="cpu").view(len(keys), 2)
-    if torch.device(device).type == "cuda":
-        streams_B2 = streams_B2.pin_memory().to(device, non_blocking=True)
-    return philox_normal(streams_B2, math.prod(shape)).view(len(keys), *shape)
+    return philox_normal(to_device(streams_B2, device), math.prod(shape)).view(len(keys), *shape)
