@@ -43,9 +43,6 @@ has_option job.config_file "$@" || arguments=(--job.config_file "${CONFIG_FILE:-
 num_cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((num_cores > num_processes ? num_cores / num_processes : 1))}
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-if ((num_gpus > 0)); then
-    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-fi
 
 if ((num_processes == 1)) || has_option help "$@"; then
     exec "$python" -m titan_distill.train "${arguments[@]}"
@@ -56,7 +53,7 @@ fi
 
 # torchrun makes exit code 1 and a traceback of its own out of every failing rank, so wrong input is told before it.
 trap 'exit 75' TERM USR1 # once the check is done; from then on the launcher listens
-WORLD_SIZE=$num_processes "$python" -m titan_distill.train --check "${arguments[@]}"
+WORLD_SIZE=$num_processes LOCAL_WORLD_SIZE=$num_processes "$python" -m titan_distill.train --check "${arguments[@]}"
 exec "$python" -m titan_distill.launch --standalone --nproc-per-node "$num_processes" \
     --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 \
     -m titan_distill.train "${arguments[@]}"

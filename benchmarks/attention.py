@@ -1,19 +1,21 @@
-"""Attention of one layer, dense and sparse, forward and backward: ``python -m benchmarks.attention [--out FILE]``.
+"""Attention of one layer, dense and sparse, forward and backward: `python -m benchmarks.attention [--out FILE]`.
 
-Three dense ways and the sparse one, on the token grids of Wan at 480p and 720p (81 frames) and of its 5B model:
+Measured on the token grids of Wan at 480p and 720p (81 frames) and of its 5B model:
 
-- ``sdpa ...``: PyTorch's dense attention by backend, without a coarse branch;
-- ``dense branch``: what a sparse role runs below its crossover: dense attention, coarse branch and gate;
-- ``vsa``: `video_sparse_attention`, all of it: pooling, choice, coarse and fine branch, gate;
-- ``vsa kernels``: its fine branch alone, on lists that exist: the attention kernels themselves.
+- `sdpa ...`: PyTorch's dense attention by backend, without a coarse branch;
+- `dense branch`: a sparse role below its crossover: dense attention, coarse branch and gate;
+- `vsa`: `video_sparse_attention`, all of it: pooling, choice, coarse and fine branch, gate;
+- `vsa kernels`: its fine branch alone, on lists that exist: the attention kernels themselves;
+- `candidates`: each kept way to build each of these kernels (`titan_kernels.tuning`), by itself.
 
 *Executed* FLOPs are those of the fine attention: two matrix products forward; backward five for dense kernels and seven
 for ours, which are split in two to need no atomics. Products are counted over the pairs of tokens that the lists name:
-exact for ragged tiles, nothing for padding, pooling or the coarse branch. *Dense-equivalent* FLOPs are two and five
-products over all pairs: what dense attention would have had to do. The ceiling is a large matrix product of the same
-dtype in the same run.
+exact for ragged tiles, nothing for padding, pooling or the coarse branch. *Tensor* FLOPs count whole blocks, as the
+matrix units compute them: ragged tiles are masked, not skipped. *Dense-equivalent* FLOPs are two and five products over
+all pairs: what dense attention would have had to do. The ceiling is a large matrix product of the same dtype in the
+same run.
 
-The crossover is the sparsity at which ``vsa`` takes as long as ``dense branch``, forward and backward together, between
+The crossover is the sparsity at which `vsa` takes as long as `dense branch`, forward and backward together, between
 measured ones by a straight line. On CPUs the plain-torch twins run on small grids: a check of this file, no measure of
 the kernels.
 """
@@ -35,26 +37,29 @@ from typing import Any
 import titan_kernels
 import torch
 import torch.nn.functional as F
-from titan_kernels import tile_layout
+import triton
+from titan_kernels import tile_layout, tuning
+from titan_kernels.layout import DEFAULT_TILE
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.launches import WAN_5B, WAN_480P, WAN_720P, Grid
 from benchmarks.machine import write_result
 
-Grid = tuple[int, int, int]
-
 GRIDS: dict[str, list[Grid]] = {
-    "cuda": [(21, 45, 80), (21, 30, 52), (31, 22, 40)],
+    "cuda": [WAN_720P, WAN_480P, WAN_5B],
     "cpu": [(5, 10, 14), (4, 8, 8), (5, 6, 6)],
 }
 HEADS = {"cuda": [12, 40, 24], "cpu": [2, 1]}
 SPARSITIES = [0.9, 0.8, 0.95, 0.5]
 HEAD_DIM = {"cuda": 128, "cpu": 32}
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
-BACKENDS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+BACKENDS = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION}
 DENSE = ["dense branch", *BACKENDS]
+SPARSE = ["vsa", "vsa kernels"]
 
 FORWARD_PRODUCTS, DENSE_BACKWARD_PRODUCTS, SPLIT_BACKWARD_PRODUCTS = 2, 5, 7
+KERNEL_PRODUCTS = {"forward": 2, "grad_q": 3, "grad_kv": 4}
 FLUSH_BYTES = 256 * 2**20
 """More than any L2 holds."""
 
@@ -68,10 +73,12 @@ class Case:
     kind: str
     sparsity: float | None = None
     tiles_per_list: int | None = None
+    tile: Grid = DEFAULT_TILE
 
     def __str__(self) -> str:
         sparse = f" {self.sparsity} x{self.tiles_per_list}" if self.sparsity is not None else ""
-        return f"{math.prod(self.grid)} tokens, {self.heads} heads: {self.kind}{sparse}"
+        tile = f" {'x'.join(map(str, self.tile))}" if self.tile != DEFAULT_TILE else ""
+        return f"{math.prod(self.grid)} tokens, {self.heads} heads: {self.kind}{sparse}{tile}"
 
 
 def plan(grids: Sequence[Grid], heads: Sequence[int], sparsities: Sequence[float]) -> list[Case]:
@@ -84,15 +91,15 @@ def plan(grids: Sequence[Grid], heads: Sequence[int], sparsities: Sequence[float
     for round_, sparsity in enumerate(sparsities):
         for size in sizes:
             cases += [Case(*size, kind) for kind in DENSE if not round_]
-            cases += [Case(*size, kind, sparsity, join) for join in (2, 1) for kind in ("vsa", "vsa kernels")]
+            cases += [Case(*size, kind, sparsity, join) for join in (2, 1) for kind in SPARSE]
     return cases
 
 
 class Tensors:
     """Random inputs of a size, in tile order."""
 
-    def __init__(self, grid: Grid, heads: int, device: str) -> None:
-        self.layout = tile_layout(grid, device=device)
+    def __init__(self, grid: Grid, heads: int, device: str, tile: Grid = DEFAULT_TILE) -> None:
+        self.layout = tile_layout(grid, tile, device)
         shape = (1, self.layout.num_tokens, heads, HEAD_DIM[device])
         generator = torch.Generator(device).manual_seed(0)
 
@@ -113,12 +120,14 @@ class Tensors:
 
 @dataclass
 class Work:
-    """What is timed, and the token pairs it computes, averaged over heads."""
+    """Calls to time, and the token pairs that they compute, averaged over heads."""
 
     forward: Callable[[], Any]
     backward: Callable[[], Any]
     pairs: float
     backward_products: int
+    tensor_pairs: float = 0.0
+    """Pairs in whole blocks: at least `pairs`, and the same where no tile is ragged. Set for sparse attention."""
 
 
 def work(case: Case, x: Tensors) -> Work | str:
@@ -130,8 +139,10 @@ def work(case: Case, x: Tensors) -> Work | str:
         lists = _lists(x, topk, join)
     blocks, tiles = x.layout.tiles(None, join), x.layout.tiles()
     pairs = (blocks.length * tiles.length[lists].sum(-1)).sum((0, 1)).double().sum().item() / x.q.shape[2]
+    rows, columns = (triton.next_power_of_2(run.longest) for run in (blocks, tiles))
+    tensor_pairs = float(len(blocks.start) * rows * topk * columns)
     if case.kind == "vsa":
-        return _with_autograd(lambda: _sparse(x, topk, join), x, pairs, SPLIT_BACKWARD_PRODUCTS)
+        return _with_autograd(lambda: _sparse(x, topk, join), x, pairs, SPLIT_BACKWARD_PRODUCTS, tensor_pairs)
     q, k, v = (y.detach() for y in (x.q, x.k, x.v))
     out, lse = titan_kernels.ops.vsa_forward(q, k, v, lists, blocks, tiles)
     return Work(
@@ -139,6 +150,7 @@ def work(case: Case, x: Tensors) -> Work | str:
         lambda: torch.ops.titan_kernels.vsa_backward(x.grad, q, k, v, out, lse, lists, *blocks, *tiles),
         pairs,
         SPLIT_BACKWARD_PRODUCTS,
+        tensor_pairs,
     )
 
 
@@ -186,14 +198,16 @@ def _available(kind: str, by_head: list[Tensor]) -> bool:
     return can_use[kind](parameters)
 
 
-def _with_autograd(forward: Callable[[], Tensor], x: Tensors, pairs: float, backward_products: int) -> Work:
+def _with_autograd(
+    forward: Callable[[], Tensor], x: Tensors, pairs: float, backward_products: int, tensor_pairs: float = 0.0
+) -> Work:
     out = forward()
     leaves = (x.q, x.k, x.v, x.gate)
 
     def backward() -> Any:
         return torch.autograd.grad(out, leaves, x.grad, retain_graph=True, allow_unused=True)
 
-    return Work(forward, backward, pairs, backward_products)
+    return Work(forward, backward, pairs, backward_products, tensor_pairs)
 
 
 class Clock:
@@ -202,6 +216,11 @@ class Clock:
     def __init__(self, device: str, milliseconds: float = 300, most: int = 30) -> None:
         self.device, self.milliseconds, self.most = device, milliseconds, most
         self.flush = torch.empty(FLUSH_BYTES if device == "cuda" else 1, dtype=torch.int8, device=device)
+
+    @classmethod
+    def of(cls, device: str) -> Clock:
+        """The clock for a device: CPUs only check this file, with few repetitions."""
+        return cls(device) if device == "cuda" else cls(device, 20, 5)
 
     def __call__(self, call: Callable[[], Any]) -> float:
         for _ in range(2):  # compiles, times the kernels' candidates, allocates
@@ -232,21 +251,50 @@ def matmul_tflops(device: str, clock: Clock) -> float:
 
 
 def measure(cases: Iterable[Case], device: str, ceiling: float, clock: Clock) -> Iterator[dict[str, Any]]:
-    """One row a case: times, rates, and shares of `ceiling`, or why there are none."""
+    """Yields one row per case, and one per candidate: times, rates, and shares of `ceiling`, or why there are none."""
     size, x = None, None
     for case in cases:
-        if x is None or size != (case.grid, case.heads):
-            size, x = (case.grid, case.heads), None  # released before the next is made
-            x = Tensors(case.grid, case.heads, device)
-        ready = work(case, x)
-        row: dict[str, Any] = {**asdict(case), "tokens": x.layout.num_tokens}
-        if isinstance(ready, str):
-            yield row | {"unavailable": ready}
-            continue
-        if case.sparsity is not None:
-            row["topk"] = x.topk(case.sparsity)
+        if x is None or size != (case.grid, case.heads, case.tile):
+            size, x = (case.grid, case.heads, case.tile), None  # released before the next is made
+            x = Tensors(case.grid, case.heads, device, case.tile)
+        yield from measure_case(case, x, ceiling, clock)
+
+
+def measure_case(case: Case, x: Tensors, ceiling: float, clock: Clock) -> Iterator[dict[str, Any]]:
+    """Yields the rows of one case, whose size and tile are those of `x`."""
+    row: dict[str, Any] = {**asdict(case), "tokens": x.layout.num_tokens}
+    ready = work(case, x)
+    if isinstance(ready, str):
+        yield row | {"unavailable": ready}
+        return
+    if case.sparsity is not None:
+        row["topk"] = x.topk(case.sparsity)
+    if case.kind != "candidates":
         yield row | _rates(ready, x, ceiling, clock)
-        del ready
+    else:
+        yield from (row | candidate for candidate in _candidates(ready, x))
+
+
+def _candidates(ready: Work, x: Tensors) -> list[dict[str, Any]]:
+    """Milliseconds and rates of every kept candidate of every kernel, or the error that it raised."""
+    if not x.q.is_cuda:
+        return [{"unavailable": "twins have no candidates"}]
+    found: list[dict[str, Any]] = []
+
+    def note(kernel: str, candidate: tuning.Candidate, result: float | Exception) -> None:
+        row: dict[str, Any] = {"kernel": kernel, "candidate": str(candidate)}
+        if isinstance(result, Exception):
+            found.append(row | {"failed": f"{type(result).__name__}: {result}"[:300]})
+            return
+        rates = [
+            KERNEL_PRODUCTS[kernel] * pairs * x.pair_flops / result / 1e9 for pairs in (ready.pairs, ready.tensor_pairs)
+        ]
+        found.append(row | {"ms": result, "tflops": rates[0], "tensor_tflops": rates[1]})
+
+    with tuning.observed(note):
+        ready.forward()
+        ready.backward()
+    return found
 
 
 def _rates(ready: Work, x: Tensors, ceiling: float, clock: Clock) -> dict[str, Any]:
@@ -256,7 +304,7 @@ def _rates(ready: Work, x: Tensors, ceiling: float, clock: Clock) -> dict[str, A
     product, dense_product = ready.pairs * x.pair_flops, x.layout.num_tokens**2 * x.pair_flops
     forward = FORWARD_PRODUCTS * product / forward_ms / 1e9
     backward = ready.backward_products * product / backward_ms / 1e9
-    return {
+    rates = {
         "forward_ms": forward_ms,
         "backward_ms": backward_ms,
         "forward_tflops": forward,
@@ -266,6 +314,9 @@ def _rates(ready: Work, x: Tensors, ceiling: float, clock: Clock) -> dict[str, A
         "forward_share_of_matmul": forward / ceiling,
         "backward_share_of_matmul": backward / ceiling,
     }
+    if ready.tensor_pairs:
+        rates["useful_share"] = ready.pairs / ready.tensor_pairs
+    return rates
 
 
 def summaries(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -338,7 +389,6 @@ def table(result: dict[str, Any]) -> str:
             f"forward + backward {speedups} over the fastest sdpa; crossover "
             + (f"{where:.3f}" if isinstance(where, float) else str(where))
         )
-    lines += [f"skipped for lack of time: {case}" for case in result["skipped"]]
     return "\n".join(lines)
 
 
@@ -346,20 +396,12 @@ def _table_order(row: dict[str, Any]) -> tuple:
     return row["tokens"], row["heads"], row["sparsity"] or 0, row["kind"], row["tiles_per_list"] or 0
 
 
-def benchmark(
-    cases: Sequence[Case], device: str, deadline: float = math.inf, report: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Measures cases in order until `deadline`, a value of `time.monotonic`; names those it did not reach."""
-    clock = Clock(device) if device == "cuda" else Clock(device, 20, 5)
+def benchmark(cases: Sequence[Case], device: str, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measures cases in order."""
+    clock = Clock.of(device)
     ceiling = matmul_tflops(device, clock)
-    remaining = list(cases)
-
-    def in_time() -> Iterator[Case]:
-        while remaining and time.monotonic() < deadline:
-            yield remaining.pop(0)
-
     rows = []
-    for row in measure(in_time(), device, ceiling, clock):
+    for row in measure(cases, device, ceiling, clock):
         rows.append(row)
         report(
             f"{row['tokens']} tokens, {row['heads']} heads, {row['kind']} {row['sparsity'] or ''}: "
@@ -373,7 +415,6 @@ def benchmark(
         "matmul_tflops": ceiling,
         "rows": rows,
         "summaries": summaries(rows),
-        "skipped": [str(case) for case in remaining],
     }
 
 

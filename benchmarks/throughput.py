@@ -39,7 +39,7 @@ from torch import Tensor
 
 from benchmarks.machine import machine, write_result
 from titan_distill.config import Config, ValidationConfig, load_config, to_toml
-from titan_distill.config_world import check_world
+from titan_distill.config_world import check_world, needs_group
 from titan_distill.data.loader import Batch
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.dispatch import method_class, model_family, register_model
@@ -47,7 +47,7 @@ from titan_distill.models.base import Adapter, Condition, ModelFamily
 from titan_distill.observability.flops import BACKWARD_FORWARDS, Work, peak_flops
 from titan_distill.observability.metrics import memory_gib
 from titan_distill.observability.timing import PhaseTimer
-from titan_distill.parallelisms.mesh import Layouts, World, num_ranks, start_world
+from titan_distill.parallelisms.mesh import Layouts, World, check_local_ranks, num_ranks, start_world
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.train import EXIT_BAD_INPUT, assemble
 from titan_distill.trainer import Trainer
@@ -199,6 +199,18 @@ def build(config: Config, world: World) -> tuple[Trainer, MeasuredAdapter, Named
     return trainer, trainer.adapter, timer
 
 
+@contextmanager
+def started(config: Config, num_steps: int) -> Iterator[tuple[World, Trainer, MeasuredAdapter, NamedTimer]]:
+    """The ranks and the trainer of a run of `num_steps` steps, until the block ends."""
+    world = start_world(config.comm.init_timeout_seconds, force_group=needs_group(config))
+    with tempfile.TemporaryDirectory() as folder:
+        # One step more than will run: the metrics of the last one would take the timer's seconds.
+        yield world, *build(synthetic_config(config, Path(folder), num_steps + 1), world)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 @dataclass
 class Measured:
     """What this rank saw of the measured steps. What belongs to no update is kept under ``STEP``."""
@@ -241,16 +253,21 @@ def measure(trainer: Trainer, adapter: MeasuredAdapter, timer: NamedTimer, num_w
             measured = Measured()
             _wait_for_all(timer)
             started = time.perf_counter()
-        trainer.state.step = step
-        with timer("data"):
-            batch = adapter.prepare_batch(next(trainer.loader))
-        measured.add(STEP, timer, adapter.ledger)
-        for update in trainer.method.updates(step):
-            trainer.run_update(update, batch)
-            measured.add(update.role, timer, adapter.ledger)
+        run_step(trainer, adapter, timer, step, measured)
     _wait_for_all(timer)
     measured.seconds = time.perf_counter() - started
     return measured
+
+
+def run_step(trainer: Trainer, adapter: MeasuredAdapter, timer: NamedTimer, step: int, measured: Measured) -> None:
+    """Runs the updates that are due at `step`, and adds what they took to `measured`."""
+    trainer.state.step = step
+    with timer("data"):
+        batch = adapter.prepare_batch(next(trainer.loader))
+    measured.add(STEP, timer, adapter.ledger)
+    for update in trainer.method.updates(step):
+        trainer.run_update(update, batch)
+        measured.add(update.role, timer, adapter.ledger)
 
 
 def _wait_for_all(timer: NamedTimer) -> None:
@@ -358,24 +375,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = load_config(["--job.config_file", str(arguments.config), *overrides])
         check_world(config, num_ranks())
+        check_local_ranks()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    world = start_world(config.comm.init_timeout_seconds, force_group=config.training.dtype != "float32")
-    with tempfile.TemporaryDirectory() as folder:
-        # One step more than will run: the metrics of the last one would take the timer's seconds.
-        run = synthetic_config(config, Path(folder), arguments.warmup + arguments.steps + 1)
-        trainer, adapter, timer = build(run, world)
+    with started(config, arguments.warmup + arguments.steps) as (world, trainer, adapter, timer):
         measured = measure(trainer, adapter, timer, arguments.warmup, arguments.steps)
-    result = report(config, world, trainer, measured, arguments.steps)
-    if world.is_main:
-        print(table(result))
-        if arguments.out:
-            command = " ".join(["throughput", str(arguments.config), "--steps", str(arguments.steps), *overrides])
-            write_result(arguments.out, {"command": command, "warmup_steps": arguments.warmup, **result})
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        result = report(config, world, trainer, measured, arguments.steps)
+        if world.is_main:
+            print(table(result))
+            if arguments.out:
+                command = " ".join(["throughput", str(arguments.config), "--steps", str(arguments.steps), *overrides])
+                write_result(arguments.out, {"command": command, "warmup_steps": arguments.warmup, **result})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Markers by folder, one thread a process, and GPU tests skipped with a reason where there is no GPU."""
+"""Markers by folder, one thread per process, and the GPU hidden from all tests but those of `tests/gpu`.
+
+A test that finds a GPU by itself would test another program than on the machines without one. The choice is made once,
+when a session starts, because a process can't hide a GPU that it has begun to use: a session whose tests all lie in
+`tests/gpu`, or which asks for `-m gpu`, sees the GPU; any other does not, and skips GPU tests with a reason.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +26,17 @@ os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+def shows_gpu(arguments: list[str], markers: str, folder: Path) -> bool:
+    """Whether a session with these paths, relative to `folder`, and this `-m` has GPU tests only."""
+    paths = [(folder / argument.partition("::")[0]).resolve() for argument in arguments]
+    return markers == "gpu" or (bool(paths) and all(path.is_relative_to(TESTS / "gpu") for path in paths))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not shows_gpu(config.args, config.getoption("markexpr"), config.invocation_params.dir):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for xdist's workers and for what tests start as well
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = config.getoption("markexpr")
     for item in items:
@@ -28,7 +44,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if folder in FOLDER_MARKERS:
             item.add_marker(getattr(pytest.mark, folder))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs CUDA, and torch sees no GPU here"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and none is here, or `pytest tests/gpu` must see it"))
         for marker, why in ON_REQUEST.items():
             if item.get_closest_marker(marker) and marker not in wanted:
                 item.add_marker(pytest.mark.skip(reason=f"{why}; run it with -m {marker}"))
+    # First what has never run on a CPU: the time of a lent GPU may end before all tests have run.
+    items.sort(key=lambda item: item.get_closest_marker("gpu") is not None and "bfloat16" not in item.name)

@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+from philox_kernel import KEYS, check_bits, check_published_words
 from titan_kernels import add_coarse, branches, reference, tile_layout, triton_kernels, video_sparse_attention
 from titan_kernels.layout import Tiles
 from torch import Tensor
@@ -130,3 +131,13 @@ def test_definition_with_joined_tiles():
     inputs, grad = random_inputs(RAGGED, 1, 32, torch.float32)
     expected = Oracle(RAGGED, tiles_per_list=2)(inputs, grad, 2)
     assert max(map(error, run(joined, tile_layout(RAGGED), inputs, grad, 2), expected)) < 1e-5
+
+
+def test_random_words_are_the_published_ones():
+    check_published_words("cpu")
+
+
+def test_normals_equal_the_twins_bit_for_bit():
+    for num_elements in (0, 1, 2, 3, 6, 2048, 2051):
+        check_bits(num_elements, "cpu")
+    check_bits(20_000, "cpu", KEYS[1:2])

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from titan_distill.ode_pairs import OdePairsOptions, ode_pairs
 
@@ -51,6 +53,15 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
 def largest(values: Iterable[float]) -> float:
     """Unlike ``max`` NaN where one of them is, which is within no bound; 0 for no values."""
     return float(torch.tensor([0.0, *values], dtype=torch.float64).max())
+
+
+def allocated_peak(run: Callable[[], object]) -> int:
+    """The most bytes that torch has allocated on the CPU at once in a call, above those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    assert recorded.profiler is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def run_ranks(num_ranks: int, arguments: Sequence[str], timeout: float = 120) -> None:

@@ -460,12 +460,15 @@ class ProfilingConfig:
 @dataclass(frozen=True, kw_only=True)
 class CommConfig:
     init_timeout_seconds: int = 300
-    """How long a collective may take until the first step is done: start-up includes loading and compiling."""
+    """How long a collective may take until the first step is done, because start-up includes loading and compiling, and
+    at any time one of a checkpoint, which waits for the slowest disk."""
     train_timeout_seconds: int = 100
     """How long a collective may take afterwards, before the run is ended."""
+    validation_timeout_seconds: int = 3600
+    """How long ranks may wait for each other's part of a validation's report (scores, videos) and for the trackers."""
 
     def __post_init__(self) -> None:
-        check_range(self, "init_timeout_seconds", "train_timeout_seconds", least=1)
+        check_range(self, "init_timeout_seconds", "train_timeout_seconds", "validation_timeout_seconds", least=1)
 
 
 def _check_degrees(section: ParallelismConfig | ParallelismOverride) -> None:

@@ -45,6 +45,12 @@ def role_degrees(config: Config, name: str, world_size: int) -> Degrees:
     return _resolve(own, key, world_size)
 
 
+def needs_group(config: Config) -> bool:
+    """Whether a single process needs a process group: mixed precision and offloading are FSDP's, which works on one."""
+    offloaded = any(role_parallelism(config, name).cpu_offload for name in config.roles)
+    return config.training.dtype != "float32" or offloaded
+
+
 def check_world(config: Config, world_size: int) -> RunLayout:
     """Resolves all layouts for ``world_size`` ranks.
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from titan_distill.attention.dense import order_backends
 from titan_distill.checkpoint import convert
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import read_manifest
@@ -20,7 +21,7 @@ from titan_distill.dispatch import method_class, model_family
 from titan_distill.methods.base import SampleRequest
 from titan_distill.models.base import Adapter
 from titan_distill.observability.metrics import PhaseTimer
-from titan_distill.parallelisms.mesh import Layouts
+from titan_distill.parallelisms.mesh import Layouts, default_device
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.base import Sampling
 from titan_distill.validation.video import write_mp4
@@ -59,7 +60,7 @@ def generate(
     """
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the video should show")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     overrides = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}
     pipeline = {name: value for name, value in overrides.items() if value is not None}
     config, adapter, handle, request = load_role(resolve(checkpoint), role, device, pipeline, raw_weights=raw_weights)
@@ -114,6 +115,7 @@ def load_role(
     trained = convert.trained_role(checkpoint, manifest, role)
     use_ema = trained.has_ema and not raw_weights
     family = model_family(config.recipe.family)(config)
+    order_backends(device)
     modules = {}
     for name in trained.modules:
         tensors = convert.role_tensors(checkpoint, role, use_ema=use_ema, module=name)

@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titan_distill.config import Config, RoleConfig, load_config
-from titan_distill.config_world import role_degrees
+from titan_distill.config_world import needs_group, role_degrees
 from titan_distill.data.loader import collate
 from titan_distill.data.parquet import DTYPES, LatentRow, ParquetDataset, read_ids, write_rows
 from titan_distill.data.prompts import read_prompts
@@ -121,7 +121,7 @@ def ode_pairs(options: OdePairsOptions) -> str:
 @contextmanager
 def _world(config: Config) -> Iterator[World]:
     """All ranks, from when each has seen what is there until each has written its last file."""
-    world = start_world(config.comm.init_timeout_seconds, force_group=config.training.dtype != "float32")
+    world = start_world(config.comm.init_timeout_seconds, force_group=needs_group(config))
     try:
         _wait_for_all()
         yield world

@@ -20,16 +20,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from titan_distill.attention.dense import order_backends
 from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference, weights_digest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole
-from titan_distill.checkpoint.ranks import RankFailure
+from titan_distill.checkpoint.ranks import RankFailure, Ranks
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config import Config, check_paths, help_text, load_config, to_toml
-from titan_distill.config_world import check_world, role_parallelism
+from titan_distill.config_world import check_world, needs_group, role_parallelism
 from titan_distill.data.datasets import open_dataset
 from titan_distill.data.loader import build_loader
-from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
 from titan_distill.dispatch import method_class, model_family
 from titan_distill.exit_codes import EXIT_BAD_INPUT, EXIT_COME_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from titan_distill.methods.base import Head, TrainingMethod
@@ -45,7 +46,7 @@ from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
 from titan_distill.parallelisms.fsdp import FsdpOptions
 from titan_distill.parallelisms.lora import is_adapter
-from titan_distill.parallelisms.mesh import Layouts, World, default_device, num_ranks, start_world
+from titan_distill.parallelisms.mesh import Layouts, World, check_local_ranks, default_device, num_ranks, start_world
 from titan_distill.parallelisms.tensor import check_async_communication
 from titan_distill.parallelisms.watchdog import LostRankError, Watchdog, record_collectives
 from titan_distill.quiet import quiet_libraries
@@ -83,6 +84,7 @@ def start(argv: list[str], stop: Stop) -> Trainer | None:
     config = load_config([argument for argument in argv if argument != CHECK])
     run_layout = check_world(config, num_ranks())
     if not config.job.dry_run:
+        check_local_ranks()
         check_paths(config)
         config = spell_out_references(config)
         check_hardware(config.float8, default_device())
@@ -95,7 +97,7 @@ def start(argv: list[str], stop: Stop) -> Trainer | None:
     if CHECK in argv:
         return None
     record_collectives(config.job.output_folder / "logs", config.comm.init_timeout_seconds)
-    world = _start(config)
+    world = start_world(config.comm.init_timeout_seconds, force_group=needs_group(config))
     watchdog = Watchdog(world.rank, world.size, config.comm.init_timeout_seconds)
     return assemble(config, world, watchdog, stop)
 
@@ -139,7 +141,8 @@ def train(trainer: Trainer) -> int:
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(closing(trainer.config, trainer.metrics.latest) if finished else _how_to_go_on(trainer, first_step))
     if dist.is_initialized():
-        dist.barrier()  # a rank that leaves while others still talk to it makes gloo abort
+        # A rank that leaves while others still talk to it makes gloo abort; rank 0's trackers may still upload.
+        trainer.ranks.wait()
         dist.destroy_process_group()
     return EXIT_DONE if finished else EXIT_COME_AGAIN
 
@@ -224,6 +227,9 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         num_workers=config.data.num_workers,
     )
     validator = family.build_validator(adapter, folder / "validation", layouts) if config.validation.enabled else None
+    ranks = Ranks(config.comm.validation_timeout_seconds)
+    if validator is not None:
+        validator.ranks = ranks
     metrics = MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work)
     if world.is_main:
         print(banner(config, roles, world))
@@ -240,6 +246,7 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         profiler=Profiler(config.profiling, folder / "profile", world, first_step=state.step),
         state=state,
         layouts=layouts,
+        ranks=ranks,
         watchdog=watchdog,
         stop=stop or Stop(),
     )
@@ -254,6 +261,7 @@ def build_layouts(config: Config, world: World) -> Layouts:
 def build_roles(config: Config, family: ModelFamily, layouts: Layouts, device: torch.device) -> RoleManager:
     """Networks of all roles, laid out and loaded; optimizers come later, when the method has said how often it
     steps."""
+    order_backends(device)
     heads = method_class(config.recipe.method).heads(config.method_config)
     modules = {
         name: family.build_modules(name, role, layouts.role(name), device)
@@ -315,11 +323,6 @@ def _config_file(argv: Sequence[str]) -> str | None:
     return chosen
 
 
-def _start(config: Config) -> World:
-    # Mixed precision is FSDP's, which needs a process group even when there is one process.
-    return start_world(config.comm.init_timeout_seconds, force_group=config.training.dtype != "float32")
-
-
 def _checkpoint_manager(
     config: Config, family: ModelFamily, roles: RoleManager, device: torch.device
 ) -> CheckpointManager:
@@ -338,9 +341,13 @@ def _checkpoint_manager(
             for name, role in config.roles.items()
             if role.lora.enabled and (weights := role.path or role.init_from)
         },
+        noise_version=NOISE_VERSION,
     )
     folder, checkpoint = config.job.output_folder / "checkpoints", config.checkpoint
-    return CheckpointManager(folder, checkpoint.keep, info, mode=checkpoint.mode, device=device)
+    timeout = config.comm.init_timeout_seconds
+    return CheckpointManager(
+        folder, checkpoint.keep, info, mode=checkpoint.mode, device=device, timeout_seconds=timeout
+    )
 
 
 def _architecture(family: ModelFamily, module: nn.Module) -> dict[str, Any]:

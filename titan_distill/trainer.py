@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titan_distill.checkpoint.manager import CheckpointManager
+from titan_distill.checkpoint.ranks import Ranks
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config import Config
 from titan_distill.data.loader import Batch, SampleLoader
@@ -52,6 +53,8 @@ class Trainer:
     profiler: Profiler
     state: TrainState
     layouts: Layouts
+    ranks: Ranks
+    """All ranks, for waits that may last longer than a collective of training."""
     watchdog: Watchdog | None = None
     stop: Stop = field(default_factory=Stop)
 
@@ -180,13 +183,17 @@ class Trainer:
         self.validator.poll = self.stop.poll
         self._release_state()  # averaged weights are put in place of the trained ones
         counting = self.adapter.work.paused() if self.adapter.work else nullcontext()
+        step = self.state.step
         try:
             with self.timer("validation"), counting:
-                scores = self.validator.validate(self.state.step, self.method.validation_request(), self.roles)
+                scores = self.validator.validate(step, self.method.validation_request(), self.roles)
+                self.metrics.log_media(step, self.validator.media(step))
+                # After all that rank 0 does alone, which may take longer than a collective of training may.
+                self.ranks.wait()
         except StopRequested:
             return
-        self.metrics.log(self.state.step, {f"validation/{name}": value for name, value in scores.items()})
-        self.metrics.log_media(self.state.step, self.validator.media(self.state.step))
+        self.metrics.log(step, {f"validation/{name}": value for name, value in scores.items()})
+        torch.cuda.empty_cache()  # of blocks of the decoder's sizes, which training can't use; nothing without CUDA
 
     def _clip_gradients(self, role: RoleHandle) -> float:
         parameters = role.parameters()

@@ -4,6 +4,8 @@ Each operator has one body, which runs the Triton kernel on CUDA (and, under TRI
 plain-torch twin of `reference` elsewhere; both have the twin's signature. Operators take the three parts of `Tiles` one
 by one, because a schema knows tensors and numbers only; the functions below take `Tiles`.
 
+`philox_normal` draws random numbers: no gradients, no FLOPs.
+
 FLOPs are those of the mathematics, two matrix products forward and five backward over the listed tokens of average
 tiles; the split backward kernels run seven.
 
@@ -45,6 +47,11 @@ def vsa_forward(
 def gated_add(fine_BLHD: Tensor, coarse_BNHD: Tensor, gate_BLHD: Tensor, tiles: Tiles) -> Tensor:
     """`reference.gated_add`."""
     return torch.ops.titan_kernels.gated_add(fine_BLHD, coarse_BNHD, gate_BLHD, *tiles)
+
+
+def philox_normal(keys_B2: Tensor, num_elements: int) -> Tensor:
+    """`reference.philox_normal`."""
+    return torch.ops.titan_kernels.philox_normal(keys_B2, num_elements)
 
 
 def _kernels(x: Tensor) -> Any:
@@ -232,6 +239,16 @@ def _gated_add_gradients(ctx: Any, grad: Tensor) -> tuple:
 
 
 _gated_add.register_autograd(_gated_add_gradients, setup_context=_save_for_gated_add)
+
+
+@torch.library.custom_op("titan_kernels::philox_normal", mutates_args=())
+def _philox_normal(keys: Tensor, num_elements: int) -> Tensor:
+    return _kernels(keys).philox_normal(keys, num_elements)
+
+
+@_philox_normal.register_fake
+def _(keys, num_elements):  # type: ignore[no-untyped-def]
+    return keys.new_empty((len(keys), num_elements), dtype=torch.float32)
 
 
 @register_flop_formula(torch.ops.titan_kernels.vsa_forward)

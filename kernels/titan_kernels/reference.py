@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from titan_kernels.layout import TileLayout, Tiles
+from titan_kernels.philox import philox_normal as philox_normal
 
 
 def tile_pool(

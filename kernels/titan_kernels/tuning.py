@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +49,12 @@ class Candidate:
     registers: int | None = None
     persistent: int = 0
     reason: str = ""
+
+    def __str__(self) -> str:
+        rows = "TMA" if self.tma else "pointers"
+        persistent = f", {self.persistent} resident" if self.persistent else ""
+        limit = "" if self.registers is None else f", {self.registers} registers"
+        return f"{self.warps} warps, {self.stages} stages, {rows}{persistent}{limit}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -164,17 +169,41 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-_may_time: ContextVar[bool] = ContextVar("may_time", default=True)
+_may_time = True
 
 
 @contextmanager
-def untimed() -> Iterator[None]:
-    """Within it every launch takes its first candidate."""
-    token = _may_time.set(False)
+def timing(allowed: bool) -> Iterator[None]:
+    """Within it launches may be timed or not, on every thread: autograd runs the backward of CUDA on one of its own."""
+    global _may_time
+    before, _may_time = _may_time, allowed
     try:
         yield
     finally:
-        _may_time.reset(token)
+        _may_time = before
+
+
+def untimed() -> AbstractContextManager[None]:
+    """Within it every launch of the process takes its first candidate."""
+    return timing(False)
+
+
+Observer = Callable[[str, Candidate, float | Exception], None]
+"""Takes a kernel's name, a candidate, and its milliseconds or the reason why it has none."""
+
+_observer: Observer | None = None
+"""Of the process, not of a context: autograd runs backwards on threads of its own."""
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Times the candidates of every launch within it, also of shapes known before, and tells `observer` of each."""
+    global _observer
+    _observer = observer
+    try:
+        yield
+    finally:
+        _observer = None
 
 
 _fastest: dict[tuple, Candidate] = {}
@@ -187,21 +216,24 @@ def launch(kernel: str, shape: Shape, start: Callable[[Candidate], None], *, tma
     interpreter), during graph capture, or within `untimed`.
     """
     kept = candidates(kernel, shape.block_m, shape.dtype, tma)
-    if (
-        len(kept) == 1
-        or not _may_time.get()
-        or not torch.cuda.is_available()
-        or torch.cuda.is_current_stream_capturing()
-    ):
+    if len(kept) == 1 or not _may_time or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
         return start(kept[0])
     key = (kernel, shape, tma, torch.cuda.current_device())
-    if key not in _fastest:
-        _fastest[key] = min(kept, key=lambda candidate: _milliseconds(start, candidate))
+    if key not in _fastest or _observer is not None:
+        _fastest[key] = min(kept, key=lambda candidate: _milliseconds(kernel, start, candidate))
     start(_fastest[key])
 
 
-def _milliseconds(start: Callable[[Candidate], None], candidate: Candidate) -> float:
+def _milliseconds(kernel: str, start: Callable[[Candidate], None], candidate: Candidate) -> float:
     try:
-        return triton.testing.do_bench(lambda: start(candidate), warmup=10, rep=50, return_mode="median")
-    except OutOfResources:  # this GPU has less shared memory than those the list was made for
+        milliseconds = triton.testing.do_bench(lambda: start(candidate), warmup=10, rep=50, return_mode="median")
+    except Exception as error:
+        # OutOfResources: this GPU has less shared memory than those the list was made for.
+        if _observer is None and not isinstance(error, OutOfResources):
+            raise
+        if _observer is not None:
+            _observer(kernel, candidate, error)
         return math.inf
+    if _observer is not None:
+        _observer(kernel, candidate, milliseconds)
+    return milliseconds

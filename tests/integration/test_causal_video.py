@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import av
 import pytest
 from runs import REPOSITORY, tiny_argv
 
@@ -41,6 +40,8 @@ def generate(checkpoint: Path, out: Path, *options: str) -> None:
 
 
 def num_frames(video: Path) -> int:
+    import av
+
     with av.open(str(video)) as container:
         return sum(1 for _ in container.decode(video=0))
 

@@ -17,7 +17,7 @@ import pytest
 import toy_family
 from runs import REPOSITORY, read_metrics
 
-from titan_distill.parallelisms.watchdog import Beat, Silence, record_collectives
+from titan_distill.parallelisms.watchdog import Beat, Silence
 
 TESTS = REPOSITORY / "tests"
 TIMEOUT_SECONDS = 8
@@ -135,13 +135,3 @@ def test_silence_is_of_counters_and_ends_with_the_run() -> None:
     later = {0: Beat("host", 1, 1, count=1), 1: beat}
     assert silence.update(later, now=107.0) == {0: 0.0, 1: 7.0}
     assert silence.update({**later, 1: Beat("host", 1, 1, state="done")}, now=109.0) == {0: 2.0}
-
-
-def test_flight_recorder_is_on_and_the_user_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TRACE_BUFFER_SIZE", "DUMP_ON_TIMEOUT", "DEBUG_INFO_TEMP_FILE", "HEARTBEAT_TIMEOUT_SEC"):
-        monkeypatch.setenv(f"TORCH_NCCL_{name}", "")  # so that monkeypatch takes away what is set here
-        monkeypatch.delenv(f"TORCH_NCCL_{name}")
-    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
-    record_collectives(tmp_path, 300)
-    assert os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7"
-    assert os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"].startswith(str(tmp_path))

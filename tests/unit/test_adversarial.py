@@ -287,7 +287,8 @@ NIGHTLY = [pytest.param(name, marks=() if name == "none" else pytest.mark.nightl
 def test_the_discriminator_alone_leads_to_the_data(name: str, tmp_path: Path) -> None:
     with OUTCOME_MUTANTS[name]():
         mean, deviation = student_law(tmp_path)
-    found = abs(mean - CONDITIONAL_MEAN) < 0.1 and abs(deviation - VARIANCE**0.5) < 0.1
+    # Ten seeds come within 0.09 and 0.103. Mutants end at means of 0 and -1.9.
+    found = abs(mean - CONDITIONAL_MEAN) < 0.15 and abs(deviation - VARIANCE**0.5) < 0.15
     assert found == (name == "none"), (mean, deviation)
 
 

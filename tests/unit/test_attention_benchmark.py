@@ -1,15 +1,14 @@
-"""The attention benchmark and the GPU suite: what they count, plan and print, on a CPU."""
+"""The attention benchmark on a CPU: what it counts and prints."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
 
 import pytest
 import torch
 
-from benchmarks import attention, gpu_suite
+from benchmarks import attention
 
 
 def test_the_benchmark_runs_and_counts_pairs_exactly(tmp_path, capsys):
@@ -18,7 +17,7 @@ def test_the_benchmark_runs_and_counts_pairs_exactly(tmp_path, capsys):
     attention.main(arguments)
     result = json.loads(out.read_text())
     rows = {(row["kind"], row["sparsity"], row["tiles_per_list"]): row for row in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 3 + 2 * 4 and not result["skipped"]
+    assert len(rows) == len(result["rows"]) == 3 + 2 * 4
     assert result["machine"]["torch"] == torch.__version__
     dense = rows["sdpa flash", None, None]
     product = 2 * 2 * 32 * 180**2
@@ -40,42 +39,8 @@ def test_impossible_choices_are_refused(arguments, capsys):
     assert stopped.value.code == 2 and arguments[0] in capsys.readouterr().err
 
 
-def test_the_target_is_timed_before_everything_else():
-    cases = gpu_suite.cases()
-    first = cases[: 3 + 4]
-    assert {(math.prod(case.grid), case.heads) for case in first} == {(75_600, 12)}
-    assert {case.sparsity for case in first} == {None, 0.9}
-    assert len(cases) == len(set(cases)) == 9 * (3 + 4 * 4)
-    assert {(math.prod(case.grid), case.heads) for case in cases[: 3 * 9 + 4 * 9]} == {
-        (tokens, heads) for tokens in (32_760, 75_600, 27_280) for heads in (12, 24, 40)
-    }
-
-
-def test_a_deadline_in_the_past_skips_every_case_and_says_so():
-    cases = attention.plan([(5, 6, 6)], [1], [0.9])
-    result = attention.benchmark(cases, "cpu", time.monotonic() - 1)
-    assert result["rows"] == [] and len(result["skipped"]) == len(cases)
-    assert "skipped for lack of time: 180 tokens, 1 heads: vsa 0.9 x2" in attention.table(result)
-
-
-def test_the_suite_leaves_time_for_timings_and_the_table():
-    schedule = gpu_suite.Schedule.starting(100, 8.5)
-    assert 100 < schedule.tests_end < schedule.timings_end < 100 + 8.5 * 60
-    tests = {"passed": False, "summary": "1 failed, 9 passed in 3 s", "seconds": 3.0}
-    timings = attention.benchmark([], "cpu")
-    assert gpu_suite.report(tests, timings).endswith("tests: 1 failed, 9 passed in 3 s (3 s)")
-
-
 def test_crossover_lies_on_the_line_between_measured_sparsities():
     assert attention.crossover({0.5: 12.0, 0.8: 6.0, 0.9: 4.0}, 9.0) == pytest.approx(0.65)
     assert attention.crossover({0.5: 8.0, 0.8: 6.0}, 9.0) == "below 0.5"
     assert attention.crossover({0.5: 12.0, 0.8: 10.0}, 9.0) == "above 0.8"
     assert attention.crossover({0.9: 4.0}, 9.0) is None
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
-def test_without_cuda_the_suite_says_so(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        gpu_suite.main(["--out", str(tmp_path)])
-    assert stopped.value.code == gpu_suite.EXIT_NO_CUDA
-    assert capsys.readouterr().err == "error: the GPU suite needs CUDA, and torch sees no GPU here\n"

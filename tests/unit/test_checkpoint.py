@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -170,6 +171,26 @@ class TestResume:
         assert "configuration has changed" not in caplog.text
         CheckpointManager(saved.parent, 2, replace(RUN, config_digest="e")).load(saved, make_roles(seed=0))
         assert "configuration has changed" in caplog.text
+
+    @pytest.mark.parametrize("recorded, version", [(None, "1 (not recorded)"), (1, "1"), (3, "3")])
+    def test_changed_noise_is_said_in_one_line(
+        self, recorded: int | None, version: str, saved: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        if recorded is None:
+            without_field(saved)
+        else:
+            write_manifest(saved, replace(read_manifest(saved), noise_version=recorded))
+        CheckpointManager(saved.parent, 2, replace(RUN, noise_version=2)).load(saved, make_roles(seed=0))
+        lines = [record.getMessage() for record in caplog.records if "Noise" in record.getMessage()]
+        drawn = f"the checkpoint's run drew noise of version {version}, this one draws version 2"
+        assert lines == [f"Noise changes from here: {drawn}"]
+
+    def test_the_same_noise_is_no_news(self, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+        manager = CheckpointManager(saved.parent, 2, replace(RUN, noise_version=2))
+        again = manager.save(make_roles(seed=0), TrainState(step=9))
+        assert read_manifest(again).noise_version == 2
+        manager.load(again, make_roles(seed=0))
+        assert "Noise" not in caplog.text
 
     @pytest.mark.parametrize(
         ("roles", "message"),
@@ -402,6 +423,14 @@ def test_fingerprint_tells_weights_apart(tmp_path: Path) -> None:
         content[position] = 1
         (tmp_path / "weights").write_bytes(content)
         assert fingerprint(tmp_path) != original
+
+
+def without_field(folder: Path) -> None:
+    """Makes the manifest one from before `noise_version`."""
+    content = json.loads((folder / MANIFEST_NAME).read_text())
+    del content["noise_version"], content["digest"]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST_NAME).write_text(json.dumps({**content, "digest": digest}))
 
 
 def sign(folder: Path) -> None:

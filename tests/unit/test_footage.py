@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from tiny_media import brightness, write_video
 
 from titan_distill.data.footage import decode, read_clips
+
+av = pytest.importorskip("av")
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])

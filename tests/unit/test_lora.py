@@ -84,7 +84,9 @@ def test_first_values_depend_on_the_name_alone() -> None:
         apply_lora(model, LoraConfig(rank=2, target_modules=targets), excluded=HIGH_PRECISION)
         by_identity = {id(p): name for name, p in model.named_parameters()}
         torch.manual_seed(len(targets))
-        return {by_identity[id(parameter)]: value for parameter, value in initial_adapters(model, SEED)}
+        return {
+            by_identity[id(parameter)]: value for parameter, value in initial_adapters(model, SEED, torch.device("cpu"))
+        }
 
     some, everything = values(("attn1.to_v", "ffn.net.2")), values(())
     assert len(some) == 8 and some.keys() < everything.keys()

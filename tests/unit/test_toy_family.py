@@ -74,3 +74,11 @@ def test_methods_know_no_family_and_stay_short(source: Path) -> None:
     assert not re.search(r"\b(wan|videos?|frames?|tiles?|patch(es)?)\b", text, re.IGNORECASE)
     assert not re.search(r"^\s*(from|import) titan_distill\.models\.(?!base|head|streaming)", text, re.MULTILINE)
     assert len(text.splitlines()) <= 400
+
+
+def test_validation_gives_its_memory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder's blocks are of no use to training; before the first step, and after the last."""
+    trainer, emptied = toy_trainer(tmp_path, "finetune", "--validation.enabled", "true", "--training.steps", "2"), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(trainer.state.step))
+    assert trainer.run()
+    assert emptied == [0, 2]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from titan_distill.validation.report import format_table, sliced_wasserstein, sliced_wasserstein_excess
-from titan_distill.validation.video import Video, contact_sheet, read_mp4, write_mp4
+from titan_distill.validation.report import format_table, project, sliced_wasserstein, sliced_wasserstein_excess
+from titan_distill.validation.video import Video, contact_sheet, read_mp4, thumbnails, write_mp4
 
 RED, GREEN, BLUE = (220, 40, 40), (40, 200, 60), (40, 60, 220)
 
@@ -90,6 +90,27 @@ def test_sliced_wasserstein_is_a_function_of_its_seed() -> None:
     a_ND, b_ND = torch.randn(2, 32, 100, generator=torch.Generator().manual_seed(3))
     assert sliced_wasserstein(a_ND, b_ND, seed=1) == sliced_wasserstein(a_ND, b_ND, seed=1)
     assert sliced_wasserstein(a_ND, b_ND, seed=1) != sliced_wasserstein(a_ND, b_ND, seed=2)
+
+
+def test_sets_can_be_projected_in_parts() -> None:
+    """On as many ranks as there are, and with what comes from a file beside what is new."""
+    samples = [torch.randn(3, 700, 200, generator=torch.Generator().manual_seed(index)) for index in range(5)]
+    whole_NP = project(samples, num_projections=20)
+    parts_NP = torch.cat([project(samples[:1], num_projections=20), project(samples[1:], num_projections=20)])
+    assert (whole_NP - parts_NP).abs().max() < 1e-12
+    directions = torch.Generator().manual_seed(0)
+    for projected_N in whole_NP.T:
+        direction_D = torch.randn(samples[0].numel(), generator=directions, dtype=torch.float64)
+        expected = samples[2].flatten().double() @ direction_D / direction_D.norm()
+        assert float(projected_N[2]) == pytest.approx(float(expected), abs=1e-12)
+    assert project([]).shape == (0, 256)
+
+
+def test_thumbnails_give_the_sheet_of_the_videos(tmp_path: Path) -> None:
+    video = np.random.default_rng(0).integers(0, 256, (17, 48, 80, 3), np.uint8)
+    for name, shown in (("video", video), ("thumbnails", thumbnails(video))):
+        contact_sheet(tmp_path / f"{name}.png", [("title", [shown])], ["caption"])
+    assert (tmp_path / "video.png").read_bytes() == (tmp_path / "thumbnails.png").read_bytes()
 
 
 def test_sliced_wasserstein_rejects_unequal_sets() -> None:

@@ -15,7 +15,8 @@ from titan_distill.config import Config, load_config
 from titan_distill.config_world import check_world
 from titan_distill.dispatch import model_family
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
-from titan_distill.models.wan.vae import decode_latents, encode_video, encoding_dtype, load_vae
+from titan_distill.models.wan.vae import decode_latents, encode_video, load_vae, vae_dtype
+from titan_distill.observability.decoding import PUBLISHED, decoding_bytes
 from titan_distill.observability.hardware import GPUS
 from titan_distill.observability.planner import fake_world
 from titan_distill.plan import Planner
@@ -78,7 +79,7 @@ def test_encoding_in_bf16_is_encoding(tmp_path: Path) -> None:
     )
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - latents).norm() < 0.05 * latents.norm()
-    assert encoding_dtype(torch.device("cpu"), torch.bfloat16) == torch.float32
+    assert vae_dtype(torch.device("cpu"), torch.bfloat16) == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,8 @@ def test_the_plan_of_5b_counts_its_tokens_and_its_vae() -> None:
         config = ti2v_config()
         plan = Planner(world, GPUS["H200"]).plan(config)
         assert plan.grid == (31, 22, 40)
-        assert plan.encoders == 0
+        assert plan.encoders == plan.decoding == 0
         config = replace(config, pipeline_config=replace(config.pipeline_config, path="absent"))
         priced = Planner(world, GPUS["H200"]).plan(config)
+    assert priced.decoding == decoding_bytes(PUBLISHED[48], (31, 44, 80), 4)
     assert priced.encoders == 4 * 704_688_668 + 4 * 5_680_910_336

@@ -159,7 +159,7 @@ def test_constant_timesteps_of_frames_or_tokens_equal_the_scalar_bitwise():
     for count in (ODD_GRID[0], tile_layout(ODD_GRID).num_tokens):
         expanded = model(**inputs | {"timestep": timestep_B[:, None].expand(-1, count)})
         if count == ODD_GRID[0]:  # three times the rows: the matrix product may sum in another order
-            torch.testing.assert_close(expanded, scalar, atol=2e-6, rtol=0)
+            torch.testing.assert_close(expanded, scalar, atol=5e-6, rtol=0)
         else:
             assert torch.equal(expanded, scalar)
 

@@ -60,12 +60,15 @@ class RunInfo:
     """The roles that are not saved: where their weights are, and the ``manifest.fingerprint`` of that folder."""
     bases: dict[str, AdaptedBase] = field(default_factory=dict)
     """By role of which only adapters are saved: what they are for."""
+    noise_version: int | None = None
+    """Of the noise that the run draws (`diffusion.noise.NOISE_VERSION`)."""
 
 
 class CheckpointManager:
     """The checkpoints of one run. Construct and use it on every rank: all methods are collective, unless they say so.
 
-    Around training it is a context manager, which waits for the last save.
+    Around training it is a context manager, which waits for the last save. ``timeout_seconds`` is how long ranks wait
+    for each other when they save and load, see `Ranks`.
     """
 
     def __init__(
@@ -76,12 +79,13 @@ class CheckpointManager:
         *,
         mode: Literal["sync", "async"] = "sync",
         device: torch.device | None = None,
+        timeout_seconds: float | None = None,
     ) -> None:
         assert keep >= 1, "the configuration refuses to keep no checkpoint"
         self.folder, self.run_info, self.is_async = folder, run_info, mode == "async"
-        self.ranks = Ranks()
+        self.ranks = Ranks(timeout_seconds)
         # Groups are not for two threads at once: the saving thread has its own.
-        self._protocol = Protocol(folder, keep, Ranks() if self.is_async else self.ranks)
+        self._protocol = Protocol(folder, keep, Ranks(timeout_seconds) if self.is_async else self.ranks)
         self._device = device or torch.device("cpu")
         self._background, self._stager = Background(), Stager(self._device)
         self._stage: Stage | None = None
@@ -194,6 +198,7 @@ class CheckpointManager:
             trained=trained,
             frozen=self.run_info.frozen,
             files={},
+            noise_version=self.run_info.noise_version,
         )
 
     def _save_staged(self, snapshot: Snapshot, stage: Stage, needed: list[Path]) -> None:
@@ -240,6 +245,12 @@ class CheckpointManager:
                 )
         if manifest.config_digest != self.run_info.config_digest:
             logger.warning("The configuration has changed since the checkpoint: config.toml has the present one")
+        if manifest.noise_version != self.run_info.noise_version:
+            logger.warning(
+                "Noise changes from here: the checkpoint's run drew noise of version %s, this one draws version %s",
+                manifest.noise_version or "1 (not recorded)",
+                self.run_info.noise_version,
+            )
         logger.info("Resuming from %s", path)
         newest = next(iter(discovery.step_folders(path.parent)), path)
         if newest.name != path.name:

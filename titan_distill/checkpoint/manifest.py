@@ -86,6 +86,8 @@ class Manifest:
     """By name within the folder, the manifest itself excepted."""
     weights_only: bool = False
     """No optimizers, schedulers or progress: roles can start from it, but a run can't go on from it."""
+    noise_version: int | None = None
+    """Of the noise that the run drew; None where it is unknown, as in checkpoints from before this field."""
     format_version: int = FORMAT_VERSION
 
 

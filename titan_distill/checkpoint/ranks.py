@@ -7,6 +7,7 @@ training thread. Alone (no process group) the same calls run directly.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -21,11 +22,15 @@ class RankFailure(RuntimeError):
 
 
 class Ranks:
-    """All ranks of the run, or this process alone. Constructing it is collective when there are several."""
+    """All ranks of the run, or this process alone. Constructing it is collective when there are several.
 
-    def __init__(self) -> None:
+    ``timeout_seconds`` is how long ranks wait for each other; None takes torch's default for gloo, half an hour.
+    """
+
+    def __init__(self, timeout_seconds: float | None = None) -> None:
         distributed = dist.is_available() and dist.is_initialized()
-        self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if distributed else None
+        timeout = None if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
+        self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=timeout) if distributed else None
         self.rank = dist.get_rank() if distributed else 0
         self.size = dist.get_world_size() if distributed else 1
 
@@ -62,6 +67,11 @@ class Ranks:
         votes = torch.tensor(int(is_so))
         dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self.group)
         return bool(votes)
+
+    def wait(self) -> None:
+        """Returns when every rank has called it."""
+        if self.group is not None:
+            dist.barrier(self.group)
 
     def _all_gather(self, value: Any) -> list[Any]:
         if self.group is None:

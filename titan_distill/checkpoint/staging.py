@@ -8,8 +8,8 @@ change at other moments (buffers in a forward pass, numbers, schedulers) is smal
 
 That nobody changes them behind our back is checked by the tensors' version counters, not assumed.
 
-Host buffers are kept from save to save, page-locked when the state is on a GPU, where copies then run on a stream of
-their own. The price of asynchronous saving is this one copy of the state in host memory.
+Host buffers are kept from save to save, page-locked where the state is on a GPU (`pinned.py`), whose copies then run
+on a stream of their own. The price of asynchronous saving is this one copy of the state in host memory.
 
 Why not torch's DefaultStager: it copies whole values, numbers included, in its thread, where they may have changed, and
 knows nothing of a wait that comes later than the call.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titan_distill.checkpoint.storage import flatten
+from titan_distill.parallelisms.pinned import slabs
 
 
 class Stage:
@@ -75,11 +76,11 @@ class Stager:
         ``is_complete``."""
         stage = Stage(_without_references(state))
         addresses = {_local(tensor).data_ptr() for tensor in steady}
-        for name, value in flatten(stage.state).items():
-            if not isinstance(value, Tensor):
-                continue
-            source = _local(value)
-            buffer = stage.copies[name] = self._buffer(name, source)
+        tensors = {name: value for name, value in flatten(stage.state).items() if isinstance(value, Tensor)}
+        sources = {name: _local(value) for name, value in tensors.items()}
+        self._prepare_buffers(sources)
+        for name, source in sources.items():
+            buffer = stage.copies[name] = self._buffers[name]
             if source.data_ptr() in addresses:
                 stage._later.append((name, buffer, source, source._version))
             else:
@@ -89,12 +90,15 @@ class Stager:
             stage._began.record(torch.cuda.current_stream(self._device))
         return stage
 
-    def _buffer(self, name: str, source: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
-            buffer = torch.empty_like(source, device="cpu", pin_memory=source.is_cuda)
-            self._buffers[name] = buffer
-        return buffer
+    def _prepare_buffers(self, sources: Mapping[str, Tensor]) -> None:
+        """Keeps the buffers when they fit, else makes all anew: a run's state seldom changes its shape."""
+        wanted = {name: (source.shape, source.dtype) for name, source in sources.items()}
+        if wanted == {name: (buffer.shape, buffer.dtype) for name, buffer in self._buffers.items()}:
+            return
+        self._buffers = {}  # gone before the new ones come
+        on_gpu = {name: wanted[name] for name, source in sources.items() if source.is_cuda}
+        on_host = {name: wanted[name] for name in wanted if name not in on_gpu}
+        self._buffers = slabs(on_gpu, page_locked=True) | slabs(on_host, page_locked=False)
 
 
 def _local(tensor: Tensor) -> Tensor:

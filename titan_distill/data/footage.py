@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+if TYPE_CHECKING:
+    import av
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
@@ -86,6 +88,8 @@ def decode(path: Path) -> Iterator[TimedFrame]:
     Raises:
         ValueError: not a video, damaged, or shorter than its header says.
     """
+    import av  # 35 MB that training on latents does without
+
     try:
         # Titles and the like are not read, so their encoding does not matter; from PyAV 19 on it never does.
         lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -117,6 +121,8 @@ def decode(path: Path) -> Iterator[TimedFrame]:
 
 def _stated_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
     """Seconds of video that the header promises, 0 where it does not say."""
+    import av
+
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
     # A container lasts as long as its longest stream, which may be the sound.

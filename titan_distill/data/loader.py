@@ -29,6 +29,7 @@ from titan_distill.data.parquet import LatentRow
 from titan_distill.data.rows import RowDataset
 from titan_distill.data.videos import ClipRow
 from titan_distill.keyed import keyed_generator
+from titan_distill.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,15 @@ class Batch:
     extra: dict[str, Tensor] = field(default_factory=dict)  # further tensors by column name, [B, ...] fp32
     clips: Tensor | None = None  # [B, T, H, W, 3] uint8, of which the latents are still to be made
     is_encoded: bool = True  # whether text_embeddings are there; otherwise they are empty, to be made from captions
+    extra_on_host: dict[str, Tensor] = field(default_factory=dict)  # what `to` was given as extra, for `on_host`
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch with its tensors on `device`, and its further tensors on the host as well."""
+        return replace(self._map(lambda tensor: to_device(tensor, device)), extra_on_host=self.extra)
+
+    def on_host(self, name: str) -> Tensor:
+        """A further tensor where values can be looked at without waiting for the device."""
+        return self.extra_on_host.get(name, self.extra[name])
 
     def split(self, local_batch_size: int) -> list[Batch]:
         """Micro-batches of `local_batch_size` samples, in order; the last one is smaller where it does not divide."""
@@ -53,7 +59,8 @@ class Batch:
 
     def _slice(self, part: slice) -> Batch:
         batch = self._map(lambda tensor: tensor[part])
-        return replace(batch, sample_ids=self.sample_ids[part], captions=self.captions[part])
+        on_host = {name: tensor[part] for name, tensor in self.extra_on_host.items()}
+        return replace(batch, sample_ids=self.sample_ids[part], captions=self.captions[part], extra_on_host=on_host)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(

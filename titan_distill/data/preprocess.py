@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from titan_distill.data.tables import non_empty, read_csv, read_text
 from titan_distill.data.text import TextEncoder
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, encode_pictures
 from titan_distill.models.wan.vae import encode_video, load_vae
+from titan_distill.parallelisms.mesh import default_device
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +74,9 @@ class PreprocessConfig:
     """With --images: pipeline folder with image_encoder/ and image_processor/ (CLIP), for models that attend to it."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     """How latents and text embeddings are stored; both are computed in float32."""
-    device: str = "cpu"
-    """Where the VAE and the text encoder run, such as cuda."""
+    device: str | None = None
+    """Where the VAE and the text encoder run, such as cpu or cuda:1. Default: the GPU, or the CPU where there is
+    none."""
 
 
 def preprocess(config: PreprocessConfig) -> DatasetSummary:
@@ -90,10 +93,11 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
     videos = find_videos(config.folder, captions, config.captions)
     if config.image_encoder and not config.images:
         raise ValueError(f"--image-encoder {config.image_encoder} has no effect without --images; add it")
-    text_encoder = TextEncoder(config.text_encoder, config.tokenizer, device=config.device)
-    vae = load_vae(config.vae, config.device)
+    device = default_device() if config.device is None else torch.device(config.device)
+    text_encoder = TextEncoder(config.text_encoder, config.tokenizer, device=device)
+    vae = load_vae(config.vae, device)
     check_size(config, vae.config.scale_factor_spatial, vae.config.scale_factor_temporal)
-    write_rows(output, _rows(config, videos, captions, vae, text_encoder))
+    write_rows(output, _rows(config, videos, captions, vae, text_encoder, device))
     return inspect(output)
 
 
@@ -168,10 +172,15 @@ def check_size(config: PreprocessConfig, spatial: int, temporal: int) -> None:
 
 
 def _rows(
-    config: PreprocessConfig, videos: dict[str, Path], captions: dict[str, str], vae: Any, text_encoder: TextEncoder
+    config: PreprocessConfig,
+    videos: dict[str, Path],
+    captions: dict[str, str],
+    vae: Any,
+    text_encoder: TextEncoder,
+    device: torch.device,
 ) -> Iterator[LatentRow]:
     dtype = DTYPES[config.dtype]
-    image_encoder = ImageEncoder(config.image_encoder, device=config.device) if config.image_encoder else None
+    image_encoder = ImageEncoder(config.image_encoder, device=device) if config.image_encoder else None
     names = (*[LATENT] * config.images, *[EMBEDDING] * (image_encoder is not None))
     for name, path in tqdm(videos.items(), unit="video", disable=None):
         embedding = text_encoder.embed(captions[name], config.max_text_tokens).to(dtype)

@@ -3,14 +3,11 @@
 A random generator with a position is the usual reason why a run on eight ranks differs from the same run on one: what a
 sample gets depends on how many draws came before it on its rank. Here each draw is a pure function of
 (seed, step, global sample id, purpose). Ranks, meshes, micro-batches and resumed jobs then see the same noise with
-nothing to broadcast, save or restore. The price is a hash and a freshly seeded generator a draw (microseconds), and one
-discipline: two draws that must differ need two purposes.
+nothing to broadcast, save or restore. The price is one discipline: two draws that must differ need two purposes.
 
-Two limits. (1) CPU and CUDA have different generators, so a key names different noise on the two, and CUDA's kernels
-spread one stream over as many threads as the GPU holds, so GPU models may differ too: compare runs on one kind of
-device. (2) The key has 63 bits, which CUDA uses; the CPU's Mersenne Twister reads 32 of them, so among n normal draws
-about n² / 2³³ pairs coincide. Two unrelated samples then share their noise, which is harmless in training. Uniforms and
-indices come from the hash itself: the same on every device and in every version.
+Normal noise comes from a counter-based generator (`titan_kernels.philox`): CPUs and GPUs of any kind draw the same
+numbers, to the last bit. 128 bits of the key's hash choose a stream of 2^64 calls, and a sample's elements are numbered
+in raster order. Uniforms and indices are the hash itself.
 """
 
 import hashlib
@@ -18,6 +15,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from titan_distill.keyed import keyed_normal
+
+NOISE_VERSION = 2
+"""Goes up when a key comes to name other noise. Checkpoints record it. 1 was torch's generators, one for each kind of
+device."""
 
 
 class KeyedNoise:
@@ -44,11 +47,8 @@ class KeyedNoise:
 
         It is drawn in float32 and then cast, so that a run in another dtype sees the same noise rounded.
         """
-        rows = torch.empty(len(sample_ids), *shape, device=device, dtype=torch.float32)
-        for row, sample_id in zip(rows, sample_ids, strict=True):
-            generator = torch.Generator(device).manual_seed(self._key(purpose, step, sample_id))
-            row.normal_(generator=generator)
-        return rows.to(dtype)
+        keys = [self._text(purpose, step, sample_id) for sample_id in sample_ids]
+        return keyed_normal(keys, shape, device).to(dtype)
 
     def uniform(self, purpose: str, step: int, sample_ids: Sequence[int]) -> Tensor:
         """Return uniform draws in [0, 1), float64 [B] on the CPU, with 53 random bits each."""
@@ -61,7 +61,11 @@ class KeyedNoise:
         return self._key(purpose, step, None) % count
 
     def _key(self, purpose: str, step: int, sample_id: int | None) -> int:
-        """Hash a key to 63 bits. `purpose` comes last, as the only part that could contain the separator."""
-        whose = "batch" if sample_id is None else str(int(sample_id))
-        text = f"{self.seed}:{int(step)}:{whose}:{purpose}"
+        """Hash a key to 63 bits."""
+        text = self._text(purpose, step, sample_id)
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+    def _text(self, purpose: str, step: int, sample_id: int | None) -> str:
+        """A key as text. `purpose` comes last, as the only part that could contain the separator."""
+        whose = "batch" if sample_id is None else str(int(sample_id))
+        return f"{self.seed}:{int(step)}:{whose}:{purpose}"

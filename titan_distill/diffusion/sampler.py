@@ -8,8 +8,8 @@ Gaussian with sd 0.4 at shift 5 and 48 steps, UniPC is 0.024 off at worst and Eu
 The student is trained to give good x0 from noised samples of its own, not to follow an ODE, hence the re-noising
 (CausVid 2412.07772, Self-Forcing 2506.08009): fresh noise buries the errors that a deterministic step would carry on.
 
-All samplers call a predictor with (x [B, ...], sigma_B: float64 [B]), keep x in float32 (float64 if the noise is), and
-build no autograd graph.
+All samplers call a predictor with (x [B, ...], sigma_B: float64 [B], on the host), keep x in float32 (float64 if the
+noise is), and build no autograd graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ def grid_sigmas(num_steps: int, shift: float, solver: Solver) -> Tensor:
     """Return the noise levels of the states of `sample_ode`, float64 [num_steps + 1]: the first is that of noise (UniPC
     puts it a millionth below 1), the last is 0. Raises ValueError for an unknown solver."""
     if solver == "unipc":
-        return _unipc_scheduler(num_steps, shift, "cpu").sigmas.double()
+        return _unipc_scheduler(num_steps, shift).sigmas.double()
     if solver != "euler":
         raise ValueError(f"unknown solver {solver!r}; choose 'euler' or 'unipc'")
     return ode_sigmas(num_steps, shift)
@@ -103,7 +103,7 @@ def _sample_unipc(predict_velocity: Predictor, x: Tensor, num_steps: int, shift:
     as sigma, which `schedule.timestep` turns back into the very same number. It is up to 0.001 below the σ of x, so a
     predictor must return the model's velocity as it is, never one that went through x0.
     """
-    scheduler = _unipc_scheduler(num_steps, shift, x.device)
+    scheduler = _unipc_scheduler(num_steps, shift)
     scheduler.set_begin_index(0)
     for t in scheduler.timesteps:
         v = predict_velocity(x, (t.double() / NUM_TRAIN_TIMESTEPS).expand(len(x)))
@@ -111,7 +111,7 @@ def _sample_unipc(predict_velocity: Predictor, x: Tensor, num_steps: int, shift:
     return x
 
 
-def _unipc_scheduler(num_steps: int, shift: float, device: torch.device | str) -> Any:
+def _unipc_scheduler(num_steps: int, shift: float) -> Any:
     from diffusers import UniPCMultistepScheduler  # seconds to import, and only the teacher's sampler needs it
 
     _check_num_steps(num_steps)
@@ -121,12 +121,12 @@ def _unipc_scheduler(num_steps: int, shift: float, device: torch.device | str) -
         use_flow_sigmas=True,
         flow_shift=shift,
     )
-    scheduler.set_timesteps(num_steps, device=device)
+    scheduler.set_timesteps(num_steps, device="cpu")  # where noise levels are
     return scheduler
 
 
 def _per_sample(sigma: float, x: Tensor) -> Tensor:
-    return torch.full((len(x),), sigma, dtype=torch.float64, device=x.device)
+    return torch.full((len(x),), sigma, dtype=torch.float64)
 
 
 def _check_num_steps(num_steps: int) -> None:

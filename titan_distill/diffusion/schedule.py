@@ -14,6 +14,9 @@ without an error (5 against 8 is 19 % in σ at t = 20), and so nothing here has 
 936 and 940, so a bfloat16 timestep turns 937.5 into 936, and an integer one turns 833.3 into 833; both happen in public
 code. σ is float64, t is float32, and conversions run in float64 whatever the latents are: x_σ − σ v cancels at small σ.
 
+Noise levels stay on the host, whatever device latents are on: they are drawn there, and a model of two experts chooses
+by them without asking the GPU. What computes with latents brings them over (`broadcast_sigma`); the host does not wait.
+
 Shapes: `x`, `x0`, `v`, `noise` are [B, ...], for video [B, C, F, H, W]. `sigma` is a scalar tensor, [B] (one noise
 level a sample), or broadcastable to x with as many dims ([B, 1, F, 1, 1]: a level a frame, as image-to-video needs).
 """
@@ -26,6 +29,8 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from titan_distill.transfer import to_device
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -86,7 +91,7 @@ def velocity_from_x0(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
 
 def broadcast_sigma(sigma: Tensor, x: Tensor) -> Tensor:
     """Return sigma in float64 on x's device, shaped to multiply x: a [B] becomes [B, 1, ..., 1]."""
-    sigma = sigma.to(device=x.device, dtype=torch.float64)
+    sigma = to_device(sigma.double(), x.device)
     if sigma.ndim == 1:
         assert len(sigma) == len(x), f"{len(sigma)} noise levels for a batch of {len(x)}"
         return sigma.reshape(-1, *[1] * (x.ndim - 1))

@@ -189,7 +189,7 @@ class AdversarialTraining(TrainingMethod):
 
         ``sigma_of`` turns uniform draws into noise levels.
         """
-        sigma_B = sigma_of(self.noise.uniform("adversarial/student/timestep", step, batch.sample_ids)).to(x0.device)
+        sigma_B = sigma_of(self.noise.uniform("adversarial/student/timestep", step, batch.sample_ids))
         leaf = x0.detach().requires_grad_()
         x = self.adapter.add_noise(leaf, self._noise(batch, step, "student"), sigma_B)
         loss_B = deception_loss(self._logits(x, sigma_B, condition, through=True))

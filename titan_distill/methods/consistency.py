@@ -141,10 +141,7 @@ class Consistency(TrainingMethod):
         assert batch.latents is not None
         config, x0, ids = self.config, batch.latents, batch.sample_ids
         u_B = self.noise.uniform("consistency/timestep", step, ids)
-        sigma_B, lower_B = (
-            level.to(x0.device)
-            for level in schedule.neighbouring_sigmas(u_B, config.num_grid_steps, self.adapter.flow_shift)
-        )
+        sigma_B, lower_B = schedule.neighbouring_sigmas(u_B, config.num_grid_steps, self.adapter.flow_shift)
         noise = self.noise.normal("consistency/noise", step, ids, x0.shape[1:], device=x0.device)
         x = self.adapter.add_noise(x0, noise, sigma_B)
         condition = self.adapter.text_condition(batch)

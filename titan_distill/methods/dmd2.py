@@ -171,7 +171,7 @@ class Dmd2(AdversarialTraining):
     def sample_for_discriminator(self, batch: Batch, condition: Condition, step: int) -> tuple[Tensor, Tensor]:
         rollout = self.rollout(batch, condition, step, purpose="dmd2/discriminator")
         u_B = self.noise.uniform("dmd2/discriminator/timestep", step, batch.sample_ids)
-        return rollout.x0, self._score_sigma(u_B, rollout.exit_index).to(rollout.x0.device)
+        return rollout.x0, self._score_sigma(u_B, rollout.exit_index)
 
     def critic_loss(self, batch: Batch, step: int) -> LossResult:
         """Teaches the critic the law of the student's current samples."""
@@ -179,7 +179,7 @@ class Dmd2(AdversarialTraining):
         with torch.no_grad():
             rollout = self.rollout(batch, condition, step, purpose="dmd2/critic")
         u_B = self.noise.uniform("dmd2/critic/timestep", step, batch.sample_ids)
-        sigma_B = self._score_sigma(u_B, rollout.exit_index).to(rollout.x0.device)
+        sigma_B = self._score_sigma(u_B, rollout.exit_index)
         noise = self._normal(batch, step, "dmd2/critic/noise")
         x = self.adapter.add_noise(rollout.x0, noise, sigma_B)
         with self.timer("critic"):
@@ -232,7 +232,7 @@ class Dmd2(AdversarialTraining):
     def _score_difference(self, batch: Batch, condition: Condition, step: int, rollout: Rollout) -> Tensor:
         config, x0 = self.config, rollout.x0.detach()
         u_B = self.noise.uniform("dmd2/student/timestep", step, batch.sample_ids)
-        sigma_B = self._score_sigma(u_B, rollout.exit_index).to(x0.device)
+        sigma_B = self._score_sigma(u_B, rollout.exit_index)
         x = self.adapter.add_noise(x0, self._normal(batch, step, "dmd2/student/noise"), sigma_B)
         mask = self._mask(rollout, condition)
         with self.timer("critic"):
@@ -268,7 +268,7 @@ class Dmd2(AdversarialTraining):
         return self.noise.normal(purpose, step, batch.sample_ids, self.adapter.latent_shape, device=device)
 
     def _sigma_B(self, index: int, x: Tensor) -> Tensor:
-        return torch.full((len(x),), self.sigmas[index], dtype=torch.float64, device=x.device)
+        return torch.full((len(x),), self.sigmas[index], dtype=torch.float64)
 
     def validation_request(self) -> ValidationRequest:
         """Teacher with many steps (the reference), the teacher with as few steps as the student, the student before and

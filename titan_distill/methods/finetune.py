@@ -24,6 +24,7 @@ from titan_distill.dispatch import register_method
 from titan_distill.methods import losses
 from titan_distill.methods.base import LossResult, Passes, SampleRequest, TrainingMethod, Update, ValidationRequest
 from titan_distill.models.base import Condition
+from titan_distill.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Finetune(TrainingMethod):
             shift=self.adapter.flow_shift,
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
-        ).to(x0.device)
+        )
         noise = self.noise.normal("finetune/noise", step, batch.sample_ids, x0.shape[1:], device=x0.device)
         x = self.adapter.add_noise(x0, noise, sigma_B)
         condition = self._condition(batch, step)
@@ -119,5 +120,5 @@ class Finetune(TrainingMethod):
 
 
 def _where(mask_B: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
-    mask = mask_B.to(other.device).view(-1, *[1] * (other.ndim - 1))
+    mask = to_device(mask_B, other.device).view(-1, *[1] * (other.ndim - 1))
     return torch.where(mask, chosen, other)

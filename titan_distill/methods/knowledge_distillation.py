@@ -42,6 +42,7 @@ from titan_distill.methods.base import (
     Update,
     ValidationRequest,
 )
+from titan_distill.transfer import to_device
 
 STATES, TIMESTEPS = "trajectory", "trajectory_timesteps"
 
@@ -117,7 +118,7 @@ class KnowledgeDistillation(TrainingMethod):
         u_B = self.noise.uniform("knowledge_distillation/time", step, batch.sample_ids)
         choice_B = (u_B * len(self.sigmas_K)).long()
         x = self._states(batch, choice_B)
-        return x, self.sigmas_K[choice_B].to(x.device)
+        return x, self.sigmas_K[choice_B]
 
     def _by_segment(self, batch: Batch, step: int, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """States at a level of its own for every segment, and the levels, which broadcast to the states."""
@@ -128,18 +129,18 @@ class KnowledgeDistillation(TrainingMethod):
         for segment, length in enumerate(lengths):
             u_B = self.noise.uniform(f"knowledge_distillation/time/{segment}", step, batch.sample_ids)
             choice_B = (u_B * (num_levels + 1)).long()
-            is_end = (choice_B == num_levels).view(each).to(batch.latents.device)
+            is_end = to_device(choice_B == num_levels, batch.latents.device).view(each)
             states = self._states(batch, choice_B.clamp(max=num_levels - 1))
             parts.append(torch.where(is_end, batch.latents, states).narrow(dim, start, length))
             levels.append(ends[choice_B].view(each).expand([length if d == dim else -1 for d in range(len(each))]))
             start += length
-        return torch.cat(parts, dim), torch.cat(levels, dim).to(batch.latents.device)
+        return torch.cat(parts, dim), torch.cat(levels, dim)
 
     def _states(self, batch: Batch, choice_B: Tensor) -> Tensor:
         """Each sample's recorded state at its chosen level of the schedule. Raises ValueError where it has none."""
         assert batch.latents is not None
         states_BS, wanted_B = batch.extra[STATES], self.sigmas_K[choice_B] * schedule.NUM_TRAIN_TIMESTEPS
-        timesteps_BS = batch.extra[TIMESTEPS].double().cpu()
+        timesteps_BS = batch.on_host(TIMESTEPS).double()
         if states_BS.shape[2:] != batch.latents.shape[1:] or states_BS.shape[:2] != timesteps_BS.shape:
             raise ValueError(
                 f"the data's {STATES} have shape {list(states_BS.shape[1:])} at {timesteps_BS.shape[1]} timesteps, its "
@@ -153,7 +154,7 @@ class KnowledgeDistillation(TrainingMethod):
                 f"denoising_steps at shift {self.adapter.flow_shift:g} ask for {wanted_B[row]:.2f}; change these, or "
                 "make the pairs again"
             )
-        index_B = index_B.to(states_BS.device)
+        index_B = to_device(index_B, states_BS.device)
         return states_BS[torch.arange(len(index_B), device=states_BS.device), index_B]
 
     def validation_request(self) -> ValidationRequest:

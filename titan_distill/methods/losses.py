@@ -24,6 +24,7 @@ from titan_distill.diffusion.schedule import (
     velocity,
     x0_from_velocity,
 )
+from titan_distill.transfer import to_device
 
 CriticLoss = Literal["flow", "x0", "noise", "v"]
 ConsistencyLoss = Literal["l2", "pseudo_huber"]
@@ -42,7 +43,7 @@ def velocity_loss(
     """Return mean (v_θ − v)² a sample, [B], times `weight_B` [B] if given. With v = ε − x0 this is flow matching
     (2210.02747, eq. 23), with another model's v it is distillation of that model's whole flow."""
     loss_B = _mean_per_sample((v_pred.double() - v_target.double()) ** 2, mask)
-    return loss_B if weight_B is None else loss_B * weight_B.to(loss_B)
+    return loss_B if weight_B is None else loss_B * to_device(weight_B.double(), loss_B.device)
 
 
 def x0_loss(x0_pred: Tensor, x0: Tensor, weight_B: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

@@ -123,7 +123,7 @@ class TangentTraining(TrainingMethod):
             shift=self.adapter.flow_shift,
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
-        ).to(x0.device)
+        )
         noise = self.noise.normal("scm/noise", step, ids, x0.shape[1:], device=x0.device)
         x = self.adapter.add_noise(x0, noise, sigma_B)
         g = self.tangent(batch, x, sigma_B, step)

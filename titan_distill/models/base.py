@@ -83,7 +83,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """The role's velocity ``ε - x0`` at noise level ``sigma_B`` in [0, 1]; shape and dtype of ``x``.
+        """The role's velocity ``ε - x0`` at noise level ``sigma_B`` in [0, 1], on the host; shape and dtype of ``x``.
 
         A causal role reads all segments of ``x`` at once, each with those before it as its context; their noise levels
         may differ: then ``sigma_B`` has the dims of ``x`` and varies along the sequence's alone.
@@ -274,7 +274,8 @@ class ModelFamily(ABC):
     def restore_module(
         self, architecture: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], device: torch.device
     ) -> nn.Module:
-        """A whole, frozen module from what a checkpoint holds: its architecture and full tensors by name."""
+        """A whole, frozen module from what a checkpoint holds: its architecture and full tensors by name. Its
+        parameters are of the dtype in which the run computes, training.dtype."""
 
     @staticmethod
     @abstractmethod

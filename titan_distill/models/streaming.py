@@ -43,5 +43,5 @@ class SegmentStream(ABC):
 
 def write_context(stream: SegmentStream, x0: Tensor, sigma: float, noise: Callable[[], Tensor]) -> None:
     """Finishes a segment whose context is read at the noise level ``sigma``; ``noise`` is asked for only above 0."""
-    sigma_B = torch.full((len(x0),), sigma, dtype=torch.float64, device=x0.device)
+    sigma_B = torch.full((len(x0),), sigma, dtype=torch.float64)
     stream.write(schedule.add_noise(x0, noise(), sigma_B) if sigma else x0, sigma_B)

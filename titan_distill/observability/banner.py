@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import Module
 
+from titan_distill.attention.dense import dense_backend
 from titan_distill.config_world import check_world
 from titan_distill.models.head import HEAD_FLAVOR
 from titan_distill.parallelisms.activation_checkpoint import describe as describe_checkpointing
@@ -32,7 +34,7 @@ def banner(config: Config, roles: RoleManager, world: World) -> str:
         f"  batch     {training.global_batch_size} samples = {world.size} ranks x {micro_batches} micro-batches x "
         f"{training.local_batch_size}",
     ]
-    lines += [f"  {role.name:<9} {_describe(config, role)}" for role in roles]
+    lines += [f"  {role.name:<9} {_describe(config, role, world.device)}" for role in roles]
     lines += [
         f"  data      {config.data.path}",
         f"  output    {config.job.output_folder}",
@@ -56,7 +58,7 @@ def closing(config: Config, metrics: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def _describe(config: Config, handle: RoleHandle) -> str:
+def _describe(config: Config, handle: RoleHandle, device: torch.device) -> str:
     name, module = handle.name, handle.network
     parameters = list(module.parameters())
     role = config.roles[name]
@@ -68,6 +70,8 @@ def _describe(config: Config, handle: RoleHandle) -> str:
     kind = "trained" if role.trainable else "frozen"
     segmentation = getattr(module, "segmentation", None)
     attention = f"{role.attention} attention" + (f" in {segmentation.describe()}" if segmentation else "")
+    if backend := _dense_backend(config, module, device, role.trainable):
+        attention += f" by {backend}" if role.attention == "dense" else f" (dense: {backend})"
     extras = ["head" if role.flavor == HEAD_FLAVOR else attention]
     if len(handle.modules) > 1:
         extras.append(f"{len(handle.modules)} experts")
@@ -82,3 +86,13 @@ def _describe(config: Config, handle: RoleHandle) -> str:
     if config.ema.decay and config.ema.role == name:
         extras.append(f"EMA {config.ema.decay} from update {config.ema.start_step}")
     return f"{kind}, {size:,.1f} M parameters, {precision}, {layout}, {', '.join(extras)}"
+
+
+def _dense_backend(config: Config, module: Module, device: torch.device, trained: bool) -> str:
+    """The kernel of dense attention, which sparse roles need below their crossover and between video and text."""
+    architecture: Any = getattr(module, "config", None)
+    if not hasattr(architecture, "attention_head_dim") or device.type == "meta":
+        return ""  # a family without attention, or a dry run, which has no device to ask
+    heads, head_dim = architecture.num_attention_heads, architecture.attention_head_dim
+    dtype = getattr(torch, config.training.dtype)
+    return dense_backend(heads, head_dim, dtype, device, trained)

@@ -59,16 +59,23 @@ def memory_table(plan: Plan) -> str:
         rows.append(
             ("encoders", f"{plan.encoders / GIB:.2f}", *[""] * 5, "VAE; text encoder, once it embedded a prompt")
         )
+    if plan.decoding:
+        rows.append(("decoding", *[""] * 4, f"{plan.decoding / GIB:.2f}", "", "in validation, one clip at a time"))
     gpu, verdict = plan.gpu, "fits" if plan.fits else "DOES NOT FIT"
     return "\n".join(
         [
             table("MEMORY   GiB on rank 0, which holds the largest shards", names, rows),
-            f"  peak {plan.peak / GIB:.1f} GiB, in the update of {plan.peak_update}: all states, and its gradients, "
-            "activations and largest temporary",
+            f"  peak {plan.peak / GIB:.1f} GiB, in {_peak_phase(plan)}",
             f"  {verdict}: {gpu.name} has {gpu.memory_gib:.1f} GiB, {gpu.usable_gib:.1f} after a reserve of "
             f"{RESERVE:.0%} for CUDA, NCCL and fragmentation",
         ]
     )
+
+
+def _peak_phase(plan: Plan) -> str:
+    if plan.peak_update is None:
+        return "validation: all states, and what decoding a clip takes"
+    return f"the update of {plan.peak_update}: all states, and its gradients, activations and largest temporary"
 
 
 def _work_tables(plan: Plan) -> Iterable[str]:

@@ -27,6 +27,7 @@ from titan_distill.methods.base import Passes
 from titan_distill.models.head import FeatureHead
 from titan_distill.observability import communication, memory
 from titan_distill.observability.communication import Links, Transfer, Weights
+from titan_distill.observability.decoding import PUBLISHED, Decoder, decoding_bytes
 from titan_distill.observability.flops import DiTConfig, ForwardFlops, forward_flops, recomputed_share
 from titan_distill.observability.hardware import COMPUTE_EFFICIENCY, Gpu
 from titan_distill.observability.memory import LocalForward, States
@@ -103,9 +104,12 @@ class Plan:
     phases: tuple[PhasePlan, ...]
     encoders: float
     """Bytes of VAE and text encoder."""
+    decoding: float
+    """Bytes of the VAE's activations while a validation decodes a clip; 0 without validation."""
     peak: float
-    """Bytes on the fullest rank in the dearest update."""
-    peak_update: str
+    """Bytes on the fullest rank in its dearest phase: the update of a role, or a validation."""
+    peak_update: str | None
+    """Role whose update that is; None for a validation."""
     left_out: tuple[str, ...]
     """What the configuration asks for and the plan does not price."""
 
@@ -147,9 +151,12 @@ def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -
     work = method_class(config.recipe.method).work(config.method_config)
     planner = _Planner(config, layout, gpu, plans, grid)
     plans = planner.plans = {name: planner.with_activations(plan, work) for name, plan in plans.items()}
-    encoders = _encoder_bytes(config, next(iter(plans.values())).architecture.out_channels)
+    architecture = next(iter(plans.values())).architecture
+    encoders, decoding = _encoder_bytes(config, architecture.out_channels), _decoding_bytes(config, architecture, grid)
     updates = list(dict.fromkeys(passes.update for passes in work)) or [role.name for role in roles.trainable]
-    peaks = {update: planner.peak(update, work) + encoders for update in updates}
+    peaks: dict[str | None, float] = {update: planner.peak(update, work) + encoders for update in updates}
+    if decoding:
+        peaks[None] = planner.lasting + encoders + decoding
     peak_update = max(peaks, key=peaks.__getitem__)
     return Plan(
         gpu=gpu,
@@ -158,6 +165,7 @@ def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -
         roles=plans,
         phases=tuple(planner.phase(passes) for passes in work if passes.num_forwards),
         encoders=encoders,
+        decoding=decoding,
         peak=peaks[peak_update],
         peak_update=peak_update,
         left_out=tuple(_left_out(config, plans)),
@@ -211,12 +219,16 @@ class _Planner:
     def peak(self, update: str, work: list[Passes]) -> float:
         """Bytes on the device in the update of one role."""
         own = [passes for passes in work if passes.update == update and passes.num_forwards]
-        held = (0 if role.offloaded else role.states.lasting for role in self.plans.values())
-        lasting = sum(held) + sum(role.weights.lasting for role in self.plans.values())
         role = self.plans.get(update)  # a head's gradients are not worth counting
         gradients = 0 if role is None or role.offloaded else role.states.gradients
         graph = max((self._graph(passes) for passes in own), default=0.0)
-        return lasting + gradients + graph + max((self._working_set(passes) for passes in own), default=0.0)
+        return self.lasting + gradients + graph + max((self._working_set(passes) for passes in own), default=0.0)
+
+    @property
+    def lasting(self) -> float:
+        """Bytes on the device between updates."""
+        held = (0 if role.offloaded else role.states.lasting for role in self.plans.values())
+        return sum(held) + sum(role.weights.lasting for role in self.plans.values())
 
     def phase(self, passes: Passes) -> PhasePlan:
         """FLOPs of the whole step and global batch, seconds and bytes of one rank."""
@@ -368,13 +380,23 @@ VAE_NUMBERS, TEXT_ENCODER_NUMBERS = {16: 126_892_531, 48: 704_688_668}, 5_680_91
 
 
 def _encoder_bytes(config: Config, channels: int) -> float:
-    """VAE in fp32 and text encoder in the compute type: they stay on rank 0 once it has embedded a prompt."""
+    """VAE and text encoder in the compute type: they stay on a rank once it has embedded a prompt."""
     if not config.pipeline_config.path:
         return 0.0
     folder, in_bytes = Path(config.pipeline_config.path), BYTES[config.training.dtype]
     vae = _numbers_in(folder / "vae") or VAE_NUMBERS.get(channels, max(VAE_NUMBERS.values()))
     text = _numbers_in(folder / "text_encoder") or TEXT_ENCODER_NUMBERS
-    return memory.FP32 * vae + (0 if config.pipeline_config.offload_text_encoder else in_bytes * text)
+    return in_bytes * (vae + (0 if config.pipeline_config.offload_text_encoder else text))
+
+
+def _decoding_bytes(config: Config, architecture: DiTConfig, grid: tuple[int, int, int]) -> float:
+    """Of one clip, in the compute type: so a GPU decodes (models/wan/vae.py)."""
+    if not (config.pipeline_config.path and config.validation.enabled):
+        return 0.0
+    file = Path(config.pipeline_config.path) / "vae" / "config.json"
+    decoder = Decoder.read(file) if file.is_file() else PUBLISHED[architecture.out_channels]
+    frames, height, width = (size * patch for size, patch in zip(grid, architecture.patch_size, strict=True))
+    return decoding_bytes(decoder, (frames, height, width), BYTES[config.training.dtype])
 
 
 def _numbers_in(folder: Path) -> int:

@@ -38,8 +38,7 @@ def apply_fsdp(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh,
     policy = MixedPrecisionPolicy(
         param_dtype=options.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    pinned = torch.cuda.is_available()
-    offload = CPUOffloadPolicy(pin_memory=pinned) if options.cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if options.cpu_offload else OffloadPolicy()
     units = [*blocks, module]
     for unit in units:
         # The backward begins with the last block: freeing its weights would only mean to gather them at once again.

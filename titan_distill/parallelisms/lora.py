@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from titan_distill.keyed import keyed_generator
+from titan_distill.keyed import keyed_normal
 
 if TYPE_CHECKING:
     from titan_distill.config_lora import LoraConfig
@@ -59,15 +59,17 @@ def apply_lora(module: nn.Module, config: LoraConfig, *, excluded: Collection[st
         parameter.requires_grad_(is_adapter(name))
 
 
-def initial_adapters(module: nn.Module, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each adapter's parameter with its whole first value: A uniform, as in the paper's code, and B zero."""
+def initial_adapters(module: nn.Module, seed: int, device: torch.device) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each adapter's parameter with its whole first value, drawn on `device`: A normal, as in the paper, and B zero.
+
+    The variance of A is that of the paper's code, 1 / (3 inputs).
+    """
     for name, parameter in module.named_parameters():
         if A in name:
-            limit = 1 / math.sqrt(parameter.shape[1])
-            generator = keyed_generator(f"{seed}/{name}")
-            yield parameter, torch.empty(parameter.shape).uniform_(-limit, limit, generator=generator)
+            std = 1 / math.sqrt(3 * parameter.shape[1])
+            yield parameter, keyed_normal([f"{seed}/{name}"], parameter.shape, device)[0].mul_(std)
         elif B in name:
-            yield parameter, torch.zeros(parameter.shape)
+            yield parameter, torch.zeros(parameter.shape, device=device)
 
 
 def describe(config: LoraConfig, module: nn.Module) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,6 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.exchange import BatchExchange
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables by which a user sets up PyTorch's CUDA allocator."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -34,6 +37,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    timeout_seconds: float | None = None
+    """Limit of each collective during start-up; None leaves groups the one that they are made with."""
 
     @property
     def is_main(self) -> bool:
@@ -108,6 +113,8 @@ class Layouts:
             # In one order on all ranks: making a group is collective.
             for degrees in dict.fromkeys(roles.values()):
                 self._meshes[degrees] = RoleMesh(degrees, self.data_group, _mesh_device(world))
+        if world.timeout_seconds is not None:
+            _limit_waiting(self.groups(), world.timeout_seconds)  # a mesh can't be told when it makes its groups
 
     def role(self, name: str) -> RoleMesh | None:
         """The meshes of a role; None without a process group."""
@@ -142,17 +149,36 @@ def num_ranks() -> int:
 
 
 def default_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    """This rank's GPU, or the CPU where there is none.
+
+    Call it before the first allocation on a GPU: it also lets PyTorch's allocator grow its segments, without which
+    memory is lost to fragmentation when sizes change, unless the user's environment sets the allocator up.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        # Not through the environment, which the allocator may have read by now.
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def check_local_ranks() -> None:
+    """Raises ValueError where torchrun starts more ranks on this machine than it has GPUs; CPUs have no limit."""
+    num_local, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if torch.cuda.is_available() and num_local > num_gpus:
+        raise ValueError(
+            f"{num_local} ranks on this machine are more than the {num_gpus} GPUs that it shows; start {num_gpus} "
+            "(NGPU, RANKS_PER_NODE or --nproc-per-node), or make more visible with CUDA_VISIBLE_DEVICES"
+        )
 
 
 def start_world(timeout_seconds: float, force_group: bool = False) -> World:
     """Reads torchrun's environment, picks the device and starts NCCL or gloo. Call once a process.
 
-    One process gets a process group only when ``force_group`` asks for one (FSDP's mixed precision needs it).
+    One process gets a process group only when ``force_group`` asks for one: see `config_world.needs_group`. Raises
+    ValueError for more ranks than GPUs.
     """
+    check_local_ranks()
     rank, size, device = int(os.environ.get("RANK", 0)), num_ranks(), default_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -161,14 +187,18 @@ def start_world(timeout_seconds: float, force_group: bool = False) -> World:
         store = dist.HashStore() if size == 1 else None
         timeout = datetime.timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, size, device)
+    return World(rank, size, device, timeout_seconds)
 
 
 def tighten_timeout(seconds: float, layouts: Layouts) -> None:
     """Limits how long ranks wait for each other from now on; start-up, with compilation and loading, is given more."""
     if not dist.is_initialized():
         return
-    for group in [None, *layouts.groups()]:
+    _limit_waiting([None, *layouts.groups()], seconds)
+
+
+def _limit_waiting(groups: Iterable[dist.ProcessGroup | None], seconds: float) -> None:
+    for group in groups:
         # The only way to change it; TorchTitan does the same.
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 

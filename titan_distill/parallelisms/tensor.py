@@ -20,6 +20,7 @@ are what lets the compiler make one graph for all of them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
@@ -181,4 +182,8 @@ def enable_async_communication(mesh: DeviceMesh) -> None:
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
     torch._inductor.config._micro_pipeline_tp = True
-    enable_symm_mem_for_group(mesh.get_group().group_name)
+    with warnings.catch_warnings():
+        # torch 2.11 to 2.13 say that nobody need call it any more, but their compiler still asks whether it was called
+        # (is_symm_mem_enabled_for_group), and else leaves the collectives as they are.
+        warnings.filterwarnings("ignore", message="`enable_symm_mem_for_group` is deprecated", category=FutureWarning)
+        enable_symm_mem_for_group(mesh.get_group().group_name)

@@ -105,6 +105,7 @@ class Watchdog:
         self._call_since = time.monotonic()
         self._has_complained = self._have_started = False
         self._beats_after_failure = 0
+        self._silence = Silence()
         self._is_over = False
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -116,6 +117,8 @@ class Watchdog:
 
     def tighten(self, timeout_seconds: float) -> None:
         """The timeout from now on: start-up, with loading and compiling, is given more."""
+        # The others beat as rarely as before until they come here, too: their silence so far says nothing.
+        self._silence = Silence()
         self._timeout = timeout_seconds
         self._wake.set()
 
@@ -141,7 +144,6 @@ class Watchdog:
     # The thread ------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        silence = Silence()
         while not self._is_over:
             self._wake.wait(self._timeout / BEATS_A_TIMEOUT)
             self._wake.clear()
@@ -153,7 +155,7 @@ class Watchdog:
                 gone = f"the store on {os.environ['MASTER_ADDR']} does not answer: that machine or its torchrun is gone"
                 self._leave(f"{gone} ({error})")
             now = time.monotonic()
-            seconds = silence.update(beats, now)
+            seconds = self._silence.update(beats, now)
             if lost := {rank: beats[rank] for rank, value in seconds.items() if value >= PATIENCE * self._timeout}:
                 self._kill_siblings(lost)
                 self._leave(_no_sign_of_life(lost, PATIENCE * self._timeout))
@@ -242,17 +244,26 @@ class Watchdog:
 def record_collectives(folder: Path, init_timeout_seconds: int) -> None:
     """Sets, where the user has not, what NCCL's own watchdog reads; call it before the process group is made.
 
-    Each rank then keeps its last collectives and writes them to ``folder`` when one times out: ``torchfrtrace`` reads
-    the files of all ranks and says who never entered which. gloo has nothing of the kind.
+    Each rank then keeps its last collectives and writes them to ``folder``, which is made, when one times out:
+    ``torchfrtrace`` reads the files of all ranks and says who never entered which. gloo has nothing of the kind.
     """
     settings = {
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(folder / "collectives_rank_"),  # torch appends the rank
+        "TORCH_FR_DUMP_TEMP_FILE": str(folder / "collectives_rank_"),  # torch appends the rank
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(init_timeout_seconds),  # for the case that NCCL's watchdog hangs
     }
+    folder.mkdir(parents=True, exist_ok=True)  # torch makes no folder, and drops what it can't write
     for name, value in settings.items():
-        os.environ.setdefault(name, value)
+        if _OLD_NAMES.get(name, name) not in os.environ:  # which the new name would overrule
+            os.environ.setdefault(name, value)
+
+
+_OLD_NAMES = {
+    "TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE",
+    "TORCH_FR_DUMP_TEMP_FILE": "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+}
+"""Deprecated names of the flight recorder's variables, which torch 2.11 to 2.13 still read, with a warning."""
 
 
 def describe_position(frame: FrameType) -> tuple[str, bool]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from titan_distill.checkpoint.ranks import Ranks
 from titan_distill.diffusion import sampler
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.sampler import Predictor
@@ -38,6 +39,9 @@ class Validator(ABC):
     poll: Callable[[], None] = staticmethod(_go_on)
     """Called before every forward pass of a sampling, on all ranks; raises StopRequested on all when one was asked to
     stop. The trainer sets it."""
+    ranks: Ranks
+    """All ranks, which here wait for each other longer than a collective of training may last; `assemble` sets it.
+    Whatever one rank does alone or longer than others (scores, videos) is waited for here and nowhere else."""
 
     @abstractmethod
     def validate(self, step: int, request: ValidationRequest, roles: RoleManager) -> dict[str, float]:

@@ -27,51 +27,81 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+NUM_PROJECTIONS = 256
 
-def sliced_wasserstein(a: Tensor, b: Tensor, *, num_projections: int = 256, seed: int = 0) -> float:
-    """SW₂ between two sets of N samples (``[N, ...]``, flattened), in the unit of one coordinate.
+# Directions drawn and multiplied at once, and values of a sample converted to float64 at once: a real latent has
+# millions of values, so neither all directions nor all samples in float64 would fit into memory.
+_DIRECTIONS_AT_ONCE, _VALUES_AT_ONCE = 16, 2**18
 
-    Computed in float64 on the CPU with directions drawn from ``seed``: equal on every machine. Raises ValueError when
-    the two sets differ in shape.
+
+def project(samples: Sequence[Tensor], *, num_projections: int = NUM_PROJECTIONS, seed: int = 0) -> Tensor:
+    """Projections of samples, of any one shape, on random unit directions: [N, P], float64 on the CPU.
+
+    Directions are drawn from `seed` on the CPU: equal on every machine. The projections of a sample do not depend on
+    the samples beside it (but for the last bits), so sets can be projected in parts, on any rank.
     """
-    a_NP, b_NP = _projections(a, b, num_projections, seed)
-    return _squared_gap(a_NP, b_NP) ** 0.5
+    if not samples:
+        return torch.empty(0, num_projections, dtype=torch.float64)
+    samples_ND = torch.stack([sample.detach().cpu().flatten() for sample in samples])
+    generator = torch.Generator().manual_seed(seed)
+    projected = []
+    for start in range(0, num_projections, _DIRECTIONS_AT_ONCE):
+        count = min(_DIRECTIONS_AT_ONCE, num_projections - start)
+        drawn = [torch.randn(samples_ND.shape[1], generator=generator, dtype=torch.float64) for _ in range(count)]
+        directions_PD = torch.stack(drawn)
+        parts = zip(samples_ND.split(_VALUES_AT_ONCE, 1), directions_PD.split(_VALUES_AT_ONCE, 1), strict=True)
+        products_NP = torch.stack([values.double() @ directions.T for values, directions in parts]).sum(0)
+        projected.append(products_NP / directions_PD.norm(dim=1))
+    return torch.cat(projected, dim=1)
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, *, num_projections: int = NUM_PROJECTIONS, seed: int = 0) -> float:
+    """SW₂ between two sets of N samples (`[N, ...]`, flattened), in the unit of one coordinate.
+
+    Raises ValueError when the two sets differ in shape.
+    """
+    return projected_distance(*_projections(a, b, num_projections, seed))
 
 
 def sliced_wasserstein_excess(
-    a: Tensor, b: Tensor, *, num_projections: int = 256, num_cuts: int = 32, seed: int = 0
+    a: Tensor, b: Tensor, *, num_projections: int = NUM_PROJECTIONS, num_cuts: int = 32, seed: int = 0
 ) -> float:
     """SW₂ between the laws of two sets of N samples, without what the finite N adds; see the module's docstring.
 
-    The squared excess of two equal laws scatters around zero; where it is negative this returns 0. Arguments and errors
-    as for ``sliced_wasserstein``, and ValueError for fewer than four samples.
+    Arguments and errors as for `sliced_wasserstein`, and ValueError for fewer than four samples.
     """
-    if len(a) < 4:
-        raise ValueError(f"{len(a)} samples can't be cut into halves that tell anything; compare at least 4")
-    a_NP, b_NP = _projections(a, b, num_projections, seed)
+    return projected_excess(*_projections(a, b, num_projections, seed), num_cuts=num_cuts, seed=seed)
+
+
+def projected_distance(a_NP: Tensor, b_NP: Tensor) -> float:
+    """`sliced_wasserstein` of two sets that `project` has projected on the same directions."""
+    return _squared_gap(a_NP, b_NP) ** 0.5
+
+
+def projected_excess(a_NP: Tensor, b_NP: Tensor, *, num_cuts: int = 32, seed: int = 0) -> float:
+    """`sliced_wasserstein_excess` of two sets that `project` has projected on the same directions.
+
+    The squared excess of two equal laws scatters around zero; where it is negative this returns 0. Raises ValueError
+    for fewer than four samples.
+    """
+    if len(a_NP) < 4:
+        raise ValueError(f"{len(a_NP)} samples can't be cut into halves that tell anything; compare at least 4")
     generator = torch.Generator().manual_seed(seed)
-    half = len(a) // 2
+    half = len(a_NP) // 2
     total = 0.0
     for _ in range(num_cuts):
-        first, second = torch.randperm(len(a), generator=generator)[: 2 * half].chunk(2)
+        first, second = torch.randperm(len(a_NP), generator=generator)[: 2 * half].chunk(2)
         total += _squared_gap(a_NP[first], b_NP[second]) + _squared_gap(a_NP[second], b_NP[first])
         total -= _squared_gap(a_NP[first], a_NP[second]) + _squared_gap(b_NP[first], b_NP[second])
     return max(0.0, total / (2 * num_cuts)) ** 0.5
 
 
 def _projections(a: Tensor, b: Tensor, num_projections: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Both sets on the same random unit directions, [N, P] each."""
     if a.shape != b.shape:
         raise ValueError(
             f"sample sets have shapes {list(a.shape)} and {list(b.shape)}; compare equally many of equal size"
         )
-    both = torch.cat([a.detach().cpu().double().flatten(1), b.detach().cpu().double().flatten(1)])
-    generator = torch.Generator().manual_seed(seed)
-    projected = []
-    for _ in range(num_projections):  # one at a time: all directions at once would not fit for real latents
-        direction_D = torch.randn(both.shape[1], generator=generator, dtype=torch.float64)
-        projected.append(both @ (direction_D / direction_D.norm()))
-    a_NP, b_NP = torch.stack(projected, dim=1).chunk(2)
+    a_NP, b_NP = project([*a, *b], num_projections=num_projections, seed=seed).chunk(2)
     return a_NP, b_NP
 
 

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 Video = npt.NDArray[np.uint8]
+
+FRAMES_PER_VIDEO, FRAME_HEIGHT = 5, 96
+"""Frames of a video on the contact sheet, and their height in pixels."""
 
 CODECS = {"libx264": {"crf": "16"}, "mpeg4": {"qscale": "3"}}
 """Encoders in the order of preference: H.264 plays everywhere, MPEG-4 part 2 is in every FFmpeg. Quality settings are
@@ -29,6 +31,8 @@ def write_mp4(path: Path | str, video_THW3: Video, fps: int) -> None:
     _, height, width, _ = video_THW3.shape
     if height % 2 or width % 2:
         raise ValueError(f"a video of {width}×{height} pixels cannot be written as mp4; both sizes must be even")
+    import av  # 35 MB that runs without videos do without
+
     codec = next(name for name in CODECS if name in av.codecs_available)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=CODECS[codec])
@@ -40,6 +44,8 @@ def write_mp4(path: Path | str, video_THW3: Video, fps: int) -> None:
 
 def read_mp4(path: Path | str) -> tuple[Video, float]:
     """All frames ``[T, H, W, 3]`` of a video that ``write_mp4`` wrote, and its frames per second."""
+    import av
+
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
@@ -76,10 +82,12 @@ def contact_sheet(
     path: Path | str,
     columns: Sequence[tuple[str, Sequence[Video]]],
     captions: Sequence[str],
-    frames_per_video: int = 5,
-    frame_height: int = 96,
+    frames_per_video: int = FRAMES_PER_VIDEO,
+    frame_height: int = FRAME_HEIGHT,
 ) -> None:
     """Writes one PNG that compares the videos of each prompt across samplers.
+
+    `thumbnails` of the videos give the same sheet as the videos themselves.
 
     Args:
         columns: title and videos of each sampler, one video a prompt; all videos of one size. What follows the first
@@ -90,7 +98,10 @@ def contact_sheet(
     """
     assert all(len(videos) == len(captions) for _, videos in columns), "every column has one video a caption"
     style = _Style()
-    strips = [[_filmstrip(video, frames_per_video, frame_height, style) for video in videos] for _, videos in columns]
+    strips = [
+        [_filmstrip(thumbnails(video, frames_per_video, frame_height), style) for video in videos]
+        for _, videos in columns
+    ]
     strip_width, strip_height = strips[0][0].size
     titles = [title.split("\n", 1) for title, _ in columns]
     header = style.title_size + 12 + (style.caption_size + 6) * any(len(lines) == 2 for lines in titles)
@@ -123,15 +134,22 @@ def _draw_title(draw: ImageDraw.ImageDraw, left: int, lines: list[str], width: i
         draw.text((left, style.margin + style.title_size + 7), note, style.faint_ink, style.caption_font)
 
 
-def _filmstrip(video_THW3: Video, num_frames: int, frame_height: int, style: _Style) -> Image.Image:
-    """Evenly spread frames side by side, scaled smoothly: pixels are not what a viewer should judge."""
-    num_frames = min(num_frames, len(video_THW3))
-    frame_width = round(video_THW3.shape[2] * frame_height / video_THW3.shape[1])
-    step = frame_width + style.frame_gap
-    strip = Image.new("RGB", (num_frames * step - style.frame_gap, frame_height), style.background)
-    for index, position in enumerate(np.linspace(0, len(video_THW3) - 1, num_frames).round().astype(int)):
-        frame = Image.fromarray(video_THW3[position]).resize((frame_width, frame_height), Image.Resampling.LANCZOS)
-        strip.paste(frame, (index * step, 0))
+def thumbnails(video_THW3: Video, num_frames: int = FRAMES_PER_VIDEO, height: int = FRAME_HEIGHT) -> Video:
+    """Evenly spread frames, the first and the last included, scaled smoothly to `height`: pixels are not what a viewer
+    should judge. Fewer where the video is shorter; those of thumbnails are themselves."""
+    positions = np.linspace(0, len(video_THW3) - 1, min(num_frames, len(video_THW3))).round().astype(int)
+    size = round(video_THW3.shape[2] * height / video_THW3.shape[1]), height
+    frames = (Image.fromarray(video_THW3[position]) for position in positions)
+    return np.stack([np.asarray(frame.resize(size, Image.Resampling.LANCZOS)) for frame in frames])
+
+
+def _filmstrip(frames_THW3: Video, style: _Style) -> Image.Image:
+    """Frames side by side."""
+    num_frames, height, width, _ = frames_THW3.shape
+    step = width + style.frame_gap
+    strip = Image.new("RGB", (num_frames * step - style.frame_gap, height), style.background)
+    for index, frame in enumerate(frames_THW3):
+        strip.paste(Image.fromarray(frame), (index * step, 0))
     return strip
 
 

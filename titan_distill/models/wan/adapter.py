@@ -43,6 +43,7 @@ from titan_distill.models.wan.vae import decode_latents, encode_video, restart
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
+from titan_distill.transfer import to_device
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -296,7 +297,7 @@ class WanAdapter(Adapter):
             return guidance.scale
         second = self.guidance_scale_2 - (guidance.form == "offset")
         scale_B = torch.where(self._is_high_noise(sigma_B), guidance.scale, second)
-        return scale_B.view(-1, *[1] * len(self.latent_shape))
+        return to_device(scale_B, self.device).view(-1, *[1] * len(self.latent_shape))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         return decode_latents(self._vae(), latents)
@@ -339,4 +340,5 @@ def _run(
     image = condition[EMBEDDING] if config.image_dim is not None else None
     shown = with_channels(x, condition) if takes_channels(config) else x
     # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
-    return transformer(shown, schedule.timestep(sigma), condition["text"], image, memory=memory, kept=kept).to(x.dtype)
+    t = to_device(schedule.timestep(sigma), x.device)
+    return transformer(shown, t, condition["text"], image, memory=memory, kept=kept).to(x.dtype)

@@ -4,9 +4,9 @@ A sample goes through `transformer` at timesteps of at least the boundary, throu
 holds twice the parameters of one network and does the work of one. Samples of a batch differ in their timesteps, and so
 do ranks, but with sharded weights a forward is something that all ranks do together. Two rules keep them together:
 
-- *Without gradients* ranks tell each other which experts anyone needs (one all-reduce of two numbers, for which the
-  host waits), and all run those. Steps of a rollout or of a sampling share one noise level: they run one expert, and
-  never gather the weights of the other.
+- *Without gradients* ranks tell each other which experts anyone needs, and all run those: one all-reduce of two
+  numbers between hosts, of which none waits for its GPU, because noise levels are on the host. Steps of a rollout or of
+  a sampling share one noise level: they run one expert, and never gather the weights of the other.
 - *With gradients* all run both, always: weights that were left out of the last micro-batch would never reduce what
   earlier ones had accumulated. An expert without any sample in a global batch has a gradient of zero, whatever the
   layout.
@@ -32,6 +32,7 @@ from titan_distill.checkpoint.convert import BOUNDARY, PIPELINE_INDEX
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, read_json
 from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference
 from titan_distill.diffusion.schedule import NUM_TRAIN_TIMESTEPS, timestep
+from titan_distill.transfer import to_device
 
 if TYPE_CHECKING:
     from titan_distill.config import Config, RoleConfig
@@ -46,10 +47,10 @@ Run = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 
 
 def is_high_noise(sigma: Tensor, boundary_ratio: float) -> Tensor:
-    """[B] bool: which samples `transformer` is for. As in diffusers, the boundary itself is. ``sigma`` is [B], or
-    [B, F] where a given frame has less noise than the sample."""
+    """[B] bool, on the host: which samples `transformer` is for. As in diffusers, the boundary itself is. `sigma` is
+    [B], or [B, F] where a given frame has less noise than the sample; the host waits for it only if it is on a GPU."""
     sigma_B = sigma.detach() if sigma.ndim == 1 else sigma.detach().amax(1)
-    return timestep(sigma_B) >= boundary_ratio * NUM_TRAIN_TIMESTEPS
+    return timestep(sigma_B.cpu()) >= boundary_ratio * NUM_TRAIN_TIMESTEPS
 
 
 def route(
@@ -66,29 +67,30 @@ def route(
 
     Args:
         experts: for high noise, for low noise.
-        high_B: which samples are the first one's.
+        high_B: which samples are the first one's; on the host.
         x, sigma, condition: batch-first; sigma [B] or [B, F].
         run_both: with gradients; see the module's docstring.
         dummy_frames: latent frames of what an expert gets that has no sample here.
     """
     rows = [mask_B.nonzero().flatten() for mask_B in (high_B, ~high_B)]
-    needed = (True, True) if run_both else _needed_by_anyone(rows, x.device)
+    needed = (True, True) if run_both else _needed_by_anyone(rows)
     parts, nothing = [], x.new_zeros(())
     for run, own_N, is_needed in zip(experts, rows, needed, strict=True):
         if len(own_N):
-            parts.append(run(x[own_N], sigma[own_N], {name: value[own_N] for name, value in condition.items()}))
+            own_N, levels = to_device(own_N, x.device), sigma[to_device(own_N, sigma.device)]
+            parts.append(run(x[own_N], levels, {name: value[own_N] for name, value in condition.items()}))
         elif is_needed:
             first = {name: value[:1] for name, value in condition.items()}
             level = sigma[:1] if sigma.ndim == 1 else sigma[:1, :dummy_frames]
             unused = run(x[:1, :, :dummy_frames], level, first)
             # The sum of no number: it is zero, and so are its gradients, but a backward passes through the expert.
             nothing = nothing + unused.flatten()[:0].sum()
-    return torch.cat(parts)[torch.cat(rows).argsort()] + nothing
+    return torch.cat(parts)[to_device(torch.cat(rows).argsort(), x.device)] + nothing
 
 
-def _needed_by_anyone(rows: list[Tensor], device: torch.device) -> tuple[bool, ...]:
-    needed = torch.tensor([len(own_N) for own_N in rows], device=device)
-    if dist.is_initialized():
+def _needed_by_anyone(rows: list[Tensor]) -> tuple[bool, ...]:
+    needed = torch.tensor([len(own_N) for own_N in rows])
+    if dist.is_initialized():  # on the CPU, hence over gloo
         dist.all_reduce(needed, op=dist.ReduceOp.MAX)
     return tuple(count > 0 for count in needed.tolist())
 

@@ -34,6 +34,7 @@ from titan_distill.checkpoint.convert import EXPAND_TIMESTEPS
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.schedule import broadcast_sigma
 from titan_distill.models.base import Condition
+from titan_distill.transfer import to_device
 
 IMAGE, MASK = "first_frame", "first_frame_mask"
 """In a condition: the given latent frame [B, C, 1, H, W], and m on that frame [B]; 1 where a sample has no image."""
@@ -57,7 +58,7 @@ class ImageMixing:
         mask_B = (self.noise_mean + self.noise_std * level_B).exp().clamp(max=_MAX_TRAINING_MASK)
         has_image_B = self.noise.uniform("first_frame/choice", 0, ids) < self.probability
         mask_B = torch.where(has_image_B, mask_B, 1.0)
-        return {IMAGE: latents_BCFHW[:, :, :1], MASK: mask_B.to(latents_BCFHW.device)}
+        return {IMAGE: latents_BCFHW[:, :, :1], MASK: to_device(mask_B, latents_BCFHW.device)}
 
 
 def given_frame(latents_BC1HW: Tensor) -> dict[str, Tensor]:

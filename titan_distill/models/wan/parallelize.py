@@ -26,6 +26,7 @@ from titan_distill.parallelisms.float8 import apply_float8, finish_float8
 from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
 from titan_distill.parallelisms.lora import apply_lora, initial_adapters
 from titan_distill.parallelisms.mesh import RoleMesh
+from titan_distill.parallelisms.pinned import materialise_on_host
 from titan_distill.parallelisms.sequence import Method, SequenceParallel, choose_method, describe_tiles
 from titan_distill.parallelisms.tensor import enable_async_communication
 
@@ -94,12 +95,16 @@ def build_transformer(architecture: WanConfig, load: WeightLoader | None, layout
         apply_fsdp(model, list(model.blocks), mesh.fsdp, options)
     if layout.device.type == "meta":
         return model
-    model.to_empty(device="cpu" if parallelism.cpu_offload else layout.device)
+    if parallelism.cpu_offload:
+        assert mesh is not None, "config_world.needs_group asks for a process group"
+        materialise_on_host(model, page_locked=layout.device.type == "cuda")
+    else:
+        model.to_empty(device=layout.device)
     if load is not None:
         load(model)
     else:
-        model.reset_parameters(seed)
-    for parameter, value in initial_adapters(model, seed):
+        model.reset_parameters(seed, layout.device)
+    for parameter, value in initial_adapters(model, seed, layout.device):
         copy_full_tensor(parameter, value)
     finish_float8(model, layout.float8)
     return model

@@ -38,7 +38,7 @@ from titan_distill.models.wan.segments import check_segments, num_latent_frames,
 from titan_distill.models.wan.state_dict import UNUSED_KEY, copy_full_tensor, load_weights, read_config, save_folder
 from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import encoding_dtype, load_vae
+from titan_distill.models.wan.vae import load_vae, vae_dtype
 from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.mesh import Layouts, RoleMesh, main_rank_first
 
@@ -353,7 +353,8 @@ class WanFamily(ModelFamily):
             model = WanTransformer.from_config(
                 config, self._core(config.sparse_attention), self._segmentation(config.causal_attention)
             )
-        model.to_empty(device=device).requires_grad_(False)
+        # As the run computes, so that what is sampled here is what its validation shows.
+        model.to(DTYPES[self.config.training.dtype]).to_empty(device=device).requires_grad_(False)
         parameters = dict(model.named_parameters())
         for name, tensor in _used(tensors):
             copy_full_tensor(parameters.pop(name), tensor)
@@ -401,8 +402,7 @@ class WanFamily(ModelFamily):
         vae = text_encoder = negative = None
         if pipeline.path:
             compute_dtype = DTYPES[config.training.dtype]
-            vae_dtype = encoding_dtype(device, compute_dtype) if config.data.holds_videos else torch.float32
-            vae = load_vae(Path(pipeline.path), device, vae_dtype)
+            vae = load_vae(Path(pipeline.path), device, vae_dtype(device, compute_dtype))
             text_encoder = TextEncoder(
                 pipeline.path, dtype=compute_dtype, device=device, offload=pipeline.offload_text_encoder
             )

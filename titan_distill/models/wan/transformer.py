@@ -31,7 +31,7 @@ from titan_distill.attention.causal import CausalAttention, KeysAndValues, Memor
 from titan_distill.attention.dense import AttentionCore, DenseAttention
 from titan_distill.attention.placement import LocalAttention, Placement
 from titan_distill.attention.sparse import SparseAttention
-from titan_distill.keyed import keyed_generator
+from titan_distill.keyed import keyed_normal
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.embeddings import ConditionEmbedding, PatchEmbedding
 from titan_distill.models.wan.layers import (
@@ -118,15 +118,20 @@ class WanTransformer(nn.Module):
                 module.placement = placement
 
     @torch.no_grad()
-    def reset_parameters(self, seed: int = 0) -> None:
+    def reset_parameters(self, seed: int = 0, device: torch.device | None = None) -> None:
         """Initialise for training from scratch: Xavier weights; modulation, head and coarse gates start at zero.
 
         Zero gates make every block's self-attention and feed-forward start as the identity (adaLN-Zero, Peebles & Xie,
-        2212.09748). Each tensor is drawn whole from a generator of its own, keyed by seed and name, so that the values
-        depend neither on sharding nor on the order of construction.
+        2212.09748). Each tensor is drawn whole from a stream of its own, keyed by seed and name, so that the values
+        depend on neither sharding nor device nor the order of construction.
+
+        Args:
+            seed: of the weights.
+            device: draws them. Default: the device of each parameter, which is the slow one for offloaded parameters.
         """
         for name, parameter in self.named_parameters():
-            copy_full_tensor(parameter, _initial_value(name, parameter.shape, seed))
+            full = _initial_value(name, parameter.shape, seed, device or parameter.device)
+            copy_full_tensor(parameter, full.to(parameter.dtype))  # here, because a copy to the host casts there
 
     def forward(
         self,
@@ -272,12 +277,11 @@ def _timestep_rows(timestep: Tensor, batch_size: int, context: TokenContext) -> 
     )
 
 
-def _initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
+def _initial_value(name: str, shape: torch.Size, seed: int, device: torch.device) -> Tensor:
     zeros = ("scale_shift_table", "bias", "pos_embed", "time_proj.weight", "proj_out.weight", "to_gate_compress.weight")
     if name.endswith(zeros):
-        return torch.zeros(shape)
+        return torch.zeros(shape, device=device)
     if len(shape) == 1:  # the weight of a norm
-        return torch.ones(shape)
-    generator = keyed_generator(f"{seed}/{name}")
-    limit = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
-    return torch.empty(shape).uniform_(-limit, limit, generator=generator)
+        return torch.ones(shape, device=device)
+    std = math.sqrt(2 / (shape[0] + math.prod(shape[1:])))
+    return keyed_normal([f"{seed}/{name}"], shape, device)[0].mul_(std)

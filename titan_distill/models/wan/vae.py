@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from titan_distill.transfer import to_device
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-# A few at a time: a decoder's activations are large, and on a CPU larger batches fall out of the caches.
-DECODE_BATCH = 4
+
+def num_decoded_at_once(device: torch.device) -> int:
+    """Clips in one call of the decoder. A GPU is filled by one, whose activations take gigabytes; on a CPU more than a
+    few fall out of the caches."""
+    return 1 if device.type == "cuda" else 4
 
 
 def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
@@ -31,9 +36,9 @@ def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype = torch.
     return vae.requires_grad_(False).eval().to(device)
 
 
-def encoding_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
-    """In which a run encodes its videos between steps: bf16 where it computes in it, on a GPU that has it; a CPU would
-    only become slower by it."""
+def vae_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
+    """In which a run encodes and decodes: bf16 where it computes in it, on a GPU that has it; a CPU would only become
+    slower by it."""
     is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if is_fast and compute == torch.bfloat16 else torch.float32
 
@@ -55,7 +60,7 @@ def encode_image(vae: AutoencoderKLWan, images_BHW3: Tensor, num_frames: int) ->
 
 def _signed(vae: AutoencoderKLWan, frames_BTHW3: Tensor) -> Tensor:
     """[B, C, T, H, W] in [-1, 1] on the VAE's device."""
-    return frames_BTHW3.to(vae.device).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
+    return to_device(frames_BTHW3, vae.device).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
 
 
 def _encode(vae: AutoencoderKLWan, video_BCTHW: Tensor) -> Tensor:
@@ -68,9 +73,14 @@ def _encode(vae: AutoencoderKLWan, video_BCTHW: Tensor) -> Tensor:
 def decode_latents(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
     """uint8 frames [B, T, H, W, 3] on the VAE's device of normalised latents."""
     mean, std = _statistics(vae)
-    chunks = (latents_BCFHW.float() * std + mean).to(vae.dtype).split(DECODE_BATCH)
-    pixels_BCTHW = torch.cat([vae.decode(chunk).sample.float() for chunk in chunks])
-    return pixels_BCTHW.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    chunks = (latents_BCFHW.float() * std + mean).to(vae.dtype).split(num_decoded_at_once(vae.device))
+    return torch.cat([_pixels(vae.decode(chunk).sample) for chunk in chunks])
+
+
+def _pixels(video_BCTHW: Tensor) -> Tensor:
+    """uint8 [B, T, H, W, 3] of [-1, 1]; may overwrite its argument, which is large."""
+    video_BCTHW = video_BCTHW.float().clamp_(-1, 1).add_(1).mul_(127.5).round_()
+    return video_BCTHW.to(torch.uint8).permute(0, 2, 3, 4, 1)
 
 
 def restart(vae: AutoencoderKLWan, latents_BCFHW: Tensor, num_frames: int) -> Tensor:
@@ -89,7 +99,5 @@ def restart(vae: AutoencoderKLWan, latents_BCFHW: Tensor, num_frames: int) -> Te
 
 def _statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     shape = (1, vae.config.z_dim, 1, 1, 1)
-    return (
-        torch.tensor(vae.config.latents_mean, device=vae.device).view(shape),
-        torch.tensor(vae.config.latents_std, device=vae.device).view(shape),
-    )
+    mean, std = (torch.tensor(values).view(shape) for values in (vae.config.latents_mean, vae.config.latents_std))
+    return to_device(mean, vae.device), to_device(std, vae.device)

@@ -1,0 +1,146 @@
+"""The GPU suite's plan, its documents, and what it reads from pytest."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+from runs import REPOSITORY
+
+from benchmarks import attention, launches
+from benchmarks.gpu_suite import kernel_cases, plan, pytest_cases, training_cases, worker
+from benchmarks.gpu_suite.__main__ import main
+from benchmarks.gpu_suite.predictions import PREDICTIONS, compared
+from benchmarks.gpu_suite.summary import summary
+from titan_distill.config import load_config
+
+PAGE = (REPOSITORY / "docs" / "kernels.md").read_text()
+
+
+def table_rows(*columns: str) -> list[list[str]]:
+    """Rows of the table of docs/kernels.md whose head begins with `columns`."""
+    _, _, rest = PAGE.partition(f"| {' | '.join(columns)} |")
+    lines = rest.split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_page_has_every_estimate_and_they_fit_the_budgets():
+    documented = {name: float(seconds) for name, seconds, _ in table_rows("part", "estimate in s")}
+    assert documented == {part.name: part.estimate_s for part in plan.PARTS}
+    first = [part for part in plan.PARTS if part.tier == plan.FIRST]
+    assert list(plan.PARTS[: len(first)]) == first
+    totals = sum(part.estimate_s for part in first), sum(part.estimate_s for part in plan.PARTS)
+    assert totals[0] <= plan.BUDGETS[plan.FIRST] == 400 and totals[1] <= plan.BUDGETS[plan.REST] == 540
+    assert [int(number) for number in re.findall(r"add up to (\d+) s .*? all of them to (\d+) s", PAGE)[0]] == list(
+        totals
+    )
+
+
+def test_the_page_has_every_prediction():
+    assert [tuple(row) for row in table_rows("case", "number", "predicted")] == [
+        (prediction.case, prediction.key, prediction.range) for prediction in PREDICTIONS
+    ]
+
+
+def test_every_prediction_is_about_a_case_of_the_suite(context):
+    names = {name for part in plan.PARTS for name in cases_of(part, context)}
+    assert {prediction.case for prediction in PREDICTIONS} <= names
+
+
+@pytest.fixture
+def context(tmp_path) -> worker.Context:
+    """What the parts are told on a GPU; listing cases computes nothing."""
+    return worker.Context("cuda", False, tmp_path, tmp_path, None, 60.0)
+
+
+def cases_of(part: plan.Part, context: worker.Context) -> worker.Cases:
+    return getattr(import_module(part.module), part.function.partition(":")[2])(context)
+
+
+def test_the_headline_is_timed_first_and_completely(context):
+    first = list(kernel_cases.attention_720p(context))
+    assert first[:3] == [f"75600 tokens, 12 heads: {kind}" for kind in ("sdpa cudnn", "sdpa flash", "dense branch")]
+    kinds = [f"{kind} 0.9 x{join}" for join in (1, 2) for kind in ("candidates", "vsa kernels", "vsa")]
+    assert first[3:] == [f"75600 tokens, 12 heads: {kind}{tile}" for tile in ("", " 3x5x4") for kind in kinds]
+    anchor = [name for name in kernel_cases.attention_480p(context) if name.startswith("40768 tokens, 16 heads")]
+    assert len(anchor) == 3 + 6 and not any("3x5x4" in name for name in anchor)
+    assert math.prod(launches.WHOLE_TILES) == 40_768 and all(size % 4 == 0 for size in launches.WHOLE_TILES)
+
+
+def test_the_kernels_of_every_timing_are_compiled_ahead(context):
+    listed = {(size.grid, size.heads, size.tile) for size in launches.SIZES}
+    for part in (kernel_cases.attention_720p, kernel_cases.attention_480p, kernel_cases.attention_rest):
+        cases = [run.args[0] for run in part(context).values() if isinstance(run.args[0], attention.Case)]
+        sparse = {(case.grid, case.heads, case.tile) for case in cases if case.sparsity is not None}
+        assert sparse and sparse <= listed
+
+
+@pytest.mark.parametrize("part", ["finetune", "distillation", "training_rest"])
+def test_configurations_of_real_size_load_with_their_overrides(part, context):
+    for run in getattr(training_cases, part)(context).values():
+        config, overrides = run.args[1:3]
+        loaded = load_config(["--job.config_file", str(training_cases.CONFIGS / f"{config}.toml"), *overrides])
+        assert loaded.training.global_batch_size == 1
+        assert loaded.compile.enabled == (part == "finetune")
+
+
+def test_kernel_parts_import_nothing_of_the_trainer():
+    imports = "import benchmarks.gpu_suite.kernel_cases"
+    program = f"{imports}; print([m for m in sys.modules if m.split('.')[0] == 'titan_distill'])"
+    paths = [str(REPOSITORY / name) for name in ("kernels", "tests", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}; {program}"],
+        capture_output=True, text=True, check=True, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_junit_report_becomes_a_row_per_failure_and_totals(tmp_path):
+    tests = tmp_path / "test_three.py"
+    tests.write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2, 'one is not two'\n"
+        "def test_skipped(): pytest.skip('no')\n"
+    )
+    report = tmp_path / "junit.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(tests)]
+    done = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path)
+    rows = list(pytest_cases.rows(report, done.returncode))
+    assert rows[0]["failure"] == "test failed" and rows[0]["test"] == "test_three::test_bad"
+    assert "one is not two" in rows[0]["text"]
+    assert rows[1] == {"passed": 1, "failed": 1, "skipped": 1, "exit_code": 1}
+    for code, kind in ((None, "out of time"), (4, "error")):
+        assert [row["failure"] for row in pytest_cases.rows(tmp_path / "none.xml", code)] == [kind]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_kinds_of_running_out_of_memory(error):
+    assert worker.failure_kind(error) == worker.OUT_OF_MEMORY
+    assert worker.failure_kind(ValueError("memory")) == worker.ERROR
+
+
+def test_the_summary_says_which_predictions_were_wrong():
+    case = PREDICTIONS[0]
+    rows = [{"part": "card", "case": case.case, "card": "H100", "at_s": 1.0, case.key: case.high * 2}]
+    assert dict(compared(rows))[case] == case.high * 2
+    line = next(line for line in summary(rows).splitlines() if line.startswith(f"| {case.case} | {case.key} "))
+    assert "**wrong**" in line
+    assert "Predictions" not in summary(rows, rehearse=True)
+    assert json.dumps(rows)  # as rows.jsonl has it
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_the_suite_says_so(tmp_path, capsys):
+    assert main(["--out", str(tmp_path / "out")]) == 2
+    assert "needs a GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_budget_too_short_for_anything_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--out", str(tmp_path), "--budget", "5"])
+    assert stopped.value.code == 2 and "at least 30 seconds" in capsys.readouterr().err

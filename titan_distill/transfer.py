@@ -1,0 +1,23 @@
+"""Copies from the host to the GPU for which the host does not wait.
+
+The host queues work far ahead of the GPU. A plain `tensor.to("cuda")` takes that lead away: it returns when the GPU has
+done all that was queued before it. A copy from page-locked memory is queued like any other work. PyTorch keeps a pool
+of such memory and reuses a block only after the copies from it are done, so nobody has to keep the source alive.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`, through page-locked memory from the host to a GPU; the tensor itself where it is there
+    already. The tangent of a dual tensor goes with it."""
+    if tensor.device.type != "cpu" or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    primal, tangent = forward_ad.unpack_dual(tensor)
+    if tangent is not None:  # pinning has no forward mode
+        return forward_ad.make_dual(to_device(primal, device), to_device(tangent, device))
+    return tensor.pin_memory().to(device, non_blocking=True)
