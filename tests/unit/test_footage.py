@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,22 @@ def test_a_title_in_another_encoding_does_no_harm(tmp_path: Path) -> None:
     encoder = data.index(b"Lavf")  # who wrote it, as a tag
     path.write_bytes(data[:encoder] + b"\xe9" + data[encoder + 1 :])
     assert len(list(decode(path))) == 5
+
+
+def test_a_forked_process_reads_what_its_parent_has_read(tmp_path: Path) -> None:
+    """As data workers do. PyAV 19 hands them a converter whose threads they do not have, and they wait for those."""
+    path = write_video(tmp_path / "a.mp4", num_frames=9)
+
+    def read() -> None:
+        assert len(list(read_clips(path, num_frames=9, stride=9, height=32, width=48, fps=None))) == 1
+
+    read()
+    worker = multiprocessing.get_context("fork").Process(target=read, daemon=True)
+    worker.start()
+    worker.join(30)
+    code = worker.exitcode
+    worker.kill()
+    assert code == 0
 
 
 def test_no_video_inside(tmp_path: Path) -> None:

@@ -57,11 +57,15 @@ def read_clips(
     Raises:
         ValueError: the file can't be decoded, ends before its stated duration or is shorter than one clip.
     """
+    from av.video.reformatter import VideoReformatter
+
     frames = decode(path) if fps is None else resample(decode(path), fps)
+    # PyAV 19 shares one among all frames, even in a forked data worker, where it waits for threads that are not there.
+    reformatter = VideoReformatter()
     window: deque[tuple[float, float, Tensor]] = deque(maxlen=num_frames)
     count = 0
     for count, (start, end, frame) in enumerate(frames, start=1):
-        window.append((start, end, _fit(frame, height, width)))
+        window.append((start, end, _fit(reformatter.reformat(frame, format="rgb24"), height, width)))
         if count >= num_frames and (count - num_frames) % stride == 0:
             duration = window[-1][1] - window[0][0]
             yield Clip(torch.stack([pixels for _, _, pixels in window]), duration)
@@ -158,8 +162,8 @@ def _with_next_start(frames: Iterable[TimedFrame]) -> Iterator[tuple[TimedFrame,
 
 
 def _fit(frame: av.VideoFrame, height: int, width: int) -> Tensor:
-    """Scale a frame to cover height × width and crop its centre: ``[3, height, width]`` uint8."""
-    upright = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
+    """Scale an RGB frame to cover height × width and crop its centre: ``[3, height, width]`` uint8."""
+    upright = np.rot90(frame.to_ndarray(), k=round(frame.rotation / 90))
     pixels_HWC = torch.from_numpy(np.ascontiguousarray(upright))
     scale = max(height / pixels_HWC.shape[0], width / pixels_HWC.shape[1])
     size = [max(height, round(scale * pixels_HWC.shape[0])), max(width, round(scale * pixels_HWC.shape[1]))]
