@@ -35,6 +35,9 @@ def shows_gpu(arguments: list[str], markers: str, folder: Path) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     if not shows_gpu(config.args, config.getoption("markexpr"), config.invocation_params.dir):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for xdist's workers and for what tests start as well
+        # Autograd's first backward decides whether the process has threads for devices, and with them no rank can be
+        # forked. In a build for CUDA the fake tensors of torch.compile would by then have told it of a GPU.
+        torch.ones(1, requires_grad=True).sum().backward()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
