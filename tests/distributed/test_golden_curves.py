@@ -62,8 +62,7 @@ def test_the_curve_is_the_files(recorded: Callable[[str], golden.Recording], nam
 def test_two_ranks_with_micro_batches_make_the_same_curves(
     recorded: Callable[[str], golden.Recording], tmp_path: Path, steps: int
 ) -> None:
-    """Micro-batches of one sample: two a rank in the jobs of four samples, one in the others. After three steps every
-    role has been trained and every average differs from its weights."""
+    """Micro-batches of one sample: two a rank in the jobs of four samples, one in the others."""
     for name, curves in on_two_ranks(tmp_path, steps, *MICRO_BATCHES).items():
         differences = golden.compare(first(recorded(name).curves, steps), curves)
         assert golden.largest(differences) <= golden.SAME_MACHINE, (name, differences)
