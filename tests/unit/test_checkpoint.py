@@ -24,6 +24,7 @@ from titan_distill.checkpoint import storage
 from titan_distill.checkpoint.discovery import complete_steps, find_latest, resolve
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import (
+    FORMAT_VERSION,
     MANIFEST_NAME,
     CheckpointDamaged,
     FileRecord,
@@ -374,8 +375,9 @@ class TestDamage:
 
     def test_newer_format_is_refused(self, manager: CheckpointManager, saved: Path) -> None:
         path = saved / MANIFEST_NAME
-        path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-        with pytest.raises(ValueError, match=r"format_version 2, but this titan_distill reads up to 1") as error:
+        newer = f'"format_version": {FORMAT_VERSION + 1}'
+        path.write_text(path.read_text().replace(f'"format_version": {FORMAT_VERSION}', newer))
+        with pytest.raises(ValueError, match=rf"format_version {FORMAT_VERSION + 1}, but .* reads up to") as error:
             manager.find("latest")
         assert not isinstance(error.value, CheckpointDamaged)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 _HASH_CHUNK_BYTES = 1 << 22
 _FINGERPRINT_BYTES = 1 << 20
