@@ -25,6 +25,8 @@ RESERVE_S = 6.0
 LEAST_S = 4.0
 """A worker with less time than this is not started."""
 SECONDS_FOR_STACKS = 1.0
+PATIENCE_ON_CPU = 4.0
+"""A rehearsal's limits, in those of a GPU: other processes may share the machine."""
 CRASHED, HUNG, SKIPPED = "crashed", "out of time", "not reached"
 
 
@@ -122,6 +124,7 @@ class Supervisor:
         self._started = time.monotonic()
         self._end = self._started + budget_s - RESERVE_S
         self._scratch, self._rehearse, self._after_part = scratch, rehearse, after_part
+        self._patience = PATIENCE_ON_CPU if rehearse else 1.0
         self._context = {
             "device": "cpu" if rehearse else "cuda",
             "rehearse": rehearse,
@@ -151,7 +154,7 @@ class Supervisor:
     def run_part(self, part: Part) -> None:
         """Runs one part's cases, in as many workers as they break."""
         started = time.monotonic()
-        deadline = min(started + part.limit_s, self._end)
+        deadline = min(started + part.limit_s * self._patience, self._end)
         if deadline - started < (LEAST_S if self._rehearse else part.estimate_s / 2):
             self._add(part, "part", failure=SKIPPED, text=f"{deadline - started:.0f} s were left of the budget")
             return
@@ -187,7 +190,7 @@ class Supervisor:
                 case "begin":
                     case, has_failed = message["case"], False
                     progress.attempted += 1
-                    case_end = time.monotonic() + (part.case_limit_s or part.limit_s)
+                    case_end = time.monotonic() + (part.case_limit_s or part.limit_s) * self._patience
                 case "failure":
                     case, has_failed = message["case"], True
                     self._add(part, case, failure=message["what"], text=message["text"])

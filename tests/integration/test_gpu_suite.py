@@ -22,7 +22,7 @@ from dataclasses import replace
 from benchmarks.gpu_suite.plan import PARTS, Part
 
 def planted(name):
-    return Part(name, f"planted_parts:{name}", 1, 90, 3 if name == "hang" else 60, process="planted")
+    return Part(name, f"planted_parts:{name}", 1, 90, 1 if name == "hang" else 60, process="planted")
 
 PLANTED = [planted(name) for name in sys.argv[2:]]
 sys.exit(run_suite({parts}, Path(sys.argv[1]), {budget}, rehearse=True))
