@@ -17,6 +17,7 @@ from benchmarks.gpu_suite.summary import summary
 from benchmarks.gpu_suite.supervisor import SKIPPED, Supervisor, failures, nvidia_gpus
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+FILES = ("rows.jsonl", "summary.md", "junit.xml", "profile.json.gz", "logs.tar.gz")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -33,6 +34,8 @@ def run_suite(
 ) -> int:
     """Runs `parts` and writes the results into `out`. Returns the exit code."""
     out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:  # of an earlier suite in the same folder
+        (out / name).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu_suite_") as scratch:
 
         def write(ended: str = "") -> None:
@@ -72,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=gpu_suite.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the results; an earlier suite's are replaced"
+    )
     parser.add_argument(
         "--budget", type=float, default=BUDGETS[FIRST], help="seconds for everything (default: %(default)g)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -40,6 +41,7 @@ def card(context: Context) -> Cases:
         "compiled cache": functools.partial(use_cache, context),
         "copy": lambda: [copy_bandwidth(device)],
         "matmul": lambda: [{"tflops": ceiling(device)}],
+        "clocks": lambda: [clocks(device)],
     }
 
 
@@ -76,9 +78,20 @@ def versions(device: str) -> Row:
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_mib": properties.L2_cache_size / 2**20,
-            "clock_mhz": torch.cuda.clock_rate(),
         }
     return row
+
+
+CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+
+
+def clocks(device: str) -> Row:
+    """The card's clocks, power and temperature, by nvidia-smi and in its units; asked while the card is still warm."""
+    if device != "cuda":
+        return {"unavailable": "a CPU has no nvidia-smi"}
+    command = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader"]
+    values = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(",")
+    return dict(zip(CLOCKS, map(str.strip, values)))
 
 
 def copy_bandwidth(device: str) -> Row:

@@ -36,7 +36,6 @@ def command(context: Context, report: Path) -> list[str]:
 def run(context: Context) -> Iterator[Row]:
     """Runs pytest for as long as the part has, and reads its report."""
     report = context.out / "junit.xml"
-    report.unlink(missing_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     tests = subprocess.Popen(command(context, report), cwd=REPOSITORY, env=environment, preexec_fn=die_with_parent)
     try:

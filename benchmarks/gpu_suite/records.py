@@ -15,7 +15,6 @@ class RowFile:
     """`rows.jsonl`: one JSON object per line, on disk when `append` returns."""
 
     def __init__(self, path: Path) -> None:
-        path.unlink(missing_ok=True)  # of an earlier suite in the same folder
         self._file = path.open("a", encoding="utf-8")
         self.rows: list[Row] = []
 

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from runs import REPOSITORY
 
+from benchmarks.gpu_suite.__main__ import FILES
+from benchmarks.gpu_suite.plan import PARTS
+
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -54,8 +57,6 @@ def rehearsed(tmp_path_factory) -> tuple[Path, int]:
 
 
 def test_the_rehearsal_runs_every_part_and_only_what_was_planted_fails(rehearsed):
-    from benchmarks.gpu_suite.plan import PARTS
-
     out, code = rehearsed
     rows = read_rows(out)
     failed = [(row["part"], row["case"], row["failure"]) for row in rows if "failure" in row]
@@ -90,9 +91,8 @@ def test_each_kind_of_part_has_measured_something(rehearsed):
 
 def test_the_folder_holds_five_files_and_the_summary_names_what_broke(rehearsed):
     out, _ = rehearsed
-    assert sorted(file.name for file in out.iterdir()) == [
-        "junit.xml", "logs.tar.gz", "profile.json.gz", "rows.jsonl", "summary.md",
-    ]  # fmt: skip
+    assert sorted(file.name for file in out.iterdir()) == sorted(FILES)
+    assert set(FILES) == {"rows.jsonl", "summary.md", "junit.xml", "profile.json.gz", "logs.tar.gz"}
     text = (out / "summary.md").read_text()
     assert "## Failures: 3" in text
     assert all(f"**{name}: broken**: {kind}" in text for name, kind in BREAKING.items())
