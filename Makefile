@@ -25,7 +25,7 @@ test-unit: ## Run the tests that take seconds
 test: ## Run all tests but the nightly ones
 	pytest
 
-test-gpu-versions: ## Run unit and integration tests with the versions of GPU machines, half an hour
+test-gpu-versions: ## Run unit and integration tests with the versions of GPU machines, about 20 minutes
 	scripts/gpu_versions
 
 tiny-wan: ## Train the small Wan of tests/assets/tiny_wan again, about 2 hours

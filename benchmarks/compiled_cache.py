@@ -54,7 +54,7 @@ from triton.runtime.build import compile_module_from_src
 from triton.runtime.cache import triton_key
 from triton.runtime.jit import get_cache_invalidating_env_vars
 
-from benchmarks.launches import SIZES, Size
+from benchmarks.launches import GOLDEN, SIZES, Size
 from benchmarks.pretended_gpu import ARCH, TARGET, Job, PretendedGpu
 
 REPOSITORY = Path(__file__).parent.parent
@@ -63,7 +63,7 @@ FOLDER_VARIABLE = "TRITON_CACHE_DIR"
 
 
 def identity() -> dict[str, str]:
-    """What kernels' keys depend on and a machine or checkout decides, as name and value."""
+    """Facts of this machine and checkout that kernels' keys depend on, by name."""
     sources = sorted(Path(titan_kernels.__path__[0]).glob("*.py"))
     return {
         "Triton": triton.__version__,
@@ -119,7 +119,7 @@ def compiled_since(folder: Path) -> list[str]:
 
 @dataclass
 class Found:
-    """What this process asked the cache for, by kernel name."""
+    """Kernels that this process asked the cache for, by name."""
 
     hits: list[str] = field(default_factory=list)
     misses: list[str] = field(default_factory=list)
@@ -148,7 +148,8 @@ def watch() -> Iterator[Found]:
 
 def pack(folder: Path, file: Path) -> None:
     """Write a folder that `make` filled as one file."""
-    assert (folder / MANIFEST).exists(), f"{folder} was not filled by make"
+    if not (folder / MANIFEST).exists():
+        raise ValueError(f"{folder} has no {MANIFEST}; run `python -m benchmarks.compiled_cache make {folder}` first")
     with tarfile.open(file, "w:xz") as archive:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.name != "lock":
@@ -166,13 +167,19 @@ def start_making(folder: Path, processes: int, log: Path) -> subprocess.Popen[by
     if inherited := os.environ.get("PYTHONPATH"):
         environment["PYTHONPATH"] += os.pathsep + inherited
     with log.open("wb") as output:
-        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
+        # In a group of its own: whoever ends the process that started it and its group shall not end this.
+        return subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output, preexec_fn=os.setpgrp
+        )
 
 
 def find_jobs() -> list[Job]:
-    """The kernels that attention of `SIZES` and tests/gpu launch, in that order; changes the process for good."""
+    """Return the kernels that attention of `SIZES`, the golden job and tests/gpu launch, in that order.
+
+    This changes the process for good.
+    """
     gpu = PretendedGpu()
-    for size in SIZES:
+    for size in (*SIZES, GOLDEN):
         run_attention(size)
     for line in run_tests():
         print(f"stopped early: {line}", flush=True)
@@ -305,11 +312,11 @@ def _build_module(text: str, name: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make")
     making.add_argument("folder", type=Path)
-    making.add_argument("--processes", type=int, default=os.cpu_count())
+    making.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one per core")
     packing = commands.add_parser("pack")
     packing.add_argument("folder", type=Path)
     packing.add_argument("file", type=Path)
@@ -323,7 +330,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{len(jobs)} kernels to compile", flush=True)
         print(f"{make(arguments.folder, arguments.processes, jobs)} kernels in {arguments.folder}")
     elif arguments.command == "pack":
-        pack(arguments.folder, arguments.file)
+        try:
+            pack(arguments.folder, arguments.file)
+        except ValueError as error:
+            parser.error(str(error))
         print(f"{arguments.file.stat().st_size / 2**20:.2f} MiB")
     else:
         installed = install(arguments.file, arguments.folder)

@@ -4,7 +4,7 @@
 installed there with `python3 -m pip install --no-index --no-deps --target SITE FOLDER/*.whl`; `PYTHONPATH=SITE` then
 makes them importable. The folder must hold nothing else, because pip refuses two releases of one package.
 
-Exit codes: 0, 1 where pip fails, 2 where the folder is not empty or the wheels are larger than what may travel.
+Exit codes: 0, 1 where pip fails, 2 where the folder is not empty or the wheels are larger than 24 MiB.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PYTHON = "3.12"
 GLIBC_MINORS = (39, 35, 34, 31, 28, 27, 24, 17)
 """pip takes a wheel's platform tag literally, so each glibc that wheels are built for is named."""
 MOST_MIB = 24
-"""All that travels is limited to 64 MiB: the repository, the compiled cache and these."""
+"""Limit on the total size of the wheels, so that they are quick to copy."""
 
 
 def requirements() -> list[str]:
@@ -48,7 +48,7 @@ def fetch(folder: Path) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Download, list with sizes, and exit with the code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     try:
         wheels = fetch(parser.parse_args(argv).folder)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{wheel.stat().st_size / 2**20:6.2f} MiB  {wheel.name}")
         print(f"{total:6.2f} MiB of at most {MOST_MIB}")
         if total > MOST_MIB:
-            raise ValueError(f"the wheels take {total:.1f} MiB, but at most {MOST_MIB} travel; leave one out")
+            raise ValueError(f"the wheels take {total:.1f} MiB, limit {MOST_MIB} MiB; remove a line from {WHEELS.name}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,14 +7,14 @@
 layout or a device moves a curve; so does a commit that changes a method's numbers, whether it means to or not. The
 layout matrix cannot see the second: it compares one commit with itself.
 
-A curve has a value a step and trained role: `loss`, `grad_norm` (before clipping), `update_norm` (L2 distance that the
-optimizer moves the weights) and, for the role with an average, `ema_distance` (L2 distance of the average from the
+A curve has one value per step and trained role: `loss`, `grad_norm` (before clipping), `update_norm` (L2 distance that
+the optimizer moves the weights) and, for the role with an average, `ema_distance` (L2 distance of the average from the
 weights). The loss says what was computed, the gradient norm what its backward made of it, the update norm what
 optimizer and schedules made of that, the distance what only validations would show.
 
-Differences are relative to the value in the file. Where that is less than `FLOOR` times the largest of its curve, they
-are relative to this instead: a loss that begins at 0 has no digits to compare. Where only one of two curves has a value
-at a step, they differ by infinity.
+Differences are relative to the value in the file. Where that value is below `FLOOR` times the largest of its curve, the
+divisor is that floor: a loss that begins at 0 has no digits to compare. If only one curve has a value at a step, the
+difference is infinite.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ FLOOR = 1e-4
 EXIT_MOVED = 1
 
 Curves = dict[str, list["float | None"]]
-"""`KIND/ROLE` to one value a step; None where the role has no update."""
+"""`KIND/ROLE` to one value per step; None where the role has no update."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Recording:
-    """What a run of a golden job showed: its curves, and sentences on what it should have run and did not."""
+    """Result of a golden job: its curves, and sentences on what it should have run and did not."""
 
     curves: Curves
     faults: list[str]
 
 
 def check(name: str, device: str = "cpu") -> list[dict[str, Any]]:
-    """Runs a golden job and compares it with its file, a row a curve.
+    """Runs a golden job and compares it with its file, one row per curve.
 
     Rows have the keys `job, device, metric, worst, step, expected, found, tolerance, passed`. A last one of metric
     `spy` has `faults` instead: what the job is named for and did not run. Needs no torchrun and no working directory.
@@ -129,7 +129,7 @@ def compare(expected: Curves, found: Curves) -> dict[str, Difference]:
 
 
 def largest(differences: dict[str, Difference]) -> float:
-    """Of all curves; NaN where one is."""
+    """Largest difference of all curves; NaN if any is NaN."""
     return _maximum([difference.worst for difference in differences.values()])
 
 
@@ -263,7 +263,7 @@ def _full_precision() -> Iterator[None]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `check` for people."""
+    """Format the rows of `check` as a table."""
     lines = [f"{'job':<14}{'metric':<24}{'worst':>9}  step  {'bound':>7}"]
     for row in rows:
         if row["metric"] == "spy":
@@ -278,14 +278,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes or checks, and exits with 1 where a number has moved."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["write", "check"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of check; files are the CPU's")
+    parser.add_argument("action", choices=["write", "check"], help="compare with the files, or write them anew")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="device of `check`; files are always written on the CPU",
+    )
     parser.add_argument("--only", choices=NAMES, help="one job instead of all")
     arguments = parser.parse_args(argv)
     if arguments.action == "write" and arguments.device != "cpu":
-        parser.error("golden curves are the CPU's; check --device cuda compares with them")
+        parser.error("write runs on the CPU only; compare a GPU with `check --device cuda`")
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, and torch sees no GPU here")
+        parser.error("--device cuda needs a GPU, but torch sees none; leave --device out to check on the CPU")
     torch.set_num_threads(1)
     names = [arguments.only] if arguments.only else NAMES
     if arguments.action == "write":

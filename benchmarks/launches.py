@@ -46,3 +46,6 @@ SIZES: list[Size] = [
     *(Size(grid, 40, SHORT_TILE) for grid in (WAN_720P, WAN_480P)),
     Size(WAN_5B, 12),
 ]
+
+GOLDEN = Size((5, 6, 6), 4, head_dim=32, dtype=torch.float32, tiles_per_list=(1,))
+"""Attention of the golden job with a sparse student (`tests/golden/sparse.toml`), which is not timed."""

@@ -17,7 +17,7 @@ import torch
 def machine() -> dict[str, Any]:
     """Processor, accelerator, versions, commit and date."""
     commit = ""
-    if shutil.which("git"):  # lent machines hold a copy of the tree, and not always git
+    if shutil.which("git"):  # a copied tree may lack git
         head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         commit = head.stdout.strip()
     return {

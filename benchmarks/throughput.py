@@ -203,12 +203,15 @@ def build(config: Config, world: World) -> tuple[Trainer, MeasuredAdapter, Named
 def started(config: Config, num_steps: int) -> Iterator[tuple[World, Trainer, MeasuredAdapter, NamedTimer]]:
     """The ranks and the trainer of a run of `num_steps` steps, until the block ends."""
     world = start_world(config.comm.init_timeout_seconds, force_group=needs_group(config))
-    with tempfile.TemporaryDirectory() as folder:
-        # One step more than will run: the metrics of the last one would take the timer's seconds.
-        yield world, *build(synthetic_config(config, Path(folder), num_steps + 1), world)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            # One step more than will run: the metrics of the last one would take the timer's seconds.
+            yield world, *build(synthetic_config(config, Path(folder), num_steps + 1), world)
+        if dist.is_initialized():
+            dist.barrier()
+    finally:  # a process may go on to another run after one that failed
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @dataclass
@@ -252,6 +255,8 @@ def measure(trainer: Trainer, adapter: MeasuredAdapter, timer: NamedTimer, num_w
         if step == num_warmup:
             measured = Measured()
             _wait_for_all(timer)
+            if timer.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(timer.device)
             started = time.perf_counter()
         run_step(trainer, adapter, timer, step, measured)
     _wait_for_all(timer)
@@ -262,6 +267,7 @@ def measure(trainer: Trainer, adapter: MeasuredAdapter, timer: NamedTimer, num_w
 def run_step(trainer: Trainer, adapter: MeasuredAdapter, timer: NamedTimer, step: int, measured: Measured) -> None:
     """Runs the updates that are due at `step`, and adds what they took to `measured`."""
     trainer.state.step = step
+    adapter.start_step(trainer.roles, step)
     with timer("data"):
         batch = adapter.prepare_batch(next(trainer.loader))
     measured.add(STEP, timer, adapter.ledger)

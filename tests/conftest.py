@@ -51,5 +51,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, why in ON_REQUEST.items():
             if item.get_closest_marker(marker) and marker not in wanted:
                 item.add_marker(pytest.mark.skip(reason=f"{why}; run it with -m {marker}"))
-    # First what has never run on a CPU: the time of a lent GPU may end before all tests have run.
+    # GPU tests in bf16 first: they have never run on a CPU, and a time limit may end the run.
     items.sort(key=lambda item: item.get_closest_marker("gpu") is not None and "bfloat16" not in item.name)

@@ -25,7 +25,9 @@ KEYS = [(1, 2), (-3, 4), (2**62, -(2**63)), (0, 0), (-1, -1)]
 @triton.jit
 def _words_kernel(given, out, SIZE: tl.constexpr):
     row = tl.arange(0, SIZE)
-    key, high, low = (tl.load(given + 3 * row + i).to(tl.uint64, bitcast=True) for i in tl.static_range(3))
+    key = tl.load(given + 3 * row).to(tl.uint64, bitcast=True)
+    high = tl.load(given + 3 * row + 1).to(tl.uint64, bitcast=True)
+    low = tl.load(given + 3 * row + 2).to(tl.uint64, bitcast=True)
     word_0, word_1, word_2, word_3 = philox_words(key, high, low)
     tl.store(out + 4 * row, word_0.to(tl.int64))
     tl.store(out + 4 * row + 1, word_1.to(tl.int64))

@@ -460,12 +460,13 @@ class ProfilingConfig:
 @dataclass(frozen=True, kw_only=True)
 class CommConfig:
     init_timeout_seconds: int = 300
-    """How long a collective may take until the first step is done, because start-up includes loading and compiling, and
-    at any time one of a checkpoint, which waits for the slowest disk."""
+    """Time limit of a collective until the first step is done (start-up includes loading and compiling), in seconds. It
+    also limits saving and loading a checkpoint at any time, because ranks wait for the slowest disk."""
     train_timeout_seconds: int = 100
-    """How long a collective may take afterwards, before the run is ended."""
+    """Time limit of a collective after the first step, in seconds; then the run ends."""
     validation_timeout_seconds: int = 3600
-    """How long ranks may wait for each other's part of a validation's report (scores, videos) and for the trackers."""
+    """Time limit for ranks that wait for each other in a validation's report (scores, videos, uploads to trackers), in
+    seconds."""
 
     def __post_init__(self) -> None:
         check_range(self, "init_timeout_seconds", "train_timeout_seconds", "validation_timeout_seconds", least=1)

@@ -13,8 +13,10 @@ from torch.autograd import forward_ad
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """`tensor` on `device`, through page-locked memory from the host to a GPU; the tensor itself where it is there
-    already. The tangent of a dual tensor goes with it."""
+    """Return `tensor` on `device`. From host to GPU it goes through page-locked memory, so the host does not wait.
+
+    A tensor that is already there is returned as it is. The tangent of a dual tensor moves with it.
+    """
     if tensor.device.type != "cpu" or torch.device(device).type != "cuda":
         return tensor.to(device)
     primal, tangent = forward_ad.unpack_dual(tensor)

@@ -1,16 +1,16 @@
-"""The GPU suite: all that a short loan of one GPU can tell, the most valuable first.
+"""The GPU suite: correctness, speed and training on one GPU, the most important measurements first.
 
-    python -m benchmarks.gpu_suite --out DIR [--budget SECONDS] [--rehearse]
+    python -m benchmarks.gpu_suite --out DIR [--budget SECONDS] [--cache FILE] [--rehearse]
 
 GPU time is scarce, so nothing that is measured may be lost. Every row is one line of `DIR/rows.jsonl`, written and
-synced to disk as soon as it is known; `DIR/summary.md` is rewritten after every part and on every signal. Work is cut
-into parts, and a part into cases. They run in worker processes: a case that raises, crashes, hangs or runs out of
-memory costs its own row and nothing else, because the supervisor starts a new worker at the case that follows. The
-supervisor itself imports neither torch nor anything that could fail with it.
+synced to disk as soon as it is known; `DIR/summary.md` is rewritten after every part and on SIGTERM, SIGINT and
+SIGUSR1. Work is cut into parts, and a part into cases. They run in worker processes: a case that raises, crashes, hangs
+or runs out of memory costs its own row and nothing else, because the supervisor starts a new worker at the case that
+follows. The supervisor itself imports neither torch nor anything that could fail with it.
 
-Parts are in order of importance (`plan.py`): what a correction could follow lies within the first 400 seconds, the rest
-within 540. The estimates are checked against `docs/kernels.md`. `--rehearse` runs every part at toy sizes on a CPU,
-through the same code.
+Parts run in order of importance (`plan.py`). The first tier, whose results could lead to a fix, fits into 400 seconds;
+all parts fit into 540. The estimates are checked against `docs/kernels.md`. `--rehearse` runs every part at toy sizes
+on a CPU, through the same code.
 
 Files of DIR: `rows.jsonl`, `summary.md`, `junit.xml` of the GPU tests, `profile.json.gz` of one training step, and
 `logs.tar.gz` with the output of every worker.

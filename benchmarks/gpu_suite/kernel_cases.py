@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -68,7 +69,7 @@ def compiled_here(context: Context) -> Iterator[Row]:
 
 def versions(device: str) -> Row:
     """Names the card and everything that computes."""
-    row: Row = {**machine(), "triton": version("triton")}
+    row: Row = {**machine(), "triton": version("triton"), "c_compiler": shutil.which("gcc") or shutil.which("cc")}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         row |= {
@@ -86,11 +87,15 @@ CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit
 
 
 def clocks(device: str) -> Row:
-    """The card's clocks, power and temperature, by nvidia-smi and in its units; asked while the card is still warm."""
+    """The card's clocks, power and temperature under load, by nvidia-smi and in its units."""
     if device != "cuda":
         return {"unavailable": "a CPU has no nvidia-smi"}
     command = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader"]
-    values = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(",")
+    a = torch.randn(8192, 8192, device=device).bfloat16()
+    for _ in range(1500):  # some two seconds of work, queued ahead
+        torch.mm(a, a)
+    values = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split(",")
+    torch.cuda.synchronize()
     return dict(zip(CLOCKS, map(str.strip, values)))
 
 

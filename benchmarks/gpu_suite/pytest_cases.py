@@ -13,7 +13,8 @@ from benchmarks.gpu_suite.worker import Cases, Context, Row, die_with_parent
 
 REPOSITORY = Path(__file__).parents[2]
 PROCESSES = 8
-SECONDS_TO_REPORT = 5
+SECONDS_TO_REPORT = 12
+SECONDS_PER_TEST = 45
 MOST_TEXT = 3000
 REHEARSED = "tests/unit/test_tile_layout.py"
 
@@ -24,12 +25,14 @@ def gpu_tests(context: Context) -> Cases:
 
 
 def command(context: Context, report: Path) -> list[str]:
-    """pytest's command line; without the options of pyproject.toml that need plugins."""
+    """Return pytest's command line; it needs pytest-xdist. Other options of pyproject.toml are left out."""
     chosen = [REHEARSED] if context.rehearse else ["-m", "gpu", "tests/gpu"]
     processes = ["-n", str(2 if context.rehearse else PROCESSES), "--dist", "load"]
+    # By thread: a kernel that hangs sits in a C call, where no signal reaches Python. xdist replaces the lost process.
+    timeout = ["-o", f"timeout={SECONDS_PER_TEST}", "-o", "timeout_method=thread"]
     return [
-        *(sys.executable, "-m", "pytest", "-q", "-o", "addopts=-ra", "-p", "no:cacheprovider"),
-        *(*processes, f"--junitxml={report}", *chosen),
+        *(sys.executable, "-m", "pytest", "-v", "-o", "addopts=-ra", "-p", "no:cacheprovider"),
+        *(*processes, *timeout, f"--junitxml={report}", *chosen),
     ]
 
 

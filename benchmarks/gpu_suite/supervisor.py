@@ -24,7 +24,7 @@ RESERVE_S = 6.0
 """Kept for the last summary."""
 LEAST_S = 4.0
 """A worker with less time than this is not started."""
-SECONDS_FOR_STACKS = 1.0
+SECONDS_FOR_STACKS, SECONDS_TO_DIE, SECONDS_FOR_NVIDIA_SMI = 1.0, 10.0, 10.0
 PATIENCE_ON_CPU = 4.0
 """A rehearsal's limits, in those of a GPU: other processes may share the machine."""
 CRASHED, HUNG, SKIPPED = "crashed", "out of time", "not reached"
@@ -84,10 +84,13 @@ class Worker:
         with suppress(ProcessLookupError):
             if self._process.poll() is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
+        os.close(self._reading)
+        try:
+            code = self._process.wait(timeout=SECONDS_TO_DIE)
+        except subprocess.TimeoutExpired:  # it waits in the driver, where no signal reaches it; the others go on
+            return -signal.SIGKILL
         with suppress(ProcessLookupError):  # what outlived it
             os.killpg(self._process.pid, signal.SIGKILL)
-        os.close(self._reading)
         return code
 
 
@@ -224,7 +227,8 @@ def nvidia_gpus() -> list[str]:
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     if shutil.which(command[0]) is None:
         return []
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS_FOR_NVIDIA_SMI)
+    return done.stdout.splitlines()
 
 
 def worker_environment(scratch: Path) -> dict[str, str]:

@@ -54,7 +54,7 @@ class Context:
 
 
 def die_with_parent() -> None:
-    """Asks Linux to kill this process when the one that started it ends: none may keep a GPU that it was lent."""
+    """Asks Linux to kill this process when its parent ends, so that nothing keeps the GPU after the suite."""
     set_death_signal = 1
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
@@ -96,7 +96,7 @@ def serve(request: dict[str, Any], send: Callable[..., None]) -> None:
         except Exception as error:
             send("failure", case=case, what=failure_kind(error), text=traceback.format_exc()[-4000:])
             del error
-            _recover()
+        _release_memory()
     send("end")
 
 
@@ -107,8 +107,8 @@ def failure_kind(error: BaseException) -> str:
     return OUT_OF_MEMORY if says_so else ERROR
 
 
-def _recover() -> None:
-    """Releases what a failed case held. Ends the process if the device no longer answers."""
+def _release_memory() -> None:
+    """Releases what a case held. Ends the process if the device no longer answers."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():

@@ -24,7 +24,7 @@ _SIN_0, _SIN_1, _SIN_2, _SIN_3, _SIN_4 = (tl.constexpr(value) for value in philo
 _COS_0, _COS_1, _COS_2, _COS_3, _COS_4 = (tl.constexpr(value) for value in philox.COS)
 _BLOCK = 512
 OPTIONS = {"enable_fp_fusion": False}
-"""Of the launch: see above."""
+"""Launch options: products are not fused, see above."""
 
 
 @triton.jit

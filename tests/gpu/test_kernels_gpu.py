@@ -37,9 +37,11 @@ def first_candidates() -> Iterator[None]:
 def poisoned_memory() -> Iterator[None]:
     """New buffers hold NaN or the largest integer, and operators that are not deterministic raise."""
     torch.use_deterministic_algorithms(True)
-    assert torch.empty(1, device="cuda").isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        assert torch.empty(1, device="cuda").isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def check(grid, topk, dtype, *, heads, head_dim, scale=1.0, batch=1, join=1):

@@ -143,6 +143,22 @@ def test_finetuning_gets_latents_and_a_forward_phase(tmp_path: Path) -> None:
     assert rows["backward"]["executed_tflop"] == pytest.approx(2 * SAMPLES * FORWARD_TFLOP, rel=1e-6)
 
 
+def test_sparsity_follows_its_schedule(tmp_path: Path) -> None:
+    """Step 0 is dense; step 1, after a step of warm-up, reads a quarter of the tiles."""
+    text = DMD2.replace('"dmd2"', '"finetune"').replace("update_ratio = 2", "")
+    lines = [line for line in text.splitlines() if not line.startswith(("teacher", "critic"))]
+    job = "\n".join(lines).replace("trainable = true }", 'trainable = true, attention = "sparse" }')
+    schedule = "sparsity = 0.75\nschedule_rate = 0.75\nschedule_interval = 1\ncrossover = 0.0"
+    (tmp_path / "sparse.toml").write_text(f"{job}\n[sparse_attention]\n{schedule}\n")
+    executed = []
+    for warmup in (0, 1):
+        out = tmp_path / f"{warmup}.json"
+        main([str(tmp_path / "sparse.toml"), "--steps", "1", "--warmup", str(warmup), "--out", str(out)])
+        rows = {row["phase"]: row for row in json.loads(out.read_text())["phases"]}
+        executed.append(rows["forward"]["executed_tflop"])
+    assert executed[1] < executed[0]
+
+
 @pytest.mark.parametrize("override", [("--training.stepz", "1"), ("--training.dtype", "int8")])
 def test_wrong_input_is_one_sentence(
     override: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compiled_cache, fetch_wheels
 from benchmarks.fetch_wheels import requirements
 
 REPOSITORY = Path(__file__).parents[2]
@@ -49,3 +50,16 @@ def test_entry_points_need_none_of_what_the_machine_lacks(modules: str, missing:
 def test_the_wheels_are_pinned_as_the_tests_ran_with_them() -> None:
     pinned = {line.split(" ;")[0].strip() for line in (REPOSITORY / "constraints.txt").read_text().splitlines()}
     assert set(requirements()) <= pinned
+
+
+def test_wheels_go_into_an_empty_folder_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "torch.whl").touch()
+    with pytest.raises(SystemExit) as stopped:
+        fetch_wheels.main([str(tmp_path)])
+    assert stopped.value.code == 2 and "is not empty; name a new folder" in capsys.readouterr().err
+
+
+def test_only_a_folder_that_was_made_is_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        compiled_cache.main(["pack", str(tmp_path), str(tmp_path / "packed")])
+    assert stopped.value.code == 2 and "run `python -m benchmarks.compiled_cache make" in capsys.readouterr().err

@@ -82,9 +82,14 @@ def test_the_kernels_of_every_timing_are_compiled_ahead(context):
 
 
 @pytest.mark.parametrize("part", ["finetune", "distillation", "training_rest"])
-def test_configurations_of_real_size_load_with_their_overrides(part, context):
+def test_configurations_of_real_size_load_with_their_overrides(part, context, monkeypatch):
+    started = []
+    monkeypatch.setattr(training_cases, "train", lambda _, *arguments: started.append(arguments) or [])
+    monkeypatch.setattr(training_cases, "save_and_load", lambda _, *arguments: started.append(arguments) or [])
     for run in getattr(training_cases, part)(context).values():
-        config, overrides = run.args[1:3]
+        list(run())
+    assert started
+    for config, overrides, *_ in started:
         loaded = load_config(["--job.config_file", str(training_cases.CONFIGS / f"{config}.toml"), *overrides])
         assert loaded.training.global_batch_size == 1
         assert loaded.compile.enabled == (part == "finetune")

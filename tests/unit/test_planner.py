@@ -31,6 +31,7 @@ from titan_distill.plan import planner
 
 TINY_TOKENS, TINY_TEXT = 5 * 6 * 6, 64
 EIGHT_GPUS = REPOSITORY / "train_configs" / "wan14b_to_1.3b_8gpu.toml"
+ONE_GPU = REPOSITORY / "train_configs" / "wan14b_to_1.3b_1gpu.toml"
 SIXTY_FOUR_GPUS = REPOSITORY / "train_configs" / "wan14b_to_1.3b.toml"
 MODES = {
     "none": ActivationCheckpointConfig(),
@@ -172,6 +173,13 @@ def test_the_8_gpu_job_fits() -> None:
         assert plan.fits
         assert plan.peak < 0.9 * plan.gpu.usable_gib * memory.GIB
     assert f"{plan.peak / memory.GIB:.1f}  in all" in EIGHT_GPUS.read_text()
+
+
+def test_one_gpu_job_fits_one_h100_and_says_how() -> None:
+    with planner(1, GPUS["H100"]) as planned:
+        plan = planned.plan(load_config(["--job.config_file", str(ONE_GPU)]))
+    assert plan.fits
+    assert f"{plan.peak / memory.GIB:.1f}  in all" in ONE_GPU.read_text()
 
 
 def test_remedies_are_planned_when_it_does_not_fit() -> None:

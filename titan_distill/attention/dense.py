@@ -7,12 +7,13 @@ sample are, all on this rank or shared with others, is a second choice, which `p
 A core has two outputs because sparse attention has: a *fine* one for each token and, where the model has a gate for it,
 a *coarse* one for each tile. The gate stays where its tokens are; only outputs travel.
 
-PyTorch has several fused kernels for dense attention and takes the first of an order that fits. On Hopper and Blackwell
-GPUs cuDNN's is about twice as fast as FlashAttention-2, which torch 2.11 would take, so `order_backends` puts it first.
+PyTorch has several fused kernels for dense attention and takes the first of an order that fits. On Hopper and
+data-centre Blackwell GPUs cuDNN's is about twice as fast as FlashAttention-2 by published figures, which torch 2.11
+would take, so `order_backends` puts it first.
 The order is set once, where a run starts: it is the process's, so backwards on autograd's own thread, recomputed blocks
 and graphs that torch.compile traces all see it, and a call costs nothing. A context manager in a call would be traced
 into every graph, and left again before the backward. cuDNN takes 16-bit numbers and head dims up to 128 that 8 divides;
-it has no deterministic mode and no forward-mode derivative. What it refuses goes to the next in order.
+it has no deterministic mode and no forward-mode derivative. PyTorch gives inputs that it refuses to the next backend.
 
 Shape suffixes: B batch, L query tokens, S key tokens, H heads, D head dim, N query tiles.
 """
@@ -70,7 +71,10 @@ def dense_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
 
 
 def order_backends(device: torch.device) -> None:
-    """Prefer cuDNN's attention in this process if `device` is a Hopper or Blackwell GPU; else leave PyTorch's order."""
+    """Prefer cuDNN's attention in this process on data-centre Hopper and Blackwell GPUs (compute capability 9 and 10).
+
+    Elsewhere PyTorch's order stays.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return
     if (torch.backends.cudnn.version() or 0) >= _OLDEST_CUDNN:

@@ -19,8 +19,8 @@ from torch import Tensor
 from titan_distill.keyed import keyed_normal
 
 NOISE_VERSION = 2
-"""Goes up when a key comes to name other noise. Checkpoints record it. 1 was torch's generators, one for each kind of
-device."""
+"""Raised when a key gives different noise. Checkpoints record it. Version 1 used PyTorch's generators, which differ
+between CPUs and GPUs."""
 
 
 class KeyedNoise:

@@ -1,6 +1,6 @@
 """Memory that Wan's VAE takes to decode one clip, in bytes, from the numbers in its config.
 
-diffusers' decoder makes a latent frame after another into four pictures. It holds
+diffusers' decoder decodes one latent frame at a time into four pictures. It holds
 
 - *caches*: the last two frames of the input of every convolution over time, of all stages at once;
 - *a working set*: of the one residual block, upsampling or shortcut that runs, beside the input of its stage. A
@@ -8,8 +8,9 @@ diffusers' decoder makes a latent frame after another into four pictures. It hol
   nearest neighbours of an upsampling are found in fp32;
 - *pictures*: those made so far, which are joined anew with every four, and rounded to uint8 in fp32.
 
-The formula follows these copies stage by stage. Measured on CPU (tests/unit/test_decoding.py), one decode of small VAEs
-of both kinds, in both dtypes, peaks at 101 to 102 % of it. Larger workspaces of cuDNN are not in it.
+The formula follows these copies stage by stage. On a CPU, decoding two clips at once with small VAEs peaked at 101 to
+102 % of it (`tests/unit/test_decoding.py` allows 98 to 104 %). A single small fp32 clip takes about three times as much
+on a CPU, where PyTorch uses another algorithm. cuDNN's workspaces are not counted.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Decoder:
 
     @classmethod
     def read(cls, file: Path) -> Decoder:
-        """Of a VAE's `config.json`, with diffusers' defaults for what it leaves out."""
+        """Read a VAE's `config.json`; diffusers' defaults fill the gaps."""
         config = json.loads(file.read_text(encoding="utf-8"))
         return cls(
             base_dim=config.get("decoder_base_dim") or config.get("base_dim", cls.base_dim),

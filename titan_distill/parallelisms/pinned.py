@@ -79,7 +79,7 @@ def materialise_on_host(module: nn.Module, *, page_locked: bool) -> None:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What holds the numbers of this rank's part, without the wrapper that float8 has around weights."""
+    """This rank's part of a tensor, without the wrapper that float8 has around weights."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return getattr(local, "_tensor", local)
 

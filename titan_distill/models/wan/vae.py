@@ -37,8 +37,7 @@ def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype = torch.
 
 
 def vae_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
-    """In which a run encodes and decodes: bf16 where it computes in it, on a GPU that has it; a CPU would only become
-    slower by it."""
+    """Dtype in which a run encodes and decodes: bf16 on a GPU that has it, if the run computes in bf16; else fp32."""
     is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if is_fast and compute == torch.bfloat16 else torch.float32
 
