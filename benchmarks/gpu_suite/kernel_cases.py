@@ -22,7 +22,7 @@ from titan_kernels.layout import DEFAULT_TILE
 from vsa_oracle import NAMES, Oracle, error, random_inputs, run
 
 from benchmarks import attention, compiled_cache, gpu_checks
-from benchmarks.attention import Case, Clock, Grid
+from benchmarks.attention import DTYPE, Case, Clock, Grid
 from benchmarks.gpu_suite.worker import Cases, Context, Row
 from benchmarks.launches import SHORT_TILE, WAN_480P, WAN_720P, WHOLE_TILES
 from benchmarks.machine import machine
@@ -136,14 +136,10 @@ def _judged(worst: float, limit: float, **others: Any) -> Row:
     return row if row["right"] else row | {"failure": "wrong", "text": f"an error of {worst:.3g}, limit {limit:.3g}"}
 
 
-def _dtype(device: str) -> torch.dtype:
-    return attention.DTYPE[device]
-
-
 def against_oracle(device: str, grid: Grid, tile: Grid) -> Iterator[Row]:
     """Output and gradients against the dense-mask definition in fp64: worst relative distance."""
     oracle, layout = Oracle(grid, tile, device=device), tile_layout(grid, tile, device)
-    inputs, grad = random_inputs(grid, 2, 128, _dtype(device), device=device)
+    inputs, grad = random_inputs(grid, 2, 128, DTYPE[device], device=device)
     topk = 1 + layout.num_tiles // 3
     with tuning.untimed():
         actual = run(video_sparse_attention, layout, inputs, grad, topk)
@@ -156,7 +152,7 @@ def against_oracle(device: str, grid: Grid, tile: Grid) -> Iterator[Row]:
 def same_bits(device: str, grid: Grid) -> Iterator[Row]:
     """Whether two runs on the same inputs agree in every bit."""
     layout = tile_layout(grid, device=device)
-    inputs, grad = random_inputs(grid, 4, 128, _dtype(device), device=device)
+    inputs, grad = random_inputs(grid, 4, 128, DTYPE[device], device=device)
     with tuning.untimed():
         first, second = (run(video_sparse_attention, layout, inputs, grad, 1 + layout.num_tiles // 8) for _ in "ab")
     different = [name for name, one, other in zip(NAMES, first, second) if not torch.equal(one, other)]
@@ -166,7 +162,7 @@ def same_bits(device: str, grid: Grid) -> Iterator[Row]:
 def against_dense(device: str, grid: Grid) -> Iterator[Row]:
     """With every tile listed, sparse attention is dense attention."""
     layout = tile_layout(grid, device=device)
-    inputs, grad = random_inputs(grid, 2, 128, _dtype(device), device=device)
+    inputs, grad = random_inputs(grid, 2, 128, DTYPE[device], device=device)
 
     def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
