@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import write_result
-from titan_distill.config_sections import ActivationCheckpointConfig
+from titan_distill.config.sections import ActivationCheckpointConfig
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.activation_checkpoint import apply_activation_checkpointing

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import write_result
-from titan_distill.config import load_config
+from titan_distill.config.loading import load_config
 from titan_distill.methods.dmd2 import Dmd2
 from titan_distill.parallelisms.mesh import World
 from titan_distill.train import assemble

@@ -140,7 +140,7 @@ def record(
 
     It stops after `until` steps, all by default.
     """
-    from titan_distill.config import load_config
+    from titan_distill.config.loading import load_config
     from titan_distill.parallelisms.mesh import World
     from titan_distill.train import assemble
 

@@ -38,16 +38,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.machine import machine, write_result
-from titan_distill.config import Config, ValidationConfig, load_config, to_toml
-from titan_distill.config_world import check_world, needs_group
+from titan_distill.config.config import Config
+from titan_distill.config.layouts import check_world, needs_group
+from titan_distill.config.loading import load_config
+from titan_distill.config.sections import ValidationConfig
+from titan_distill.config.text import to_toml
 from titan_distill.data.loader import Batch
 from titan_distill.data.parquet import LatentRow, write_rows
-from titan_distill.dispatch import method_class, model_family, register_model
-from titan_distill.models.base import Adapter, Condition, ModelFamily
+from titan_distill.methods.base import method_class
+from titan_distill.models.base import Adapter, Condition, ModelFamily, model_family
 from titan_distill.observability.flops import BACKWARD_FORWARDS, Work, peak_flops
 from titan_distill.observability.metrics import memory_gib
 from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.mesh import Layouts, World, check_local_ranks, num_ranks, start_world
+from titan_distill.registry import register_model
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.train import EXIT_BAD_INPUT, assemble
 from titan_distill.trainer import Trainer

@@ -23,10 +23,13 @@ import torch.distributed as dist
 from hypothesis import strategies as st
 from runs import REPOSITORY
 
-from titan_distill.config import Config, ConfigError, load_config, to_toml
-from titan_distill.config_text import field_types
-from titan_distill.config_world import check_world
-from titan_distill.dispatch import method_class, model_family
+from titan_distill.config.config import Config
+from titan_distill.config.layouts import check_world
+from titan_distill.config.loading import load_config
+from titan_distill.config.parsing import ConfigError
+from titan_distill.config.text import field_types, to_toml
+from titan_distill.methods.base import method_class
+from titan_distill.models.base import model_family
 from titan_distill.train import CHECK, main
 
 SHIPPED = sorted((REPOSITORY / "train_configs").glob("*.toml"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from titan_distill.data.loader import Batch
-from titan_distill.dispatch import register_method
 from titan_distill.methods.base import LossResult
 from titan_distill.methods.finetune import Finetune
+from titan_distill.registry import register_method
 
 
 @register_method("raising")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from titan_distill.ode_pairs import OdePairsOptions, ode_pairs
+from titan_distill.commands.ode_pairs import OdePairsOptions, ode_pairs
 
 REPOSITORY = Path(__file__).parent.parent
 TINY_WAN = REPOSITORY / "tests" / "assets" / "tiny_wan"

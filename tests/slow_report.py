@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from titan_distill.models.wan import validator
+from titan_distill.validation import validator
 
 SECONDS = {"step-00000001": 9.0, "step-00000002": 600.0}
 

@@ -7,9 +7,9 @@ import time
 from typing import ClassVar
 
 from titan_distill.data.loader import Batch
-from titan_distill.dispatch import register_method
 from titan_distill.methods.base import LossResult
 from titan_distill.methods.finetune import Finetune
+from titan_distill.registry import register_method
 
 
 @register_method("stuck")

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 from titan_distill.data.loader import Batch
 from titan_distill.data.parquet import LatentRow, write_rows
-from titan_distill.dispatch import register_model
-from titan_distill.methods.base import ValidationRequest
 from titan_distill.models.base import Adapter, Condition, ModelFamily
 from titan_distill.models.streaming import SegmentStream
 from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
 from titan_distill.parallelisms.mesh import Layouts
-from titan_distill.roles import RoleHandle, RoleManager
-from titan_distill.validation.base import Validator
+from titan_distill.registry import register_model
+from titan_distill.roles import RoleHandle
 
 CONDITIONAL_MEAN, UNCONDITIONAL_MEAN, VARIANCE = 1.0, -0.5, 0.49
 CORRELATION = 0.8
@@ -202,11 +200,6 @@ class ToyAdapter(Adapter):
         return videos
 
 
-class ToyValidator(Validator):
-    def validate(self, step: int, request: ValidationRequest, roles: RoleManager) -> dict[str, float]:
-        return {sample.label: float(step) for sample in request.samples}
-
-
 @register_model("toy")
 class ToyFamily(ModelFamily):
     pipeline_config_class = ToyPipelineConfig
@@ -240,9 +233,6 @@ class ToyFamily(ModelFamily):
 
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
         return ToyAdapter(self.config.pipeline_config)
-
-    def build_validator(self, adapter: Adapter, folder: Path, layouts: Layouts) -> Validator:
-        return ToyValidator()
 
 
 def write_data(path: Path, num_rows: int = 64, num_values: int = 64, with_latents: bool = True) -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import toy_family
 
-from titan_distill.config import load_config
-from titan_distill.ode_pairs import OdePairsOptions, ode_pairs
+from titan_distill.commands.ode_pairs import OdePairsOptions, ode_pairs
+from titan_distill.config.loading import load_config
 from titan_distill.parallelisms.mesh import World
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer

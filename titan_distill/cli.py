@@ -11,18 +11,20 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from titan_distill import generate as generation
-from titan_distill import ode_pairs as pairs
-from titan_distill import plan as planning
-from titan_distill.checkpoint import convert, imports, rewrite
-from titan_distill.checkpoint import diff as comparison
-from titan_distill.checkpoint import inspect as checkpoints
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import read_manifest
-from titan_distill.data import preprocess, summary
-from titan_distill.dispatch import model_family
-from titan_distill.exit_codes import EXIT_BAD_INPUT
-from titan_distill.quiet import quiet_libraries
+from titan_distill.checkpoint.tools import diff as comparison
+from titan_distill.checkpoint.tools import export as convert
+from titan_distill.checkpoint.tools import imports, rewrite
+from titan_distill.checkpoint.tools import inspect as checkpoints
+from titan_distill.commands import generate as generation
+from titan_distill.commands import ode_pairs as pairs
+from titan_distill.commands import plan as planning
+from titan_distill.commands import preprocess
+from titan_distill.data import summary
+from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT
+from titan_distill.models.base import model_family
+from titan_distill.observability.quiet import quiet_libraries
 
 EXIT_DIFFERENT = 1
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from titan_distill.exit_codes import EXIT_COME_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
+from titan_distill.fault_tolerance.exit_codes import EXIT_COME_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 
 SECONDS_TO_LEAVE = 10
 """After Ctrl-C; a rank that waits in a collective on a GPU does not hear it."""

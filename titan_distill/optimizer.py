@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 if TYPE_CHECKING:
-    from titan_distill.config import LrSchedulerConfig, OptimizerConfig
+    from titan_distill.config.sections import LrSchedulerConfig, OptimizerConfig
 
 
 def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:

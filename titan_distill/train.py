@@ -26,33 +26,41 @@ from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole
 from titan_distill.checkpoint.ranks import RankFailure, Ranks
 from titan_distill.checkpoint.state import TrainState
-from titan_distill.config import Config, check_paths, help_text, load_config, to_toml
-from titan_distill.config_world import check_world, needs_group, role_parallelism
+from titan_distill.config.config import Config
+from titan_distill.config.layouts import check_world, needs_group, role_parallelism
+from titan_distill.config.loading import check_paths, help_text, load_config
+from titan_distill.config.text import to_toml
 from titan_distill.data.datasets import open_dataset
 from titan_distill.data.loader import build_loader
 from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
-from titan_distill.dispatch import method_class, model_family
-from titan_distill.exit_codes import EXIT_BAD_INPUT, EXIT_COME_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
-from titan_distill.methods.base import Head, TrainingMethod
-from titan_distill.models.base import ModelFamily
+from titan_distill.fault_tolerance.exit_codes import (
+    EXIT_BAD_INPUT,
+    EXIT_COME_AGAIN,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+)
+from titan_distill.fault_tolerance.signals import Stop
+from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog, record_collectives
+from titan_distill.methods.base import Head, TrainingMethod, method_class
+from titan_distill.models.base import ModelFamily, model_family
 from titan_distill.models.head import FeatureHead, build_head
 from titan_distill.observability.banner import banner, closing
-from titan_distill.observability.hardware import GPUS
 from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
-from titan_distill.observability.plan_report import memory_table
-from titan_distill.observability.planner import can_plan, fake_world, make_plan
 from titan_distill.observability.profiling import Profiler
+from titan_distill.observability.quiet import quiet_libraries
 from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
 from titan_distill.parallelisms.fsdp import FsdpOptions
 from titan_distill.parallelisms.lora import is_adapter
 from titan_distill.parallelisms.mesh import Layouts, World, check_local_ranks, default_device, num_ranks, start_world
 from titan_distill.parallelisms.tensor import check_async_communication
-from titan_distill.parallelisms.watchdog import LostRankError, Watchdog, record_collectives
-from titan_distill.quiet import quiet_libraries
+from titan_distill.planner.hardware import GPUS
+from titan_distill.planner.plan import can_plan, fake_world, make_plan
+from titan_distill.planner.report import memory_table
 from titan_distill.roles import Ema, RoleHandle, RoleManager
-from titan_distill.stop import Stop
 from titan_distill.trainer import NonFiniteError, Trainer
+from titan_distill.validation.validator import Validator
 
 CONFIG_FILE = "--job.config_file"
 CHECK = "--check"
@@ -226,10 +234,11 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         samples_seen=state.samples_seen,
         num_workers=config.data.num_workers,
     )
-    validator = family.build_validator(adapter, folder / "validation", layouts) if config.validation.enabled else None
     ranks = Ranks(config.comm.validation_timeout_seconds)
-    if validator is not None:
-        validator.ranks = ranks
+    validator = None
+    if config.validation.enabled:
+        makes_videos = family.video_size() is not None
+        validator = Validator(config, adapter, folder / "validation", layouts, ranks, makes_videos=makes_videos)
     metrics = MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work)
     if world.is_main:
         print(banner(config, roles, world))

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import golden, throughput
 from benchmarks.gpu_suite.worker import Cases, Context, Row
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
-from titan_distill.config import load_config
+from titan_distill.config.loading import load_config
 from titan_distill.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]

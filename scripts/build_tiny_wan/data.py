@@ -16,9 +16,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
-
-from titan_distill.data.parquet import LatentRow, write_rows
-from titan_distill.data.synthetic import (
+from tiny_world.shapes import (
     CAPTION_TEMPLATES,
     FRAME_SIZE,
     FRAMES_PER_SECOND,
@@ -28,7 +26,9 @@ from titan_distill.data.synthetic import (
     held_out_prompts,
     train_attributes,
 )
-from titan_distill.data.text import TextEncoder
+
+from titan_distill.data.parquet import LatentRow, write_rows
+from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.vae import encode_video, load_vae
 
 MAX_TOKENS = 64

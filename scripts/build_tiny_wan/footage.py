@@ -8,9 +8,8 @@ edges, gradients and motion in general, so that it also keeps real clips recogni
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tiny_world.shapes import FRAME_SIZE, NUM_FRAMES, all_attributes, draw_clip
 from torch import Tensor
-
-from titan_distill.data.synthetic import FRAME_SIZE, NUM_FRAMES, all_attributes, draw_clip
 
 _TEXTURE_SIZE = 192
 

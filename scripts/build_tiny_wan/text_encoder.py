@@ -13,10 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
-
-from titan_distill.data.synthetic import (
+from tiny_world.shapes import (
     CAPTION_TEMPLATES,
     COLOURS,
     DIRECTIONS,
@@ -26,6 +23,8 @@ from titan_distill.data.synthetic import (
     held_out_attributes,
     train_attributes,
 )
+from torch import Tensor, nn
+from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 WIDTH = 64
 MAX_TOKENS = 64

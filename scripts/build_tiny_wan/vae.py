@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from footage import Footage
+from tiny_world.shapes import draw_clip, train_attributes
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from titan_distill.data.synthetic import draw_clip, train_attributes
 
 # (frames, pixels, films a batch), and how likely each is while progress is below the given share of the budget. Never
 # one film alone: PyTorch's 3D convolution of a batch of one is five times as slow on a CPU as that of two.

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from titan_distill.config import load_config
+from titan_distill.config.loading import load_config
 from titan_distill.parallelisms.mesh import World, start_world
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer

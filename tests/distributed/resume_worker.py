@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from titan_distill.config import load_config
+from titan_distill.config.loading import load_config
 from titan_distill.data.loader import Batch
 from titan_distill.parallelisms.fsdp import reshard
 from titan_distill.parallelisms.mesh import World, start_world

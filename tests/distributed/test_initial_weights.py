@@ -14,10 +14,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from titan_distill.checkpoint import rewrite, storage
-from titan_distill.checkpoint.imports import import_folder
+from titan_distill.checkpoint import storage
 from titan_distill.checkpoint.initial_weights import read_weights
 from titan_distill.checkpoint.manifest import CheckpointDamaged, read_manifest
+from titan_distill.checkpoint.tools import rewrite
+from titan_distill.checkpoint.tools.imports import import_folder
 
 NUM_RANKS = 2
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import REPOSITORY, tiny_argv
 
-from titan_distill.observability.memory import States
+from titan_distill.planner.memory import States
 
 TOLERANCE = 0.02
 
@@ -56,8 +56,8 @@ sys.exit(code)
 PLAN = """
 import dataclasses, json, sys
 from titan_distill.config import load_config
-from titan_distill.observability.hardware import GPUS
-from titan_distill.plan import planner
+from titan_distill.planner.hardware import GPUS
+from titan_distill.commands.plan import planner
 with planner(int(sys.argv[1]), GPUS["H100"]) as planned:
     plan = planned.plan(load_config(sys.argv[2:]))
 print(json.dumps({name: dataclasses.asdict(role.states) for name, role in plan.roles.items()}))

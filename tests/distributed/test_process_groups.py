@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from titan_distill import train
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
-from titan_distill.parallelisms.degrees import Degrees
+from titan_distill.config.degrees import Degrees
+from titan_distill.fault_tolerance.signals import Stop
 from titan_distill.parallelisms.fsdp import reshard
 from titan_distill.parallelisms.mesh import Layouts, start_world, tighten_timeout
 from titan_distill.parallelisms.tensor import enable_async_communication
 from titan_distill.roles import RoleHandle
-from titan_distill.stop import Stop
 
 START_SECONDS, TRAIN_SECONDS = 77.0, 33.0
 

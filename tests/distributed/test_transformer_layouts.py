@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titan_distill.attention.sparse import SparseAttention
-from titan_distill.config_sections import (
+from titan_distill.config.degrees import Degrees
+from titan_distill.config.sections import (
     ActivationCheckpointConfig,
     CompileConfig,
     Float8Config,
@@ -29,13 +30,12 @@ from titan_distill.config_sections import (
 )
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.parallelize import Layout, apply_sequence_parallel, build_transformer
-from titan_distill.models.wan.state_dict import copy_full_tensor
 from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.compile import compile_blocks
-from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.fsdp import reshard
 from titan_distill.parallelisms.mesh import RoleMesh
+from titan_distill.parallelisms.shards import copy_full_tensor
 
 TEXT_TO_VIDEO = replace(FLAVORS["tiny"], num_layers=2)
 IMAGE_TO_VIDEO = replace(TEXT_TO_VIDEO, in_channels=36, image_dim=32, added_kv_proj_dim=128)

@@ -15,8 +15,8 @@ from torch.autograd import forward_ad
 
 from benchmarks.gpu_checks import loopback_is_up, rms_norm_jvp_error
 from titan_distill.diffusion import schedule
+from titan_distill.diffusion.transfer import to_device
 from titan_distill.models.wan.experts import is_high_noise, route
-from titan_distill.transfer import to_device
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import REPOSITORY, TINY_SHAPES, read_metrics
 
-from titan_distill.ode_pairs import OdePairsOptions, ode_pairs
+from titan_distill.commands.ode_pairs import OdePairsOptions, ode_pairs
 from titan_distill.train import main
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3600)]

@@ -14,12 +14,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 
 from titan_distill.attention.sparse import SparseAttention
-from titan_distill.config_sections import (
-    ActivationCheckpointConfig,
-    CompileConfig,
-    Float8Config,
-    SparseAttentionConfig,
-)
+from titan_distill.config.sections import ActivationCheckpointConfig, CompileConfig, Float8Config, SparseAttentionConfig
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.parallelize import HIGH_PRECISION
 from titan_distill.models.wan.transformer import WanTransformer

@@ -17,7 +17,7 @@ import pytest
 import toy_family
 from runs import REPOSITORY, read_metrics
 
-from titan_distill.parallelisms.watchdog import Beat, Silence
+from titan_distill.fault_tolerance.watchdog import Beat, Silence
 
 TESTS = REPOSITORY / "tests"
 TIMEOUT_SECONDS = 8

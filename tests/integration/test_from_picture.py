@@ -12,12 +12,12 @@ import pytest
 import torch
 from runs import REPOSITORY, TINY_SHAPES, TINY_WAN
 
+from titan_distill.commands.generate import load_role
 from titan_distill.data.parquet import ParquetDataset
 from titan_distill.diffusion.noise import KeyedNoise
-from titan_distill.generate import load_role
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.state_dict import load_weights
-from titan_distill.validation.base import Sampling
+from titan_distill.validation.sampling import Sampling
 
 NUM_CLIPS = 12
 

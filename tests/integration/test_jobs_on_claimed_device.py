@@ -13,17 +13,17 @@ from runs import REPOSITORY, TINY_SHAPES, TINY_WAN, tiny_argv
 from tiny_media import write_video
 
 from titan_distill import train
-from titan_distill.checkpoint.convert import BOUNDARY, PIPELINE_INDEX
+from titan_distill.checkpoint.tools.export import BOUNDARY, PIPELINE_INDEX
+from titan_distill.commands.generate import generate
+from titan_distill.commands.ode_pairs import OdePairsOptions, ode_pairs
+from titan_distill.commands.preprocess import PreprocessConfig, preprocess
 from titan_distill.data.parquet import LatentRow, write_rows
-from titan_distill.data.preprocess import PreprocessConfig, preprocess
 from titan_distill.diffusion.schedule import NUM_TRAIN_TIMESTEPS, few_step_sigmas
-from titan_distill.generate import generate
+from titan_distill.fault_tolerance.signals import Stop
 from titan_distill.methods.knowledge_distillation import STATES, TIMESTEPS
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.state_dict import save_folder
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.ode_pairs import OdePairsOptions, ode_pairs
-from titan_distill.stop import Stop
 
 CONFIG = WanConfig(num_layers=1, num_attention_heads=2, attention_head_dim=12, ffn_dim=16, text_dim=64, freq_dim=16)
 LATENT_SHAPE, FLOW_SHIFT = (16, 3, 4, 4), 3.0

@@ -20,7 +20,8 @@ import toy_family
 from torch import Tensor, nn
 from toy_run import ASSETS
 
-from titan_distill.config import load_config
+from titan_distill.commands.ode_pairs import OdePairsOptions, ode_pairs
+from titan_distill.config.loading import load_config
 from titan_distill.data.loader import Batch
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.diffusion import sampler
@@ -28,7 +29,6 @@ from titan_distill.methods import losses
 from titan_distill.methods.dmd2 import Dmd2
 from titan_distill.methods.knowledge_distillation import KnowledgeDistillation
 from titan_distill.models.base import Adapter
-from titan_distill.ode_pairs import OdePairsOptions, ode_pairs
 from titan_distill.parallelisms.mesh import World
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer

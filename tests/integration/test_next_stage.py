@@ -10,8 +10,8 @@ import torch
 from runs import REPOSITORY, read_metrics, tiny_argv
 
 from titan_distill import cli
-from titan_distill.checkpoint.convert import role_tensors
-from titan_distill.config import load_config
+from titan_distill.checkpoint.tools.export import role_tensors
+from titan_distill.config.loading import load_config
 from titan_distill.parallelisms.mesh import World
 from titan_distill.train import assemble, main, spell_out_references
 

@@ -10,10 +10,10 @@ import torch
 from runs import REPOSITORY, TINY_WAN, read_metrics
 
 from titan_distill.cli import main as cli
-from titan_distill.config import load_config
+from titan_distill.config.loading import load_config
 from titan_distill.data.footage import read_clips
 from titan_distill.data.parquet import ParquetDataset
-from titan_distill.dispatch import model_family
+from titan_distill.models.base import model_family
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.train import main
 

@@ -15,10 +15,10 @@ import torch
 from runs import REPOSITORY, TINY_WAN, read_metrics
 
 from titan_distill.cli import main as cli
+from titan_distill.commands.generate import load_role
+from titan_distill.data.footage import read_mp4
 from titan_distill.diffusion.noise import KeyedNoise
-from titan_distill.generate import load_role
 from titan_distill.models.base import Guidance
-from titan_distill.validation.video import read_mp4
 
 PROMPT = "a red circle moving left slowly"
 SHORT = (

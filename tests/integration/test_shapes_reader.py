@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-from titan_distill.data.synthetic import ShapesClip, all_attributes, draw_clip
-from titan_distill.validation.shapes import NOTHING, Reading, prompt_accuracy, read_clip
+from tiny_world.reader import NOTHING, Reading, prompt_accuracy, read_clip
+from tiny_world.shapes import ShapesClip, all_attributes, draw_clip
 
 TINY_VAE = Path(__file__).parents[1] / "assets/tiny_wan/vae"
 

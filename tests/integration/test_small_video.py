@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from titan_distill.config import load_config
+from titan_distill.config.loading import load_config
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.diffusion.noise import KeyedNoise
-from titan_distill.methods.base import SampleRequest
+from titan_distill.diffusion.requests import SampleRequest
 from titan_distill.parallelisms.mesh import World
 from titan_distill.roles import RoleHandle
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
-from titan_distill.validation.base import Sampling
-from titan_distill.validation.report import sliced_wasserstein_excess
+from titan_distill.validation.distances import sliced_wasserstein_excess
+from titan_distill.validation.sampling import Sampling
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3600)]
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from runs import REPOSITORY, tiny_argv
 
-from titan_distill.config import load_config
+from titan_distill.config.loading import load_config
 from titan_distill.diffusion.noise import KeyedNoise
-from titan_distill.methods.base import SampleRequest
+from titan_distill.diffusion.requests import SampleRequest
 from titan_distill.parallelisms.mesh import World
 from titan_distill.train import assemble
-from titan_distill.validation.base import Sampling
+from titan_distill.validation.sampling import Sampling
 
 
 @pytest.mark.parametrize("crossover", ["0.0", "0.5"])

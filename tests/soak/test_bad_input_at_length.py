@@ -19,7 +19,7 @@ from parquet_mutations import good_records, mutate, read_some
 from runs import REPOSITORY
 from tiny_media import write_video
 
-from titan_distill.config import Config
+from titan_distill.config.config import Config
 from titan_distill.data.footage import read_clips
 from titan_distill.train import CHECK
 

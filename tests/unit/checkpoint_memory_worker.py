@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from titan_distill.checkpoint import rewrite
-from titan_distill.checkpoint.diff import diff
-from titan_distill.checkpoint.imports import import_folder
-from titan_distill.checkpoint.inspect import verify
+from titan_distill.checkpoint.tools import rewrite
+from titan_distill.checkpoint.tools.diff import diff
+from titan_distill.checkpoint.tools.imports import import_folder
+from titan_distill.checkpoint.tools.inspect import verify
 
 NUM_TENSORS = 24
 TENSOR_BYTES = 8 << 20

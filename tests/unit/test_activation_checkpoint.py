@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 
 from benchmarks.activation_memory import MODES, peak_bytes
 from titan_distill.attention.sparse import SparseAttention
-from titan_distill.config_sections import ActivationCheckpointConfig, SparseAttentionConfig
+from titan_distill.config.sections import ActivationCheckpointConfig, SparseAttentionConfig
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.observability.flops import block_matmuls, forward_flops, recomputed_share

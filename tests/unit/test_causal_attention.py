@@ -22,7 +22,7 @@ from torch import Tensor
 
 from titan_distill.attention.causal import CausalAttention, KeysAndValues, Memory, Piece, Segmentation, TextMemory
 from titan_distill.attention.dense import dense_attention
-from titan_distill.config_sections import ActivationCheckpointConfig, CompileConfig
+from titan_distill.config.sections import ActivationCheckpointConfig, CompileConfig
 from titan_distill.models.wan import transformer as transformer_module
 from titan_distill.models.wan.config import FLAVORS
 from titan_distill.models.wan.layers import CrossAttention

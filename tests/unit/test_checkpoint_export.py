@@ -15,10 +15,10 @@ from small_checkpoints import CONFIG
 from torch import Tensor
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from titan_distill.checkpoint.convert import export, role_tensors
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import CheckpointDamaged, FrozenRole
 from titan_distill.checkpoint.state import TrainState
+from titan_distill.checkpoint.tools.export import export, role_tensors
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.state_dict import save_folder
 from titan_distill.roles import Ema, RoleHandle, RoleManager

@@ -16,12 +16,13 @@ from checkpoint_memory_worker import NUM_TENSORS, TENSOR_BYTES
 from safetensors.torch import load_file
 from small_checkpoints import CONFIG, assert_identical, call, make_manager, make_role, make_roles
 
-from titan_distill.checkpoint import rewrite, storage
-from titan_distill.checkpoint.contents import open_checkpoint
+from titan_distill.checkpoint import storage
 from titan_distill.checkpoint.diffusers_folder import open_folder
-from titan_distill.checkpoint.imports import import_folder
 from titan_distill.checkpoint.initial_weights import read_weights
 from titan_distill.checkpoint.manifest import read_manifest
+from titan_distill.checkpoint.tools import rewrite
+from titan_distill.checkpoint.tools.contents import open_checkpoint
+from titan_distill.checkpoint.tools.imports import import_folder
 from titan_distill.models.wan.state_dict import save_folder
 
 

@@ -17,14 +17,15 @@ from small_checkpoints import assert_identical, call, make_manager, make_role, m
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from titan_distill.checkpoint import rewrite, storage
-from titan_distill.checkpoint.contents import open_checkpoint
-from titan_distill.checkpoint.diff import compare_tensors
+from titan_distill.checkpoint import storage
 from titan_distill.checkpoint.initial_weights import read_weights, resolve_reference
-from titan_distill.checkpoint.inspect import verify
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import CheckpointDamaged, read_manifest, record_file, write_manifest
 from titan_distill.checkpoint.state import TrainState
+from titan_distill.checkpoint.tools import rewrite
+from titan_distill.checkpoint.tools.contents import open_checkpoint
+from titan_distill.checkpoint.tools.diff import compare_tensors
+from titan_distill.checkpoint.tools.inspect import verify
 from titan_distill.roles import RoleHandle, RoleManager
 
 
@@ -323,7 +324,7 @@ class TestDiff:
         assert "optimizers/r/o.param_groups.0.weight_decay: 0.0 against 0.1" in lines
 
     def test_numbers_are_right_for_every_kind_of_element(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("titan_distill.checkpoint.diff._SLICE_ELEMENTS", 2)
+        monkeypatch.setattr("titan_distill.checkpoint.tools.diff._SLICE_ELEMENTS", 2)
         nan, inf = float("nan"), float("inf")
         found = compare_tensors(torch.tensor([1.0, -2.0, 0.0, nan, inf]), torch.tensor([1.0, -3.0, 0.0, nan, inf]))
         assert (found.num_elements, found.num_equal, found.max_absolute) == (5, 4, 1.0)

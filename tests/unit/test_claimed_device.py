@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from titan_distill.transfer import to_device
+from titan_distill.diffusion.transfer import to_device
 
 MIXED: dict[str, Callable[[Tensor], object]] = {
     "a vector of the host times a matrix": lambda x: torch.tensor([0.1, 0.2]).view(2, 1) * x,

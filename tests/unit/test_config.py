@@ -15,22 +15,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from titan_distill.config import (
-    Config,
-    ConfigError,
-    check_paths,
-    help_text,
-    load_config,
-    to_dict,
-    to_toml,
-)
-from titan_distill.config_sections import RoleConfig, SparseAttentionConfig
-from titan_distill.config_text import field_docs, field_types
-from titan_distill.config_world import check_world
-from titan_distill.dispatch import register_method, register_model
+from titan_distill.config.config import Config
+from titan_distill.config.degrees import Degrees
+from titan_distill.config.layouts import check_world
+from titan_distill.config.loading import check_paths, help_text, load_config
+from titan_distill.config.parsing import ConfigError
+from titan_distill.config.sections import RoleConfig, SparseAttentionConfig
+from titan_distill.config.text import field_docs, field_types, to_dict, to_toml
 from titan_distill.methods.base import TrainingMethod
 from titan_distill.models.base import ModelFamily
-from titan_distill.parallelisms.degrees import Degrees
+from titan_distill.registry import register_method, register_model
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import pytest
 import torch
 from runs import REPOSITORY, tiny_argv
 
-from titan_distill.config import load_config
-from titan_distill.config_world import needs_group
-from titan_distill.data import preprocess
-from titan_distill.dispatch import model_family
+from titan_distill.commands import preprocess
+from titan_distill.config.layouts import needs_group
+from titan_distill.config.loading import load_config
+from titan_distill.fault_tolerance.watchdog import record_collectives
+from titan_distill.models.base import model_family
 from titan_distill.models.wan.config import FLAVORS
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.mesh import ALLOCATOR_VARIABLES, default_device
-from titan_distill.parallelisms.watchdog import record_collectives
 from titan_distill.train import CHECK, main
 
 

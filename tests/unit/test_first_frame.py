@@ -14,18 +14,18 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from torch import Tensor
 
-from titan_distill.config import load_config
+from titan_distill.config.loading import load_config
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.noise import KeyedNoise
-from titan_distill.methods.base import SampleRequest
+from titan_distill.diffusion.requests import SampleRequest
 from titan_distill.models.base import Guidance
 from titan_distill.models.wan import first_frame
 from titan_distill.models.wan.first_frame import IMAGE, MASK, ImageMixing
 from titan_distill.parallelisms.mesh import World
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
-from titan_distill.validation.base import Sampling
+from titan_distill.validation.sampling import Sampling
 
 CPU = torch.device("cpu")
 CLEAN = ("--pipeline_config.image_noise_mean", "-inf")

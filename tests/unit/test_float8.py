@@ -16,8 +16,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from titan_distill.config import ConfigError, load_config
-from titan_distill.config_sections import Float8Config
+from titan_distill.config.loading import load_config
+from titan_distill.config.parsing import ConfigError
+from titan_distill.config.sections import Float8Config
 from titan_distill.models.wan.config import FLAVORS
 from titan_distill.models.wan.parallelize import HIGH_PRECISION
 from titan_distill.models.wan.state_dict import load_weights

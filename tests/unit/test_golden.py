@@ -9,7 +9,8 @@ import pytest
 from runs import REPOSITORY
 
 from benchmarks import golden
-from titan_distill.config import load_config, to_dict
+from titan_distill.config.loading import load_config
+from titan_distill.config.text import to_dict
 
 EIGHT_STEPS = {
     "job.config_file",

@@ -18,7 +18,7 @@ from benchmarks.gpu_suite import kernel_cases, plan, pytest_cases, training_case
 from benchmarks.gpu_suite.__main__ import main
 from benchmarks.gpu_suite.predictions import PREDICTIONS, compared
 from benchmarks.gpu_suite.summary import summary
-from titan_distill.config import load_config
+from titan_distill.config.loading import load_config
 
 PAGE = (REPOSITORY / "docs" / "kernels.md").read_text()
 

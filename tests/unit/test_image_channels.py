@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from titan_distill import cli
-from titan_distill.config import load_config
+from titan_distill.config.loading import load_config
 from titan_distill.data.parquet import ParquetDataset
 from titan_distill.diffusion import sampler
 from titan_distill.models.base import Guidance

@@ -18,7 +18,7 @@ from torch import Tensor
 from toy_family import VARIANCE, AffineStudent, write_data
 from toy_run import toy_pairs, toy_trainer
 
-from titan_distill import ode_pairs
+from titan_distill.commands import ode_pairs
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.methods import losses

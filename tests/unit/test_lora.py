@@ -12,22 +12,22 @@ from diffusers import WanTransformer3DModel
 from runs import TINY_WAN, read_metrics, tiny_argv
 from torch import Tensor, nn
 
-from titan_distill.checkpoint.contents import open_checkpoint
-from titan_distill.checkpoint.convert import export, role_tensors
 from titan_distill.checkpoint.diffusers_folder import open_folder
 from titan_distill.checkpoint.initial_weights import resolve_reference
 from titan_distill.checkpoint.manifest import read_manifest
-from titan_distill.config import load_config
-from titan_distill.config_lora import LoraConfig
+from titan_distill.checkpoint.tools.contents import open_checkpoint
+from titan_distill.checkpoint.tools.export import export, role_tensors
+from titan_distill.config.loading import load_config
+from titan_distill.config.lora import LoraConfig
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.parallelize import HIGH_PRECISION
 from titan_distill.models.wan.plugin import WanFamily
 from titan_distill.models.wan.state_dict import UNUSED_KEY, load_weights, read_config
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.observability import memory
 from titan_distill.parallelisms.compile import compile_blocks
 from titan_distill.parallelisms.lora import apply_lora, initial_adapters, is_adapter, merge
 from titan_distill.parallelisms.mesh import World
+from titan_distill.planner import memory
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer
 

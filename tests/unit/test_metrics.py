@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from titan_distill.config import JobConfig, MetricsConfig, ProfilingConfig, TrainingConfig
+from titan_distill.config.sections import JobConfig, MetricsConfig, ProfilingConfig, TrainingConfig
 from titan_distill.observability.flops import WorkCounter
 from titan_distill.observability.metrics import MetricsLogger, memory_gib
 from titan_distill.observability.metrics_file import MetricsFile

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from parquet_mutations import good_records, mutate, read_some
 from runs import REPOSITORY
 
-from titan_distill.config import Config
+from titan_distill.config.config import Config
 
 
 @pytest.fixture(autouse=True)

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from titan_distill import cli
+from titan_distill.commands.ode_pairs import SETTINGS, OdePairsOptions, initial_noise, ode_pairs
 from titan_distill.data.parquet import LatentRow, ParquetDataset, write_rows
-from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import sampler, schedule
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.trajectory import grid_indices, sample_trajectory
 from titan_distill.models.wan.state_dict import load_weights, read_config
+from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.ode_pairs import SETTINGS, OdePairsOptions, initial_noise, ode_pairs
 
 JOB = REPOSITORY / "train_configs" / "tiny_wan_kd.toml"
 TENSORS = ("trajectory", "trajectory_timesteps")

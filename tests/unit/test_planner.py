@@ -15,19 +15,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from titan_distill import cli, train
-from titan_distill.config import ActivationCheckpointConfig, load_config
+from titan_distill.commands.plan import planner
+from titan_distill.config.degrees import Degrees
+from titan_distill.config.loading import load_config
+from titan_distill.config.sections import ActivationCheckpointConfig
 from titan_distill.methods.dmd2 import Dmd2, Dmd2Config
 from titan_distill.methods.finetune import Finetune, FinetuneConfig
 from titan_distill.models.wan.config import FLAVORS
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.observability import memory
-from titan_distill.observability.communication import Links, Weights, token_transfers, weight_transfers
 from titan_distill.observability.flops import forward_flops, recomputed_share
-from titan_distill.observability.hardware import GPUS
-from titan_distill.observability.memory import LocalForward
 from titan_distill.parallelisms.activation_checkpoint import apply_activation_checkpointing
-from titan_distill.parallelisms.degrees import Degrees
-from titan_distill.plan import planner
+from titan_distill.planner import memory
+from titan_distill.planner.communication import Links, Weights, token_transfers, weight_transfers
+from titan_distill.planner.hardware import GPUS
+from titan_distill.planner.memory import LocalForward
 
 TINY_TOKENS, TINY_TEXT = 5 * 6 * 6, 64
 EIGHT_GPUS = REPOSITORY / "train_configs" / "wan14b_to_1.3b_8gpu.toml"

@@ -13,9 +13,9 @@ import tyro
 from diffusers import AutoencoderKLWan
 from tiny_media import write_pipeline, write_video
 
+from titan_distill.commands.preprocess import OUTPUT_NAME, PreprocessConfig, preprocess, read_captions
 from titan_distill.data.loader import build_loader
 from titan_distill.data.parquet import ParquetDataset
-from titan_distill.data.preprocess import OUTPUT_NAME, PreprocessConfig, preprocess, read_captions
 
 SHARED_CLIPS = Path(__file__).resolve().parents[3] / "shared" / "clips"
 CAPTION = "a grey ramp"

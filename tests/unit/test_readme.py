@@ -10,8 +10,8 @@ import pytest
 from runs import REPOSITORY
 
 from titan_distill import cli
-from titan_distill.config import load_config
-from titan_distill.config_world import check_world
+from titan_distill.config.layouts import check_world
+from titan_distill.config.loading import load_config
 
 README = (REPOSITORY / "README.md").read_text()
 LINES = [line.split("  #")[0] for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.splitlines()]

@@ -19,14 +19,14 @@ from torch import Tensor
 from toy_family import CONDITIONAL_MEAN, CORRELATION, VARIANCE, ToyAdapter, ToyStream
 from toy_run import toy_trainer
 
-from titan_distill.config import ConfigError
+from titan_distill.config.parsing import ConfigError
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.methods import self_forcing
 from titan_distill.methods.self_forcing import SelfForcing
 from titan_distill.models.base import Adapter
 from titan_distill.trainer import Trainer
-from titan_distill.validation.base import Sampling
+from titan_distill.validation.sampling import Sampling
 
 SEGMENTS, LENGTH = 4, 16
 TRAINING = (

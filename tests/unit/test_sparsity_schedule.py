@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from titan_distill.attention.sparse import SparseAttention, SparsitySchedule
-from titan_distill.config_sections import SparseAttentionConfig
+from titan_distill.config.sections import SparseAttentionConfig
 
 
 def schedule(target: float, rate: float, interval: int = 1) -> SparsitySchedule:

@@ -12,12 +12,13 @@ import torch
 from runs import read_metrics
 from toy_run import ASSETS, toy_trainer
 
+from titan_distill.diffusion.requests import SampleRequest
+from titan_distill.fault_tolerance.signals import STOP_SIGNALS, Stop, StopRequested
 from titan_distill.launch import Relay
-from titan_distill.methods.base import SampleRequest
-from titan_distill.stop import STOP_SIGNALS, Stop, StopRequested
 from titan_distill.train import main, train
 from titan_distill.trainer import Trainer
-from titan_distill.validation.base import Sampling, Validator
+from titan_distill.validation.sampling import Sampling
+from titan_distill.validation.validator import Validator
 
 SAVING = ("--checkpoint.enabled", "true", "--checkpoint.interval", "100", "--ema.decay", "0.9", "--ema.role", "student")
 

@@ -4,8 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-
-from titan_distill.data.synthetic import (
+from tiny_world.shapes import (
     CAPTION_TEMPLATES,
     COLOURS,
     DIRECTIONS,

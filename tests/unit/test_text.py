@@ -11,7 +11,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from tiny_media import write_pipeline
 from transformers import ByT5Tokenizer, UMT5EncoderModel
 
-from titan_distill.data.text import TextEncoder
+from titan_distill.models.wan.text_encoder import TextEncoder
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import torch
 from titan_kernels import tile_layout
 
 from titan_distill.attention.sparse import SparseAttention
-from titan_distill.config_sections import SparseAttentionConfig
+from titan_distill.config.degrees import Degrees
+from titan_distill.config.sections import SparseAttentionConfig
 from titan_distill.models.wan.config import FLAVORS
 from titan_distill.models.wan.parallelize import check_degrees
-from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.sequence import TokenShards, choose_method, token_bounds
 
 GRIDS = [(5, 6, 6), (21, 30, 52), (21, 45, 80), (31, 22, 40)]

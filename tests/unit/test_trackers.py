@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from titan_distill.config import MetricsConfig
+from titan_distill.config.sections import MetricsConfig
 from titan_distill.observability.trackers import Tracker, build_trackers
 from titan_distill.validation.video import write_mp4
 

@@ -14,7 +14,7 @@ import toy_family
 from runs import REPOSITORY
 from torch import Tensor
 
-from titan_distill.config_sections import ActivationCheckpointConfig
+from titan_distill.config.sections import ActivationCheckpointConfig
 from titan_distill.diffusion import schedule
 from titan_distill.models.base import Adapter, Condition
 from titan_distill.models.wan.adapter import WanAdapter

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from titan_distill.validation.report import format_table, project, sliced_wasserstein, sliced_wasserstein_excess
-from titan_distill.validation.video import Video, contact_sheet, read_mp4, thumbnails, write_mp4
+from titan_distill.data.footage import read_mp4
+from titan_distill.validation.distances import format_table, project, sliced_wasserstein, sliced_wasserstein_excess
+from titan_distill.validation.video import Video, contact_sheet, thumbnails, write_mp4
 
 RED, GREEN, BLUE = (220, 40, 40), (40, 200, 60), (40, 60, 220)
 

@@ -16,18 +16,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from titan_distill import cli
-from titan_distill.checkpoint.convert import BOUNDARY, PIPELINE_INDEX
 from titan_distill.checkpoint.manifest import read_manifest
-from titan_distill.config import load_config
+from titan_distill.checkpoint.tools.export import BOUNDARY, PIPELINE_INDEX
+from titan_distill.commands.plan import planner
+from titan_distill.config.loading import load_config
 from titan_distill.diffusion import sampler
 from titan_distill.models.base import Guidance
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.state_dict import save_folder
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.observability.flops import forward_flops
-from titan_distill.observability.hardware import GPUS
 from titan_distill.parallelisms.mesh import World
-from titan_distill.plan import planner
+from titan_distill.planner.hardware import GPUS
 from titan_distill.roles import RoleHandle
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer

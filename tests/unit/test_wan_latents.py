@@ -11,15 +11,16 @@ import torch
 from runs import TINY_WAN
 from tiny_ti2v import write_pipeline
 
-from titan_distill.config import Config, load_config
-from titan_distill.config_world import check_world
-from titan_distill.dispatch import model_family
+from titan_distill.commands.plan import Planner
+from titan_distill.config.config import Config
+from titan_distill.config.layouts import check_world
+from titan_distill.config.loading import load_config
+from titan_distill.models.base import model_family
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.vae import decode_latents, encode_video, load_vae, vae_dtype
-from titan_distill.observability.decoding import PUBLISHED, decoding_bytes
-from titan_distill.observability.hardware import GPUS
-from titan_distill.observability.planner import fake_world
-from titan_distill.plan import Planner
+from titan_distill.planner.decoding import PUBLISHED, decoding_bytes
+from titan_distill.planner.hardware import GPUS
+from titan_distill.planner.plan import fake_world
 
 WAN21, WAN22 = LatentSpace(16, 4, 8), LatentSpace(48, 4, 16)
 

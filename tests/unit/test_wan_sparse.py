@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from titan_distill.attention.sparse import SparseAttention
-from titan_distill.config_sections import SparseAttentionConfig
+from titan_distill.config.sections import SparseAttentionConfig
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.state_dict import WEIGHTS_NAME, load_weights, read_config, save_folder
 from titan_distill.models.wan.transformer import WanTransformer

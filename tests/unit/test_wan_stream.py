@@ -18,12 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from titan_distill.attention.causal import Segmentation
-from titan_distill.config import ConfigError, load_config
-from titan_distill.config_world import check_world
-from titan_distill.dispatch import model_family
+from titan_distill.commands.plan import planner
+from titan_distill.config.layouts import check_world
+from titan_distill.config.loading import load_config
+from titan_distill.config.parsing import ConfigError
 from titan_distill.methods.base import Passes
 from titan_distill.methods.dmd2 import Rollout
 from titan_distill.methods.self_forcing import SelfForcing
+from titan_distill.models.base import model_family
 from titan_distill.models.streaming import SegmentStream
 from titan_distill.models.wan import transformer as transformer_module
 from titan_distill.models.wan.adapter import WanAdapter
@@ -31,11 +33,10 @@ from titan_distill.models.wan.config import FLAVORS
 from titan_distill.models.wan.stream import WanStream
 from titan_distill.models.wan.vae import decode_latents, restart
 from titan_distill.observability.flops import forward_flops
-from titan_distill.observability.hardware import GPUS
-from titan_distill.observability.memory import LocalForward
-from titan_distill.observability.unrolling import Unrolling
 from titan_distill.parallelisms.mesh import World
-from titan_distill.plan import planner
+from titan_distill.planner.hardware import GPUS
+from titan_distill.planner.memory import LocalForward
+from titan_distill.planner.unrolling import Unrolling
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 

@@ -31,7 +31,7 @@ from titan_distill.attention.dense import dense_attention
 from titan_distill.parallelisms.activation_checkpoint import register_attention, register_selection
 
 if TYPE_CHECKING:
-    from titan_distill.config_sections import SparseAttentionConfig
+    from titan_distill.config.sections import SparseAttentionConfig
 
 
 register_attention(torch.ops.titan_kernels.vsa_forward.default)

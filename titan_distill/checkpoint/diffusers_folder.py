@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from titan_distill.checkpoint.rewrite import TensorKind
+from titan_distill.checkpoint.tools.rewrite import TensorKind
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"

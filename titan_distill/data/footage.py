@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -170,3 +171,14 @@ def _fit(frame: av.VideoFrame, height: int, width: int) -> Tensor:
     scaled_CHW = interpolate(pixels_HWC.permute(2, 0, 1)[None].float(), size, mode="bicubic", antialias=True)[0]
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return scaled_CHW[:, top : top + height, left : left + width].round().clamp(0, 255).to(torch.uint8)
+
+
+def read_mp4(path: Path | str) -> tuple[npt.NDArray[np.uint8], float]:
+    """All frames ``[T, H, W, 3]`` of a video that ``write_mp4`` wrote, and its frames per second."""
+    import av
+
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        assert stream.average_rate is not None, "write_mp4 states a rate"
+        return np.stack(frames), float(stream.average_rate)

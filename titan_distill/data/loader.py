@@ -28,8 +28,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from titan_distill.data.parquet import LatentRow
 from titan_distill.data.rows import RowDataset
 from titan_distill.data.videos import ClipRow
-from titan_distill.keyed import keyed_generator
-from titan_distill.transfer import to_device
+from titan_distill.diffusion.noise import keyed_generator
+from titan_distill.diffusion.transfer import to_device
 
 
 @dataclass(frozen=True)

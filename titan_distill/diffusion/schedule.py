@@ -30,7 +30,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from titan_distill.transfer import to_device
+from titan_distill.diffusion.transfer import to_device
 
 NUM_TRAIN_TIMESTEPS = 1000
 

@@ -43,14 +43,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_distill.config_world import role_parallelism
+from titan_distill.config.layouts import role_parallelism
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.methods.base import Head, LossResult, Passes, TrainingMethod, Update
 from titan_distill.models.base import Condition
 
 if TYPE_CHECKING:
-    from titan_distill.config import Config
+    from titan_distill.config.config import Config
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
 

@@ -11,14 +11,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from titan_distill.models.head import HEAD_FLAVOR
+from titan_distill.config.sections import HEAD_FLAVOR
+from titan_distill.diffusion.requests import TrajectoryRequest, ValidationRequest
+from titan_distill.registry import METHODS, lookup
 
 if TYPE_CHECKING:
-    from titan_distill.config import Config
+    from titan_distill.config.config import Config
     from titan_distill.data.loader import Batch
     from titan_distill.diffusion.noise import KeyedNoise
     from titan_distill.models.base import Adapter
@@ -68,48 +70,6 @@ class Passes:
     segments: int | None = None
     """Of a causal role that makes its samples segment by segment: how many segments, each a call; 0 for as many as a
     sample has, None for calls of whole samples."""
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """One set of samples that validation should make: who samples, how, and when."""
-
-    label: str
-    """Column title and metric prefix, e.g. ``teacher`` or ``student``."""
-    role: str
-    solver: Literal["euler", "unipc", "sde"]
-    num_steps: int
-    """Ignored when ``sigmas`` is given."""
-    sigmas: tuple[float, ...] | None = None
-    """Few-step schedule, descending, without the final 0."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance in the standard form ``u + w (c - u)``; 1 means one forward pass a step."""
-    baseline: bool = False
-    """True: sampled once, before the first step, and kept for comparison (a teacher, the student before training)."""
-    scored: bool = True
-    """False: of this set only what is shown gets decoded, and only its distance to the reference is measured."""
-    context_sigma: float = 0.0
-    """Noise level at which a causal role reads its finished segments."""
-
-
-@dataclass(frozen=True)
-class ValidationRequest:
-    """What a method wants to see. ``reference`` names the sample set that the others are compared with."""
-
-    samples: tuple[SampleRequest, ...]
-    reference: str | None = None
-
-
-@dataclass(frozen=True)
-class TrajectoryRequest:
-    """The sampling of a frozen teacher whose states a method trains on; ``titan-distill data ode-pairs`` runs it."""
-
-    sigmas: tuple[float, ...]
-    """Noise levels of the states to keep, descending; the solver must visit them."""
-    num_steps: int
-    solver: Literal["euler", "unipc"]
-    guidance_scale: float
-    """Classifier-free guidance in the standard form."""
 
 
 @dataclass(frozen=True)
@@ -214,3 +174,8 @@ class TrainingMethod(ABC):
     @abstractmethod
     def validation_request(self) -> ValidationRequest:
         """Which samples show whether this method works."""
+
+
+def method_class(name: str) -> type[TrainingMethod]:
+    """The method registered under `name`. Raises ValueError naming the known methods and the nearest one."""
+    return lookup(METHODS, name)

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
-from titan_distill.dispatch import register_method
+from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
 from titan_distill.methods import losses
 from titan_distill.methods.adversarial import AdversarialConfig, AdversarialTraining
-from titan_distill.methods.base import LossResult, Passes, SampleRequest, Update, ValidationRequest
+from titan_distill.methods.base import LossResult, Passes, Update
 from titan_distill.models.base import Condition, Guidance
+from titan_distill.registry import register_method
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
-from titan_distill.dispatch import register_method
+from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
+from titan_distill.diffusion.transfer import to_device
 from titan_distill.methods import losses
-from titan_distill.methods.base import LossResult, Passes, SampleRequest, TrainingMethod, Update, ValidationRequest
+from titan_distill.methods.base import LossResult, Passes, TrainingMethod, Update
 from titan_distill.models.base import Condition
-from titan_distill.transfer import to_device
+from titan_distill.registry import register_method
 
 
 @dataclass(frozen=True)

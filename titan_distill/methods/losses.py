@@ -24,7 +24,7 @@ from titan_distill.diffusion.schedule import (
     velocity,
     x0_from_velocity,
 )
-from titan_distill.transfer import to_device
+from titan_distill.diffusion.transfer import to_device
 
 CriticLoss = Literal["flow", "x0", "noise", "v"]
 ConsistencyLoss = Literal["l2", "pseudo_huber"]

@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from titan_distill.data.loader import Batch
-from titan_distill.dispatch import register_method
 from titan_distill.methods.base import LossResult, Passes, Update
 from titan_distill.methods.dmd2 import Dmd2, Dmd2Config
 from titan_distill.methods.scm import TangentConfig, TangentTraining
+from titan_distill.registry import register_method
 
 if TYPE_CHECKING:
-    from titan_distill.config import Config
+    from titan_distill.config.config import Config
 
 
 @dataclass(frozen=True)

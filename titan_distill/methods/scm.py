@@ -29,14 +29,15 @@ from torch import Tensor
 
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
-from titan_distill.dispatch import register_method
+from titan_distill.diffusion.requests import ValidationRequest
 from titan_distill.methods import losses
-from titan_distill.methods.base import LossResult, Passes, TrainingMethod, Update, ValidationRequest
+from titan_distill.methods.base import LossResult, Passes, TrainingMethod, Update
 from titan_distill.methods.consistency import FewStepConfig, few_step_validation
 from titan_distill.models.base import Condition, Guidance
+from titan_distill.registry import register_method
 
 if TYPE_CHECKING:
-    from titan_distill.config import Config
+    from titan_distill.config.config import Config
 
 
 @dataclass(frozen=True)

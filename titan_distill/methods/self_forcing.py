@@ -24,15 +24,16 @@ from torch import Tensor
 
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
-from titan_distill.dispatch import register_method
-from titan_distill.methods.base import Passes, ValidationRequest
+from titan_distill.diffusion.requests import ValidationRequest
+from titan_distill.methods.base import Passes
 from titan_distill.methods.dmd2 import Dmd2, Dmd2Config, Rollout
 from titan_distill.models.base import Condition
 from titan_distill.models.streaming import SegmentStream, write_context
 from titan_distill.parallelisms.compile import check_num_segments
+from titan_distill.registry import register_method
 
 if TYPE_CHECKING:
-    from titan_distill.config import Config
+    from titan_distill.config.config import Config
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ videos (the toy family of the tests) use fewer dims after B; nothing outside a f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +24,17 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titan_distill.diffusion import schedule
+from titan_distill.registry import FAMILIES, lookup
 
 if TYPE_CHECKING:
-    from titan_distill.config import Config, RoleConfig
+    from titan_distill.config.config import Config
+    from titan_distill.config.degrees import Degrees
+    from titan_distill.config.sections import RoleConfig
     from titan_distill.data.loader import Batch
     from titan_distill.models.streaming import SegmentStream
     from titan_distill.observability.flops import WorkCounter
-    from titan_distill.parallelisms.degrees import Degrees
     from titan_distill.parallelisms.mesh import Layouts, RoleMesh
     from titan_distill.roles import RoleHandle, RoleManager
-    from titan_distill.validation.base import Validator
 
 Condition = Mapping[str, Tensor]
 """What a model is conditioned on: batch-first tensors by name. Opaque to methods."""
@@ -117,6 +118,12 @@ class Adapter(ABC):
         """Text embeddings [tokens, width] as a dataset's rows hold them, without padding. Raises ValueError where
         the family has no text encoder, or the run was configured without one."""
         raise ValueError("this model family has no text encoder; take prompts from a parquet file with embeddings")
+
+    def prompt_conditions(self, path: str, prompts: Sequence[str]) -> Callable[[Sequence[int]], Condition]:
+        """Returns a function from prompt indices to the condition of their samples, for the `prompts` read from `path`.
+        A family whose models also start from pictures takes these from the same file. Raises ValueError for a file
+        that lacks what the models need."""
+        return lambda ids: self.encode_prompts([prompts[index] for index in ids])
 
     def segment_lengths(self, role: RoleHandle, length: int | None = None) -> tuple[int, ...] | None:
         """Lengths of the segments in which a causal role makes a sequence of ``length``, a sample's by default; None
@@ -230,6 +237,12 @@ class ModelFamily(ABC):
         """Checks the configuration against the family's invariants. Raises ValueError."""
         return
 
+    @classmethod
+    def given_parts(cls, config: Config) -> str | None:
+        """Which key gives parts of the training samples, as the beginning of a sentence; None where nothing is given.
+        Only methods with `uses_loss_mask` train such a run."""
+        return None
+
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
         """Checks each role's degrees against its network, before anything is built. Raises ValueError."""
         return
@@ -303,6 +316,7 @@ class ModelFamily(ABC):
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
         """The run-time half."""
 
-    @abstractmethod
-    def build_validator(self, adapter: Adapter, folder: Path, layouts: Layouts) -> Validator:
-        """Samples, scores and shows; writes below ``folder``."""
+
+def model_family(name: str) -> type[ModelFamily]:
+    """The family registered under `name`. Raises ValueError naming the known families and the nearest one."""
+    return lookup(FAMILIES, name)

@@ -22,8 +22,6 @@ from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
 if TYPE_CHECKING:
     from titan_distill.parallelisms.mesh import RoleMesh
 
-HEAD_FLAVOR = "head"
-"""What a role's ``flavor`` says when it is a head."""
 HIDDEN_WIDTH = 128
 
 

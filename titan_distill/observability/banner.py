@@ -9,15 +9,15 @@ import torch
 from torch.nn import Module
 
 from titan_distill.attention.dense import dense_backend
-from titan_distill.config_world import check_world
-from titan_distill.models.head import HEAD_FLAVOR
+from titan_distill.config.layouts import check_world
+from titan_distill.config.sections import HEAD_FLAVOR
 from titan_distill.parallelisms.activation_checkpoint import describe as describe_checkpointing
 from titan_distill.parallelisms.compile import describe as describe_compile
 from titan_distill.parallelisms.float8 import describe as describe_float8
 from titan_distill.parallelisms.lora import describe as describe_lora
 
 if TYPE_CHECKING:
-    from titan_distill.config import Config
+    from titan_distill.config.config import Config
     from titan_distill.parallelisms.mesh import World
     from titan_distill.roles import RoleHandle, RoleManager
 

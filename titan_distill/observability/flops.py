@@ -33,7 +33,7 @@ from titan_distill.parallelisms.activation_checkpoint import is_checkpointed, is
 
 if TYPE_CHECKING:
     from titan_distill.attention.sparse import TilesRead
-    from titan_distill.config_sections import ActivationCheckpointConfig
+    from titan_distill.config.sections import ActivationCheckpointConfig
 
 BACKWARD_FORWARDS = 2
 """A backward pass in forwards: gradients of the inputs and of the weights."""

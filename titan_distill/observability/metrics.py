@@ -29,7 +29,7 @@ from titan_distill.observability.timing import PhaseTimer
 from titan_distill.observability.trackers import Tracker, build_trackers
 
 if TYPE_CHECKING:
-    from titan_distill.config import Config
+    from titan_distill.config.config import Config
 
 __all__ = ["MetricsLogger", "PhaseTimer", "memory_gib"]
 

@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 if TYPE_CHECKING:
-    from titan_distill.config import ProfilingConfig
+    from titan_distill.config.sections import ProfilingConfig
     from titan_distill.parallelisms.mesh import World
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from titan_distill.validation.video import read_mp4
+from titan_distill.data.footage import read_mp4
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,7 +27,7 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
-    from titan_distill.config import MetricsConfig
+    from titan_distill.config.sections import MetricsConfig
 
 
 class Tracker(ABC):

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import (
 )
 
 if TYPE_CHECKING:
-    from titan_distill.config_sections import ActivationCheckpointConfig
+    from titan_distill.config.sections import ActivationCheckpointConfig
 
 Operation = torch._ops.OpOverload | torch._ops.HigherOrderOperator
 

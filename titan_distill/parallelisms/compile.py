@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from titan_distill.config_sections import CompileConfig
+    from titan_distill.config.sections import CompileConfig
 
 NUM_GRAPHS_OF_A_BLOCK = 64
 """All roles' blocks share the code that torch counts graphs by. One role needs a graph with and one without gradients,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
-    from titan_distill.config_sections import Float8Config
+    from titan_distill.config.sections import Float8Config
 
 ALIGNMENT = 16
 """Float8 kernels take matrices whose sizes are multiples of this."""

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from titan_distill.keyed import keyed_normal
+from titan_distill.diffusion.noise import keyed_normal
 
 if TYPE_CHECKING:
-    from titan_distill.config_lora import LoraConfig
+    from titan_distill.config.lora import LoraConfig
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from titan_distill.parallelisms.degrees import Degrees
+from titan_distill.config.degrees import Degrees
 from titan_distill.parallelisms.exchange import BatchExchange
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -105,7 +105,7 @@ class Layouts:
     """
 
     def __init__(self, world: World, default: Degrees, roles: dict[str, Degrees]) -> None:
-        self.data_group = default.model_parallel
+        self.device, self.data_group = world.device, default.model_parallel
         self.data_rank, self.num_data_groups = world.rank // self.data_group, world.size // self.data_group
         self.degrees = roles
         self._meshes: dict[Degrees, RoleMesh] = {}

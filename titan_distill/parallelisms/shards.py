@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Shard
+
+from titan_distill.parallelisms.tensor import local
 
 
 def local_region(tensor: Tensor) -> tuple[slice, ...]:
@@ -39,3 +42,15 @@ def _chunk(whole: slice, num_chunks: int, index: int) -> slice:
     length = whole.stop - whole.start
     size = -(-length // num_chunks)
     return slice(whole.start + min(length, index * size), whole.start + min(length, (index + 1) * size))
+
+
+@torch.no_grad()
+def copy_full_tensor(parameter: Tensor, full: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or this rank's shard of it into a DTensor; no communication."""
+    fill(parameter, full[local_region(parameter)])
+
+
+def fill(parameter: Tensor, part: Tensor) -> None:
+    """Copy what this rank holds of a tensor into its parameter."""
+    assert not parameter.is_meta, "materialise the model with to_empty before filling it"
+    local(parameter).copy_(part)

@@ -42,17 +42,6 @@ def write_mp4(path: Path | str, video_THW3: Video, fps: int) -> None:
         container.mux(stream.encode(None))
 
 
-def read_mp4(path: Path | str) -> tuple[Video, float]:
-    """All frames ``[T, H, W, 3]`` of a video that ``write_mp4`` wrote, and its frames per second."""
-    import av
-
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-        assert stream.average_rate is not None, "write_mp4 states a rate"
-        return np.stack(frames), float(stream.average_rate)
-
-
 @dataclass(frozen=True)
 class _Style:
     """Sizes in pixels and colours of a contact sheet."""

@@ -6,7 +6,7 @@ Shapes: B batch, C latent channels, F latent frames, H and W latent height and w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,9 @@ from titan_kernels.layout import tile_grid
 from torch import Tensor, nn
 
 from titan_distill.attention.causal import KeysAndValues, Memory
-from titan_distill.data.images import ImageEncoder
 from titan_distill.data.loader import Batch
-from titan_distill.data.text import TextEncoder
 from titan_distill.diffusion import schedule
+from titan_distill.diffusion.transfer import to_device
 from titan_distill.models.base import Adapter, Condition, Guidance
 from titan_distill.models.streaming import SegmentStream
 from titan_distill.models.wan import first_frame
@@ -28,6 +27,7 @@ from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.experts import is_high_noise, route
 from titan_distill.models.wan.features import block_outputs, mean_over_tokens
 from titan_distill.models.wan.first_frame import ImageMixing
+from titan_distill.models.wan.frame_blocks import check_fits
 from titan_distill.models.wan.image_channels import (
     EMBEDDING,
     check_pictures,
@@ -35,20 +35,22 @@ from titan_distill.models.wan.image_channels import (
     takes_channels,
     with_channels,
 )
-from titan_distill.models.wan.segments import check_fits, num_latent_frames
+from titan_distill.models.wan.image_encoder import ImageEncoder
+from titan_distill.models.wan.latents import num_latent_frames
+from titan_distill.models.wan.prompt_pictures import FirstFrames, PictureRows
 from titan_distill.models.wan.stream import WanStream
+from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import decode_latents, encode_video, restart
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
-from titan_distill.transfer import to_device
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-    from titan_distill.config_sections import ActivationCheckpointConfig
+    from titan_distill.config.sections import ActivationCheckpointConfig
 
 
 class WanAdapter(Adapter):
@@ -71,6 +73,7 @@ class WanAdapter(Adapter):
         checkpointing: ActivationCheckpointConfig,
         image_mixing: ImageMixing | None = None,
         takes_images: bool = False,
+        validation_size: tuple[int, int] | None = None,
         text_cache: Path | None = None,
         image_tensors: tuple[str, ...] = (),
         image_encoder: ImageEncoder | None = None,
@@ -80,6 +83,7 @@ class WanAdapter(Adapter):
     ) -> None:
         """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know.
         ``image_mixing``: which training samples start from an image; ``takes_images``: whether sampling may.
+        ``validation_size``: (height, width) of the pictures that validation videos start from, where they do.
         ``text_cache``: folder for embeddings of prompts that come with videos.
         ``image_tensors``, ``image_encoder``, ``num_frames``: of roles that take pictures in channels of their own, see
         `image_channels`; frames of the videos.
@@ -94,6 +98,7 @@ class WanAdapter(Adapter):
         self.max_text_tokens = max_text_tokens
         self.layouts = layouts
         self.image_mixing, self.takes_images = image_mixing, takes_images
+        self.validation_size = validation_size
         self.text_cache = text_cache
         self.vae, self.text_encoder = vae, text_encoder
         self._negative_LD = None if negative_embedding_LD is None else negative_embedding_LD.to(device)
@@ -157,6 +162,19 @@ class WanAdapter(Adapter):
 
     def embed_prompts(self, prompts: list[str]) -> list[Tensor]:
         return [self._text_encoder().embed(prompt, self.max_text_tokens) for prompt in prompts]
+
+    def prompt_conditions(self, path: str, prompts: Sequence[str]) -> Callable[[Sequence[int]], Condition]:
+        pictures, first_frames = PictureRows(path, self.image_tensors), None
+        if self.validation_size is not None:
+            self.check_takes_images()
+            first_frames = FirstFrames(path, *self.validation_size)
+
+        def condition(ids: Sequence[int]) -> Condition:
+            text = self.encode_prompts([prompts[index] for index in ids])
+            found = {**text, **pictures.tensors(ids, self.device)}
+            return found if first_frames is None else self.with_first_frame(found, first_frames.latents(ids, self))
+
+        return condition
 
     def with_image(self, condition: Condition, images: Tensor) -> Condition:
         if self.image_tensors:
@@ -248,7 +266,11 @@ class WanAdapter(Adapter):
             return super().open_stream(role, condition)
         if first_frame.IMAGE in condition:
             raise ValueError(f"role {role.name!r} is causal and makes videos from text only; leave the image out")
-        return WanStream(self, role, condition, segmentation)
+
+        def forward(x: Tensor, sigma_B: Tensor, memory: Memory, kept: list[KeysAndValues] | None) -> Tensor:
+            return self.forward(role, x, sigma_B, condition, memory, kept)
+
+        return WanStream(forward, segmentation, self.network(role).config.num_layers)
 
     def last_sample(self, sequence: Tensor) -> Tensor:
         return restart(self._vae(), sequence, self.latent_shape[1])

@@ -28,14 +28,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_distill.checkpoint.convert import BOUNDARY, PIPELINE_INDEX
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, read_json
 from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference
+from titan_distill.checkpoint.tools.export import BOUNDARY, PIPELINE_INDEX
 from titan_distill.diffusion.schedule import NUM_TRAIN_TIMESTEPS, timestep
-from titan_distill.transfer import to_device
+from titan_distill.diffusion.transfer import to_device
 
 if TYPE_CHECKING:
-    from titan_distill.config import Config, RoleConfig
+    from titan_distill.config.config import Config
+    from titan_distill.config.sections import RoleConfig
 
 TWO_EXPERTS = frozenset({"A14B", "A14B-I2V", "tiny-A14B"})
 """Flavors with both."""

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from titan_distill.data.images import ENCODER, ImageEncoder
 from titan_distill.models.base import Condition
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.image_encoder import ENCODER, ImageEncoder
 from titan_distill.models.wan.vae import encode_image
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan_distill.config_parsing import nearest_multiples
+from titan_distill.config.parsing import nearest_multiples
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.tokens import Grid, token_grid
 
@@ -93,3 +93,15 @@ def _read(file: Path) -> LatentSpace:
         )
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no configuration of a VAE ({error}); copy it again") from error
+
+
+TEMPORAL = 4
+"""Frames that every latent frame but the first stands for, in all of Wan's VAEs."""
+
+
+def num_latent_frames(num_frames: int) -> int:
+    """Latent frames of a video. Raises ValueError unless it has 4 n + 1 frames."""
+    if num_frames < 1 or num_frames % TEMPORAL != 1:
+        nearest = max(1, round((num_frames - 1) / TEMPORAL) * TEMPORAL + 1)
+        raise ValueError(f"num_frames = {num_frames} must be {TEMPORAL} n + 1 for the VAE; the nearest is {nearest}")
+    return (num_frames - 1) // TEMPORAL + 1

@@ -12,26 +12,27 @@ import torch
 from titan_kernels.layout import DEFAULT_TILE, tile_grid
 
 from titan_distill.attention.causal import Segmentation
+from titan_distill.attention.shared import place
 from titan_distill.attention.sparse import SparseAttention
-from titan_distill.config_lora import LoraConfig
-from titan_distill.config_parsing import nearest_divisors
+from titan_distill.config.degrees import Degrees
+from titan_distill.config.lora import LoraConfig
+from titan_distill.config.parsing import nearest_divisors
 from titan_distill.models.wan.config import WanConfig
-from titan_distill.models.wan.state_dict import copy_full_tensor
 from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.activation_checkpoint import apply_activation_checkpointing
 from titan_distill.parallelisms.compile import compile_blocks
-from titan_distill.parallelisms.degrees import Degrees
 from titan_distill.parallelisms.float8 import apply_float8, finish_float8
 from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
 from titan_distill.parallelisms.lora import apply_lora, initial_adapters
 from titan_distill.parallelisms.mesh import RoleMesh
 from titan_distill.parallelisms.pinned import materialise_on_host
 from titan_distill.parallelisms.sequence import Method, SequenceParallel, choose_method, describe_tiles
+from titan_distill.parallelisms.shards import copy_full_tensor
 from titan_distill.parallelisms.tensor import enable_async_communication
 
 if TYPE_CHECKING:
-    from titan_distill.config_sections import (
+    from titan_distill.config.sections import (
         ActivationCheckpointConfig,
         CompileConfig,
         Float8Config,
@@ -123,7 +124,7 @@ def apply_sequence_parallel(model: WanTransformer, mesh: RoleMesh, parallelism: 
     method = choose_method(heads, degrees.sequence, degrees.tensor, parallelism.sequence_method)
     join = runs_of_tiles(method, model.sparse_attention)
     model.sequence = SequenceParallel(mesh.sequence_group, method, multiple, join)
-    model.set_placement(model.sequence.placement(model.attention_core))
+    model.set_placement(place(model.sequence, model.attention_core))
 
 
 def runs_of_tiles(method: Method, core: SparseAttention | None) -> int:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from titan_distill.checkpoint.diffusers_folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, open_folder, read_json
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.parallelisms.lora import without_adapters
-from titan_distill.parallelisms.shards import local_region
+from titan_distill.parallelisms.shards import fill, local_region
 from titan_distill.parallelisms.tensor import local
 
 if TYPE_CHECKING:
@@ -35,18 +35,6 @@ GATE = "to_gate_compress"
 
 # Published I2V checkpoints carry a query norm that no Wan code has ever read; diffusers skips it by name, too.
 UNUSED_KEY = "norm_added_q"
-
-
-@torch.no_grad()
-def copy_full_tensor(parameter: Tensor, full: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or this rank's shard of it into a DTensor; no communication."""
-    _fill(parameter, full[local_region(parameter)])
-
-
-def _fill(parameter: Tensor, part: Tensor) -> None:
-    """Copy what this rank holds of a tensor into its parameter."""
-    assert not parameter.is_meta, "materialise the model with to_empty before filling it"
-    local(parameter).copy_(part)
 
 
 def read_config(folder: str | Path) -> WanConfig:
@@ -91,7 +79,7 @@ def load_weights(model: WanTransformer, folder: str | Path) -> None:
         _check_keys(parameters, stored, folder)
     for name in stored:
         if local(parameters[name]).numel():  # FSDP leaves the last ranks without a part of a small tensor
-            _fill(parameters[name], found.read_part(name, local_region(parameters[name])))
+            fill(parameters[name], found.read_part(name, local_region(parameters[name])))
 
 
 def save_folder(

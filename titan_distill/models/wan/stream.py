@@ -9,30 +9,27 @@ memory and its own. Text keys and values are counted each time, though most forw
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from torch import Tensor
 
 from titan_distill.attention.causal import KeysAndValues, Memory, Segmentation
-from titan_distill.models.base import Condition
 from titan_distill.models.streaming import SegmentStream
-from titan_distill.roles import RoleHandle
 
-if TYPE_CHECKING:
-    from titan_distill.models.wan.adapter import WanAdapter
+Forward = Callable[[Tensor, Tensor, Memory, list[KeysAndValues] | None], Tensor]
+"""Velocity of a segment [B, C, f, H, W] at noise levels [B], given a memory; appends keys and values to a list."""
 
 
 class WanStream(SegmentStream):
     """Segments are latents [B, C, f, H, W]."""
 
-    def __init__(self, adapter: WanAdapter, role: RoleHandle, condition: Condition, segmentation: Segmentation) -> None:
-        self.adapter, self.role, self.condition = adapter, role, condition
-        self.memory = Memory.empty(segmentation, adapter.network(role).config.num_layers)
+    def __init__(self, forward: Forward, segmentation: Segmentation, num_layers: int) -> None:
+        self.forward, self.memory = forward, Memory.empty(segmentation, num_layers)
 
     def predict_velocity(self, x: Tensor, sigma_B: Tensor) -> Tensor:
-        return self.adapter.forward(self.role, x, sigma_B, self.condition, self.memory)
+        return self.forward(x, sigma_B, self.memory, None)
 
     def _write(self, x: Tensor, sigma_B: Tensor) -> None:
         kept: list[KeysAndValues] = []
-        self.adapter.forward(self.role, x, sigma_B, self.condition, self.memory, kept)
+        self.forward(x, sigma_B, self.memory, kept)
         self.memory = self.memory.extended(kept, x.shape[2])

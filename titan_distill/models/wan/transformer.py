@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from titan_distill.attention.causal import CausalAttention, KeysAndValues, Memory, Segmentation
 from titan_distill.attention.dense import AttentionCore, DenseAttention
 from titan_distill.attention.placement import LocalAttention, Placement
+from titan_distill.attention.shared import place
 from titan_distill.attention.sparse import SparseAttention
-from titan_distill.keyed import keyed_normal
+from titan_distill.diffusion.noise import keyed_normal
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.embeddings import ConditionEmbedding, PatchEmbedding
 from titan_distill.models.wan.layers import (
@@ -42,10 +43,10 @@ from titan_distill.models.wan.layers import (
     modulate,
     modulation_parts,
 )
-from titan_distill.models.wan.state_dict import copy_full_tensor
 from titan_distill.models.wan.tokens import TokenContext, patchify, token_context, token_grid, unpatchify
 from titan_distill.parallelisms import collectives
 from titan_distill.parallelisms.sequence import SequenceParallel
+from titan_distill.parallelisms.shards import copy_full_tensor
 from titan_distill.parallelisms.tensor import TokenRegion, local
 
 
@@ -195,13 +196,12 @@ class WanTransformer(nn.Module):
         kept: list[KeysAndValues] | None,
     ) -> list[TokenContext]:
         """What each layer knows: the segments of a whole video, or its own memory of those before this one."""
-        place = LocalAttention if self.sequence is None else self.sequence.placement
         frames, height, width = context.layout.grid
         if memory is None:
-            placement = place(CausalAttention(segmentation.runs(frames, height * width)))
+            placement = place(self.sequence, CausalAttention(segmentation.runs(frames, height * width)))
             return [replace(context, placement=placement)] * len(self.blocks)
         layers = zip(memory.cores(kept), memory.texts, strict=True)
-        return [replace(context, placement=place(core), text=text) for core, text in layers]
+        return [replace(context, placement=place(self.sequence, core), text=text) for core, text in layers]
 
     def _run_blocks(
         self,

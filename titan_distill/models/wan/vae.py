@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from titan_distill.transfer import to_device
+from titan_distill.diffusion.transfer import to_device
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

@@ -1,0 +1,167 @@
+"""Procedural clips of one moving shape: the world that the small real Wan lives in.
+
+A clip is fully described by four words: colour, shape, direction and speed. That makes it a test bench for
+text-to-video distillation that needs no data set and no human judge: a caption states the four words, a drawing is
+exact, and `tiny_world.reader` reads colour, shape and direction back from decoded frames by rule. The
+price is a world without occlusion, texture or camera motion; it tells whether a student obeys its prompt and keeps the
+teacher's distribution (position, size and brightness vary), not whether it makes beautiful film.
+
+Twelve of the 48 (colour, shape, direction) combinations are never drawn for training. They form a Latin square:
+every pair of attribute values is still seen in training, only the triple is new, so a model that scores on them has
+learned to compose words and has not memorised captions.
+
+Shape legend: T frames, H height, W width; pixels are uint8 RGB.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+
+NUM_FRAMES = 17
+FRAME_SIZE = 96
+FRAMES_PER_SECOND = 8
+
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.90, 0.15, 0.12),
+    "green": (0.15, 0.80, 0.20),
+    "blue": (0.18, 0.30, 0.95),
+    "yellow": (0.95, 0.85, 0.15),
+}
+SHAPES = ("circle", "square", "triangle")
+# Unit vectors in pixels, x to the right and y down.
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+PIXELS_PER_FRAME = {"slow": 1.0, "fast": 2.2}
+ADVERBS = {"slow": "slowly", "fast": "quickly"}
+CAPTION_TEMPLATES = (
+    "a {colour} {shape} moving {direction} {adverb}",
+    "a {colour} {shape} moves {adverb} {direction}",
+    "the {colour} {shape} goes {direction} {adverb}",
+)
+
+# How far the outline reaches from the centre for a size of one pixel: a circle by its radius, a square and a
+# triangle scaled so that all three look equally large (and area alone does not give the shape away).
+_SQUARE_HALF_SIDE = 0.90
+_TRIANGLE_CIRCUMRADIUS = 1.15
+_REACH = _TRIANGLE_CIRCUMRADIUS
+_MIN_SIZE, _MAX_SIZE = 18.0, 22.0
+
+
+@dataclass(frozen=True)
+class ShapesClip:
+    """The four words that describe a clip; raises `ValueError` for a word the world does not know."""
+
+    colour: str
+    shape: str
+    direction: str
+    speed: str
+
+    def __post_init__(self) -> None:
+        known = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "speed": PIXELS_PER_FRAME}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not drawn here; choose one of {', '.join(values)}")
+
+    @property
+    def combination(self) -> tuple[str, str, str]:
+        """What the reader of frames scores, and what is held out: (colour, shape, direction)."""
+        return self.colour, self.shape, self.direction
+
+    def caption(self, template: int = 0) -> str:
+        """The clip in words, at most 39 bytes, from one of `CAPTION_TEMPLATES`."""
+        return CAPTION_TEMPLATES[template].format(
+            colour=self.colour, shape=self.shape, direction=self.direction, adverb=ADVERBS[self.speed]
+        )
+
+
+def _latin_square() -> frozenset[tuple[str, str, str]]:
+    directions = list(DIRECTIONS)
+    return frozenset(
+        (colour, shape, directions[(i + j) % len(directions)])
+        for (i, colour), (j, shape) in product(enumerate(COLOURS), enumerate(SHAPES))
+    )
+
+
+HELD_OUT = _latin_square()
+"""The 12 (colour, shape, direction) combinations kept for scoring: one direction for each colour and shape."""
+
+
+def all_attributes() -> list[ShapesClip]:
+    """All 96 clips that can be described, in a fixed order."""
+    return [ShapesClip(*words) for words in product(COLOURS, SHAPES, DIRECTIONS, PIXELS_PER_FRAME)]
+
+
+def train_attributes() -> list[ShapesClip]:
+    """The 72 clips that training may draw: 36 combinations at two speeds."""
+    return [clip for clip in all_attributes() if clip.combination not in HELD_OUT]
+
+
+def held_out_attributes() -> list[ShapesClip]:
+    """The 24 clips of the held-out combinations."""
+    return [clip for clip in all_attributes() if clip.combination in HELD_OUT]
+
+
+def held_out_prompts(num_prompts: int) -> list[tuple[str, ShapesClip]]:
+    """Captions for scoring with the clips they describe: the 24 held-out ones in turn, repeated until there are enough.
+
+    Repeats share a caption; each is meant to be sampled from its own noise.
+    """
+    if num_prompts < 1:
+        raise ValueError(
+            f"num_prompts is {num_prompts}, but at least 1 prompt is needed to score; pass a positive number"
+        )
+    clips = held_out_attributes()
+    return [(clips[i % len(clips)].caption(), clips[i % len(clips)]) for i in range(num_prompts)]
+
+
+def parse_caption(caption: str) -> ShapesClip:
+    """The clip that a caption describes: the inverse of `ShapesClip.caption`; raises `ValueError` for other
+    sentences."""
+    for clip, template in product(all_attributes(), range(len(CAPTION_TEMPLATES))):
+        if clip.caption(template) == caption:
+            return clip
+    example = all_attributes()[0].caption()
+    raise ValueError(f"caption {caption!r} does not describe a moving shape; write it like {example!r}")
+
+
+def draw_clip(clip: ShapesClip, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Draw a clip, uint8 [T=17, H=96, W=96, 3]; size, place and brightness come from `rng`, so a seed fixes every
+    pixel.
+
+    The shape stays wholly visible from the first frame to the last.
+    """
+    size = rng.uniform(_MIN_SIZE, _MAX_SIZE)
+    colour = np.array(COLOURS[clip.colour]) * rng.uniform(0.85, 1.0)
+    background = np.full(3, rng.uniform(0.06, 0.12))
+    centres_T2 = _path(clip, size, rng)
+    coverage_THW = np.stack([_coverage(clip.shape, size, x, y) for x, y in centres_T2])
+    frames_THW3 = background + coverage_THW[..., None] * (colour - background)
+    return np.round(frames_THW3 * 255).astype(np.uint8)
+
+
+def _path(clip: ShapesClip, size: float, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    step = np.array(DIRECTIONS[clip.direction]) * PIXELS_PER_FRAME[clip.speed]
+    offsets_T2 = np.arange(NUM_FRAMES)[:, None] * step
+    margin = size * _REACH + 1
+    low = margin - offsets_T2.min(axis=0)
+    high = FRAME_SIZE - margin - offsets_T2.max(axis=0)
+    assert (low <= high).all(), "sizes and speeds are chosen so that every path fits"
+    return rng.uniform(low, high) + offsets_T2
+
+
+def _coverage(shape: str, size: float, x: float, y: float) -> npt.NDArray[np.float64]:
+    """Share of each pixel inside the shape [H, W]: signed distance to the outline, ramped over one pixel
+    (anti-aliasing)."""
+    rows, columns = np.mgrid[0:FRAME_SIZE, 0:FRAME_SIZE] + 0.5
+    dx, dy = columns - x, rows - y
+    if shape == "circle":
+        distance = np.hypot(dx, dy) - size
+    elif shape == "square":
+        distance = np.maximum(np.abs(dx), np.abs(dy)) - size * _SQUARE_HALF_SIDE
+    else:
+        # Upright equilateral triangle: the inside of three half-planes, each half a circumradius from the centre.
+        inradius = size * _TRIANGLE_CIRCUMRADIUS / 2
+        sides = np.abs(dx) * np.sqrt(3) / 2 - dy / 2
+        distance = np.maximum(sides, dy) - inradius
+    return np.clip(0.5 - distance, 0.0, 1.0)

@@ -1,0 +1,128 @@
+"""How two checkpoints differ, value by value.
+
+Both are verified first, then one tensor of each is held at a time and compared in slices, so that the comparison in
+double precision costs no second copy of them. Two NaNs count as equal: the question is whether the same was stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from titan_distill.checkpoint.tools.contents import Contents, open_checkpoint
+
+_SLICE_ELEMENTS = 1 << 17
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """Two tensors of one shape, element by element."""
+
+    num_elements: int
+    num_equal: int
+    max_absolute: float
+    """Largest ``|a - b|``; infinite where only one of them is NaN."""
+    max_relative: float
+    """Largest ``|a - b| / max(|a|, |b|)``."""
+
+    def __str__(self) -> str:
+        return (
+            f"max |a - b| {self.max_absolute:.3g}, relative {self.max_relative:.3g}, "
+            f"{self.num_equal} of {self.num_elements} equal"
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One name under which two checkpoints do not hold the same."""
+
+    name: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
+
+
+def diff(a: Path, b: Path) -> Iterator[Difference]:
+    """Yields what differs, by name. Raises ValueError, before the first, for a missing or damaged checkpoint."""
+    return _differences(open_checkpoint(a), open_checkpoint(b))
+
+
+def _differences(a: Contents, b: Contents) -> Iterator[Difference]:
+    for name in sorted({*a.names, *b.names}):
+        if name not in a.names:
+            what = f"only in {b.path}"
+        elif name not in b.names:
+            what = f"only in {a.path}"
+        else:
+            what = _compare(name, a, b)
+        if what:
+            yield Difference(name, what)
+
+
+def _compare(name: str, a: Contents, b: Contents) -> str:
+    """What differs; empty when nothing does."""
+    kind_a, kind_b = a.tensor(name), b.tensor(name)
+    if kind_a is None or kind_b is None:
+        return _compare_values(*(each.read(name) if each.tensor(name) is None else "a tensor" for each in (a, b)))
+    kinds = "" if _kind(kind_a) == _kind(kind_b) else f"{_kind(kind_a)} against {_kind(kind_b)}"
+    if kind_a.size != kind_b.size:
+        return kinds
+    values = compare_tensors(a.read(name), b.read(name))
+    equal = values.num_equal == values.num_elements
+    return kinds if equal else "; ".join(filter(None, (kinds, str(values))))
+
+
+def compare_tensors(a: Tensor, b: Tensor) -> TensorDifference:
+    """Compares tensors of one shape, whatever their dtypes."""
+    num_equal, max_absolute, max_relative = 0, 0.0, 0.0
+    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
+    for start in range(0, a.numel(), _SLICE_ELEMENTS):
+        x, y = (_widened(flat[start : start + _SLICE_ELEMENTS]) for flat in (flat_a, flat_b))
+        equal = (x == y) | (x.isnan() & y.isnan())
+        x, y = x.double(), y.double()
+        num_equal += int(equal.sum())
+        distance = (x - y).abs().nan_to_num(nan=torch.inf).masked_fill(equal, 0)
+        relative = (distance / torch.maximum(x.abs(), y.abs())).nan_to_num(nan=torch.inf).masked_fill(equal, 0)
+        max_absolute, max_relative = max(max_absolute, float(distance.max())), max(max_relative, float(relative.max()))
+    return TensorDifference(a.numel(), num_equal, max_absolute, max_relative)
+
+
+def _kind(entry: TensorStorageMetadata) -> str:
+    return f"{str(entry.properties.dtype).removeprefix('torch.')} {list(entry.size)}"
+
+
+def _widened(values: Tensor) -> Tensor:
+    """Without loss, to a dtype that can be compared with any other; 8-bit floats can't."""
+    return values.double() if values.is_floating_point() else values.long()
+
+
+def _compare_values(a: Any, b: Any) -> str:
+    """Names the first part that differs: the settings of an optimizer list every parameter."""
+    leaves_a, leaves_b = dict(_leaves(a, "")), dict(_leaves(b, ""))
+    differing = [
+        path
+        for path in dict.fromkeys([*leaves_a, *leaves_b])
+        if leaves_a.get(path, "nothing") != leaves_b.get(path, "nothing")
+    ]
+    if not differing:
+        return ""
+    path, more = differing[0], f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+    where = f"{path} is " if path else ""
+    return f"{where}{leaves_a.get(path, 'nothing')} against {leaves_b.get(path, 'nothing')}{more}"
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Where -> representation, of everything in nested dicts, lists and tuples."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
+    if not inner:
+        yield path, repr(value)
+        return
+    for key, item in inner:
+        yield from _leaves(item, f"{path}[{key!r}]")

@@ -1,0 +1,134 @@
+"""``titan-distill generate``: one video from a checkpoint, sampled exactly as validation samples it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from titan_distill.attention.dense import order_backends
+from titan_distill.checkpoint.discovery import resolve
+from titan_distill.checkpoint.manifest import read_manifest
+from titan_distill.checkpoint.tools import export as convert
+from titan_distill.config.config import Config
+from titan_distill.config.loading import load_config
+from titan_distill.data.footage import read_picture
+from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.diffusion.requests import SampleRequest
+from titan_distill.methods.base import method_class
+from titan_distill.models.base import Adapter, model_family
+from titan_distill.observability.metrics import PhaseTimer
+from titan_distill.parallelisms.mesh import Layouts, default_device
+from titan_distill.roles import RoleHandle, RoleManager
+from titan_distill.validation.sampling import Sampling
+from titan_distill.validation.video import write_mp4
+
+
+def generate(
+    checkpoint: Path,
+    prompt: str,
+    out: Path,
+    role: str = "student",
+    seed: int = 0,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    num_frames: int | None = None,
+    cache_window_frames: int | None = None,
+    sink_frames: int | None = None,
+    raw_weights: bool = False,
+    image: Path | None = None,
+) -> None:
+    """Make a video from a prompt, or from a prompt and a first picture, with a trained role.
+
+    Args:
+        checkpoint: A step folder, or ``outputs/<name>/checkpoints/latest``.
+        prompt: What the video should show.
+        out: mp4 file to write.
+        role: Trained role to sample from.
+        seed: Seed of the noise.
+        num_steps: Sampling steps; the method's own if not given. A few-step student has a fixed schedule.
+        guidance_scale: Classifier-free guidance, standard form; the method's own if not given.
+        num_frames: Length of the video. Only a causal role can make it longer or shorter than it was trained.
+        cache_window_frames: Latent frames that a causal role remembers at most; the run's own number if not given.
+        sink_frames: Of these, how many are the video's first; the run's own number if not given.
+        raw_weights: Sample from the trained weights even where there is an average of them.
+        image: Picture (or video, of which the first frame) that the video starts from, scaled to cover its size and
+            cropped; for models that take one.
+    """
+    if not prompt.strip():
+        raise ValueError("--prompt is empty; say what the video should show")
+    device = default_device()
+    overrides = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}
+    pipeline = {name: value for name, value in overrides.items() if value is not None}
+    config, adapter, handle, request = load_role(resolve(checkpoint), role, device, pipeline, raw_weights=raw_weights)
+    if num_steps is not None and request.sigmas is not None:
+        raise ValueError(
+            f"--num-steps {num_steps} contradicts the {role}'s own {len(request.sigmas)} steps; leave it out"
+        )
+    request = dataclasses.replace(
+        request,
+        num_steps=request.num_steps if num_steps is None else num_steps,
+        guidance_scale=request.guidance_scale if guidance_scale is None else guidance_scale,
+    )
+    length = None if num_frames is None else adapter.num_latents(handle, num_frames)
+    condition = adapter.encode_prompts([prompt])
+    if image is not None:
+        condition = adapter.with_image(condition, _picture(config, image)[None])
+    latents = Sampling(adapter, KeyedNoise(seed), device).run(request, handle, condition, [0], length)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(out, adapter.decode_latents(latents)[0].cpu().numpy(), config.validation.fps)
+    print(f"{out}: {prompt!r}, {request.solver}, {request.num_steps} steps, seed {seed}")
+
+
+def _picture(config: Config, image: Path) -> Tensor:
+    size = model_family(config.recipe.family)(config).video_size()
+    if size is None:
+        raise ValueError(f"--image {image}: family {config.recipe.family!r} makes no videos; leave it out")
+    return read_picture(image, *size[1:])
+
+
+def load_role(
+    checkpoint: Path,
+    role: str,
+    device: torch.device,
+    pipeline: Mapping[str, object] = MappingProxyType({}),
+    *,
+    raw_weights: bool,
+) -> tuple[Config, Adapter, RoleHandle, SampleRequest]:
+    """A trained role of a checkpoint as one module, its run's configuration, and how its method samples from it.
+    ``pipeline`` replaces values of the run's [pipeline_config].
+
+    Raises ValueError when the run's ``config.toml`` is not beside the checkpoints, or for what ``role_tensors``
+    refuses.
+    """
+    config_file = checkpoint.parent.parent / "config.toml"
+    if not config_file.is_file():
+        raise ValueError(
+            f"{checkpoint} lies in no run folder: {config_file} is missing; keep checkpoints below their run"
+        )
+    overrides = [word for name, value in pipeline.items() for word in (f"--pipeline_config.{name}", str(value))]
+    config = load_config(["--job.config_file", str(config_file), *overrides])
+    manifest = read_manifest(checkpoint)
+    trained = convert.trained_role(checkpoint, manifest, role)
+    use_ema = trained.has_ema and not raw_weights
+    family = model_family(config.recipe.family)(config)
+    order_backends(device)
+    modules = {}
+    for name in trained.modules:
+        tensors = convert.role_tensors(checkpoint, role, use_ema=use_ema, module=name)
+        modules[name] = family.restore_module(trained.architecture, tensors, device)
+    handle = RoleHandle(role, modules, trainable=False)
+    roles, adapter = RoleManager([handle]), family.build_adapter(device, Layouts.alone(device))
+    adapter.start_step(roles, max(0, manifest.step - 1))  # the last one trained, as validation finds the models
+    method = method_class(config.recipe.method)(
+        config.method_config, roles, adapter, KeyedNoise(config.job.seed), PhaseTimer(device)
+    )
+    requests = [x for x in method.validation_request().samples if x.role == role and not x.baseline]
+    if not requests:
+        raise ValueError(f"recipe.method = {config.recipe.method!r} does not say how to sample from its {role}")
+    request = requests[0]
+    return config, adapter, handle, request

@@ -1,0 +1,321 @@
+"""``titan-distill data ode-pairs``: a frozen teacher's sampling trajectories, written for a student to learn.
+
+Each pair starts from noise of its own and follows the teacher's guided ODE. Kept are the states at a few levels, the
+end, the caption and its embedding. The initial noise is kept by its key, the row's id (`initial_noise` draws it again,
+on the CPU and so the same everywhere), and as a state where level 1 is asked for.
+
+A parquet file is what one batch makes. That is the unit of everything: data groups of ranks take files in turn, a file
+appears whole or not at all, and a job that was stopped goes on with the ids that no file has. A file depends on the
+ids in it and on nothing else, so any number of ranks writes the same ones. The teacher is laid out as the job's
+configuration says, which makes each of its forwards a collective: all data groups run equally many, and the last ones
+may repeat a batch that they do not write.
+
+Beside the files lies ``ode_pairs.json`` with what they were made by: other pairs in the same folder are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from titan_distill.config.config import Config
+from titan_distill.config.layouts import needs_group, role_degrees
+from titan_distill.config.loading import load_config
+from titan_distill.config.sections import RoleConfig
+from titan_distill.data.loader import collate
+from titan_distill.data.parquet import DTYPES, LatentRow, ParquetDataset, read_ids, write_rows
+from titan_distill.data.prompts import read_prompts
+from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.diffusion.requests import TrajectoryRequest
+from titan_distill.diffusion.schedule import few_step_sigmas, timestep
+from titan_distill.diffusion.trajectory import grid_indices, sample_trajectory
+from titan_distill.methods.base import method_class
+from titan_distill.models.base import Adapter, Guidance, model_family
+from titan_distill.parallelisms.mesh import Layouts, World, num_ranks, start_world
+from titan_distill.roles import RoleHandle, RoleManager
+
+SETTINGS = "ode_pairs.json"
+_ROW_DIMS = 4  # of a dataset's latents
+
+
+@dataclass(frozen=True)
+class OdePairsOptions:
+    """What `titan-distill data ode-pairs` runs and writes. Start it with torchrun to share the work among ranks."""
+
+    config: tyro.conf.Positional[Path]
+    """TOML of a job with the role `teacher`: its weights, layout, numbers and pipeline are used."""
+    prompts: Path
+    """Prompts: parquet with text embeddings, or .txt (one a line) or .jsonl (key caption), which are encoded."""
+    out: Path
+    """Folder of the parquet files; what is there already is kept, and what is missing is added."""
+    teacher: Path | None = None
+    """Diffusers folder of the teacher, instead of the job's or where the job has none."""
+    num_pairs: int | None = None
+    """Pairs to make; one a prompt if not given. More than prompts: these are repeated, from other noise."""
+    times: tuple[float, ...] = ()
+    """Timesteps of the kept states, final (not warped), each on the solver's grid; the job's method's if not given."""
+    num_steps: int | None = None
+    """Steps of the solver; the job's method's if not given."""
+    solver: Literal["euler", "unipc"] | None = None
+    """ODE solver; the job's method's if not given."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance, standard form u + w (c - u); the job's method's if not given."""
+    batch_size: int = 8
+    """Pairs made at once on a rank, and rows of a file."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """How latents are stored; sampling runs in float32 around the teacher's own numbers."""
+    seed: int = 0
+    """Of the initial noise."""
+
+
+def ode_pairs(options: OdePairsOptions) -> str:
+    """Make the pairs that are missing in ``options.out``, and say what is there now.
+
+    Raises:
+        ValueError: a timestep that is not on the solver's grid (before anything is built or computed), a job that says
+            too little, a folder with other pairs, prompts or weights that can't be read.
+    """
+    config = with_teacher(load_config(["--job.config_file", str(options.config)]), options.teacher)
+    shift = config.pipeline_config.flow_shift
+    request = trajectory_request(config, options)
+    # Also a check: a level that the solver does not visit is told before any weight is read.
+    indices = grid_indices(request.sigmas, num_steps=request.num_steps, shift=shift, solver=request.solver)
+    if options.batch_size < 1 or (options.num_pairs is not None and options.num_pairs < 1):
+        raise ValueError(f"--batch-size {options.batch_size} and --num-pairs {options.num_pairs} must be at least 1")
+    prompts = Prompts(options.prompts, DTYPES[options.dtype])
+    num_pairs = options.num_pairs or len(prompts)
+    settings = _settings(config, options, request)
+    batches = missing_batches(options.out, settings, num_pairs, options)
+    num_missing = sum(map(len, batches))
+    if not num_missing:
+        return f"{options.out}: all {num_pairs} pairs are there"
+
+    role, family = config.roles["teacher"], model_family(config.recipe.family)(config)
+    degrees = role_degrees(config, "teacher", num_ranks())
+    family.check_layouts({"teacher": degrees})
+    with _world(config) as world:
+        layouts = Layouts(world, degrees, {"teacher": degrees})
+        if world.is_main:
+            _publish_settings(options.out, settings)
+        modules = family.build_modules("teacher", role, layouts.role("teacher"), world.device)
+        handle = RoleHandle("teacher", modules, trainable=False)
+        adapter = family.build_adapter(world.device, layouts)
+        adapter.start_step(RoleManager([handle]), config.training.steps)  # sparse attention at its schedule's end
+        maker = PairMaker(config, options, request, indices, adapter, handle, prompts)
+        is_writer = world.rank % layouts.data_group == 0
+        _run(batches, layouts, lambda batch, is_ours: maker.make(batch, write=is_ours and is_writer))
+    return f"{options.out}: {num_pairs} pairs, {num_missing} of them made now"
+
+
+@contextmanager
+def _world(config: Config) -> Iterator[World]:
+    """All ranks, from when each has seen what is there until each has written its last file."""
+    world = start_world(config.comm.init_timeout_seconds, force_group=needs_group(config))
+    try:
+        _wait_for_all()
+        yield world
+        _wait_for_all()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def with_teacher(config: Config, teacher: Path | None) -> Config:
+    """The configuration with ``teacher`` in the role of that name. Raises ValueError where neither has one."""
+    if teacher is None and "teacher" not in config.roles:
+        raise ValueError(f"{config.job.config_file} has no [roles.teacher]; add it, or name its folder by --teacher")
+    roles = dict(config.roles)
+    if teacher is not None:
+        roles["teacher"] = RoleConfig(trainable=False, path=str(teacher))
+    return dataclasses.replace(config, roles=roles)
+
+
+def trajectory_request(config: Config, options: OdePairsOptions) -> TrajectoryRequest:
+    """What to run: the options, and where they are silent what the job's method trains on. Raises ValueError."""
+    shift = config.pipeline_config.flow_shift
+    own = method_class(config.recipe.method).teacher_trajectory(config.method_config, shift)
+    given: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("num_steps", "solver", "guidance_scale")
+        if getattr(options, name) is not None
+    }
+    if options.times:
+        given["sigmas"] = tuple(few_step_sigmas(options.times, shift, warp=False).tolist())
+    if own is not None:
+        return dataclasses.replace(own, **given)
+    missing = [field.name for field in dataclasses.fields(TrajectoryRequest) if field.name not in given]
+    if missing:
+        names = ", ".join("--" + {"sigmas": "times"}.get(name, name).replace("_", "-") for name in missing)
+        raise ValueError(
+            f"recipe.method = {config.recipe.method!r} of {options.config} does not train on trajectories and says "
+            f"nothing about them; give {names}"
+        )
+    return TrajectoryRequest(**given)
+
+
+def pair_id(seed: int, index: int) -> str:
+    """The id of a row, which is the key of its initial noise."""
+    return f"{seed}-{index:06d}"
+
+
+def initial_noise(row_id: str, shape: Sequence[int]) -> Tensor:
+    """The noise [*shape] from which a row's trajectory started, float32 on the CPU."""
+    seed, index = map(int, row_id.split("-"))
+    return KeyedNoise(seed).normal("ode_pairs/noise", 0, [index], shape, device="cpu")[0]
+
+
+def missing_batches(out: Path, settings: dict[str, Any], num_pairs: int, options: OdePairsOptions) -> list[list[int]]:
+    """Indices of the pairs that no file in ``out`` has, a list a file. Raises ValueError where others lie there."""
+    _check_settings(out, settings)
+    found = set(read_ids(out)) if list(out.glob("*.parquet")) else set()
+    batches = []
+    for start in range(0, num_pairs, options.batch_size):
+        indices = range(start, min(start + options.batch_size, num_pairs))
+        batches.append([index for index in indices if pair_id(options.seed, index) not in found])
+    return [batch for batch in batches if batch]
+
+
+@dataclass(frozen=True)
+class PairMaker:
+    """From the indices of pairs to their file."""
+
+    config: Config
+    options: OdePairsOptions
+    request: TrajectoryRequest
+    grid_indices: list[int]
+    adapter: Adapter
+    teacher: RoleHandle
+    prompts: Prompts
+
+    def make(self, indices: list[int], *, write: bool) -> None:
+        """Samples the pairs of one batch. Every rank of a data group computes, one of them writes."""
+        rows = [self.prompts.row(index, self.adapter) for index in indices]
+        ids = [pair_id(self.options.seed, index) for index in indices]
+        states_BK, x0 = self._sample(indices, ids, rows)
+        if not write:
+            return
+        dtype = DTYPES[self.options.dtype]
+        timesteps_K = timestep(torch.tensor(self.request.sigmas, dtype=torch.float64))
+        pairs = [
+            dataclasses.replace(
+                row,
+                id=row_id,
+                vae_latent=_in_row_dims(end.to("cpu", dtype)),
+                extra={"trajectory": states_K.to("cpu", dtype), "trajectory_timesteps": timesteps_K},
+            )
+            for row, row_id, states_K, end in zip(rows, ids, states_BK, x0, strict=True)
+        ]
+        write_rows(self.options.out / f"pairs-{indices[0]:06d}-{indices[-1]:06d}.parquet", pairs)
+
+    def _sample(self, indices: list[int], ids: list[str], rows: list[LatentRow]) -> tuple[Tensor, Tensor]:
+        adapter, request = self.adapter, self.request
+        batch = adapter.prepare_batch(collate(indices, rows, self.config.data.max_text_tokens))
+        condition, guidance = adapter.text_condition(batch), Guidance(request.guidance_scale)
+        noise = torch.stack([initial_noise(row_id, adapter.latent_shape) for row_id in ids])
+
+        def velocity(x: Tensor, sigma_B: Tensor) -> Tensor:
+            return adapter.guided_velocity(self.teacher, x, sigma_B, condition, guidance)
+
+        return sample_trajectory(
+            velocity,
+            noise.to(batch.text_embeddings.device),
+            self.grid_indices,
+            num_steps=request.num_steps,
+            shift=adapter.flow_shift,
+            solver=request.solver,
+        )
+
+
+def _run(batches: list[list[int]], layouts: Layouts, make: Callable[[list[int], bool], None]) -> None:
+    """Hands out batches to data groups in rounds; in the last round some repeat a batch, which is then not theirs."""
+    group, num_groups = layouts.data_rank, layouts.num_data_groups
+    for first in tqdm(range(0, len(batches), num_groups), unit="round", disable=None if group == 0 else True):
+        mine = first + group
+        make(batches[min(mine, len(batches) - 1)], mine < len(batches))
+
+
+class Prompts:
+    """Captions and their embeddings from a dataset's rows as they are, or from a list of prompts that is encoded.
+
+    Raises ValueError for a file without prompts, or that can't be read.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        is_list = path.suffix in (".txt", ".jsonl")
+        self._source: list[str] | ParquetDataset = read_prompts(path, None) if is_list else ParquetDataset(path)
+        self._dtype = dtype
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def row(self, index: int, adapter: Adapter) -> LatentRow:
+        """A text-only row for the pair ``index``; prompts repeat where there are more pairs."""
+        prompt = self._source[index % len(self)]
+        if isinstance(prompt, LatentRow):
+            return LatentRow("", prompt.caption, prompt.text_embedding)
+        (embedding_LD,) = adapter.embed_prompts([prompt])
+        return LatentRow("", prompt, embedding_LD.to(self._dtype))
+
+
+def _in_row_dims(latent: Tensor) -> Tensor:
+    """A dataset's latents have four dims; those of families with fewer get sizes of 1."""
+    return latent.reshape(*latent.shape, *itertools.repeat(1, _ROW_DIMS - latent.ndim))
+
+
+def _settings(config: Config, options: OdePairsOptions, request: TrajectoryRequest) -> dict[str, Any]:
+    """What a pair depends on beside its index, as JSON keeps it."""
+    role = config.roles["teacher"]
+    return {
+        "teacher": role.path or role.init_from,
+        "prompts": str(options.prompts),
+        "seed": options.seed,
+        "dtype": options.dtype,
+        "pipeline": json.loads(json.dumps(dataclasses.asdict(config.pipeline_config))),
+        **dataclasses.asdict(request),
+        "sigmas": list(request.sigmas),
+    }
+
+
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    file = out / SETTINGS
+    if not file.is_file():
+        if list(out.glob("*.parquet")):
+            raise ValueError(
+                f"{out} holds parquet files that are no pairs ({SETTINGS} is missing); choose another --out"
+            )
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} can't be read ({error}); remove the folder, or choose another --out") from error
+    for name, value in settings.items():
+        if not isinstance(found, dict) or found.get(name) != value:
+            was = found.get(name) if isinstance(found, dict) else found
+            raise ValueError(
+                f"{out} holds pairs made with {name} = {was}, not {value}; choose another --out or the same settings"
+            )
+
+
+def _publish_settings(out: Path, settings: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f"{SETTINGS}.tmp-{os.getpid()}"
+    temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(out / SETTINGS)

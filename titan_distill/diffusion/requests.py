@@ -1,0 +1,48 @@
+"""What a method asks of sampling: sets of samples for validation, and trajectories to train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One set of samples that validation should make: who samples, how, and when."""
+
+    label: str
+    """Column title and metric prefix, e.g. ``teacher`` or ``student``."""
+    role: str
+    solver: Literal["euler", "unipc", "sde"]
+    num_steps: int
+    """Ignored when ``sigmas`` is given."""
+    sigmas: tuple[float, ...] | None = None
+    """Few-step schedule, descending, without the final 0."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance in the standard form ``u + w (c - u)``; 1 means one forward pass a step."""
+    baseline: bool = False
+    """True: sampled once, before the first step, and kept for comparison (a teacher, the student before training)."""
+    scored: bool = True
+    """False: of this set only what is shown gets decoded, and only its distance to the reference is measured."""
+    context_sigma: float = 0.0
+    """Noise level at which a causal role reads its finished segments."""
+
+
+@dataclass(frozen=True)
+class ValidationRequest:
+    """What a method wants to see. ``reference`` names the sample set that the others are compared with."""
+
+    samples: tuple[SampleRequest, ...]
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class TrajectoryRequest:
+    """The sampling of a frozen teacher whose states a method trains on; ``titan-distill data ode-pairs`` runs it."""
+
+    sigmas: tuple[float, ...]
+    """Noise levels of the states to keep, descending; the solver must visit them."""
+    num_steps: int
+    solver: Literal["euler", "unipc"]
+    guidance_scale: float
+    """Classifier-free guidance in the standard form."""

@@ -1,0 +1,99 @@
+"""The pictures that validation videos start from, beside the prompts of ``validation.prompts``.
+
+A .csv names them in its column ``image``, or takes the first frames of its column ``video``; a parquet file has them as
+first frames of its latents. Prompt k starts from the picture of its own row, so that text and picture fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from titan_distill.data.footage import read_picture
+from titan_distill.data.parquet import ParquetDataset
+from titan_distill.data.tables import non_empty, read_csv
+from titan_distill.models.base import Adapter
+
+IMAGE, VIDEO = "image", "video"
+
+
+class FirstFrames:
+    """First latent frames by prompt; repeated, as prompts are, where there are fewer rows than prompts.
+
+    Raises:
+        ValueError: a file without pictures, or that can't be read.
+    """
+
+    def __init__(self, path: str, height: int, width: int) -> None:
+        self._size = height, width
+        self._rows: list[tuple[str, Path]] | ParquetDataset
+        if path.endswith((".txt", ".jsonl")):
+            raise ValueError(
+                f"pipeline_config.validate_from_image = true, but {path} holds prompts only; set validation.prompts to "
+                "a .csv with the columns prompt and image, or to parquet with latents"
+            )
+        if path.endswith(".csv"):
+            self._rows = _pictures(Path(path))
+        else:
+            self._rows = ParquetDataset(path)
+            if not self._rows.has_latents:
+                raise ValueError(
+                    f"pipeline_config.validate_from_image = true, but {path} has no latents; set it to false"
+                )
+
+    def latents(self, prompts: Sequence[int], adapter: Adapter) -> Tensor:
+        """[B, C, 1, H, W], of the prompts with these indices. Raises ValueError for a picture that can't be decoded."""
+        return torch.stack([self._latent(index % len(self._rows), adapter) for index in prompts])
+
+    def _latent(self, row: int, adapter: Adapter) -> Tensor:
+        if isinstance(self._rows, ParquetDataset):
+            latent = self._rows[row].vae_latent
+            assert latent is not None
+            if latent.shape != adapter.latent_shape:
+                raise ValueError(
+                    f"{self._rows.path}, row {row}: latents of {list(latent.shape)}, but pipeline_config's num_frames, "
+                    f"height and width make {list(adapter.latent_shape)}; validate from images of that size"
+                )
+            return latent[:, :1].float()
+        where, path = self._rows[row]
+        try:
+            picture = read_picture(path, *self._size)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return adapter.encode_video(picture[None, None])[0]
+
+
+class PictureRows:
+    """What image-to-video networks take of pictures, by prompt, from the parquet that has the prompts.
+
+    ``names`` are the tensors needed, which may be none. Raises ValueError for a file without them.
+    """
+
+    def __init__(self, path: str, names: tuple[str, ...]) -> None:
+        self._names = names
+        if names and path.endswith((".csv", ".txt", ".jsonl")):
+            raise ValueError(
+                f"the models of this run start from images, of which {path} holds no embeddings; set "
+                "validation.prompts to parquet from `titan-distill data preprocess --images`"
+            )
+        self._rows = ParquetDataset(path, tensors=names) if names else None
+
+    def tensors(self, prompts: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """By name [B, ...], of the prompts with these indices."""
+        if self._rows is None:
+            return {}
+        rows = [self._rows[index % len(self._rows)].extra for index in prompts]
+        return {name: torch.stack([row[name] for row in rows]).float().to(device) for name in self._names}
+
+
+def _pictures(path: Path) -> list[tuple[str, Path]]:
+    rows = list(read_csv(path, ("prompt",)))
+    column = IMAGE if rows and IMAGE in rows[0][1] else VIDEO
+    found = [(where, path.parent / non_empty(where, entry, (column,))[0]) for where, entry in rows]
+    for where, file in found:
+        if not file.is_file():
+            raise ValueError(f"{where}: there is no file {file}; correct the path, which is relative to the CSV")
+    return found

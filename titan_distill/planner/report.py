@@ -1,0 +1,179 @@
+"""A plan as text: a table a question."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from titan_kernels import tile_layout
+
+from titan_distill.planner.hardware import COMPUTE_EFFICIENCY, GPUS_PER_NODE, NETWORK_EFFICIENCY, RESERVE
+from titan_distill.planner.memory import GIB
+from titan_distill.planner.plan import Plan, RolePlan
+
+
+def report(plan: Plan) -> str:
+    """All tables but the remedies."""
+    return "\n\n".join([layout_table(plan), token_table(plan), memory_table(plan), *_work_tables(plan)])
+
+
+def layout_table(plan: Plan) -> str:
+    """Who shares what, and how attention sees all tokens."""
+    rows = [
+        (role.name, str(role.degrees), _heads(role), _method(role), str(role.num_exchanged), _choices(role))
+        for role in plan.roles.values()
+    ]
+    ranks = plan.layout.default.world_size
+    groups, micro_batches = plan.layout.default.data_parallel, plan.layout.num_micro_batches
+    title = f"LAYOUT   {ranks} ranks, {groups} with samples of their own; micro-batches a step: {micro_batches}"
+    names = ("role", "degrees", "heads, ffn a rank", "attention", "data groups at once", "could also be")
+    return table(title, names, rows)
+
+
+def token_table(plan: Plan) -> str:
+    """How the tokens of a sample are spread."""
+    layout = tile_layout(plan.grid)
+    num_ragged = int((layout.length < math.prod(layout.tile)).sum())
+    title = (
+        f"TOKENS   {' × '.join(map(str, plan.grid))} = {layout.num_tokens:,} tokens in {layout.num_tiles} tiles, "
+        f"{num_ragged} of them ragged"
+    )
+    rows = []
+    for role in plan.roles.values():
+        lengths, padded = role.shards.lengths, role.shards.padded_length
+        padding = 1 - role.shards.bounds[-1] / (padded * len(lengths))
+        rows.append((role.name, str(len(lengths)), f"{min(lengths):,}", f"{padded:,}", f"{padding:.1%}"))
+    return table(title, ("role", "ranks a sample", "shortest run", "padded to", "padding"), rows)
+
+
+def memory_table(plan: Plan) -> str:
+    """GiB of the fullest rank, by role."""
+    names = ("role", "parameters", "gradients", "optimizer", "EMA", "activations", "temporary", "where")
+    rows = []
+    for role in plan.roles.values():
+        held = role.states
+        sizes = (held.parameters, held.gradients, held.optimizer, held.ema, role.graph, role.temporary)
+        rows.append((role.name, *(f"{size / GIB:.2f}" for size in sizes), "host" if role.offloaded else "device"))
+    if plan.encoders:
+        rows.append(
+            ("encoders", f"{plan.encoders / GIB:.2f}", *[""] * 5, "VAE; text encoder, once it embedded a prompt")
+        )
+    if plan.decoding:
+        rows.append(("decoding", *[""] * 4, f"{plan.decoding / GIB:.2f}", "", "in validation, one clip at a time"))
+    gpu, verdict = plan.gpu, "fits" if plan.fits else "DOES NOT FIT"
+    return "\n".join(
+        [
+            table("MEMORY   GiB on rank 0, which holds the largest shards", names, rows),
+            f"  peak {plan.peak / GIB:.1f} GiB, in {_peak_phase(plan)}",
+            f"  {verdict}: {gpu.name} has {gpu.memory_gib:.1f} GiB, {gpu.usable_gib:.1f} after a reserve of "
+            f"{RESERVE:.0%} for CUDA, NCCL and fragmentation",
+        ]
+    )
+
+
+def _peak_phase(plan: Plan) -> str:
+    if plan.peak_update is None:
+        return "validation: all states, and what decoding a clip takes"
+    return f"the update of {plan.peak_update}: all states, and its gradients, activations and largest temporary"
+
+
+def _work_tables(plan: Plan) -> Iterable[str]:
+    if not plan.phases:
+        return ["WORK     not known: the method declares none (TrainingMethod.work)"]
+    return [_flops_table(plan), _communication_table(plan), _seconds(plan)]
+
+
+def _flops_table(plan: Plan) -> str:
+    rows: list[tuple[str, ...]] = []
+    for phase in plan.phases:
+        passes = phase.passes
+        kind = "forward + backward" if passes.backward else "forward"
+        rows.append(
+            (
+                passes.update, passes.phase, passes.role, kind,
+                f"{passes.num_forwards * passes.num_conditions:g} × {passes.updates_per_step:g}",
+                f"{phase.executed_flops / 1e12:,.0f}", f"{phase.dense_flops / 1e12:,.0f}",
+                f"{phase.compute_seconds:.2f}", f"{phase.exposed_seconds:.2f}",
+            )
+        )  # fmt: skip
+    executed, dense = (sum(getattr(phase, name) for phase in plan.phases) for name in ("executed_flops", "dense_flops"))
+    rows.append(("step", *[""] * 4, f"{executed / 1e12:,.0f}", f"{dense / 1e12:,.0f}", "", ""))
+    names = ("update", "phase", "role", "passes", "a sample × a step", "executed", "dense", "compute s", "waiting s")
+    title = "WORK     TFLOP a step of all ranks; dense: without recomputation and with dense attention for every role"
+    return table(title, names, rows)
+
+
+def _communication_table(plan: Plan) -> str:
+    totals: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for phase in plan.phases:
+        for transfer in phase.transfers:
+            if transfer.bytes_sent:
+                key = (phase.passes.role, transfer.collective, "overlapped" if transfer.overlaps else "waited for")
+                totals[key][0] += transfer.bytes_sent
+                totals[key][1] += transfer.seconds
+    rows = [
+        (role, collective, f"{sent / GIB:.2f}", f"{seconds:.2f}", how)
+        for (role, collective, how), (sent, seconds) in totals.items()
+    ]
+    names = ("role", "collective", "GiB", "s", "")
+    return table("TRAFFIC  a rank sends in a step", names, rows or [("none", "", "", "", "")])
+
+
+def _seconds(plan: Plan) -> str:
+    compute = sum(phase.compute_seconds for phase in plan.phases)
+    exposed = sum(phase.exposed_seconds for phase in plan.phases)
+    gpu = plan.gpu
+    return (
+        f"SECONDS  {plan.seconds:.1f} a step = {compute:.1f} computing + {exposed:.1f} waiting for other ranks\n"
+        f"  assumed, not measured: {COMPUTE_EFFICIENCY:.0%} of {gpu.peak_flops / 1e12:.0f} TFLOP/s, "
+        f"{NETWORK_EFFICIENCY:.0%} of {gpu.nvlink_bytes / 1e9:.0f} GB/s within nodes of {GPUS_PER_NODE} and "
+        f"of {gpu.network_bytes / 1e9:.0f} GB/s a GPU between them"
+        + "".join(f"\n  not in this plan: {thing}" for thing in plan.left_out)
+    )
+
+
+def _heads(role: RolePlan) -> str:
+    heads, tensor = role.architecture.num_attention_heads, role.degrees.tensor
+    return f"{heads // tensor} of {heads}, {role.architecture.ffn_dim // tensor:,}"
+
+
+def _choices(role: RolePlan) -> str:
+    """Degrees that this role's network and the number of ranks allow, all else equal."""
+    heads, ffn, degrees = role.architecture.num_attention_heads, role.architecture.ffn_dim, role.degrees
+    ranks = degrees.world_size // degrees.dp_replicate
+    tensor = [n for n in range(1, ranks // degrees.sequence + 1) if not (ranks % n or heads % n or ffn % n)]
+    ulysses = [n for n in range(1, ranks // degrees.tensor + 1) if not (ranks % n or heads % (n * degrees.tensor))]
+    return f"tensor {_or(tensor)}; Ulysses over {_or(ulysses)}"
+
+
+def _or(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _method(role: RolePlan) -> str:
+    heads, degrees = role.architecture.num_attention_heads, role.degrees
+    if degrees.sequence == 1:
+        return "local"
+    divides = "divides" if heads % degrees.model_parallel == 0 else "does not divide"
+    name = "Ulysses" if role.method == "ulysses" else "all-gather of K/V"
+    return f"{name}: {degrees.model_parallel} {divides} {heads}"
+
+
+def table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need to be; numbers to the right."""
+    widths = [max(len(row[column]) for row in [names, *rows]) for column in range(len(names))]
+    lines = [title]
+    for row in [names, *rows]:
+        cells = (
+            cell.rjust(width) if cell[:1].isdigit() or names[column] in _NUMBERS else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+_NUMBERS = {
+    "parameters", "gradients", "optimizer", "EMA", "activations", "temporary", "executed", "dense", "compute s",
+    "waiting s", "GiB", "s", "ranks a sample", "shortest run", "padded to", "padding",
+}  # fmt: skip

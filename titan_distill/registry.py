@@ -1,0 +1,135 @@
+"""Names in a TOML become classes here: `recipe.method`, `recipe.family`, `validation.scorer`.
+
+A method is one file in `titan_distill/methods/`, a family one folder in `titan_distill/models/` with a `plugin.py`.
+They are imported when a name is first asked for, so adding one touches no list. Classes that live elsewhere (a user's
+own method, the toy family of the tests, the scorer of `tiny_world`) register themselves when `job.imports` names their
+module. The registry knows names and modules only; what is registered is typed where it is defined
+(`methods.base.method_class`, `models.base.model_family`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
+
+T = TypeVar("T")
+
+MOVED = {
+    "titan_distill.dispatch": "titan_distill.registry",
+    "titan_distill.keyed": "titan_distill.diffusion.noise",
+    "titan_distill.transfer": "titan_distill.diffusion.transfer",
+    "titan_distill.config_data": "titan_distill.config.sections",
+    "titan_distill.config_lora": "titan_distill.config.role_sections",
+    "titan_distill.config_parsing": "titan_distill.config.parsing",
+    "titan_distill.config_sections": "titan_distill.config.sections",
+    "titan_distill.config_text": "titan_distill.config.text",
+    "titan_distill.config_world": "titan_distill.config.layouts",
+    "titan_distill.parallelisms.degrees": "titan_distill.config.degrees",
+    "titan_distill.validation.base": "titan_distill.validation.sampling",
+    "titan_distill.data.synthetic": "tiny_world.shapes",
+    "SampleRequest": "titan_distill.diffusion.requests",
+    "ValidationRequest": "titan_distill.diffusion.requests",
+    "TrajectoryRequest": "titan_distill.diffusion.requests",
+    "Validator": "titan_distill.validation.validator",
+}
+"""Modules and names that user modules may import, and where they stand since version 0.2."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The classes that one key of the configuration can name."""
+
+    key: str
+    package: str
+    entries: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS = Table("recipe.method", "titan_distill.methods")
+FAMILIES = Table("recipe.family", "titan_distill.models")
+SCORERS = Table("validation.scorer", "titan_distill.validation")
+
+
+class MethodClass(Protocol):
+    """What loading a configuration needs of a method."""
+
+    config_class: ClassVar[type]
+
+    @classmethod
+    def validate(cls, config: Any) -> None: ...
+
+
+class FamilyClass(Protocol):
+    """What loading a configuration needs of a model family."""
+
+    pipeline_config_class: ClassVar[type]
+
+    @classmethod
+    def validate(cls, config: Any) -> None: ...
+
+
+def register_method(name: str) -> Callable[[T], T]:
+    """Class decorator: makes a TrainingMethod available as `recipe.method = name`."""
+    return _register(METHODS, name)
+
+
+def register_model(name: str) -> Callable[[T], T]:
+    """Class decorator: makes a ModelFamily available as `recipe.family = name`."""
+    return _register(FAMILIES, name)
+
+
+def register_scorer(name: str) -> Callable[[T], T]:
+    """Decorator: makes a function (video uint8 [T, H, W, 3], prompt) -> scores by name available as
+    `validation.scorer = name`."""
+    return _register(SCORERS, name)
+
+
+def lookup(table: Table, name: str) -> Any:
+    """What is registered under `name`. Raises ValueError naming the known names and the nearest one."""
+    if name not in table.entries:
+        for info in pkgutil.iter_modules(importlib.import_module(table.package).__path__, f"{table.package}."):
+            importlib.import_module(f"{info.name}.plugin" if info.ispkg else info.name)
+    if name in table.entries:
+        return table.entries[name]
+    known = sorted(table.entries)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"{table.key} = {name!r} is not known; it must be one of {', '.join(known)}{hint}")
+
+
+def import_user_modules(modules: Sequence[str]) -> None:
+    """Imports the modules of `job.imports`, which register what they define. Raises ValueError for a module that does
+    not exist, and for one that imports what has moved within titan_distill."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name in MOVED:
+                raise _moved(module, error.name) from error
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # the module exists; what it imports does not
+            raise ValueError(f"job.imports names {module!r}, which is not found on PYTHONPATH") from error
+        except ImportError as error:
+            name = next((name for name in MOVED if f"import name {name!r} from 'titan_distill" in str(error)), None)
+            if name is None:
+                raise
+            raise _moved(module, name) from error
+
+
+def _moved(module: str, name: str) -> ValueError:
+    return ValueError(
+        f"job.imports names {module!r}, which imports {name}; import it from {MOVED[name]}, where it is since 0.2"
+    )
+
+
+def _register(table: Table, name: str) -> Callable[[T], T]:
+    def decorate(entry: T) -> T:
+        known = table.entries.get(name, entry)
+        assert known.__qualname__ == entry.__qualname__, f"two classes are registered as {name!r}"  # type: ignore[attr-defined]
+        table.entries[name] = entry
+        return entry
+
+    return decorate

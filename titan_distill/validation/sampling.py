@@ -1,0 +1,126 @@
+"""Validation, the part that knows no model family: running a method's sample requests.
+
+A family's Validator turns the latents into something to look at and to score. Noise is keyed by the prompt's index and
+the validation seed, so the same prompt starts from the same noise in every run, on any number of ranks, for every
+sample set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from titan_distill.diffusion import sampler
+from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.diffusion.requests import SampleRequest
+from titan_distill.diffusion.sampler import Predictor
+from titan_distill.models.base import Adapter, Condition, Guidance
+from titan_distill.models.streaming import write_context
+from titan_distill.roles import RoleHandle
+
+CONTEXT = -1
+"""In place of a sampling step: the noise of a finished segment's context."""
+
+
+def go_on() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one set of latents is drawn: the request, and the keyed noise that makes it reproducible."""
+
+    adapter: Adapter
+    noise: KeyedNoise
+    device: torch.device
+    poll: Callable[[], None] = go_on
+    """As ``Validator.poll``."""
+
+    @torch.no_grad()
+    def run(
+        self,
+        request: SampleRequest,
+        role: RoleHandle,
+        condition: Condition,
+        prompt_ids: Sequence[int],
+        length: int | None = None,
+    ) -> Tensor:
+        """Latents [B, *latent_shape] of the prompts whose global indices are ``prompt_ids``; of a causal role also
+        those of another ``length``."""
+        adapter, guidance = self.adapter, Guidance(request.guidance_scale)
+        if adapter.segment_lengths(role, length) is not None:
+            segments = list(self.stream(request, role, condition, prompt_ids, length))
+            return torch.cat(segments, dim=adapter.sequence_dim)
+        assert length is None, "only a causal role has sequences of other lengths than a sample's"
+
+        def x0(x: Tensor, sigma_B: Tensor) -> Tensor:
+            return adapter.predict_x0(role, x, sigma_B, condition, guidance)
+
+        def velocity(x: Tensor, sigma_B: Tensor) -> Tensor:
+            return adapter.guided_velocity(role, x, sigma_B, condition, guidance)
+
+        normal = partial(self._normal, "validation/noise", prompt_ids, adapter.latent_shape)
+        latents = self._solve(request, x0, velocity, normal)
+        return adapter.held(latents, torch.zeros(len(latents), device=self.device), condition)[0]
+
+    def _normal(self, purpose: str, prompt_ids: Sequence[int], shape: Sequence[int], index: int) -> Tensor:
+        return self.noise.normal(purpose, index, prompt_ids, shape, device=self.device)
+
+    def stream(
+        self,
+        request: SampleRequest,
+        role: RoleHandle,
+        condition: Condition,
+        prompt_ids: Sequence[int],
+        length: int | None = None,
+    ) -> Iterator[Tensor]:
+        """A causal role's segments [B, ...], one after the other, as they are finished; a sample's, or as many as make
+        a sequence of ``length``. A longer sequence begins as a shorter one does.
+
+        Raises ValueError for a role that is not causal, for a length that segments don't fill, and for guidance.
+        """
+        adapter = self.adapter
+        if request.guidance_scale != 1:
+            raise ValueError(
+                f"a guidance scale of {request.guidance_scale:g} needs a second context of the negative prompt, which "
+                f"causal sampling does not keep; sample the role {role.name!r} with 1"
+            )
+        stream, lengths = adapter.open_stream(role, condition), adapter.segment_lengths(role, length)
+        assert lengths is not None, "a role with a stream has segments"
+        for segment, positions in enumerate(lengths):
+            purpose, shape = f"validation/noise/{segment}", adapter.segment_shape(positions)
+            normal = partial(self._normal, purpose, prompt_ids, shape)
+            with torch.no_grad():  # not around the loop: a generator would leave the mode to whoever consumes it
+                x0 = self._solve(request, stream.predict_x0, stream.predict_velocity, normal)
+            yield x0
+            if segment + 1 < len(lengths):
+                self.poll()
+                write_context(stream, x0, request.context_sigma, partial(normal, CONTEXT))
+
+    def _solve(
+        self, request: SampleRequest, x0: Predictor, velocity: Predictor, normal: Callable[[int], Tensor]
+    ) -> Tensor:
+        """Runs the request's solver from ``normal(0)``."""
+        x0, velocity = self._polling(x0), self._polling(velocity)
+        if request.solver == "sde":
+            assert request.sigmas is not None
+            return sampler.sample_few_step(x0, normal(0), request.sigmas, lambda index: normal(index + 1))
+        return sampler.sample_ode(
+            velocity,
+            normal(0),
+            num_steps=request.num_steps,
+            shift=self.adapter.flow_shift,
+            solver=request.solver,
+            sigmas=request.sigmas,
+        )
+
+    def _polling(self, predict: Predictor) -> Predictor:
+        def polled(x: Tensor, sigma_B: Tensor) -> Tensor:
+            self.poll()
+            return predict(x, sigma_B)
+
+        return polled

@@ -1,0 +1,261 @@
+"""Validation: sample what the method asks for, decode, score, and show.
+
+Prompts are spread over data groups, prompt k to group k modulo their number; every rank samples equally many (the last
+ones may repeat), because with sharded weights a forward pass is a collective. Each prompt has one owner among the ranks
+of its group, which decodes, scores, projects and writes what was made of it. Only projections, scores and thumbnails go
+to rank 0, which compares the sets and draws one contact sheet per validation; latents and videos stay where they are.
+
+Baselines (the teacher, the student before training) are sampled once, before the first step, and kept in `baselines/`,
+a file per prompt: a resumed run compares with the very same samples, whatever its ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from titan_distill.checkpoint.ranks import Ranks
+from titan_distill.config.config import Config
+from titan_distill.data.prompts import read_prompts
+from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
+from titan_distill.models.base import Adapter
+from titan_distill.parallelisms.mesh import Layouts
+from titan_distill.roles import RoleHandle, RoleManager
+from titan_distill.validation.distances import project, projected_distance, projected_excess
+from titan_distill.validation.sampling import Sampling, go_on
+from titan_distill.validation.scorers import scorer
+from titan_distill.validation.video import Video, contact_sheet, thumbnails, write_mp4
+
+
+@dataclass
+class Sample:
+    """What one prompt's sampling made, on the CPU of its owner."""
+
+    latents: Tensor
+    """[C, F, H, W], fp32."""
+    scores: dict[str, float]
+    video: Tensor | None
+    """uint8 [T, height, width, 3] of a prompt that is shown."""
+    projections_P: Tensor | None = None
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"latents": self.latents.contiguous()}
+        if self.video is not None:
+            tensors["video"] = self.video.contiguous()
+        save_file(tensors, path, {"scores": json.dumps(self.scores)})
+
+    @classmethod
+    def load(cls, path: Path) -> Sample:
+        with safe_open(path, "pt") as file:
+            video = file.get_tensor("video") if "video" in file.keys() else None  # noqa: SIM118
+            return cls(file.get_tensor("latents"), json.loads(file.metadata()["scores"]), video)
+
+
+Samples = dict[int, Sample]
+"""Of one request, by prompt: those that this rank owns."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What rank 0 is told of a sample."""
+
+    scores: dict[str, float]
+    projections_P: Tensor | None
+    thumbnails: Video | None
+
+
+Rows = dict[int, Row]
+"""Of one request, by prompt and in the order of the prompts: all of them."""
+
+
+class Validator:
+    """Samples what a method asks for, and reports. Called on all ranks alike.
+
+    Attributes:
+        ranks: all ranks, which here wait for each other longer than a collective of training may last. Whatever one
+            rank does alone or longer than others (scores, videos) is waited for here and nowhere else.
+        poll: called before every forward pass of a sampling, on all ranks; raises StopRequested on all when one was
+            asked to stop. The trainer sets it.
+    """
+
+    def __init__(
+        self, config: Config, adapter: Adapter, folder: Path, layouts: Layouts, ranks: Ranks, *, makes_videos: bool
+    ) -> None:
+        """`makes_videos`: whether latents decode to videos, which are scored and shown."""
+        self.config, self.adapter, self.folder = config.validation, adapter, folder
+        self.layouts, self.ranks, self.makes_videos = layouts, ranks, makes_videos
+        self.poll: Callable[[], None] = go_on
+        path = self.config.prompts or config.data.path
+        self.prompts = read_prompts(path, self.config.num_prompts)
+        self.condition = adapter.prompt_conditions(path, self.prompts)
+        self.score = scorer(self.config.scorer)
+        self._baselines: dict[str, Samples] = {}
+
+    def validate(self, step: int, request: ValidationRequest, roles: RoleManager) -> dict[str, float]:
+        """Writes videos below the validation folder. Returns metrics as `<sample label>/<metric>`; empty off rank 0."""
+        sets: dict[str, Samples] = {}
+        baselines = tuple(sample for sample in request.samples if sample.baseline)
+        # Before the first step there is nothing to compare with the baselines yet: what is trained still equals one of
+        # them.
+        for sample in baselines if step == 0 and baselines else request.samples:
+            samples = (
+                self._baseline(step, sample, roles) if sample.baseline else self._sample(sample, roles[sample.role])
+            )
+            if samples is not None:
+                sets[sample.label] = samples
+        compares = request.reference in sets and len(sets) > 1
+        reports = self.ranks.gather(partial(self._report, step, sets, compares))
+        if self.ranks.rank != 0:
+            return {}
+        rows = {label: dict(sorted(chain(*(report[label].items() for report in reports)))) for label in sets}
+        values = {label: _mean_scores(rows[label]) for label in sets}
+        self._show(step, request, rows, values)
+        if compares:
+            assert request.reference is not None
+            for label, distances in _distances(rows, request.reference).items():
+                values[label] |= distances
+        return {f"{label}/{name}": value for label, named in values.items() for name, value in named.items()}
+
+    def media(self, step: int) -> list[Path]:
+        """Pictures and videos that the last `validate(step, …)` wrote, for the trackers."""
+        folder = self._step_folder(step)
+        return [*sorted(folder.glob("*.png")), *sorted(folder.glob("*.mp4"))]
+
+    def _baseline(self, step: int, request: SampleRequest, roles: RoleManager) -> Samples | None:
+        """Sampled at step 0; after a resume read back. What was never sampled and has been trained since is left
+        out."""
+        if request.label in self._baselines:
+            return self._baselines[request.label]
+        folder, role = self.folder / "baselines" / request.label, roles[request.role]
+        files = {index: folder / f"{index:05d}.safetensors" for index in self._owned()}
+        if step > 0 and self.ranks.all(all(file.is_file() for file in files.values())):
+            samples = {index: Sample.load(file) for index, file in files.items()}
+        elif step > 0 and role.trainable:
+            return None
+        else:
+            samples = self._sample(request, role)
+            self.ranks.together(partial(_save, samples, files))
+        self._baselines[request.label] = samples
+        return samples
+
+    def _sample(self, request: SampleRequest, role: RoleHandle) -> Samples:
+        sampling = Sampling(self.adapter, KeyedNoise(self.config.seed), self.layouts.device, self.poll)
+        samples: Samples = {}
+        with role.evaluation():
+            for positions in self._batches():
+                ids = [position % len(self.prompts) for position in positions]
+                latents = sampling.run(request, role, self.condition(ids), ids)
+                own = [row for row, position in enumerate(positions) if self._owns(position)]
+                samples |= self._finish(request, [ids[row] for row in own], latents[own])
+        return samples
+
+    def _finish(self, request: SampleRequest, ids: list[int], latents: Tensor) -> Samples:
+        videos = self._decode(request, ids, latents)
+        samples = {}
+        for index, latent in zip(ids, latents.cpu(), strict=True):
+            video = videos.get(index)
+            scores = {} if video is None or not request.scored else self.score(video.numpy(), self.prompts[index])
+            samples[index] = Sample(latent, scores, video if index < self.config.num_videos else None)
+        return samples
+
+    def _decode(self, request: SampleRequest, ids: list[int], latents: Tensor) -> dict[int, Tensor]:
+        """Videos by prompt index, of those prompts that someone will look at: the scorer, or a person."""
+        seen = [row for row, index in enumerate(ids) if request.scored or index < self.config.num_videos]
+        if not seen or not self.makes_videos:
+            return {}
+        return dict(zip((ids[row] for row in seen), self.adapter.decode_latents(latents[seen]).cpu(), strict=True))
+
+    def _batches(self) -> Iterator[list[int]]:
+        """This data group's prompts in batches; as many batches on every rank, and of the same sizes. A position is a
+        prompt's index, or one beyond the last, which repeats a prompt and has no owner."""
+        num_groups = self.layouts.num_data_groups
+        num_rounds = -(-len(self.prompts) // num_groups)
+        positions = [self.layouts.data_rank + round_ * num_groups for round_ in range(num_rounds)]
+        for start in range(0, num_rounds, self.config.batch_size):
+            yield positions[start : start + self.config.batch_size]
+
+    def _owns(self, position: int) -> bool:
+        """Whether, among the ranks of this data group, this one decodes, scores and shows the sample."""
+        round_, own = position // self.layouts.num_data_groups, self.ranks.rank % self.layouts.data_group
+        return position < len(self.prompts) and round_ % self.layouts.data_group == own
+
+    def _owned(self) -> list[int]:
+        return [position for batch in self._batches() for position in batch if self._owns(position)]
+
+    def _step_folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _report(self, step: int, sets: dict[str, Samples], compares: bool) -> dict[str, Rows]:
+        """Writes this rank's videos, and projects what has not been projected yet."""
+        folder = self._step_folder(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        if compares:
+            new = [s for samples in sets.values() for s in samples.values() if s.projections_P is None]
+            for sample, projections_P in zip(new, project([sample.latents for sample in new]), strict=True):
+                sample.projections_P = projections_P
+        rows: dict[str, Rows] = {}
+        for label, samples in sets.items():
+            rows[label] = {}
+            for index, sample in samples.items():
+                shown = None
+                if sample.video is not None:
+                    write_mp4(folder / f"{index:03d}-{label}.mp4", sample.video.numpy(), self.config.fps)
+                    shown = thumbnails(sample.video.numpy())
+                rows[label][index] = Row(sample.scores, sample.projections_P, shown)
+        return rows
+
+    def _show(
+        self, step: int, request: ValidationRequest, rows: dict[str, Rows], scores: dict[str, dict[str, float]]
+    ) -> None:
+        folder, captions = self._step_folder(step), self.prompts[: self.config.num_videos]
+        (folder / "captions.txt").write_text("".join(f"{index:03d} {text}\n" for index, text in enumerate(captions)))
+        if self.config.num_videos and self.makes_videos:
+            titles = {sample.label: _title(sample, scores.get(sample.label, {})) for sample in request.samples}
+            columns = [
+                (titles[label], [row.thumbnails for row in named.values() if row.thumbnails is not None])
+                for label, named in rows.items()
+            ]
+            contact_sheet(folder / "contact_sheet.png", columns, captions)
+
+
+def _save(samples: Samples, files: dict[int, Path]) -> None:
+    for index, file in files.items():
+        samples[index].save(file)
+
+
+def _mean_scores(rows: Rows) -> dict[str, float]:
+    names = next(iter(rows.values())).scores
+    return {name: sum(row.scores[name] for row in rows.values()) / len(rows) for name in names}
+
+
+def _distances(rows: dict[str, Rows], reference: str) -> dict[str, dict[str, float]]:
+    """How far each set is from the reference."""
+    projected = {
+        label: torch.stack([row.projections_P for row in named.values() if row.projections_P is not None])
+        for label, named in rows.items()
+    }
+    other_NP, found = projected.pop(reference), {}
+    for label, own_NP in projected.items():
+        found[label] = {"sliced_wasserstein": projected_distance(own_NP, other_NP)}
+        if len(own_NP) >= 4:
+            found[label]["sliced_wasserstein_excess"] = projected_excess(own_NP, other_NP)
+    return found
+
+
+def _title(request: SampleRequest, scores: dict[str, float]) -> str:
+    """What was sampled and how; behind the line break, in smaller type, how well."""
+    guidance = f", CFG {request.guidance_scale:g}" if request.guidance_scale != 1 else ""
+    title = f"{request.label.replace('_', ' ')}, {request.num_steps} steps{guidance}"
+    accuracy = scores.get("prompt_accuracy")
+    return title if accuracy is None else f"{title}\nprompt accuracy {accuracy:.2f}"
