@@ -1,0 +1,150 @@
+"""The identity of a run: which folder is whose.
+
+A folder that two runs have written to is worse than none: the older run's checkpoints have higher step numbers, so they
+are what `latest` finds. A run therefore has an id. It stands in `run.json` in the run's folder, in the manifest of
+every checkpoint and in every tracker, and whoever lists, prunes or resumes checkpoints looks at one id only.
+
+The id says nothing about the experiment: it is no key of the configuration. A fresh start makes a new one, and so does a
+run that begins at a checkpoint of another folder, which becomes its parent.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import platform
+import sys
+import uuid
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+NAME = "run.json"
+CHECKPOINTS = "checkpoints"
+RESTART_VARIABLES = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+"""Environment variables that count how often this very start was repeated."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The content of `run.json`."""
+
+    id: str
+    created: str
+    """ISO 8601, UTC."""
+    command: list[str]
+    versions: dict[str, str]
+    parent: str = ""
+    """Id of the run whose checkpoint this one began at; empty for a fresh start."""
+    parent_step: int = 0
+
+
+def read_run(folder: Path) -> Run | None:
+    """The run that owns a folder; None where no `run.json` is.
+
+    Raises ValueError for a file that is damaged.
+    """
+    path = folder / NAME
+    try:
+        return Run(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or choose another folder for the run") from error
+
+
+def new_run(parent: str = "", parent_step: int = 0) -> Run:
+    """A run that begins now, in this process."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    versions = {name: version(name) for name in ("titan_distill", "torch")} | {"python": platform.python_version()}
+    return Run(uuid.uuid4().hex, now, sys.argv, versions, parent, parent_step)
+
+
+def write_run(folder: Path, run: Run) -> None:
+    """Writes `run.json`, complete or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{NAME}.{run.id}"
+    temporary.write_text(json.dumps(asdict(run), indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / NAME)
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a folder holds checkpoints of any run, complete or not."""
+    return any((folder / CHECKPOINTS).glob("step-*"))
+
+
+def is_restart() -> bool:
+    """Whether this start repeats an earlier one: after a requeue, or by an elastic launcher."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in RESTART_VARIABLES)
+
+
+def check_folder(folder: Path, resume_from: str, *, overwrite: bool) -> None:
+    """Checks that a start in `folder` would not mix two runs.
+
+    Args:
+        folder: The run's folder, `job.output_folder`.
+        resume_from: `checkpoint.resume_from`.
+        overwrite: `job.overwrite`.
+
+    Raises:
+        ValueError: a start that is no resume of this folder's run, in a folder that has checkpoints.
+    """
+    if overwrite and resume_from:
+        raise ValueError(
+            f"job.overwrite moves {folder} away, which contradicts checkpoint.resume_from = {resume_from!r}; remove one "
+            "of the two"
+        )
+    if overwrite and not is_restart():
+        return
+    if has_checkpoints(folder) and not resumes(folder, resume_from):
+        raise ValueError(
+            f"{folder} has checkpoints of another start; resume it with --checkpoint.resume_from latest, choose another "
+            "--job.name, or move it away with --job.overwrite"
+        )
+
+
+def resumes(folder: Path, resume_from: str) -> bool:
+    """Whether `resume_from` names a checkpoint of the run in `folder`, rather than of another folder."""
+    return resume_from == "latest" or (
+        bool(resume_from) and Path(resume_from).resolve().is_relative_to(folder.resolve())
+    )
+
+
+def open_run(
+    folder: Path, resume_from: str, *, overwrite: bool, parent: Run | None = None, parent_step: int = 0
+) -> Run:
+    """Makes `folder` that of this start and returns the run it belongs to. For one process, which holds its lock.
+
+    A resume of the folder's own run keeps its id; a folder without `run.json` is adopted. Everything else makes a new id.
+
+    Args:
+        parent: With a `resume_from` in another folder: the run there.
+        parent_step: With it: the step at which the new run begins.
+
+    Raises ValueError as `check_folder` does.
+    """
+    check_folder(folder, resume_from, overwrite=overwrite)
+    if overwrite and is_restart():
+        logger.warning("job.overwrite is ignored: this start repeats an earlier one, whose folder %s stays", folder)
+    elif overwrite and folder.exists():
+        move_away(folder)
+    run = read_run(folder) if resumes(folder, resume_from) else None
+    if run is None:
+        run = new_run(parent.id if parent else "", parent_step)
+        write_run(folder, run)
+    return run
+
+
+def move_away(folder: Path) -> Path:
+    """Renames a folder to `NAME.old-TIME` beside it, and returns the new path."""
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    target, number = folder.with_name(f"{folder.name}.old-{now}"), 1
+    while target.exists():
+        target, number = folder.with_name(f"{folder.name}.old-{now}-{number}"), number + 1
+    os.rename(folder, target)
+    logger.warning("job.overwrite: %s is %s now", folder, target)
+    return target
