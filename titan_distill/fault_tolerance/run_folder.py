@@ -4,8 +4,8 @@ A folder that two runs have written to is worse than none: the older run's check
 are what `latest` finds. A run therefore has an id. It stands in `run.json` in the run's folder, in the manifest of
 every checkpoint and in every tracker, and whoever lists, prunes or resumes checkpoints looks at one id only.
 
-The id says nothing about the experiment: it is no key of the configuration. A fresh start makes a new one, and so does a
-run that begins at a checkpoint of another folder, which becomes its parent.
+The id says nothing about the experiment: it is no key of the configuration. A fresh start makes a new one, and so does
+a run that begins at a checkpoint of another folder, whose run becomes its parent.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import uuid
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+
+from titan_distill.fault_tolerance.run_lock import NAME as LOCK
 
 NAME = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -95,15 +97,15 @@ def check_folder(folder: Path, resume_from: str, *, overwrite: bool) -> None:
     """
     if overwrite and resume_from:
         raise ValueError(
-            f"job.overwrite moves {folder} away, which contradicts checkpoint.resume_from = {resume_from!r}; remove one "
-            "of the two"
+            f"job.overwrite moves {folder} away, which contradicts checkpoint.resume_from = {resume_from!r}; remove "
+            "one of the two"
         )
     if overwrite and not is_restart():
         return
     if has_checkpoints(folder) and not resumes(folder, resume_from):
         raise ValueError(
-            f"{folder} has checkpoints of another start; resume it with --checkpoint.resume_from latest, choose another "
-            "--job.name, or move it away with --job.overwrite"
+            f"{folder} has checkpoints of another start; resume it with --checkpoint.resume_from latest, choose "
+            "another --job.name, or move it away with --job.overwrite"
         )
 
 
@@ -140,11 +142,14 @@ def open_run(
 
 
 def move_away(folder: Path) -> Path:
-    """Renames a folder to `NAME.old-TIME` beside it, and returns the new path."""
+    """Moves the content of a folder, but for its lock, to `NAME.old-TIME` beside it, and returns the new path."""
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     target, number = folder.with_name(f"{folder.name}.old-{now}"), 1
     while target.exists():
         target, number = folder.with_name(f"{folder.name}.old-{now}-{number}"), number + 1
-    os.rename(folder, target)
-    logger.warning("job.overwrite: %s is %s now", folder, target)
+    target.mkdir()
+    for entry in sorted(folder.iterdir()):
+        if not entry.name.startswith(LOCK):
+            os.rename(entry, target / entry.name)
+    logger.warning("job.overwrite: what was in %s is in %s now", folder, target)
     return target
