@@ -121,7 +121,7 @@ def open_run(
 ) -> Run:
     """Makes `folder` that of this start and returns the run it belongs to. For one process, which holds its lock.
 
-    A resume of the folder's own run keeps its id; a folder without `run.json` is adopted. Everything else makes a new id.
+    A resume of the run in the folder keeps its id; a folder without `run.json` is adopted. Else the id is a new one.
 
     Args:
         parent: With a `resume_from` in another folder: the run there.
