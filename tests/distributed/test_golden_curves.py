@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 from forked import train_forked
 from golden_mutants import PLANTED, Planted
-from planting import planted
+from mutants import planted
 
 from benchmarks import golden
 from titan_distill.parallelisms.mesh import start_world

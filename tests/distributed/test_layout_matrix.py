@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 import torch
-from mutants import MUTANTS
-from runs import REPOSITORY, TINY_WAN, largest, read_metrics, record_pairs, run_worker, tiny_argv
+from layout_mutants import MUTANTS
+from runs import HELPERS, REPOSITORY, TINY_WAN, largest, read_metrics, record_pairs, run_worker, tiny_argv
 from safetensors.torch import load_file
 
 from titan_distill.models.wan.state_dict import WEIGHTS_NAME, read_config, save_folder
@@ -258,7 +258,7 @@ def _file_name(row: Row, method: str) -> str:
 def _launch(name: str, num_ranks: int, rows: list[dict[str, Any]], folder: Path) -> None:
     table = folder / f"{name}.json"
     table.write_text(json.dumps(rows))
-    run_worker(num_ranks, Path(__file__).with_name("matrix_worker.py"), table, folder, timeout=1700)
+    run_worker(num_ranks, HELPERS / "matrix_worker.py", table, folder, timeout=1700)
 
 
 def _differences(reference: Path, run: Path, steps: int) -> Differences:

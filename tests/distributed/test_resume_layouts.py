@@ -20,7 +20,7 @@ import pytest
 import torch
 from resume_mutants import MUTANTS
 from resume_worker import run_jobs
-from runs import REPOSITORY, largest, read_metrics, record_pairs, run_worker, tiny_argv
+from runs import HELPERS, REPOSITORY, largest, read_metrics, record_pairs, run_worker, tiny_argv
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -251,7 +251,7 @@ def launch(jobs: list[Job], folder: Path) -> None:
         return
     file = folder / "jobs.json"
     file.write_text(json.dumps(table))
-    run_worker(num_ranks, Path(__file__).with_name("resume_worker.py"), file, folder, timeout=1800)
+    run_worker(num_ranks, HELPERS / "resume_worker.py", file, folder, timeout=1800)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The counter-based normal generator: published words, a definition in integers and fp64, and no dependence on blocks.
 
-The Triton kernel is compared with this twin in tests/kernels_in_interpreter.py and, on a GPU, in tests/gpu.
+The Triton kernel is compared with this twin in tests/helpers/kernels_in_interpreter.py and, on a GPU, in tests/gpu.
 """
 
 from __future__ import annotations

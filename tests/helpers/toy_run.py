@@ -14,7 +14,7 @@ from titan_distill.parallelisms.mesh import World
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def toy_pairs(folder: Path, prompts: Path, **options: Any) -> Path:

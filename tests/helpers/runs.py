@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from titan_distill.commands.ode_pairs import OdePairsOptions, ode_pairs
 
-REPOSITORY = Path(__file__).parent.parent
+HELPERS = Path(__file__).parent
+REPOSITORY = HELPERS.parents[1]
 TINY_WAN = REPOSITORY / "tests" / "assets" / "tiny_wan"
 TINY_SHAPES = REPOSITORY / "tests" / "assets" / "tiny_shapes"
 
@@ -76,7 +77,7 @@ def run_worker(num_ranks: int, script: Path, *arguments: Path, timeout: float) -
 
 def _run(num_ranks: int, arguments: Sequence[str], timeout: float) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    python_path = os.pathsep.join([str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
+    python_path = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *(torchrun if num_ranks > 1 else []), *arguments],
         cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": python_path},

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from mutants import MUTANTS
-from planting import planted
+from layout_mutants import MUTANTS
+from mutants import planted
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from matrix_worker import final_parameters
-from planting import planted
+from mutants import planted
 from resume_mutants import MUTANTS
 from safetensors.torch import save_file
 from torch import Tensor

@@ -12,13 +12,13 @@ from pathlib import Path
 import fault_points
 import toy_family
 import toy_run
-from runs import REPOSITORY
+from runs import HELPERS, REPOSITORY
 
 from titan_distill.checkpoint import discovery, storage
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import read_manifest, verify_hashes, verify_sizes
 
-TESTS = REPOSITORY / "tests"
+ASSETS = REPOSITORY / "tests" / "assets"
 KEEP = 2
 
 
@@ -32,7 +32,7 @@ class Job:
 
     def arguments(self, mode: str) -> list[str]:
         return [
-            "--job.config_file", str(TESTS / "assets" / "toy_finetune.toml"),
+            "--job.config_file", str(ASSETS / "toy_finetune.toml"),
             "--job.output_dir", str(self.folder / "run"), "--data.path", str(self.data),
             "--job.imports", "toy_family,fault_points",
             "--training.steps", str(self.num_steps), "--training.local_batch_size", "4",
@@ -43,7 +43,7 @@ class Job:
     def start(self, mode: str, fault: str = "") -> subprocess.Popen[bytes]:
         """Through run_train.sh; output goes to ``log``."""
         environment = {
-            **os.environ, "PYTHONPATH": str(TESTS), "PYTHON": sys.executable, "NGPU": str(self.num_ranks),
+            **os.environ, "PYTHONPATH": str(HELPERS), "PYTHON": sys.executable, "NGPU": str(self.num_ranks),
             "CUDA_VISIBLE_DEVICES": "", fault_points.VARIABLE: fault,
         }  # fmt: skip
         command = [str(REPOSITORY / "run_train.sh"), *self.arguments(mode)]
