@@ -90,14 +90,24 @@ def register_scorer(name: str) -> Callable[[T], T]:
 def lookup(table: Table, name: str) -> Any:
     """What is registered under `name`. Raises ValueError naming the known names and the nearest one."""
     if name not in table.entries:
-        for info in pkgutil.iter_modules(importlib.import_module(table.package).__path__, f"{table.package}."):
-            importlib.import_module(f"{info.name}.plugin" if info.ispkg else info.name)
+        _import_package(table)
     if name in table.entries:
         return table.entries[name]
     known = sorted(table.entries)
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(f"{table.key} = {name!r} is not known; it must be one of {', '.join(known)}{hint}")
+
+
+def names(table: Table) -> list[str]:
+    """Returns all registered names, in alphabetical order."""
+    _import_package(table)
+    return sorted(table.entries)
+
+
+def _import_package(table: Table) -> None:
+    for info in pkgutil.iter_modules(importlib.import_module(table.package).__path__, f"{table.package}."):
+        importlib.import_module(f"{info.name}.plugin" if info.ispkg else info.name)
 
 
 def import_user_modules(modules: Sequence[str]) -> None:
