@@ -32,6 +32,10 @@ def shows_gpu(arguments: list[str], markers: str, folder: Path) -> bool:
     return markers == "gpu" or (bool(paths) and all(path.is_relative_to(TESTS / "gpu") for path in paths))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-parity", action="store_true", help="write docs/parity.md from what the matrix measures")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if not shows_gpu(config.args, config.getoption("markexpr"), config.invocation_params.dir):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for xdist's workers and for what tests start as well
