@@ -268,7 +268,7 @@ def _kernels(folder: Path) -> dict[str, str]:
 
 
 _JOBS: list[Job] = []
-"""What forked processes compile; they inherit it."""
+"""The jobs that forked processes compile; they inherit the list."""
 
 
 def _compile(index: int) -> tuple[str, str]:

@@ -83,7 +83,7 @@ class Build:
 
     @property
     def fits(self) -> bool:
-        """Whether a program gets the shared memory that it asks for."""
+        """True where a program gets the shared memory that it asks for."""
         return self.shared_bytes <= _MOST_SHARED_KIB[self.arch] * 1024
 
 
@@ -171,7 +171,7 @@ def _innermost(addressed: list[tuple[int, str]]) -> int:
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """What the disassembler says of resources, and the code."""
+    """The disassembler's report of resources, and the code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -191,8 +191,8 @@ def _programs(registers: int, shared: int, warps: int, arch: int) -> int:
 
 
 def space(kernel: str, rows: int, dtype: torch.dtype) -> Iterator[Candidate]:
-    """Everything that was considered: stages 1-6 x warps 4/8 x pointers or TMA, persistent programs, and room for a
-    second program."""
+    """All candidates considered: stages 1-6 x warps 4/8 x pointers or TMA, persistent programs, and room for a second
+    program."""
     for tma in (True, False):
         for warps in (4, 8):
             for stages in range(1, 7):

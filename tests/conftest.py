@@ -27,7 +27,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def shows_gpu(arguments: list[str], markers: str, folder: Path) -> bool:
-    """Whether a session with these paths, relative to `folder`, and this `-m` has GPU tests only."""
+    """True if a session with these paths, relative to `folder`, and this `-m` has GPU tests only."""
     paths = [(folder / argument.partition("::")[0]).resolve() for argument in arguments]
     return markers == "gpu" or (bool(paths) and all(path.is_relative_to(TESTS / "gpu") for path in paths))
 

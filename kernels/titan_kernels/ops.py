@@ -57,7 +57,7 @@ def philox_normal(keys_B2: Tensor, num_elements: int) -> Tensor:
 
 
 def _kernels(x: Tensor) -> Any:
-    """Where the functions of this device are."""
+    """The module with the functions for this device."""
     if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
         from titan_kernels import triton_kernels
 

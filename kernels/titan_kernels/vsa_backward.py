@@ -3,7 +3,7 @@
 Scores are computed anew from the saved log-sum-exp, in two passes. `grad_q_kernel` walks a query block's list, as the
 forward does. `grad_kv_kernel` walks the lists transposed: for each key tile, the query blocks that chose it. That costs
 seven matrix products where a single pass costs five, and buys what a single pass cannot have: no atomics, no scatter
-buffers, the same bits at every run, zeros written for keys that nobody chose.
+buffers, the same bits at every run, zeros written for keys that no query block chose.
 
 With P the softmax, O the output and G its gradient: dV = Pᵀ G, dS = P ∘ (G Vᵀ − delta), delta = rowsum(G ∘ O),
 dQ = scale dS K, dK = scale dSᵀ Q. The scale multiplies fp32 accumulators, once, at the end.
@@ -79,7 +79,7 @@ def row_sums_kernel(
 
 @triton.jit
 def minus_delta(delta, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """What the accumulator of G Vᵀ starts from: the subtraction then costs nothing after the product."""
+    """The start of G Vᵀ's accumulator: the subtraction then costs nothing after the product."""
     return tl.broadcast_to(-delta, ROWS, COLUMNS)
 
 
@@ -220,8 +220,8 @@ def grad_kv_kernel(
     offset += (batch * num_heads + head).to(tl.int64) * (num_kv_tiles + 1) + tile
     begin = tl.load(offset)
     num_steps = (tl.load(offset + 1) - begin) * Q_CHUNKS
-    # A tile that nobody chose reads an entry that is not its own, and nothing that depends on it. The last tile of all
-    # would read beyond the end.
+    # A tile that no query block chose reads an entry that is not its own, and nothing that depends on it. The last tile
+    # of all would read beyond the end.
     begin = tl.minimum(begin, num_chosen - 1)
     chosen_by += (batch * num_heads + head).to(tl.int64) * num_chosen + begin
     start, length = block_of(0, chosen_by, q_start, q_length, BLOCK_M, Q_CHUNKS)

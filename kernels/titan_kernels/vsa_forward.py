@@ -4,7 +4,7 @@ The softmax is computed online: a running maximum and sum per query row, the acc
 grows. Scores are kept in units of log2, so that exponentials are single instructions; the scale is applied to the fp32
 product, never to its operands.
 
-What makes it fast is mostly what waits for what. A step computes the softmax of its tile while two products are under
+The order of waiting decides the speed. A step computes the softmax of its tile while two products are under
 way: the previous tile's with its values, and the next tile's scores. So scores are one tile ahead, and the last step
 multiplies once in vain. A list entry leads to a tile's start, and that to its rows: three loads in a row, which a
 software pipeliner can only prefetch by dividing its stages among them. So the addresses of the next tiles are carried
@@ -12,10 +12,10 @@ through the loop, read before their rows are, and all stages serve the rows. Pro
 neighbours in time read the same head, whose keys and values stay in L2.
 
 Rows of a ragged tile's successor may be read (and, at the very end, zeros); their scores become -inf, so they weigh
-exactly nothing. That a tile is ragged is tested once a tile, not once an element.
+exactly nothing. Each tile, not each element, is tested for being ragged.
 
 A candidate may be *persistent*: as many programs as fit on the GPU at once, each walking over blocks in strides, which
-saves the start of a program a block.
+saves the start of one program per block.
 
 Shape suffixes: B batch, L query tokens, S key tokens, H heads, D head dim, N query blocks, K tiles listed for each;
 inside kernels M rows of a query block, N of a key block.
@@ -44,7 +44,7 @@ RUNTIME = ["num_heads", "num_q_blocks", "num_listed", "num_queries", "num_keys"]
 
 @triton.jit
 def head_rows(x, batch, head, start, stride_b, stride_l, stride_h):
-    """Where row `start` of a head begins; 64-bit, because batch, token and head together exceed 31 bits."""
+    """Pointer to row `start` of a head; 64-bit, because batch, token and head together exceed 31 bits."""
     return x + batch.to(tl.int64) * stride_b + start.to(tl.int64) * stride_l + head.to(tl.int64) * stride_h
 
 
@@ -161,7 +161,7 @@ def attend_block(
     next_length = tl.load(kv_length + tile) - skip
     tile = tl.load(lists + tl.minimum(2, num_steps - 1) // KV_CHUNKS)
     for i in range(num_steps):
-        # For the step after next, and the list entry for the one after it: nobody waits for these loads.
+        # For the step after next, and the list entry for the one after it: these loads have a step to arrive.
         skip = (i + 2) % KV_CHUNKS * BLOCK_N
         then_start = tl.load(kv_start + tile) + skip
         then_length = tl.load(kv_length + tile) - skip

@@ -64,7 +64,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Trial:
-    """``experiment`` saved by the layout ``source`` and resumed by ``target``."""
+    """`experiment` saved by the layout `source` and resumed by `target`."""
 
     experiment: Experiment
     source: Layout
@@ -288,7 +288,7 @@ class Differences:
 
 
 def differences(expected: Path, found: Path, saves_at: int) -> Differences:
-    """Compares all steps after ``saves_at`` and the final state.
+    """Compares all steps after `saves_at` and the final state.
 
     What rounding has no part in must be equal: sample ids, which losses there are at which step, learning rates,
     sparsity, and all counters.

@@ -48,7 +48,7 @@ def main(rows_file: str, folder: str) -> None:
 
 @dataclass
 class Seen:
-    """What the main rank did in a row, as a reader of the numbers alone could not tell.
+    """Counts of the main rank's actions in a row, which its losses would not tell.
 
     Attributes:
         forwards: self-attentions run with gradients, recomputed ones included; not counted under torch.compile.

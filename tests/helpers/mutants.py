@@ -21,7 +21,7 @@ def planted(mutant: Mutant | None) -> Iterator[None]:
 
 
 def is_caught(check: Callable[[], object], mutant: AbstractContextManager[Any] | None = None) -> bool:
-    """Whether an assertion of `check` fails while `mutant` is planted; without `mutant`, `check` judges its results.
+    """True if an assertion of `check` fails while `mutant` is planted; without `mutant`, `check` judges its results.
 
     Any other exception passes through: a mutant that ends in an ImportError or a TypeError is broken, not caught.
     """

@@ -75,7 +75,7 @@ def run_job(world: World, job: dict[str, Any], output: Path) -> None:
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
-    """Everything that training goes on from, named ``kind/role/...``; collective."""
+    """Everything that training goes on from, named `kind/role/...`; collective."""
     tensors = {f"weights/{name}": weights for name, weights in final_parameters(trainer).items()}
     tensors["random/torch"] = torch.get_rng_state()
     for role in trainer.roles.trainable:

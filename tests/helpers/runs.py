@@ -52,7 +52,7 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def largest(values: Iterable[float]) -> float:
-    """Unlike ``max`` NaN where one of them is, which is within no bound; 0 for no values."""
+    """Unlike `max` NaN where one of them is, which is within no bound; 0 for no values."""
     return float(torch.tensor([0.0, *values], dtype=torch.float64).max())
 
 
@@ -66,12 +66,12 @@ def allocated_peak(run: Callable[[], object]) -> int:
 
 
 def run_ranks(num_ranks: int, arguments: Sequence[str], timeout: float = 120) -> None:
-    """Trains on ``num_ranks`` gloo ranks, one being a plain process. Fails with their output if a rank fails."""
+    """Trains on `num_ranks` gloo ranks, one being a plain process. Fails with their output if a rank fails."""
     _run(num_ranks, ["-m", "titan_distill.train", *arguments], timeout)
 
 
 def run_worker(num_ranks: int, script: Path, *arguments: Path, timeout: float) -> None:
-    """Runs a script that imports modules of the tests on ``num_ranks`` gloo ranks. Fails as ``run_ranks`` does."""
+    """Runs a script that imports modules of the tests on `num_ranks` gloo ranks. Fails as `run_ranks` does."""
     _run(num_ranks, [str(script), *map(str, arguments)], timeout)
 
 

@@ -25,7 +25,7 @@ JOBS = sorted(path.stem.removeprefix("toy_") for path in ASSETS.glob("toy_*.toml
 
 
 def toy_pairs(folder: Path, prompts: Path, **options: Any) -> Path:
-    """Recorded trajectories of the toy teacher, in ``folder / "pairs"``."""
+    """Recorded trajectories of the toy teacher, in `folder / "pairs"`."""
     job = ASSETS / "toy_knowledge_distillation.toml"
     options = {"num_pairs": 64, "batch_size": 64, "dtype": "float32"} | options
     ode_pairs(OdePairsOptions(job, prompts, folder / "pairs", **options))
