@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_memory_worker import NUM_TENSORS, TENSOR_BYTES
+from runs import HELPERS
 from safetensors.torch import load_file
 from small_checkpoints import CONFIG, assert_identical, call, make_manager, make_role, make_roles
 
@@ -74,7 +75,7 @@ class TestImport:
 
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone measures peaks from now on")
     def test_memory_is_bounded_by_a_tensor_and_not_by_the_model(self, tmp_path: Path) -> None:
-        worker = Path(__file__).with_name("checkpoint_memory_worker.py")
+        worker = HELPERS / "checkpoint_memory_worker.py"
         process = subprocess.run([sys.executable, worker, tmp_path], capture_output=True, text=True, check=True)
         peaks = json.loads(process.stdout.splitlines()[-1])
         # One tensor, and in `diff` two, are 8 and 16 MiB of 192; what else there is depends on the kernel's page cache.

@@ -79,7 +79,7 @@ def _text_products() -> float:
 def test_dmd2_declares_what_its_updates_cost(
     mode: str, student: tuple[float, float, float], critic: tuple[float, float]
 ) -> None:
-    """algorithms.md §5, in forwards of (student, critic, teacher)."""
+    """In forwards of (student, critic, teacher), as docs/algorithms.md, "FLOPs of an update", lists them."""
     forwards: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for passes in Dmd2.work(Dmd2Config()):
         cost = passes.num_conditions * (1 + passes.backward * (2 + (mode == "full")))
@@ -99,7 +99,7 @@ def test_cadence_is_the_methods() -> None:
 
 
 def test_step_flops_are_the_closed_form() -> None:
-    """1.3B with a 14B teacher at 480p: 1 G + 5 C = 14,394 TFLOP a sample in five steps (algorithms.md §5)."""
+    """1.3B with a 14B teacher at 480p: docs/algorithms.md, "FLOPs of an update", for five steps."""
     with planner(64, GPUS["H100"]) as planned:
         plan = planned.plan(load_config(["--job.config_file", str(SIXTY_FOUR_GPUS)]))
     executed = sum(phase.executed_flops for phase in plan.phases)

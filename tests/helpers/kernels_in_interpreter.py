@@ -90,7 +90,7 @@ def test_lists_equal_the_twins_index_for_index(num_tiles):
     "head_dim, dtype, topk, join", [(16, torch.float32, 1, 1), (80, torch.float32, 2, 2), (128, torch.float16, 2, 1)]
 )
 def test_attention_and_its_gradients(head_dim, dtype, topk, join):
-    """On a run of query tiles, possibly joined, with strided inputs, and key tiles that nobody lists."""
+    """On a run of query tiles, possibly joined, with strided inputs, and key tiles in no list."""
     (q, k, v, _), grad, _, kv_tiles = tokens_and_tiles(RAGGED, (4, 4, 4), head_dim, dtype)
     layout = tile_layout(RAGGED)
     q_tiles = layout.tiles(range(1, layout.num_tiles), join)

@@ -1,4 +1,4 @@
-"""What must hold of tensors that `titan_distill.parallelisms.pinned` has laid out."""
+"""Checks of tensors that `titan_distill.parallelisms.pinned` has laid out."""
 
 from __future__ import annotations
 

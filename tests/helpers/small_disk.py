@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, num_kib: int) -> Iterator[Path]:
-    """Mounts one at ``folder`` for the duration of the block. Skips the test where mounting is not allowed."""
+    """Mounts one at `folder` for the duration of the block. Skips the test where mounting is not allowed."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={num_kib}k", "tmpfs", str(folder)]
     mounted = subprocess.run(mount, capture_output=True, text=True, check=False)

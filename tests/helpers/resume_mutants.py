@@ -1,4 +1,4 @@
-"""What resumed runs forget in practice, one fault each; the resume oracle must see every one in what happens next."""
+"""Faults of resumed runs: state that a resume forgets. The resume oracle must see each one in the steps that follow."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def samples_counted_by_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def last_step_repeated(patch: pytest.MonkeyPatch) -> None:
-    """What was saved as the number of steps done is read as the index of the last one."""
+    """The saved number of steps is read as the index of the last one."""
     _after_restore(
         patch, lambda roles, at: replace(at, step=at.step - 1, samples_seen=at.samples_seen * (at.step - 1) // at.step)
     )

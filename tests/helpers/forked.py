@@ -23,8 +23,8 @@ def train_forked(
     main: Callable[[Sequence[str]], int | None] | None = None,
     timeout: float = 120,
 ) -> list[int | None]:
-    """Trains (or runs another ``main``) on gloo ranks, after ``before`` in each. Returns exit codes, None for a rank
-    that is killed after ``timeout`` seconds; outputs are ``outputs/rank0.txt`` and so on."""
+    """Trains (or runs another `main`) on gloo ranks, after `before` in each. Returns exit codes, None for a rank
+    that is killed after `timeout` seconds; outputs are `outputs/rank0.txt` and so on."""
     # As torchrun's agent does, so that it outlives any rank.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")

@@ -1,4 +1,4 @@
-"""Small real Wan roles, their checkpoints, and ``titan-distill checkpoint`` in this process."""
+"""Small real Wan roles, their checkpoints, and `titan-distill checkpoint` in this process."""
 
 from __future__ import annotations
 

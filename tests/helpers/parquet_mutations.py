@@ -78,7 +78,7 @@ VALUES: dict[str, list[Any]] = {
     ],
     "text_embedding_bytes": [None, b"", b"\0", floats(*[math.nan] * 24), floats(*[-math.inf] * 24), bytes(95)],
 }
-"""What a writer with a fault may put into one cell."""
+"""Values that a faulty writer may put into one cell."""
 
 TYPES: dict[str, list[tuple[pa.DataType, Callable[[Any], Any]]]] = {
     "caption": [
@@ -117,7 +117,7 @@ TYPES: dict[str, list[tuple[pa.DataType, Callable[[Any], Any]]]] = {
 
 
 def mutate(folder: Path, records: list[Record], draw: random.Random) -> str:
-    """Writes a broken dataset into ``folder`` and says what is wrong with it."""
+    """Writes a broken dataset into `folder` and says what is wrong with it."""
     kind = draw.choice(["cells", "cells", "column", "type", "bytes", "bytes", "bytes", "footer", "not parquet"])
     records = [dict(record) for record in records]
     schema = SCHEMA
@@ -155,7 +155,7 @@ def mutate(folder: Path, records: list[Record], draw: random.Random) -> str:
 
 
 def _good_rows(count: int) -> list[Record]:
-    """A second file's worth of rows nobody broke."""
+    """A second file's worth of unbroken rows."""
     shape, width = LATENT_SHAPE, TEXT_WIDTH
     return [
         {

@@ -1,4 +1,4 @@
-"""A method whose second step fails with a traceback through its environment: ``recipe.method = "raising"``."""
+"""A method whose second step fails with a traceback through its environment: `recipe.method = "raising"`."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Oracle:
         return torch.einsum("bghd,bthd->bhgt", q, k) / math.sqrt(q.shape[-1])
 
     def choice(self, scores: Tensor, topk: int) -> Tensor:
-        """Which tiles each group attends to, bool [B, H, groups, tiles]: those that fewer than topk tiles precede."""
+        """The tiles that each group attends to, bool [B, H, groups, tiles]: fewer than topk precede them."""
         index = torch.arange(self.num_tiles, device=scores.device)
         before = index[:, None] < index
         higher = scores[..., :, None] > scores[..., None, :]

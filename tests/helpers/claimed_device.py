@@ -53,12 +53,12 @@ class Event(NamedTuple):
 
 @dataclass
 class ClaimedDevice:
-    """What was seen so far."""
+    """The transfers seen so far."""
 
     faults: list[Event] = field(default_factory=list)
     waits: list[Event] = field(default_factory=list)
     factories_on_gpu: bool = False
-    """Whether an operator without tensors, called now, makes its result on the GPU."""
+    """True if an operator without tensors, called now, makes its result on the GPU."""
 
     def fault(self, what: str) -> None:
         self.faults.append(Event(what, *_place()))
@@ -75,7 +75,7 @@ class ClaimedDevice:
 
     @contextlib.contextmanager
     def making(self, on_gpu: bool) -> Iterator[None]:
-        """Where factories inside of the block put their results."""
+        """The device of results that factories make inside of the block."""
         before, self.factories_on_gpu = self.factories_on_gpu, on_gpu
         try:
             yield
@@ -96,12 +96,12 @@ def claimed_device() -> Iterator[ClaimedDevice]:
 
 
 def is_on_gpu(value: Any) -> bool:
-    """Whether `value` is a tensor that claims to be on the GPU."""
+    """True if `value` is a tensor that claims to be on the GPU."""
     return isinstance(value, Tensor) and getattr(_storage(value), "claims_gpu", False)
 
 
 def is_pinned(tensor: Tensor) -> bool:
-    """Whether a host tensor claims to lie in page-locked memory."""
+    """True if a host tensor claims to lie in page-locked memory."""
     return getattr(_storage(tensor), "claims_pinned", False)
 
 
@@ -280,7 +280,7 @@ class _Stream:
 
 
 def _replacements(device: ClaimedDevice) -> Iterator[tuple[Any, str, Any]]:
-    """What must answer for the GPU beside tensors: objects, the names of their attributes, and new values."""
+    """Answers for the GPU that no tensor gives: objects, the names of their attributes, and new values."""
     stream = type("Stream", (_Stream,), {"device": device})
     for name in ("Event", "Stream", "stream", "current_stream"):
         yield torch.cuda, name, stream

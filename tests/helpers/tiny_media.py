@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
@@ -21,6 +22,25 @@ def write_video(path: Path, num_frames: int, fps: int = 8, size: tuple[int, int]
         for index in range(num_frames):
             pixels = np.full((*size, 3), 8 * index % 256, dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def write_film(path: Path, seed: int, num_frames: int = 240, fps: int = 24, size: tuple[int, int] = (180, 320)) -> Path:
+    """A video that pans over coloured clouds, other ones for each seed: no flat areas, no scene twice."""
+    import av
+
+    height, width = size
+    coarse = torch.rand(1, 3, 8, 28, generator=torch.Generator().manual_seed(seed))
+    clouds = F.interpolate(coarse, (height, 2 * width), mode="bicubic").clamp(0, 1)[0].permute(1, 2, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for index in range(num_frames):
+            left = index * width // num_frames
+            pixels = (255 * clouds[:, left : left + width]).byte().numpy()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
         container.mux(stream.encode())
     return path
 

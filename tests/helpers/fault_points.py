@@ -1,6 +1,6 @@
-"""Where a save can be killed: a run that has this module in ``job.imports`` dies there, by SIGKILL.
+"""Points at which a save can be killed: a run that has this module in `job.imports` dies there, by SIGKILL.
 
-``TITAN_TEST_FAULT = "<point> <step> <rank>"`` in the environment says where. The points wrap functions of the publish
+`TITAN_TEST_FAULT = "<point> <step> <rank>"` in the environment says where. The points wrap functions of the publish
 protocol, so that the protocol itself knows nothing of tests.
 """
 

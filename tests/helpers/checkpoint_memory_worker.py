@@ -1,4 +1,4 @@
-"""``python checkpoint_memory_worker.py FOLDER``: what import, reshard, verify and diff need of memory at most, as JSON
+"""`python checkpoint_memory_worker.py FOLDER`: what import, reshard, verify and diff need of memory at most, as JSON
 on standard output: bytes by command. A process of its own, because one that has run tests has garbage and free memory
 of theirs, which the kernel counts too."""
 

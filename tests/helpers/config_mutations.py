@@ -253,7 +253,7 @@ CHANGES = (_new_line, _new_line, _new_line, _changed_line, _contradiction, _chan
 
 
 def _overrides() -> st.SearchStrategy[list[str]]:
-    """``--key value`` as the shell hands it over: any key, or one with a typo, and any value, or none."""
+    """`--key value` as the shell hands it over: any key, or one with a typo, and any value, or none."""
     fitting = st.sampled_from(
         [f"--{key}={value.strip(chr(34))}" for key, kind in KEYS.items() for value in _fitting(kind)]
     )
@@ -320,7 +320,7 @@ def outcome(mutant: Mutant, folder: Path, num_ranks: int) -> Config | str:
 
 
 def check_layouts(config: Config) -> None:
-    """What ``--check`` does beside `check_paths`, which configurations for real weights don't pass on this machine."""
+    """The checks of `--check` without `check_paths`: no real weights are on this machine."""
     for num_ranks in NUM_RANKS:
         try:
             layout = check_world(config, num_ranks)

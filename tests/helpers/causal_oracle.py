@@ -1,4 +1,4 @@
-"""What training through a stream must equal: one forward over all segments in which only the last may be learned
+"""The oracle of training through a stream: one forward over all segments in which only the last may be learned
 from."""
 
 from __future__ import annotations

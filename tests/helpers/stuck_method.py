@@ -1,4 +1,4 @@
-"""A method whose last rank stops taking part in step 3 while its process lives on: ``recipe.method = "stuck"``."""
+"""A method whose last rank stops taking part in step 3 while its process lives on: `recipe.method = "stuck"`."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from matrix_worker import final_parameters
-from planting import planted
+from mutants import planted
 from resume_mutants import MUTANTS
 from safetensors.torch import save_file
 from torch import Tensor
@@ -75,7 +75,7 @@ def run_job(world: World, job: dict[str, Any], output: Path) -> None:
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
-    """Everything that training goes on from, named ``kind/role/...``; collective."""
+    """Everything that training goes on from, named `kind/role/...`; collective."""
     tensors = {f"weights/{name}": weights for name, weights in final_parameters(trainer).items()}
     tensors["random/torch"] = torch.get_rng_state()
     for role in trainer.roles.trainable:

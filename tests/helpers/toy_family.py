@@ -1,8 +1,8 @@
 """A model family of a few lines: Gaussian "videos" whose teacher is known in closed form.
 
-It registers itself as ``recipe.family = "toy"`` when ``job.imports`` names this module, and runs every method: the
+It registers itself as `recipe.family = "toy"` when `job.imports` names this module, and runs every method: the
 proof that methods know no family. A sample is a vector of independent numbers from N(mean, variance); the caption's law
-has mean ``CONDITIONAL_MEAN``, the negative prompt's ``UNCONDITIONAL_MEAN``. Equal variances make classifier-free
+has mean `CONDITIONAL_MEAN`, the negative prompt's `UNCONDITIONAL_MEAN`. Equal variances make classifier-free
 guidance exact: at scale w the guided law is N(u + w (c - u), variance).
 """
 
@@ -27,7 +27,7 @@ from titan_distill.roles import RoleHandle
 
 CONDITIONAL_MEAN, UNCONDITIONAL_MEAN, VARIANCE = 1.0, -0.5, 0.49
 CORRELATION = 0.8
-"""Of a value with the same value of the segment before, in the flavors made of segments."""
+"""Correlation of a value with the same value of the segment before, in the flavors made of segments."""
 
 
 class AnalyticTeacher(nn.Module):

@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from titan_distill.commands.ode_pairs import OdePairsOptions, ode_pairs
 
-REPOSITORY = Path(__file__).parent.parent
+HELPERS = Path(__file__).parent
+REPOSITORY = HELPERS.parents[1]
 TINY_WAN = REPOSITORY / "tests" / "assets" / "tiny_wan"
 TINY_SHAPES = REPOSITORY / "tests" / "assets" / "tiny_shapes"
 
@@ -51,7 +52,7 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def largest(values: Iterable[float]) -> float:
-    """Unlike ``max`` NaN where one of them is, which is within no bound; 0 for no values."""
+    """Unlike `max` NaN where one of them is, which is within no bound; 0 for no values."""
     return float(torch.tensor([0.0, *values], dtype=torch.float64).max())
 
 
@@ -65,18 +66,18 @@ def allocated_peak(run: Callable[[], object]) -> int:
 
 
 def run_ranks(num_ranks: int, arguments: Sequence[str], timeout: float = 120) -> None:
-    """Trains on ``num_ranks`` gloo ranks, one being a plain process. Fails with their output if a rank fails."""
+    """Trains on `num_ranks` gloo ranks, one being a plain process. Fails with their output if a rank fails."""
     _run(num_ranks, ["-m", "titan_distill.train", *arguments], timeout)
 
 
 def run_worker(num_ranks: int, script: Path, *arguments: Path, timeout: float) -> None:
-    """Runs a script that imports modules of the tests on ``num_ranks`` gloo ranks. Fails as ``run_ranks`` does."""
+    """Runs a script that imports modules of the tests on `num_ranks` gloo ranks. Fails as `run_ranks` does."""
     _run(num_ranks, [str(script), *map(str, arguments)], timeout)
 
 
 def _run(num_ranks: int, arguments: Sequence[str], timeout: float) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    python_path = os.pathsep.join([str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
+    python_path = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *(torchrun if num_ranks > 1 else []), *arguments],
         cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": python_path},

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from planting import Mutant
+from mutants import Mutant
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 

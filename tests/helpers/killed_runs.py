@@ -12,18 +12,18 @@ from pathlib import Path
 import fault_points
 import toy_family
 import toy_run
-from runs import REPOSITORY
+from runs import HELPERS, REPOSITORY
 
 from titan_distill.checkpoint import discovery, storage
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import read_manifest, verify_hashes, verify_sizes
 
-TESTS = REPOSITORY / "tests"
+ASSETS = REPOSITORY / "tests" / "assets"
 KEEP = 2
 
 
 class Job:
-    """One run in ``folder``, started again and again with ``--checkpoint.resume_from latest``."""
+    """One run in `folder`, started again and again with `--checkpoint.resume_from latest`."""
 
     def __init__(self, folder: Path, num_steps: int, num_ranks: int = 1) -> None:
         self.folder, self.num_steps, self.num_ranks = folder, num_steps, num_ranks
@@ -32,7 +32,7 @@ class Job:
 
     def arguments(self, mode: str) -> list[str]:
         return [
-            "--job.config_file", str(TESTS / "assets" / "toy_finetune.toml"),
+            "--job.config_file", str(ASSETS / "toy_finetune.toml"),
             "--job.output_dir", str(self.folder / "run"), "--data.path", str(self.data),
             "--job.imports", "toy_family,fault_points",
             "--training.steps", str(self.num_steps), "--training.local_batch_size", "4",
@@ -41,9 +41,9 @@ class Job:
         ]  # fmt: skip
 
     def start(self, mode: str, fault: str = "") -> subprocess.Popen[bytes]:
-        """Through run_train.sh; output goes to ``log``."""
+        """Through run_train.sh; output goes to `log`."""
         environment = {
-            **os.environ, "PYTHONPATH": str(TESTS), "PYTHON": sys.executable, "NGPU": str(self.num_ranks),
+            **os.environ, "PYTHONPATH": str(HELPERS), "PYTHON": sys.executable, "NGPU": str(self.num_ranks),
             "CUDA_VISIBLE_DEVICES": "", fault_points.VARIABLE: fault,
         }  # fmt: skip
         command = [str(REPOSITORY / "run_train.sh"), *self.arguments(mode)]
@@ -73,13 +73,13 @@ class Job:
             storage.read_metadata(path)
 
     def check_resumed(self, step: int) -> None:
-        """The last run took up where ``step`` was published."""
+        """The last run took up where `step` was published."""
         shown = self.log.read_text()
         name = discovery.step_name(step)
         assert not step or f"Resuming from {self.checkpoints / name}\n" in shown, f"not {name}: {shown[-3000:]}"
 
     def check_like_uninterrupted(self) -> None:
-        """The newest checkpoint holds, byte for byte, what a run that nobody disturbs holds at that step; one rank."""
+        """The newest checkpoint holds, byte for byte, what an undisturbed run holds at that step; one rank."""
         step = self.newest()
         (self.folder / "reference").mkdir()
         reference = toy_run.toy_trainer(
