@@ -70,7 +70,7 @@ def inputs(config: WanConfig) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor |
 
 
 def whole_model(config: WanConfig, sparse: SparseAttentionConfig | None) -> WanTransformer:
-    model = WanTransformer.from_config(config, None if sparse is None else SparseAttention(sparse))
+    model = WanTransformer(config, None if sparse is None else SparseAttention(sparse))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():  # gates start at zero and would hide everything behind them
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -174,7 +174,7 @@ def check_one_graph(rank: int, store: str, by_tokens: bool) -> None:
     assert mesh.tensor is not None
     for num_models, (config, sparse) in enumerate((MODELS[0], MODELS[2]), start=1):
         with torch.device("meta"):
-            model = WanTransformer.from_config(config, None if sparse is None else SparseAttention(sparse))
+            model = WanTransformer(config, None if sparse is None else SparseAttention(sparse))
         if model.sparse_attention is not None:
             model.sparse_attention.start_step(1)
         apply_tensor_parallel(model, mesh.tensor, by_tokens=by_tokens)

@@ -44,7 +44,7 @@ def tiny(config: ActivationCheckpointConfig) -> WanTransformer:
     """A tiny Wan whose gates and head are open, so that every parameter has a gradient."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = WanTransformer.from_config(FLAVORS["tiny"])
+        model = WanTransformer(FLAVORS["tiny"])
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -166,7 +166,7 @@ def sparse_tiny(config: ActivationCheckpointConfig) -> WanTransformer:
     torch.manual_seed(0)
     core = SparseAttention(SparseAttentionConfig(sparsity=0.75))
     with torch.device("meta"):
-        model = WanTransformer.from_config(replace(FLAVORS["tiny"], num_layers=3, sparse_attention=True), core)
+        model = WanTransformer(replace(FLAVORS["tiny"], num_layers=3, sparse_attention=True), core)
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)

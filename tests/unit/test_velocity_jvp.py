@@ -40,7 +40,7 @@ def toy() -> Case:
 
 def wan(dtype: torch.dtype = FP64, checkpointing: ActivationCheckpointConfig | None = None) -> Case:
     config = read_config(WEIGHTS)
-    model = WanTransformer.from_config(config)
+    model = WanTransformer(config)
     load_weights(model, WEIGHTS)
     checkpointing = checkpointing or ActivationCheckpointConfig()
     apply_activation_checkpointing(model.blocks, checkpointing)

@@ -115,8 +115,8 @@ def _write_the_noisy_segment(self: SegmentStream, x: Tensor, sigma_B: Tensor) ->
 
 WRITE = SegmentStream.write
 MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "gradient through the memory": lambda: patch.object(SegmentStream, "write", _write_with_graph),
-    "memory of the noisy segment": lambda: patch.object(SegmentStream, "write", _write_the_noisy_segment),
+    "gradient through the cache": lambda: patch.object(SegmentStream, "write", _write_with_graph),
+    "cache of the noisy segment": lambda: patch.object(SegmentStream, "write", _write_the_noisy_segment),
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from titan_kernels.layout import tile_grid
 from torch import Tensor, nn
 
-from titan_distill.attention.causal import KeysAndValues, Memory
+from titan_distill.attention.causal import KVCache
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.transfer import to_device
@@ -214,38 +214,29 @@ class WanAdapter(Adapter):
         return self.forward(role, x, sigma_B, condition)
 
     def forward(
-        self,
-        role: RoleHandle,
-        x: Tensor,
-        sigma_B: Tensor,
-        condition: Condition,
-        memory: Memory | None = None,
-        kept: list[KeysAndValues] | None = None,
+        self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, cache: KVCache | None = None
     ) -> Tensor:
-        """``predict_velocity``; for a causal role also of one segment, given the ``memory`` of those before it."""
+        """`predict_velocity`; for a causal role also of one segment, given the KV cache of those before it."""
         check_pictures(role.name, self.network(role).config, condition)
-        self._count(role, x, condition, memory)
-
-        def forward(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-            return self._routed(role, x, sigma, condition, memory, kept)
-
+        self._count(role, x, condition, cache)
         x, sigma = self.held(x, sigma_B, condition)
         if sigma.ndim > 1:
             sigma = sigma.flatten(1)  # [B, F], a time for each frame
         read, exchange = first_frame.without_frame(condition), self.layouts.exchange(role.name)
+        forward = partial(self._routed, role, cache)
         return forward(x, sigma, read) if exchange is None else exchange.run(forward, x, sigma, read)
 
-    def _count(self, role: RoleHandle, x: Tensor, condition: Condition, memory: Memory | None) -> None:
+    def _count(self, role: RoleHandle, x: Tensor, condition: Condition, cache: KVCache | None) -> None:
         transformer = self.network(role)
         config, core, segmentation = transformer.config, transformer.sparse_attention, transformer.segmentation
         sparse = None if core is None else core.tiles_read(self._num_tiles)
         frames, tokens_per_frame = x.shape[2], self.work.tokens_per_sample // self.latent_shape[1]
         keys = None
         if segmentation is not None:
-            num_frames = segmentation.num_keys(frames) if memory is None else memory.num_remembered + frames
+            num_frames = segmentation.num_keys(frames) if cache is None else cache.num_cached + frames
             keys = num_frames * tokens_per_frame
         sizes = (frames * tokens_per_frame, condition["text"].shape[1], sparse, keys)
-        # The ranks that load the same samples share their work, in whatever layout.
+        # The ranks that load the same samples share their arithmetic, in whatever layout.
         own_flops = forward_flops(config, *sizes).total * len(x) / self.layouts.data_group
         self.work.forward(
             own_flops,
@@ -267,10 +258,10 @@ class WanAdapter(Adapter):
         if first_frame.IMAGE in condition:
             raise ValueError(f"role {role.name!r} is causal and makes videos from text only; leave the image out")
 
-        def forward(x: Tensor, sigma_B: Tensor, memory: Memory, kept: list[KeysAndValues] | None) -> Tensor:
-            return self.forward(role, x, sigma_B, condition, memory, kept)
+        def forward(x: Tensor, sigma_B: Tensor, cache: KVCache) -> Tensor:
+            return self.forward(role, x, sigma_B, condition, cache)
 
-        return WanStream(forward, segmentation, self.network(role).config.num_layers)
+        return WanStream(forward, KVCache.empty(segmentation, self.network(role).config.num_layers))
 
     def last_sample(self, sequence: Tensor) -> Tensor:
         return restart(self._vae(), sequence, self.latent_shape[1])
@@ -292,16 +283,10 @@ class WanAdapter(Adapter):
         return mean_over_tokens(self.network(role), values_BL, x)
 
     def _routed(
-        self,
-        role: RoleHandle,
-        x: Tensor,
-        sigma: Tensor,
-        condition: Condition,
-        memory: Memory | None,
-        kept: list[KeysAndValues] | None,
+        self, role: RoleHandle, cache: KVCache | None, x: Tensor, sigma: Tensor, condition: Condition
     ) -> Tensor:
-        """Each sample's velocity, by the expert for its noise level where there are two. ``sigma``: [B] or [B, F]."""
-        experts = [partial(_run, module, memory=memory, kept=kept) for module in role.modules.values()]
+        """Each sample's velocity, by the expert for its noise level where there are two. `sigma`: [B] or [B, F]."""
+        experts = [partial(_run, module, cache) for module in role.modules.values()]
         if len(experts) == 1:
             return experts[0](x, sigma, condition)
         whole = self.network(role).sequence is not None
@@ -349,18 +334,11 @@ class WanAdapter(Adapter):
         return transformer
 
 
-def _run(
-    transformer: nn.Module,
-    x: Tensor,
-    sigma: Tensor,
-    condition: Condition,
-    memory: Memory | None,
-    kept: list[KeysAndValues] | None,
-) -> Tensor:
+def _run(transformer: nn.Module, cache: KVCache | None, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
     config = transformer.config
     assert isinstance(config, WanConfig)
     image = condition[EMBEDDING] if config.image_dim is not None else None
     shown = with_channels(x, condition) if takes_channels(config) else x
     # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
     t = to_device(schedule.timestep(sigma), x.device)
-    return transformer(shown, t, condition["text"], image, memory=memory, kept=kept).to(x.dtype)
+    return transformer(shown, t, condition["text"], image, cache).to(x.dtype)

@@ -12,7 +12,7 @@ import torch
 from titan_kernels.layout import DEFAULT_TILE, tile_grid
 
 from titan_distill.attention.causal import Segmentation
-from titan_distill.attention.shared import place
+from titan_distill.attention.sharded import ShardedAttention
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config.degrees import Degrees
 from titan_distill.config.lora import LoraConfig
@@ -78,7 +78,7 @@ def build_transformer(architecture: WanConfig, load: WeightLoader | None, layout
     mesh, parallelism = layout.mesh, layout.parallelism
     core = None if layout.sparse_attention is None else SparseAttention(layout.sparse_attention)
     with torch.device("meta"):
-        model = WanTransformer.from_config(architecture, core, layout.segmentation)
+        model = WanTransformer(architecture, core, layout.segmentation)
     model.to(layout.storage_dtype).requires_grad_(layout.trainable)
     apply_float8(model, layout.float8, high_precision=HIGH_PRECISION, device=layout.device)
     apply_lora(model, layout.lora, excluded=HIGH_PRECISION)
@@ -124,7 +124,7 @@ def apply_sequence_parallel(model: WanTransformer, mesh: RoleMesh, parallelism: 
     method = choose_method(heads, degrees.sequence, degrees.tensor, parallelism.sequence_method)
     join = runs_of_tiles(method, model.sparse_attention)
     model.sequence = SequenceParallel(mesh.sequence_group, method, multiple, join)
-    model.set_placement(place(model.sequence, model.attention_core))
+    model.set_attention(ShardedAttention(model.attention_core, model.sequence))
 
 
 def runs_of_tiles(method: Method, core: SparseAttention | None) -> int:

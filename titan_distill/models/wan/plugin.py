@@ -254,7 +254,7 @@ class WanFamily(ModelFamily):
     ) -> nn.Module:
         config = WanConfig.from_diffusers(architecture)
         with torch.device("meta"):
-            model = WanTransformer.from_config(
+            model = WanTransformer(
                 config, self._core(config.sparse_attention), self._segmentation(config.causal_attention)
             )
         # As the run computes, so that what is sampled here is what its validation shows.
