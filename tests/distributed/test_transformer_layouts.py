@@ -18,18 +18,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from wan_config import wan_config
 
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config.degrees import Degrees
 from titan_distill.config.sections import (
-    ActivationCheckpointConfig,
     CompileConfig,
-    Float8Config,
     ParallelismConfig,
     SparseAttentionConfig,
 )
 from titan_distill.models.wan.config import FLAVORS, WanConfig
-from titan_distill.models.wan.parallelize import Layout, apply_sequence_parallel, build_transformer
+from titan_distill.models.wan.parallelize import apply_sequence_parallel, build_transformer
 from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.compile import compile_blocks
@@ -110,11 +109,12 @@ def check(rank: int, store: str, name: str) -> None:
     parallelism = LAYOUTS[name]
     mesh = RoleMesh(Degrees(sequence=parallelism.sequence, tensor=parallelism.tensor), 2, "cpu")
     for config, sparse in MODELS:
-        layout = Layout(
-            mesh, parallelism, CPU, True, torch.float32, torch.float32,
-            ActivationCheckpointConfig(), CompileConfig(), Float8Config(), sparse,
-        )  # fmt: skip
-        whole, shared = whole_model(config, sparse), build_transformer(config, None, layout, seed=0)
+        run = (
+            wan_config(parallelism=parallelism)
+            if sparse is None
+            else wan_config(parallelism=parallelism, attention="sparse", sparse_attention=sparse)
+        )
+        whole, shared = whole_model(config, sparse), build_transformer(run, "student", config, None, mesh, CPU, seed=0)
         for parameter, value in zip(shared.parameters(), whole.parameters(), strict=True):
             copy_full_tensor(parameter, value.detach())
         _expect_empty_padding(shared)

@@ -280,7 +280,7 @@ def set_index(folder: Path, **values: object) -> None:
     ("spoil", "message"),
     [
         (lambda folder: set_index(folder, boundary_ratio=None), "no model_index.json says where the second one"),
-        (lambda folder: set_index(folder, boundary_ratio="x"), "boundary_ratio = 'x', which is no share"),
+        (lambda folder: set_index(folder, boundary_ratio="x"), "boundary_ratio = 'x', which is not a share"),
         (lambda folder: set_index(folder, boundary_ratio=0.9), "boundaries differ (0.9 in "),
         (lambda folder: save_other(folder / "transformer_2"), "have different shapes"),
     ],

@@ -30,6 +30,7 @@ from titan_distill.models.streaming import SegmentStream
 from titan_distill.models.wan import transformer as transformer_module
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS
+from titan_distill.models.wan.encoders import Encoders
 from titan_distill.models.wan.stream import WanStream
 from titan_distill.models.wan.vae import decode_latents, restart
 from titan_distill.observability.flops import forward_flops
@@ -202,7 +203,8 @@ def moving_square(num_frames: int) -> Tensor:
 def test_a_longer_video_starts_anew_in_its_middle(trainer: Trainer) -> None:
     """The first latent frame becomes that of the picture that was there; the others stay, with their gradients."""
     adapter = trainer.adapter
-    assert isinstance(adapter, WanAdapter) and adapter.vae is not None
+    assert isinstance(adapter, WanAdapter)
+    vae = adapter.encoders.vae
     latents = adapter.encode_video(moving_square(33)).requires_grad_()
     assert latents.shape[2] == 9
     sample = adapter.last_sample(latents)
@@ -211,11 +213,14 @@ def test_a_longer_video_starts_anew_in_its_middle(trainer: Trainer) -> None:
     assert latents.grad is not None
     assert not latents.grad[:, :, :5].any() and (latents.grad[:, :, 5:] == 1).all()
     # The picture that the fifth latent frame ends with, as the first of a video.
-    pictures, picture = decode_latents(adapter.vae, latents).float(), decode_latents(adapter.vae, sample)[:, 0].float()
+    pictures, picture = decode_latents(vae, latents).float(), decode_latents(vae, sample)[:, 0].float()
     error, moved = ((picture - pictures[:, index]).abs().mean() for index in (16, 0))
     assert error < 0.5 * moved
-    assert torch.equal(restart(adapter.vae, latents, 9), latents)
-    with patch.object(adapter, "vae", None), pytest.raises(ValueError, match=r"no VAE .* set pipeline_config\.path"):
+    assert torch.equal(restart(vae, latents, 9), latents)
+    with (
+        patch.object(adapter, "encoders", Encoders()),
+        pytest.raises(ValueError, match=r"no VAE .* set pipeline_config\.path"),
+    ):
         SelfForcing(replace(trainer.config.method_config, num_rollout_segments=5), *method_parts(trainer))
 
 
@@ -292,7 +297,7 @@ def test_segments_without_a_causal_role(tmp_path: Path) -> None:
             ("--parallelism.sequence", "2", "--parallelism.sequence_method", "all_gather"),
             r"roles\.student: attention = 'causal' with gathered keys .* set sequence to 2",
         ),
-        (("--parallelism.sequence", "3"), r"gathered keys would keep a whole cache on each of 3 sequence ranks"),
+        (("--parallelism.sequence", "3"), r"gathered keys would hold a whole KV cache on each of 3 sequence ranks"),
     ],
 )
 def test_layouts_that_are_refused(

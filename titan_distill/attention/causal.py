@@ -129,9 +129,7 @@ class CausalAttention:
 
     def mix(self, call: AttentionCall) -> tuple[Tensor, None]:
         """The output [B, L, H, D] of all tokens of the layout; see `AttentionCore`."""
-        assert call.num_selected is None and call.queries is None, (
-            "causal attention is dense, and ranks see all tokens"
-        )
+        assert call.num_selected is None and call.queries is None, "causal attention is dense, and ranks see all tokens"
         q_BLHD, k_BSHD, v_BSHD = call.q_BLHD, call.k_BSHD, call.v_BSHD
         if self.written is not None:
             self.written.append(by_position(k_BSHD, v_BSHD, call.layout.grid[0]))
