@@ -237,10 +237,10 @@ def test_peak_memory_falls_from_none_over_selective_to_full() -> None:
 
 def test_descriptions() -> None:
     assert describe(NONE) == "no activation recomputed"
-    assert describe(CONFIGS["full"]) == "full: keeps each block's input"
-    assert describe(CONFIGS["selective 1"]) == "selective: keeps attention outputs and every matmul"
-    assert describe(CONFIGS["selective 2"]) == "selective: keeps attention outputs and every 2nd matmul"
-    assert describe(CONFIGS["selective with skip"]).endswith("every 2nd matmul, all of every 4th block")
+    assert describe(CONFIGS["full"]) == "full: saves each block's input"
+    assert describe(CONFIGS["selective 1"]) == "selective: saves attention outputs and every matmul"
+    assert describe(CONFIGS["selective 2"]) == "selective: saves attention outputs and 1 of 2 matmuls"
+    assert describe(CONFIGS["selective with skip"]).endswith("1 of 2 matmuls, all of 1 of 4 blocks")
     eleven = ActivationCheckpointConfig(mode="selective", selective_interval=11, skip_interval=23)
     assert describe(eleven).endswith("every 11th matmul, all of every 23rd block")
 

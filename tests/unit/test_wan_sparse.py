@@ -138,7 +138,10 @@ def test_runs_under_fake_tensors_and_on_meta() -> None:
 
 def test_config_and_core_must_agree() -> None:
     for config, sparse in ((SPARSE, None), (DENSE, core(0.5))):
-        with pytest.raises(ValueError, match="give a SparseAttention to sparse models, and only to them"):
+        with pytest.raises(
+            ValueError,
+            match="contradict each other; give a SparseAttention to sparse models and a Segmentation to causal ones",
+        ):
             WanTransformer(config, sparse)
 
 

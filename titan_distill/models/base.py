@@ -16,25 +16,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from titan_distill.config.config import Config
+from titan_distill.config.degrees import Degrees
+from titan_distill.config.sections import RoleConfig
+from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
+from titan_distill.models.streaming import SegmentStream
+from titan_distill.observability.flops import WorkCounter
+from titan_distill.parallelisms.mesh import Layouts, RoleMesh
 from titan_distill.registry import FAMILIES, lookup
-
-if TYPE_CHECKING:
-    from titan_distill.config.config import Config
-    from titan_distill.config.degrees import Degrees
-    from titan_distill.config.sections import RoleConfig
-    from titan_distill.data.loader import Batch
-    from titan_distill.models.streaming import SegmentStream
-    from titan_distill.observability.flops import WorkCounter
-    from titan_distill.parallelisms.mesh import Layouts, RoleMesh
-    from titan_distill.roles import RoleHandle, RoleManager
+from titan_distill.roles import RoleHandle, RoleManager
 
 Condition = Mapping[str, Tensor]
 """What a model is conditioned on: batch-first tensors by name. Opaque to methods."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -21,12 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from titan_distill.checkpoint.diffusers_folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, open_folder, read_json
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.lora import without_adapters
 from titan_distill.parallelisms.shards import fill, local_region
 from titan_distill.parallelisms.tensor import local
-
-if TYPE_CHECKING:
-    from titan_distill.models.wan.transformer import WanTransformer
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 

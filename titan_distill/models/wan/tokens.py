@@ -98,19 +98,8 @@ def token_context(
             f"{config.rope_max_seq_len}; make a shorter video"
         )
     layout = tile_layout(grid, tile, device)
-    if tile == DEFAULT_TILE:
-        return TokenContext(layout, *_rotary_phases(layout, config.attention_head_dim))
-    return TokenContext(layout, *_segment_phases(layout, config.attention_head_dim, first_frame))
-
-
-@lru_cache(maxsize=_NUM_CACHED_PHASES)
-def _rotary_phases(layout: TileLayout, head_dim: int) -> tuple[Tensor, Tensor]:
-    return _phases(layout, head_dim, 0)
-
-
-@lru_cache(maxsize=_NUM_CACHED_SEGMENTS)
-def _segment_phases(layout: TileLayout, head_dim: int, first_frame: int) -> tuple[Tensor, Tensor]:
-    return _phases(layout, head_dim, first_frame)
+    phases = _whole_phases if tile == DEFAULT_TILE else _segment_phases
+    return TokenContext(layout, *phases(layout, config.attention_head_dim, first_frame))
 
 
 @torch.inference_mode(False)  # or the first validation would cache tensors that no training step can save for backward
@@ -131,6 +120,10 @@ def _phases(layout: TileLayout, head_dim: int, first_frame: int) -> tuple[Tensor
     angle = torch.cat(angles, dim=-1).flatten(0, 2)[layout.permutation]
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.stack((cos, cos), dim=-1).flatten(1), torch.stack((-sin, sin), dim=-1).flatten(1)
+
+
+_whole_phases = lru_cache(maxsize=_NUM_CACHED_PHASES)(_phases)
+_segment_phases = lru_cache(maxsize=_NUM_CACHED_SEGMENTS)(_phases)
 
 
 def apply_rotary(x_BLND: Tensor, context: TokenContext) -> Tensor:

@@ -35,7 +35,6 @@ from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.embeddings import ConditionEmbedding, PatchEmbedding
 from titan_distill.models.wan.layers import (
     Float32LayerNorm,
-    SelfAttention,
     WanBlock,
     at_least_float32,
     modulate,
@@ -61,16 +60,12 @@ class WanTransformer(nn.Module):
         segmentation: Segmentation | None = None,
     ) -> None:
         super().__init__()
-        if config.sparse_attention != (sparse_attention is not None):
-            raise ValueError(
-                f"config.sparse_attention = {config.sparse_attention} and the core {sparse_attention} contradict each "
-                "other; give a SparseAttention to sparse models, and only to them"
-            )
-        if config.causal_attention != (segmentation is not None):
-            raise ValueError(
-                f"config.causal_attention = {config.causal_attention} and {segmentation} contradict each other; give a "
-                "Segmentation to causal models, and only to them"
-            )
+        for key, given in (("sparse_attention", sparse_attention), ("causal_attention", segmentation)):
+            if getattr(config, key) != (given is not None):
+                raise ValueError(
+                    f"config.{key} = {getattr(config, key)} and {given} contradict each other; give a SparseAttention "
+                    "to sparse models and a Segmentation to causal ones, and only to them"
+                )
         self.config = config
         self.sparse_attention = sparse_attention
         """The core that all blocks of a sparse model share; None in a dense one."""
@@ -99,9 +94,9 @@ class WanTransformer(nn.Module):
 
     def set_attention(self, attention: ShardedAttention) -> None:
         """Let every block attend to its video tokens through `attention`."""
-        for module in self.modules():
-            if isinstance(module, SelfAttention):
-                module.attention = attention
+        for block in self.blocks:
+            assert isinstance(block, WanBlock)
+            block.attn1.attention = attention
 
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0, device: torch.device | None = None) -> None:
