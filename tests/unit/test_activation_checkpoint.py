@@ -242,7 +242,7 @@ def test_descriptions() -> None:
     assert describe(CONFIGS["selective 2"]) == "selective: saves attention outputs and 1 of 2 matmuls"
     assert describe(CONFIGS["selective with skip"]).endswith("1 of 2 matmuls, all of 1 of 4 blocks")
     eleven = ActivationCheckpointConfig(mode="selective", selective_interval=11, skip_interval=23)
-    assert describe(eleven).endswith("every 11th matmul, all of every 23rd block")
+    assert describe(eleven).endswith("1 of 11 matmuls, all of 1 of 23 blocks")
 
 
 @pytest.mark.parametrize(

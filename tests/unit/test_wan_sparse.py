@@ -140,7 +140,7 @@ def test_config_and_core_must_agree() -> None:
     for config, sparse in ((SPARSE, None), (DENSE, core(0.5))):
         with pytest.raises(
             ValueError,
-            match="contradict each other; give a SparseAttention to sparse models and a Segmentation to causal ones",
+            match="contradict each other; give a SparseAttention to sparse models",
         ):
             WanTransformer(config, sparse)
 

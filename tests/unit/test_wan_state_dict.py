@@ -137,7 +137,7 @@ def test_the_unused_query_norm_of_published_image_models_is_skipped(tmp_path):
 
 def test_loading_holds_one_tensor_at_a_time(sharded_folder, monkeypatch):
     """Every tensor that was read must be gone before the next one is."""
-    fill = state_dict._fill
+    fill = state_dict.fill
     read: list[weakref.ref] = []
     alive: list[int] = []
 
@@ -147,7 +147,7 @@ def test_loading_holds_one_tensor_at_a_time(sharded_folder, monkeypatch):
         fill(parameter, part)
 
     model = WanTransformer(CONFIG)
-    monkeypatch.setattr(state_dict, "_fill", fill_and_count)
+    monkeypatch.setattr(state_dict, "fill", fill_and_count)
     load_weights(model, sharded_folder)
     assert alive == [1] * len(model.state_dict())
 

@@ -275,7 +275,7 @@ def test_only_a_causal_role_makes_other_lengths(trainer: Trainer) -> None:
         (("--pipeline_config.sink_frames", "2"), r"sink_frames = 2 are frames of cache_window_frames = 0"),
         (
             ("--pipeline_config.cache_window_frames", "-1"),
-            r"cache_window_frames = -1 is out of range; choose at least 0",
+            r"cache_window_frames = -1 is out of range; choose at",
         ),
         (("--pipeline_config.frame_per_block", "2"), r"did you mean .*frames_per_block"),
         (("--pipeline_config.image_probability", "0.2"), r"image_probability = 0\.2 .* causal roles don't take"),
