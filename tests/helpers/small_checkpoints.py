@@ -28,7 +28,7 @@ CONFIG = WanConfig(
 
 def make_role(name: str, seed: int, *, ema: bool) -> RoleHandle:
     torch.manual_seed(seed)
-    module = WanTransformer.from_config(CONFIG)
+    module = WanTransformer(CONFIG)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     return RoleHandle(
         name,

@@ -54,7 +54,7 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_flops_equal_torchs_own_count(mode: str) -> None:
     """Forward, backward and recomputation of the small Wan, to the last one."""
     config, checkpointing = FLAVORS["tiny"], MODES[mode]
-    model = WanTransformer.from_config(config)
+    model = WanTransformer(config)
     apply_activation_checkpointing(model.blocks, checkpointing)
     latents, text = torch.zeros(1, 16, 5, 12, 12), torch.zeros(1, TINY_TEXT, config.text_dim)
     # torch counts attention where it is plain matrix products, which `selective` does not know as attention.
@@ -114,7 +114,7 @@ def test_step_flops_are_the_closed_form() -> None:
 def test_peak_of_a_training_step_is_what_was_planned(mode: str, dtype: torch.dtype) -> None:
     """Allocated bytes, as torch's profiler sees them: not more than planned (but for 2 %), and at most a sixth less."""
     config, checkpointing = FLAVORS["tiny"], MODES[mode]
-    model = WanTransformer.from_config(config).to(dtype)
+    model = WanTransformer(config).to(dtype)
     apply_activation_checkpointing(model.blocks, checkpointing)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -137,9 +137,9 @@ def test_keeping_every_frame_records_the_videos_own_rate(config: PreprocessConfi
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "frames": ({"num_frames": 8}, r"--num-frames 8 is not 4 n \+ 1: try 9"),
-    "height": ({"height": 40}, r"--height 40 is not a multiple of 16 pixels .*: try 32"),
-    "width": ({"width": 0}, r"--width 0 is not a multiple of 16 pixels .*: try 16"),
+    "frames": ({"num_frames": 8}, r"--num-frames = 8 must be 4 n \+ 1 for this VAE; set it to 5 or 9"),
+    "height": ({"height": 40}, r"--height = 40 must be a multiple of 16 .*; set it to 32 or 48"),
+    "width": ({"width": 0}, r"--width = 0 must be a multiple of 16 .*; set it to 16"),
     "fps": ({"fps": 0.0}, "--fps 0 is not positive"),
     "stride": ({"stride": -1}, "--stride -1 is not positive"),
     "too short": ({"num_frames": 13}, r"b\.mp4 has 10 frames at 8 frames a second, a clip takes 13"),

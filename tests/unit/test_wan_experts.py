@@ -41,7 +41,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 def write_experts(folder: Path, *, seed: int = 0) -> Path:
     """A pipeline's two transformers, of random weights, and its index."""
     for offset, name in enumerate(("transformer", "transformer_2")):
-        model = WanTransformer.from_config(CONFIG)
+        model = WanTransformer(CONFIG)
         generator = torch.Generator().manual_seed(seed + offset)
         values = {key: 0.2 * torch.randn(p.shape, generator=generator) for key, p in model.named_parameters()}
         save_folder(values, CONFIG, folder / name)
@@ -280,7 +280,7 @@ def set_index(folder: Path, **values: object) -> None:
     ("spoil", "message"),
     [
         (lambda folder: set_index(folder, boundary_ratio=None), "no model_index.json says where the second one"),
-        (lambda folder: set_index(folder, boundary_ratio="x"), "boundary_ratio = 'x', which is no share"),
+        (lambda folder: set_index(folder, boundary_ratio="x"), "boundary_ratio = 'x', which is not a share"),
         (lambda folder: set_index(folder, boundary_ratio=0.9), "boundaries differ (0.9 in "),
         (lambda folder: save_other(folder / "transformer_2"), "have different shapes"),
     ],
@@ -298,7 +298,7 @@ def test_folders_that_do_not_fit_are_one_sentence(
 
 def save_other(folder: Path) -> None:
     config = replace(CONFIG, ffn_dim=32)
-    save_folder(dict(WanTransformer.from_config(config).named_parameters()), config, folder)
+    save_folder(dict(WanTransformer(config).named_parameters()), config, folder)
 
 
 @pytest.mark.nightly

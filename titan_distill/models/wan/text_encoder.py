@@ -65,18 +65,13 @@ class TextEncoder:
             raise ValueError(
                 f"no tokenizer folder {self._tokenizer_folder}: name it if it is not beside the text encoder"
             )
-        self._embeddings: dict[tuple[str, int], Tensor] = {}
+        self._cached = functools.lru_cache(_MAX_CACHED_PROMPTS)(self._compute)
 
     def embed(self, prompt: str, max_tokens: int) -> Tensor:
         """Embedding ``[num_tokens, D]`` of one prompt in fp32 on the CPU, without padding, num_tokens <= max_tokens."""
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-        key = (prompt_clean(prompt), max_tokens)
-        if key not in self._embeddings:
-            if len(self._embeddings) == _MAX_CACHED_PROMPTS:
-                self._embeddings.pop(next(iter(self._embeddings)))
-            self._embeddings[key] = self._compute(*key)
-        return self._embeddings[key].clone()
+        return self._cached(prompt_clean(prompt), max_tokens).clone()
 
     def encode(self, prompts: Sequence[str], max_tokens: int) -> Tensor:
         """Embeddings ``[B, max_tokens, D]`` in fp32 on the CPU, zero after each prompt's true length."""
