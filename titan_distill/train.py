@@ -179,10 +179,11 @@ def dry_run(config: Config) -> str:
     with fake_world(num_ranks()) as world:
         roles = build_roles(config, family, build_layouts(config, world), world.device)
         _check_latent_space(family, roles)
-        described = banner(config, roles, world)
+        run_layout = check_world(config, world.size)
+        described = banner(config, roles, world, run_layout.roles, run_layout.num_micro_batches)
         if not can_plan(config, roles):
             return described
-        plan = make_plan(config, check_world(config, world.size), roles, GPUS["H100"])
+        plan = make_plan(config, run_layout, roles, GPUS["H100"])
         return f"{described}\n\n{memory_table(plan)}"
 
 
@@ -241,7 +242,8 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         validator = Validator(config, adapter, folder / "validation", layouts, ranks, makes_videos=makes_videos)
     metrics = MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work)
     if world.is_main:
-        print(banner(config, roles, world))
+        run_layout = check_world(config, world.size)
+        print(banner(config, roles, world, run_layout.roles, run_layout.num_micro_batches))
     return Trainer(
         config=config,
         roles=roles,

@@ -1,4 +1,4 @@
-"""``titan-distill generate``: one video from a checkpoint, sampled exactly as validation samples it."""
+"""`titan-distill generate`: one video from a checkpoint, sampled exactly as validation samples it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def generate(
     """Make a video from a prompt, or from a prompt and a first picture, with a trained role.
 
     Args:
-        checkpoint: A step folder, or ``outputs/<name>/checkpoints/latest``.
+        checkpoint: A step folder, or `outputs/<name>/checkpoints/latest`.
         prompt: What the video should show.
         out: mp4 file to write.
         role: Trained role to sample from.
@@ -100,9 +100,9 @@ def load_role(
     raw_weights: bool,
 ) -> tuple[Config, Adapter, RoleHandle, SampleRequest]:
     """A trained role of a checkpoint as one module, its run's configuration, and how its method samples from it.
-    ``pipeline`` replaces values of the run's [pipeline_config].
+    `pipeline` replaces values of the run's [pipeline_config].
 
-    Raises ValueError when the run's ``config.toml`` is not beside the checkpoints, or for what ``role_tensors``
+    Raises ValueError when the run's `config.toml` is not beside the checkpoints, or for what `role_tensors`
     refuses.
     """
     config_file = checkpoint.parent.parent / "config.toml"

@@ -1,4 +1,4 @@
-"""``titan-distill data ode-pairs``: a frozen teacher's sampling trajectories, written for a student to learn.
+"""`titan-distill data ode-pairs`: a frozen teacher's sampling trajectories, written for a student to learn.
 
 Each pair starts from noise of its own and follows the teacher's guided ODE. Kept are the states at a few levels, the
 end, the caption and its embedding. The initial noise is kept by its key, the row's id (`initial_noise` draws it again,
@@ -10,7 +10,7 @@ ids in it and on nothing else, so any number of ranks writes the same ones. The 
 configuration says, which makes each of its forwards a collective: all data groups run equally many, and the last ones
 may repeat a batch that they do not write.
 
-Beside the files lies ``ode_pairs.json`` with what they were made by: other pairs in the same folder are refused.
+Beside the files lies `ode_pairs.json` with what they were made by: other pairs in the same folder are refused.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class OdePairsOptions:
 
 
 def ode_pairs(options: OdePairsOptions) -> str:
-    """Make the pairs that are missing in ``options.out``, and say what is there now.
+    """Make the pairs that are missing in `options.out`, and say what is there now.
 
     Raises:
         ValueError: a timestep that is not on the solver's grid (before anything is built or computed), a job that says
@@ -139,7 +139,7 @@ def _wait_for_all() -> None:
 
 
 def with_teacher(config: Config, teacher: Path | None) -> Config:
-    """The configuration with ``teacher`` in the role of that name. Raises ValueError where neither has one."""
+    """The configuration with `teacher` in the role of that name. Raises ValueError where neither has one."""
     if teacher is None and "teacher" not in config.roles:
         raise ValueError(f"{config.job.config_file} has no [roles.teacher]; add it, or name its folder by --teacher")
     roles = dict(config.roles)
@@ -183,7 +183,7 @@ def initial_noise(row_id: str, shape: Sequence[int]) -> Tensor:
 
 
 def missing_batches(out: Path, settings: dict[str, Any], num_pairs: int, options: OdePairsOptions) -> list[list[int]]:
-    """Indices of the pairs that no file in ``out`` has, a list a file. Raises ValueError where others lie there."""
+    """Indices of the pairs that no file in `out` has, a list a file. Raises ValueError where others lie there."""
     _check_settings(out, settings)
     found = set(read_ids(out)) if list(out.glob("*.parquet")) else set()
     batches = []
@@ -267,7 +267,7 @@ class Prompts:
         return len(self._source)
 
     def row(self, index: int, adapter: Adapter) -> LatentRow:
-        """A text-only row for the pair ``index``; prompts repeat where there are more pairs."""
+        """A text-only row for the pair `index`; prompts repeat where there are more pairs."""
         prompt = self._source[index % len(self)]
         if isinstance(prompt, LatentRow):
             return LatentRow("", prompt.caption, prompt.text_embedding)

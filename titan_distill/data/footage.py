@@ -163,7 +163,7 @@ def _with_next_start(frames: Iterable[TimedFrame]) -> Iterator[tuple[TimedFrame,
 
 
 def _fit(frame: av.VideoFrame, height: int, width: int) -> Tensor:
-    """Scale an RGB frame to cover height × width and crop its centre: ``[3, height, width]`` uint8."""
+    """Scale an RGB frame to cover height × width and crop its centre: `[3, height, width]` uint8."""
     upright = np.rot90(frame.to_ndarray(), k=round(frame.rotation / 90))
     pixels_HWC = torch.from_numpy(np.ascontiguousarray(upright))
     scale = max(height / pixels_HWC.shape[0], width / pixels_HWC.shape[1])
@@ -174,7 +174,7 @@ def _fit(frame: av.VideoFrame, height: int, width: int) -> Tensor:
 
 
 def read_mp4(path: Path | str) -> tuple[npt.NDArray[np.uint8], float]:
-    """All frames ``[T, H, W, 3]`` of a video that ``write_mp4`` wrote, and its frames per second."""
+    """All frames `[T, H, W, 3]` of a video that `write_mp4` wrote, and its frames per second."""
     import av
 
     with av.open(str(path)) as container:

@@ -1,7 +1,7 @@
 """A loader whose whole state is one number: how many samples the run has seen.
 
-Sample ``g`` of a run, counted over all ranks from 0, is row ``permutation(seed, g // len)[g % len]`` of the dataset.
-Nothing else decides what is trained on. A global batch is the next ``global_batch_size`` ids, and a rank takes its
+Sample `g` of a run, counted over all ranks from 0, is row `permutation(seed, g // len)[g % len]` of the dataset.
+Nothing else decides what is trained on. A global batch is the next `global_batch_size` ids, and a rank takes its
 contiguous slice of them, so any number of ranks sees the same samples under the same ids, an epoch may end inside a
 batch, and resuming on another cluster is exact: the counter is all there is to save.
 
@@ -162,11 +162,11 @@ class SampleLoader(Iterator[Batch]):
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """``{"samples_seen": n}``: what all ranks together were handed, not what was read ahead."""
+        """`{"samples_seen": n}`: what all ranks together were handed, not what was read ahead."""
         return {"samples_seen": self._samples_seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after ``state["samples_seen"]`` samples, saved with any number of ranks and workers."""
+        """Continue after `state["samples_seen"]` samples, saved with any number of ranks and workers."""
         self._samples_seen = self._ids.first = state["samples_seen"]
         # StatefulDataLoader takes an empty state as "start anew": it drops its iterator and what workers read ahead.
         self._loader.load_state_dict({})

@@ -1,13 +1,13 @@
 """Latents and text embeddings in parquet files, in FastVideo's column scheme.
 
-A tensor is three columns: ``<name>_bytes`` (raw little-endian values), ``<name>_shape`` (list of int64) and
-``<name>_dtype`` (``"float32"``, ``"float16"`` or ``"bfloat16"``), for ``vae_latent`` and ``text_embedding``. Beside
-them stand the caption and facts about the clip. A text-only row, for data-free distillation, leaves ``vae_latent`` out.
+A tensor is three columns: `<name>_bytes` (raw little-endian values), `<name>_shape` (list of int64) and
+`<name>_dtype` (`"float32"`, `"float16"` or `"bfloat16"`), for `vae_latent` and `text_embedding`. Beside
+them stand the caption and facts about the clip. A text-only row, for data-free distillation, leaves `vae_latent` out.
 Further tensors, of any shape, are three columns under their own name; a reader gets those that it asks for by name.
 
 Trade-offs. Training reads rows in random order, and parquet's smallest readable piece is a row group. So the writer
 keeps groups small (`MAX_GROUP_ROWS`, `MAX_GROUP_BYTES`), at the price of a little compression, and the reader keeps the
-groups it used last, up to ``cache_bytes``: a small dataset ends up in memory whole, a large one costs one group a row.
+groups it used last, up to `cache_bytes`: a small dataset ends up in memory whole, a large one costs one group a row.
 Opening a folder reads only the footers. Every row is checked when it is read, not when the folder is opened, because
 checking means reading everything; `titan_distill.data.summary.inspect` does that in advance. The writer adds parquet's
 own checksum to each page: a byte that changed on disk is then noticed, not trained on.
@@ -152,7 +152,7 @@ def extra_names(path: str | Path) -> tuple[str, ...]:
 
 
 class ParquetDataset(RowDataset[LatentRow]):
-    """Map-style view of one parquet file, or of all ``*.parquet`` files of a folder sorted by name.
+    """Map-style view of one parquet file, or of all `*.parquet` files of a folder sorted by name.
 
     Args:
         path: file or folder.

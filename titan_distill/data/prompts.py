@@ -10,8 +10,8 @@ from titan_distill.data.tables import non_empty, read_csv, read_text
 
 
 def read_prompts(path: str | Path, num_prompts: int | None) -> list[str]:
-    """The first ``num_prompts`` prompts, or all, of a .txt (one a line), .jsonl (key ``caption``), .csv (column
-    ``prompt``) or parquet file or folder.
+    """The first `num_prompts` prompts, or all, of a .txt (one a line), .jsonl (key `caption`), .csv (column
+    `prompt`) or parquet file or folder.
 
     A shorter file is repeated: the same prompt then starts from other noise. Raises ValueError for a file without
     prompts, that cannot be read, or with a line that is no prompt.

@@ -1,6 +1,6 @@
 """A CSV of videos and prompts as a training set, without a preprocessing run before it.
 
-The file has the columns ``video`` (a path, relative to the CSV) and ``prompt``. A row is the first clip of its video:
+The file has the columns `video` (a path, relative to the CSV) and `prompt`. A row is the first clip of its video:
 loader processes decode, resample, scale and crop it, and the rank that trains on it encodes it (`Batch.clips`), each
 clip and each prompt alone, so that a sample's latents and text depend on nothing else in its batch.
 

@@ -95,7 +95,7 @@ class ForwardFlops:
 
     @property
     def backward(self) -> float:
-        """Exact where all weights are trained; ``BACKWARD_FORWARDS * total`` is 0.1 % more."""
+        """Exact where all weights are trained; `BACKWARD_FORWARDS * total` is 0.1 % more."""
         return BACKWARD_FORWARDS * (self.total - self.selection) - self.data_layers
 
     @property
@@ -111,8 +111,8 @@ def forward_flops(
     sparse: TilesRead | None = None,
     num_keys: float | None = None,
 ) -> ForwardFlops:
-    """Cost of one forward for one sample of ``num_tokens`` video tokens with one timestep; with dense attention, or
-    with a sparse core that reads tiles of average length. ``num_keys``: video tokens that each token attends to, on
+    """Cost of one forward for one sample of `num_tokens` video tokens with one timestep; with dense attention, or
+    with a sparse core that reads tiles of average length. `num_keys`: video tokens that each token attends to, on
     average, where that is not all of them: fewer in a causal forward, more where others are in memory.
 
     The image tokens that I2V models attend to are left out (0.3 % of a 14B forward at 480p).
@@ -208,8 +208,8 @@ class WorkCounter:
             self._copies = 1
 
     def forward(self, flops: float, *, backward: bool, recompute: float, frozen: bool = False) -> None:
-        """Counts one forward of ``flops`` for all its samples and, where there is one, its backward, which computes the
-        share ``recompute`` of the forward again. ``frozen``: the weights themselves have no gradients, only adapters
+        """Counts one forward of `flops` for all its samples and, where there is one, its backward, which computes the
+        share `recompute` of the forward again. `frozen`: the weights themselves have no gradients, only adapters
         beside them, so that half of a backward falls away."""
         if self._paused:
             return
@@ -233,12 +233,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_flops_by_name(name: str) -> float | None:
-    """Peak bf16 FLOP/s by device name, e.g. ``NVIDIA H100 80GB HBM3``; None when it is unknown."""
+    """Peak bf16 FLOP/s by device name, e.g. `NVIDIA H100 80GB HBM3`; None when it is unknown."""
     return next((peak for part, peak in PEAK_BF16_FLOPS if part in name), None)
 
 
 def utilization(work: Work, seconds: float, peak: float | None) -> dict[str, float]:
-    """``tflops``: model TFLOP/s of this device; ``mfu`` and ``hfu``: shares of ``peak`` FLOP/s, where it is known."""
+    """`tflops`: model TFLOP/s of this device; `mfu` and `hfu`: shares of `peak` FLOP/s, where it is known."""
     values = {"tflops": work.model_flops / seconds / 1e12}
     if peak is not None:
         values |= {"mfu": work.model_flops / seconds / peak, "hfu": work.hardware_flops / seconds / peak}

@@ -1,6 +1,6 @@
-"""Numbers of a run: ``metrics.jsonl`` always, trackers when asked for, and one line of progress on the terminal.
+"""Numbers of a run: `metrics.jsonl` always, trackers when asked for, and one line of progress on the terminal.
 
-A line of ``metrics.jsonl`` holds, for one logged step, the latest value of every key since the line before (a student
+A line of `metrics.jsonl` holds, for one logged step, the latest value of every key since the line before (a student
 that is updated every fifth step appears in every tenth line), the seconds of each phase, and rates. Two rules keep them
 honest:
 
@@ -51,7 +51,7 @@ class MetricsLogger:
     ) -> None:
         """Opens the file, the trackers and the progress display.
 
-        ``start_step`` is the number of steps already done. Without a ``counter``, which knows the family's tokens and
+        `start_step` is the number of steps already done. Without a `counter`, which knows the family's tokens and
         FLOPs, no rates are logged. Raises ValueError when a tracker that is switched on cannot start.
         """
         self.latest: dict[str, float] = {}
@@ -72,7 +72,7 @@ class MetricsLogger:
             self._progress = Progress(self._num_steps, start_step)
 
     def step(self, step: int, values: Mapping[str, float], *, samples_seen: int) -> None:
-        """Takes the values of one finished step (``step`` steps are done now); writes a line when one is due."""
+        """Takes the values of one finished step (`step` steps are done now); writes a line when one is due."""
         self._pending |= values
         if self._file is not None:
             self._progress.update(step, values)
@@ -85,7 +85,7 @@ class MetricsLogger:
             self._phases.clear()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs what belongs to no training step, such as a validation's scores, in the line of ``step``.
+        """Logs what belongs to no training step, such as a validation's scores, in the line of `step`.
 
         The seconds of pauses go with it and leave the interval; those of training phases wait for the next line.
         """
@@ -95,7 +95,7 @@ class MetricsLogger:
         self._write(step, {**values, **pauses})
 
     def log_media(self, step: int, paths: Iterable[Path]) -> None:
-        """Shows pictures (.png) and videos (.mp4) in the trackers, under ``validation/<file name>``."""
+        """Shows pictures (.png) and videos (.mp4) in the trackers, under `validation/<file name>`."""
         for path in paths:
             for tracker in self._trackers:
                 show = tracker.log_video if path.suffix == ".mp4" else tracker.log_image

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object a line, one line a step, flushed at once.
+"""`metrics.jsonl`: one JSON object a line, one line a step, flushed at once.
 
 A file that a killed run left behind is good up to its last complete line. Resuming cuts it back to the checkpoint's
 step by writing the kept lines beside it and renaming, so a second kill in between loses nothing.
@@ -17,7 +17,7 @@ class MetricsFile:
     """Appends to the metrics of a run. Numbers keep full precision; JSON has no NaN, so that becomes null."""
 
     def __init__(self, path: Path, start_step: int) -> None:
-        """Opens ``path`` to go on after ``start_step``; later lines are dropped, all of them for a fresh run."""
+        """Opens `path` to go on after `start_step`; later lines are dropped, all of them for a fresh run."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _complete_lines(path) if start_step > 0 and path.exists() else []
         fresh = path.with_suffix(".jsonl.partial")
@@ -29,7 +29,7 @@ class MetricsFile:
         self._last_line: dict[str, float | None] = {}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends the line of ``step``; values of the step that was written last join its line instead."""
+        """Appends the line of `step`; values of the step that was written last join its line instead."""
         if self._last_line.get("step") == step:
             self._file.seek(self._last_start)
             self._file.truncate()

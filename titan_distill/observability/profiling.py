@@ -1,4 +1,4 @@
-"""A ``torch.profiler`` trace of a few steps, one file a rank, to open in Perfetto or ``chrome://tracing``.
+"""A `torch.profiler` trace of a few steps, one file a rank, to open in Perfetto or `chrome://tracing`.
 
 The step before the trace warms the profiler up: its first events are slow, and would be read as the model's. Profiling
 costs time itself, so the throughput of those steps means nothing.
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class Profiler:
-    """Context manager around the loop; call ``step()`` after every step. Does nothing when profiling is off."""
+    """Context manager around the loop; call `step()` after every step. Does nothing when profiling is off."""
 
     def __init__(self, config: ProfilingConfig, folder: Path, world: World, first_step: int = 0) -> None:
-        """``first_step`` is the step that the run starts at, 0-based like ``config.start_step``."""
+        """`first_step` is the step that the run starts at, 0-based like `config.start_step`."""
         self._path = folder / f"step-{config.start_step:08d}.rank{world.rank}.json.gz"
         self._profile: profile | None = None
         if not config.enabled:

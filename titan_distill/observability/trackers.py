@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases behind one interface.
 
 What a tracker is told: scalars by step, pictures and videos as files, and the resolved configuration, read from the
-``config.toml`` that the run has already written with its secrets redacted. Nothing here reads the environment or the
+`config.toml` that the run has already written with its secrets redacted. Nothing here reads the environment or the
 command line, and W&B's own collection of both is switched off: a key typed there must not end up on a server.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Tracker(ABC):
-    """Where numbers and pictures go besides ``metrics.jsonl``. Steps never decrease."""
+    """Where numbers and pictures go besides `metrics.jsonl`. Steps never decrease."""
 
     @abstractmethod
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -51,7 +51,7 @@ class Tracker(ABC):
 
 
 def build_trackers(config: MetricsConfig, folder: Path, name: str, start_step: int) -> list[Tracker]:
-    """The trackers that are switched on, for a run in ``folder`` that continues after ``start_step`` steps.
+    """The trackers that are switched on, for a run in `folder` that continues after `start_step` steps.
 
     Raises ValueError when TensorBoard is not installed or W&B has no key.
     """
@@ -64,7 +64,7 @@ def build_trackers(config: MetricsConfig, folder: Path, name: str, start_step: i
 
 
 class TensorBoardTracker(Tracker):
-    """Event files under ``tensorboard/``. Videos become animated GIFs, which is what its image tab can play."""
+    """Event files under `tensorboard/`. Videos become animated GIFs, which is what its image tab can play."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         try:
@@ -100,7 +100,7 @@ class TensorBoardTracker(Tracker):
 
 
 class WandbTracker(Tracker):
-    """A W&B run, which a resumed job continues. ``WANDB_MODE=offline`` keeps it on disk, under ``wandb/``."""
+    """A W&B run, which a resumed job continues. `WANDB_MODE=offline` keeps it on disk, under `wandb/`."""
 
     def __init__(self, folder: Path, project: str, name: str, start_step: int) -> None:
         import wandb
@@ -143,7 +143,7 @@ class WandbTracker(Tracker):
 
 
 def _run_id(path: Path, start_step: int) -> str:
-    """The id of the W&B run that a resumed job left in ``path``; a new one, left there, for a fresh job."""
+    """The id of the W&B run that a resumed job left in `path`; a new one, left there, for a fresh job."""
     if start_step == 0 or not path.exists():
         path.write_text(uuid.uuid4().hex[:8])
     return path.read_text()

@@ -38,7 +38,7 @@ class Sampling:
     noise: KeyedNoise
     device: torch.device
     poll: Callable[[], None] = go_on
-    """As ``Validator.poll``."""
+    """As `Validator.poll`."""
 
     @torch.no_grad()
     def run(
@@ -49,8 +49,8 @@ class Sampling:
         prompt_ids: Sequence[int],
         length: int | None = None,
     ) -> Tensor:
-        """Latents [B, *latent_shape] of the prompts whose global indices are ``prompt_ids``; of a causal role also
-        those of another ``length``."""
+        """Latents [B, *latent_shape] of the prompts whose global indices are `prompt_ids`; of a causal role also
+        those of another `length`."""
         adapter, guidance = self.adapter, Guidance(request.guidance_scale)
         if adapter.segment_lengths(role, length) is not None:
             segments = list(self.stream(request, role, condition, prompt_ids, length))
@@ -79,7 +79,7 @@ class Sampling:
         length: int | None = None,
     ) -> Iterator[Tensor]:
         """A causal role's segments [B, ...], one after the other, as they are finished; a sample's, or as many as make
-        a sequence of ``length``. A longer sequence begins as a shorter one does.
+        a sequence of `length`. A longer sequence begins as a shorter one does.
 
         Raises ValueError for a role that is not causal, for a length that segments don't fill, and for guidance.
         """
@@ -104,7 +104,7 @@ class Sampling:
     def _solve(
         self, request: SampleRequest, x0: Predictor, velocity: Predictor, normal: Callable[[int], Tensor]
     ) -> Tensor:
-        """Runs the request's solver from ``normal(0)``."""
+        """Runs the request's solver from `normal(0)`."""
         x0, velocity = self._polling(x0), self._polling(velocity)
         if request.solver == "sde":
             assert request.sigmas is not None

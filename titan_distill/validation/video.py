@@ -3,7 +3,7 @@
 The sheet has one row a prompt and one column a sampler (teacher, student before, student now); a cell is a filmstrip of
 frames evenly spread over the video. All cells of a row started from the same noise, so differences are the sampler's.
 
-Shapes: T frames, H and W height and width in pixels; videos are uint8 RGB ``[T, H, W, 3]``.
+Shapes: T frames, H and W height and width in pixels; videos are uint8 RGB `[T, H, W, 3]`.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _filmstrip(frames_THW3: Video, style: _Style) -> Image.Image:
 def _shortened(
     draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> str:
-    """The text on one line, cut with an ellipsis where it is wider than ``width`` pixels."""
+    """The text on one line, cut with an ellipsis where it is wider than `width` pixels."""
     text = " ".join(text.split())
     if draw.textlength(text, font) <= width:
         return text
