@@ -46,9 +46,10 @@ from titan_distill.methods.base import Head, TrainingMethod, method_class
 from titan_distill.models.base import ModelFamily, model_family
 from titan_distill.models.head import FeatureHead, build_head
 from titan_distill.observability.banner import banner, closing
-from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
-from titan_distill.observability.profiling import Profiler
+from titan_distill.observability.metrics import MetricsLogger
+from titan_distill.observability.profiling import build_profiler
 from titan_distill.observability.quiet import quiet_libraries
+from titan_distill.observability.timing import PhaseTimer
 from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
 from titan_distill.parallelisms.fsdp import FsdpOptions
@@ -254,7 +255,7 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         checkpoints=checkpoints if config.checkpoint.enabled else None,
         metrics=metrics,
         timer=timer,
-        profiler=Profiler(config.profiling, folder / "profile", world, first_step=state.step),
+        profiler=build_profiler(config.profiling, folder / "profile", world, first_step=state.step),
         state=state,
         layouts=layouts,
         ranks=ranks,

@@ -21,7 +21,7 @@ from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest
 from titan_distill.methods.base import method_class
 from titan_distill.models.base import Adapter, model_family
-from titan_distill.observability.metrics import PhaseTimer
+from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.mesh import Layouts, default_device
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.sampling import Sampling

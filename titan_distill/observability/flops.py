@@ -25,15 +25,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
+from titan_distill.attention.sparse import TilesRead
+from titan_distill.config.sections import ActivationCheckpointConfig
 from titan_distill.parallelisms.activation_checkpoint import is_checkpointed, is_kept
-
-if TYPE_CHECKING:
-    from titan_distill.attention.sparse import TilesRead
-    from titan_distill.config.sections import ActivationCheckpointConfig
 
 BACKWARD_FORWARDS = 2
 """A backward pass in forwards: gradients of the inputs and of the weights."""

@@ -14,20 +14,17 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from titan_distill.config.sections import MetricsConfig
 from titan_distill.data.footage import read_mp4
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-if TYPE_CHECKING:
-    from titan_distill.config.sections import MetricsConfig
 
 
 class Tracker(ABC):
@@ -38,12 +35,8 @@ class Tracker(ABC):
         """Adds one point to each named curve."""
 
     @abstractmethod
-    def log_image(self, step: int, key: str, path: Path) -> None:
-        """Shows a picture file."""
-
-    @abstractmethod
-    def log_video(self, step: int, key: str, path: Path) -> None:
-        """Shows an mp4 file."""
+    def log_media(self, step: int, key: str, path: Path) -> None:
+        """Shows a picture file or an mp4 file."""
 
     @abstractmethod
     def close(self) -> None:
@@ -83,11 +76,11 @@ class TensorBoardTracker(Tracker):
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
 
-    def log_image(self, step: int, key: str, path: Path) -> None:
-        with Image.open(path) as image:
-            self._writer.add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-
-    def log_video(self, step: int, key: str, path: Path) -> None:
+    def log_media(self, step: int, key: str, path: Path) -> None:
+        if path.suffix != ".mp4":
+            with Image.open(path) as image:
+                self._writer.add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            return
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         video, fps = read_mp4(path)
@@ -128,15 +121,11 @@ class WandbTracker(Tracker):
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
-    def log_image(self, step: int, key: str, path: Path) -> None:
+    def log_media(self, step: int, key: str, path: Path) -> None:
         import wandb
 
-        self._run.log({key: wandb.Image(str(path))}, step=step)
-
-    def log_video(self, step: int, key: str, path: Path) -> None:
-        import wandb
-
-        self._run.log({key: wandb.Video(str(path), format="mp4")}, step=step)
+        media = wandb.Video(str(path), format="mp4") if path.suffix == ".mp4" else wandb.Image(str(path))
+        self._run.log({key: media}, step=step)
 
     def close(self) -> None:
         self._run.finish()
