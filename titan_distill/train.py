@@ -31,7 +31,7 @@ from titan_distill.config.layouts import check_world, needs_group, role_parallel
 from titan_distill.config.loading import check_paths, help_text, load_config
 from titan_distill.config.text import to_toml
 from titan_distill.data.datasets import open_dataset
-from titan_distill.data.loader import build_loader
+from titan_distill.data.loader import SampleLoader
 from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
 from titan_distill.fault_tolerance.exit_codes import (
     EXIT_BAD_INPUT,
@@ -226,7 +226,7 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
                 f"training.steps = {config.training.steps}, but the checkpoint has done {state.step} already; raise it"
             )
 
-    loader = build_loader(
+    loader = SampleLoader(
         dataset,
         global_batch_size=config.training.global_batch_size,
         data_rank=layouts.data_rank,

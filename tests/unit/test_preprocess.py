@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan
 from tiny_media import write_pipeline, write_video
 
 from titan_distill.commands.preprocess import OUTPUT_NAME, PreprocessConfig, preprocess, read_captions
-from titan_distill.data.loader import build_loader
+from titan_distill.data.loader import SampleLoader
 from titan_distill.data.parquet import ParquetDataset
 
 SHARED_CLIPS = Path(__file__).resolve().parents[3] / "shared" / "clips"
@@ -69,7 +69,7 @@ BAD_CAPTIONS = {
     "short.csv": ("file_name,caption\na.mp4\n", "line 2: expected a non-empty file_name and caption"),
     "twice.csv": ("file_name,caption\na.mp4,x\na.mp4,y\n", r"line 3: a\.mp4 has a caption already"),
     "broken.jsonl": ('\n{"file_name": "a.mp4",\n', "line 2: not JSON"),
-    "list.jsonl": ('["a.mp4", "x"]', "line 1: expected an object"),
+    "list.jsonl": ('["a.mp4", "x"]', "line 1: expected a JSON object with file_name and caption"),
     "deep.jsonl": ("[" * 100_000, "line 1: not JSON"),
     "blank.jsonl": ('\n{"file_name": "a.mp4", "caption": " "}', "line 2: expected a non-empty file_name and caption"),
     "long.csv": (f"file_name,caption\na.mp4,{'x' * 200_000}\n", "after line 1: not CSV"),
@@ -124,7 +124,7 @@ def test_folder_to_parquet(config: PreprocessConfig, pipeline_folder: Path) -> N
 def test_output_feeds_the_loader(config: PreprocessConfig) -> None:
     preprocess(dataclasses.replace(config, dtype="bfloat16", clips_per_video=1))
     dataset = ParquetDataset(config.out)
-    batches = build_loader(dataset, global_batch_size=2, data_rank=0, data_world_size=1, seed=0, max_text_tokens=64)
+    batches = SampleLoader(dataset, global_batch_size=2, data_rank=0, data_world_size=1, seed=0, max_text_tokens=64)
     batch = next(batches)
     assert batch.latents is not None
     assert batch.latents.shape == (2, 16, 2, 4, 6)

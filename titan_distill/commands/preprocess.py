@@ -9,7 +9,6 @@ fault in any video stops the whole job before a file appears: a data set that si
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from titan_distill.data.footage import SUFFIXES, read_clips
 from titan_distill.data.parquet import DTYPES, LatentRow, write_rows
 from titan_distill.data.summary import DatasetSummary, inspect
-from titan_distill.data.tables import non_empty, read_csv, read_text
+from titan_distill.data.tables import READERS, non_empty
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, encode_pictures
 from titan_distill.models.wan.image_encoder import ImageEncoder
 from titan_distill.models.wan.text_encoder import TextEncoder
@@ -103,34 +102,18 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
 
 def read_captions(path: Path) -> dict[str, str]:
     """Captions by file name from a .csv or .jsonl file; raises `ValueError` with the line that is wrong."""
-    readers = {".csv": _csv_entries, ".jsonl": _jsonl_entries}
-    if path.suffix not in readers:
-        raise ValueError(f"captions file {path} ends in {path.suffix!r}: expected {' or '.join(readers)}")
+    if path.suffix not in READERS:
+        raise ValueError(f"captions file {path} ends in {path.suffix!r}: expected {' or '.join(READERS)}")
     if not path.is_file():
         raise ValueError(f"no captions file {path}")
     captions: dict[str, str] = {}
-    for where, entry in readers[path.suffix](path):
-        name, caption = non_empty(where, entry, ("file_name", "caption"))
+    columns = ("file_name", "caption")
+    for where, entry in READERS[path.suffix](path, columns):
+        name, caption = non_empty(where, entry, columns)
         if name in captions:
             raise ValueError(f"{where}: {name} has a caption already: keep one")
         captions[name] = caption
     return captions
-
-
-def _csv_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    return read_csv(path, ("file_name", "caption"))
-
-
-def _jsonl_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = read_text(path).split("\n")
-    for where, line in ((f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where}: expected an object with file_name and caption, found {line:.60}")
-        yield where, entry
 
 
 def find_videos(folder: Path, captions: Iterable[str], captions_file: Path) -> dict[str, Path]:
