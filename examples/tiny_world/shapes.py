@@ -1,4 +1,4 @@
-"""Procedural clips of one moving shape: the world that the small real Wan lives in.
+"""Drawn clips of one moving shape: the world of the small model that the examples train.
 
 A clip is fully described by four words: colour, shape, direction and speed. That makes it a test bench for
 text-to-video distillation that needs no data set and no human judge: a caption states the four words, a drawing is
@@ -40,11 +40,10 @@ CAPTION_TEMPLATES = (
     "the {colour} {shape} goes {direction} {adverb}",
 )
 
-# How far the outline reaches from the centre for a size of one pixel: a circle by its radius, a square and a
-# triangle scaled so that all three look equally large (and area alone does not give the shape away).
-_SQUARE_HALF_SIDE = 0.90
-_TRIANGLE_CIRCUMRADIUS = 1.15
-_REACH = _TRIANGLE_CIRCUMRADIUS
+RADII = {"circle": 1.0, "square": 0.90, "triangle": 1.15 / 2}
+"""Radius of each shape in its own norm (`distance_from_centre`) for a size of one pixel: all three look equally large,
+and area alone does not give the shape away."""
+_REACH = 1.15  # of the triangle's corners, which reach furthest
 _MIN_SIZE, _MAX_SIZE = 18.0, 22.0
 
 
@@ -102,19 +101,6 @@ def held_out_attributes() -> list[ShapesClip]:
     return [clip for clip in all_attributes() if clip.combination in HELD_OUT]
 
 
-def held_out_prompts(num_prompts: int) -> list[tuple[str, ShapesClip]]:
-    """Captions for scoring with the clips they describe: the 24 held-out ones in turn, repeated until there are enough.
-
-    Repeats share a caption; each is meant to be sampled from its own noise.
-    """
-    if num_prompts < 1:
-        raise ValueError(
-            f"num_prompts is {num_prompts}, but at least 1 prompt is needed to score; pass a positive number"
-        )
-    clips = held_out_attributes()
-    return [(clips[i % len(clips)].caption(), clips[i % len(clips)]) for i in range(num_prompts)]
-
-
 def parse_caption(caption: str) -> ShapesClip:
     """The clip that a caption describes: the inverse of `ShapesClip.caption`; raises `ValueError` for other
     sentences."""
@@ -154,14 +140,17 @@ def _coverage(shape: str, size: float, x: float, y: float) -> npt.NDArray[np.flo
     """Share of each pixel inside the shape [H, W]: signed distance to the outline, ramped over one pixel
     (anti-aliasing)."""
     rows, columns = np.mgrid[0:FRAME_SIZE, 0:FRAME_SIZE] + 0.5
-    dx, dy = columns - x, rows - y
-    if shape == "circle":
-        distance = np.hypot(dx, dy) - size
-    elif shape == "square":
-        distance = np.maximum(np.abs(dx), np.abs(dy)) - size * _SQUARE_HALF_SIDE
-    else:
-        # Upright equilateral triangle: the inside of three half-planes, each half a circumradius from the centre.
-        inradius = size * _TRIANGLE_CIRCUMRADIUS / 2
-        sides = np.abs(dx) * np.sqrt(3) / 2 - dy / 2
-        distance = np.maximum(sides, dy) - inradius
+    distance = distance_from_centre(shape, columns - x, rows - y) - size * RADII[shape]
     return np.clip(0.5 - distance, 0.0, 1.0)
+
+
+def distance_from_centre(
+    shape: str, dx: npt.NDArray[np.float64], dy: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Distance in the shape's own norm: the shape is where it is below the radius."""
+    if shape == "circle":
+        return np.hypot(dx, dy)
+    if shape == "square":
+        return np.maximum(np.abs(dx), np.abs(dy))
+    # Upright equilateral triangle: the inside of three half-planes.
+    return np.maximum(np.abs(dx) * np.sqrt(3) / 2 - dy / 2, dy)

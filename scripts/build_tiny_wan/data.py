@@ -23,7 +23,7 @@ from tiny_world.shapes import (
     NUM_FRAMES,
     ShapesClip,
     draw_clip,
-    held_out_prompts,
+    held_out_attributes,
     train_attributes,
 )
 
@@ -32,7 +32,7 @@ from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.vae import encode_video, load_vae
 
 MAX_TOKENS = 64
-NUM_HELD_OUT_PROMPTS = 96
+PROMPT_REPEATS = 4
 CLIPS_A_BATCH = 8
 FLOW_SHIFT = 3.0
 
@@ -43,8 +43,8 @@ def write_data(assets: Path, pipeline: Path, local: Path, *, num_shipped: int, n
     text = TextEncoder(pipeline)
     write_rows(assets / "latents.parquet", _latent_rows(vae, text, num_shipped, seed))
     write_rows(assets / "prompts.parquet", _prompt_rows(text))
-    prompts = [caption for caption, _ in held_out_prompts(NUM_HELD_OUT_PROMPTS)]
-    (assets / "held_out_prompts.txt").write_text("\n".join(prompts) + "\n")
+    prompts = [f"{clip.caption()}\n" for clip in held_out_attributes()] * PROMPT_REPEATS
+    (assets / "held_out_prompts.txt").write_text("".join(prompts))
     write_rows(local / "latents.parquet", _latent_rows(vae, text, num_local, seed + 1))
 
 
