@@ -57,8 +57,8 @@ def closing(config: Config, metrics: Mapping[str, float]) -> str:
     lines.append(f"  metrics        {folder / 'metrics.jsonl'}")
     if config.checkpoint.enabled:
         lines.append(f"  checkpoint     {folder / 'checkpoints' / f'step-{steps:08d}'}")
-    if config.validation.enabled:
-        lines.append(f"  look at        {folder / 'validation' / f'step-{steps:08d}' / 'contact_sheet.png'}")
+    if (sheet := folder / "validation" / f"step-{steps:08d}" / "contact_sheet.png").is_file():
+        lines.append(f"  look at        {sheet}")
     return "\n".join(lines)
 
 

@@ -1,8 +1,7 @@
-"""Validation, the part that knows no model family: running a method's sample requests.
+"""Sampling runs one sample request of a method: a role, a solver and its steps, guidance.
 
-A family's Validator turns the latents into something to look at and to score. Noise is keyed by the prompt's index and
-the validation seed, so the same prompt starts from the same noise in every run, on any number of ranks, for every
-sample set.
+Noise is keyed by the prompt's index and the validation seed, so the same prompt starts from the same noise in every
+run, on any number of ranks, for every sample set.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from titan_distill.models.streaming import write_context
 from titan_distill.roles import RoleHandle
 
 CONTEXT = -1
-"""In place of a sampling step: the noise of a finished segment's context."""
+"""Sampling step that keys the noise of a finished segment's context."""
 
 
 def go_on() -> None:
@@ -32,7 +31,7 @@ def go_on() -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one set of latents is drawn: the request, and the keyed noise that makes it reproducible."""
+    """Draws sets of latents with keyed noise."""
 
     adapter: Adapter
     noise: KeyedNoise
