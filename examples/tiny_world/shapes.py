@@ -34,6 +34,8 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 PIXELS_PER_FRAME = {"slow": 1.0, "fast": 2.2}
 ADVERBS = {"slow": "slowly", "fast": "quickly"}
+WORDS = {"colour": (*COLOURS,), "shape": SHAPES, "direction": (*DIRECTIONS,), "speed": (*PIXELS_PER_FRAME,)}
+"""The words that describe a clip, by attribute."""
 CAPTION_TEMPLATES = (
     "a {colour} {shape} moving {direction} {adverb}",
     "a {colour} {shape} moves {adverb} {direction}",
@@ -57,8 +59,7 @@ class ShapesClip:
     speed: str
 
     def __post_init__(self) -> None:
-        known = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "speed": PIXELS_PER_FRAME}
-        for name, values in known.items():
+        for name, values in WORDS.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not drawn here; choose one of {', '.join(values)}")
 
@@ -88,7 +89,7 @@ HELD_OUT = _latin_square()
 
 def all_attributes() -> list[ShapesClip]:
     """All 96 clips that can be described, in a fixed order."""
-    return [ShapesClip(*words) for words in product(COLOURS, SHAPES, DIRECTIONS, PIXELS_PER_FRAME)]
+    return [ShapesClip(*words) for words in product(*WORDS.values())]
 
 
 def train_attributes() -> list[ShapesClip]:
@@ -101,14 +102,18 @@ def held_out_attributes() -> list[ShapesClip]:
     return [clip for clip in all_attributes() if clip.combination in HELD_OUT]
 
 
+def captioned(clips: list[ShapesClip]) -> list[tuple[str, ShapesClip]]:
+    """Each clip in the words of each template: (caption, clip)."""
+    return [(clip.caption(template), clip) for clip, template in product(clips, range(len(CAPTION_TEMPLATES)))]
+
+
 def parse_caption(caption: str) -> ShapesClip:
     """The clip that a caption describes: the inverse of `ShapesClip.caption`; raises `ValueError` for other
     sentences."""
-    for clip, template in product(all_attributes(), range(len(CAPTION_TEMPLATES))):
-        if clip.caption(template) == caption:
-            return clip
-    example = all_attributes()[0].caption()
-    raise ValueError(f"caption {caption!r} does not describe a moving shape; write it like {example!r}")
+    clips = dict(captioned(all_attributes()))
+    if caption not in clips:
+        raise ValueError(f"caption {caption!r} does not describe a moving shape; write it like {next(iter(clips))!r}")
+    return clips[caption]
 
 
 def draw_clip(clip: ShapesClip, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
