@@ -11,7 +11,7 @@ from runs import REPOSITORY, TINY_WAN, read_metrics
 
 from titan_distill.cli import main as cli
 from titan_distill.config.loading import load_config
-from titan_distill.data.footage import read_clips
+from titan_distill.data.footage import VideoSize, read_clips
 from titan_distill.data.parquet import ParquetDataset
 from titan_distill.models.base import model_family
 from titan_distill.parallelisms.mesh import Layouts
@@ -62,5 +62,5 @@ def test_stored_latents_decode_to_the_footage(data: Path, monkeypatch: pytest.Mo
 
 
 def _correlation(frames_T3HW: torch.Tensor, film: str) -> float:
-    clip = next(iter(read_clips(CLIPS / film, num_frames=17, stride=17, height=96, width=96, fps=8.0)))
+    clip = next(iter(read_clips(CLIPS / film, VideoSize(17, 96, 96, 8.0))))
     return torch.corrcoef(torch.stack([frames_T3HW.flatten(), clip.pixels.double().flatten()]))[0, 1].item()

@@ -143,7 +143,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "width": ({"width": 0}, r"--width 0 is not a multiple of 16 pixels .*: try 16"),
     "fps": ({"fps": 0.0}, "--fps 0 is not positive"),
     "stride": ({"stride": -1}, "--stride -1 is not positive"),
-    "too short": ({"num_frames": 13}, r"b\.mp4 has 10 frames at 8 frames a second, a clip takes 13"),
+    "too short": ({"num_frames": 13}, r"b\.mp4 has 10 frames at 8 frames per second, a clip takes 13"),
     "folder": ({"folder": Path("/nowhere")}, "no folder /nowhere"),
     "vae": ({"vae": Path("/nowhere")}, "no VAE in /nowhere"),
     "text encoder": ({"text_encoder": Path("/nowhere")}, "no text encoder in /nowhere"),

@@ -19,7 +19,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from titan_distill.data.footage import SUFFIXES, read_clips
+from titan_distill.data.footage import SUFFIXES, VideoSize, read_clips
 from titan_distill.data.parquet import DTYPES, LatentRow, write_rows
 from titan_distill.data.summary import DatasetSummary, inspect
 from titan_distill.data.tables import READERS, non_empty
@@ -164,17 +164,11 @@ def _rows(
 ) -> Iterator[LatentRow]:
     dtype = DTYPES[config.dtype]
     image_encoder = ImageEncoder(config.image_encoder, device=device) if config.image_encoder else None
+    size = VideoSize(config.num_frames, config.height, config.width, config.fps)
     names = (*[LATENT] * config.images, *[EMBEDDING] * (image_encoder is not None))
     for name, path in tqdm(videos.items(), unit="video", disable=None):
         embedding = text_encoder.embed(captions[name], config.max_text_tokens).to(dtype)
-        clips = read_clips(
-            path,
-            num_frames=config.num_frames,
-            stride=config.stride or config.num_frames,
-            height=config.height,
-            width=config.width,
-            fps=config.fps,
-        )
+        clips = read_clips(path, size, config.stride)
         for index, clip in enumerate(itertools.islice(clips, config.clips_per_video)):
             frames = clip.pixels.permute(0, 2, 3, 1)
             pictures = encode_pictures(names, frames[:1], config.num_frames, vae, image_encoder)

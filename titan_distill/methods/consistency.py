@@ -97,19 +97,12 @@ class Consistency(FewStepTraining):
         x = self.adapter.add_noise(x0, self.normal("consistency/noise", batch, step), sigma_B)
         condition = self.adapter.text_condition(batch)
         # First the target: the trained weights must be back before a graph is built on them.
-        target = self._target(self._teacher_step(x, sigma_B, lower_B, condition), lower_B, condition)
+        lower = schedule.euler_step(x, self.teacher_velocity(x, sigma_B, condition), sigma_B, lower_B)
+        target = self._target(lower, lower_B, condition)
         with self.timer("student"):
             predicted = self.adapter.predict_x0(self.roles["student"], x, sigma_B, condition)
         mask = self.adapter.loss_mask(condition)
         return LossResult(losses.consistency_loss(config.loss, predicted, target, mask))
-
-    @torch.no_grad()
-    def _teacher_step(self, x: Tensor, sigma_B: Tensor, lower_B: Tensor, condition: Condition) -> Tensor:
-        with self.timer("teacher"):
-            velocity = self.adapter.guided_velocity(
-                self.roles["teacher"], x, sigma_B, condition, self.config.teacher_guidance
-            )
-        return schedule.euler_step(x, velocity, sigma_B, lower_B)
 
     @torch.no_grad()
     def _target(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:

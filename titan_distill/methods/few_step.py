@@ -10,11 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from titan_distill.config.parsing import check_range
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
 from titan_distill.methods.base import Passes, TrainingMethod
-from titan_distill.models.base import Guidance
+from titan_distill.models.base import Condition, Guidance
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,13 @@ class FewStepTraining(TrainingMethod):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.sigmas = self.config.sigmas(self.adapter.flow_shift)
+
+    @torch.no_grad()
+    def teacher_velocity(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+        """The teacher's guided velocity."""
+        with self.timer("teacher"):
+            guidance = self.config.teacher_guidance
+            return self.adapter.guided_velocity(self.roles["teacher"], x, sigma_B, condition, guidance)
 
     def student_sample(self) -> SampleRequest:
         """Request for samples of the student: without guidance, with fresh noise between its steps."""

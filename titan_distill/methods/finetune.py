@@ -96,10 +96,11 @@ class Finetune(TrainingMethod):
         weight_B = schedule.bell_weight(sigma_B, self.adapter.flow_shift) if config.weighting == "bell" else None
         mask = self.adapter.loss_mask(condition)
         if config.target == "data":
-            return LossResult(losses.flow_matching_loss(velocity, x0, noise, weight_B, mask))
-        with torch.no_grad(), self.timer("teacher"):
-            target = self.adapter.predict_velocity(self.roles["teacher"], x, sigma_B, condition)
-        return LossResult(losses.velocity_loss(velocity, target, weight_B, mask))
+            target = schedule.velocity(x0.double(), noise.double())
+        else:
+            with torch.no_grad(), self.timer("teacher"):
+                target = self.adapter.predict_velocity(self.roles["teacher"], x, sigma_B, condition)
+        return LossResult(losses.regression_loss(velocity, target, weight_B, mask))
 
     def _condition(self, batch: Batch, step: int) -> Condition:
         condition = self.adapter.text_condition(batch)

@@ -97,7 +97,7 @@ class KnowledgeDistillation(FewStepTraining):
         x, sigma = self._whole(batch, step) if lengths is None else self._by_segment(batch, step, lengths)
         with self.timer("student"):
             x0 = self.adapter.predict_x0(self.roles["student"], x, sigma, self.adapter.text_condition(batch))
-        return LossResult(losses.x0_loss(x0, batch.latents))
+        return LossResult(losses.regression_loss(x0, batch.latents))
 
     def _whole(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """States at one level a sample, and the levels [B]."""

@@ -126,10 +126,7 @@ class TangentTraining(FewStepTraining):
     def tangent(self, batch: Batch, x: Tensor, sigma_B: Tensor, step: int) -> Tensor:
         """g at x_σ, not yet normalised; float64, shape of x."""
         condition = self.adapter.text_condition(batch)
-        with self.timer("teacher"):
-            v_teacher = self.adapter.guided_velocity(
-                self.roles["teacher"], x, sigma_B, condition, self.config.teacher_guidance
-            )
+        v_teacher = self.teacher_velocity(x, sigma_B, condition)
         with self.timer("tangent"):
             v, dv = self._velocity_and_slope(x, sigma_B, v_teacher, condition)
         warmup = self.config.tangent_warmup

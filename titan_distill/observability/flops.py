@@ -23,7 +23,7 @@ checkpointing recomputes, a share of a forward. MFU and HFU are their shares of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -183,34 +183,29 @@ class WorkCounter:
     def __init__(self, tokens_per_sample: int) -> None:
         self.tokens_per_sample = tokens_per_sample
         self._model_flops = self._hardware_flops = 0.0
-        self._paused = False
         self._copies = 1
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Counts nothing for the duration of the block: validation is no training."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
+        return self._counting(0)
+
+    def forward_mode(self) -> AbstractContextManager[None]:
+        """Counts every forward twice for the duration of the block: it carries a tangent, which doubles the FLOPs of
+        matrix products (and triples those of attention, which is left out)."""
+        return self._counting(2)
 
     @contextmanager
-    def forward_mode(self) -> Iterator[None]:
-        """Counts every forward twice for the duration of the block: it carries a tangent, and through matrix products
-        that is as much work again (through attention twice as much, which is left out)."""
-        self._copies = 2
+    def _counting(self, copies: int) -> Iterator[None]:
+        self._copies, before = copies, self._copies
         try:
             yield
         finally:
-            self._copies = 1
+            self._copies = before
 
     def forward(self, flops: float, *, backward: bool, recompute: float, frozen: bool = False) -> None:
         """Counts one forward of `flops` for all its samples and, where there is one, its backward, which computes the
         share `recompute` of the forward again. `frozen`: the weights themselves have no gradients, only adapters
         beside them, so that half of a backward falls away."""
-        if self._paused:
-            return
         flops *= self._copies
         backwards = 1 if frozen else BACKWARD_FORWARDS
         self._model_flops += flops * (1 + backwards * backward)

@@ -1,8 +1,9 @@
-"""TensorBoard and Weights & Biases behind one interface.
+"""Trackers show a run in TensorBoard or Weights & Biases, beside `metrics.jsonl`.
 
-What a tracker is told: scalars by step, pictures and videos as files, and the resolved configuration, read from the
-`config.toml` that the run has already written with its secrets redacted. Nothing here reads the environment or the
-command line, and W&B's own collection of both is switched off: a key typed there must not end up on a server.
+A tracker gets scalars by step (`log_scalars`; steps never decrease), pictures and mp4 files (`log_media`), and the
+resolved configuration, read from the `config.toml` that the run has already written with its secrets redacted. Nothing
+here reads the environment or the command line, and W&B's own collection of both is switched off: a key typed there must
+not end up on a server.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import io
 import shutil
 import sys
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,22 +27,6 @@ else:
     import tomli as tomllib
 
 
-class Tracker(ABC):
-    """Where numbers and pictures go besides `metrics.jsonl`. Steps never decrease."""
-
-    @abstractmethod
-    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one point to each named curve."""
-
-    @abstractmethod
-    def log_media(self, step: int, key: str, path: Path) -> None:
-        """Shows a picture file or an mp4 file."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Writes out what is still buffered."""
-
-
 def build_trackers(config: MetricsConfig, folder: Path, name: str, start_step: int) -> list[Tracker]:
     """The trackers that are switched on, for a run in `folder` that continues after `start_step` steps.
 
@@ -56,7 +40,7 @@ def build_trackers(config: MetricsConfig, folder: Path, name: str, start_step: i
     return trackers
 
 
-class TensorBoardTracker(Tracker):
+class TensorBoardTracker:
     """Event files under `tensorboard/`. Videos become animated GIFs, which is what its image tab can play."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
@@ -92,7 +76,7 @@ class TensorBoardTracker(Tracker):
         self._writer.close()
 
 
-class WandbTracker(Tracker):
+class WandbTracker:
     """A W&B run, which a resumed job continues. `WANDB_MODE=offline` keeps it on disk, under `wandb/`."""
 
     def __init__(self, folder: Path, project: str, name: str, start_step: int) -> None:
@@ -129,6 +113,9 @@ class WandbTracker(Tracker):
 
     def close(self) -> None:
         self._run.finish()
+
+
+Tracker = TensorBoardTracker | WandbTracker
 
 
 def _run_id(path: Path, start_step: int) -> str:
