@@ -31,7 +31,7 @@ from titan_distill.config.layouts import check_world, needs_group, role_parallel
 from titan_distill.config.loading import check_paths, help_text, load_config
 from titan_distill.config.text import to_toml
 from titan_distill.data.datasets import open_dataset
-from titan_distill.data.loader import build_loader
+from titan_distill.data.loader import SampleLoader
 from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
 from titan_distill.fault_tolerance.exit_codes import (
     EXIT_BAD_INPUT,
@@ -46,9 +46,10 @@ from titan_distill.methods.base import Head, TrainingMethod, method_class
 from titan_distill.models.base import ModelFamily, model_family
 from titan_distill.models.head import FeatureHead, build_head
 from titan_distill.observability.banner import banner, closing
-from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
-from titan_distill.observability.profiling import Profiler
+from titan_distill.observability.metrics import MetricsLogger
+from titan_distill.observability.profiling import build_profiler
 from titan_distill.observability.quiet import quiet_libraries
+from titan_distill.observability.timing import PhaseTimer
 from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
 from titan_distill.parallelisms.fsdp import FsdpOptions
@@ -179,10 +180,11 @@ def dry_run(config: Config) -> str:
     with fake_world(num_ranks()) as world:
         roles = build_roles(config, family, build_layouts(config, world), world.device)
         _check_latent_space(family, roles)
-        described = banner(config, roles, world)
+        run_layout = check_world(config, world.size)
+        described = banner(config, roles, world, run_layout.roles, run_layout.num_micro_batches)
         if not can_plan(config, roles):
             return described
-        plan = make_plan(config, check_world(config, world.size), roles, GPUS["H100"])
+        plan = make_plan(config, run_layout, roles, GPUS["H100"])
         return f"{described}\n\n{memory_table(plan)}"
 
 
@@ -224,7 +226,7 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
                 f"training.steps = {config.training.steps}, but the checkpoint has done {state.step} already; raise it"
             )
 
-    loader = build_loader(
+    loader = SampleLoader(
         dataset,
         global_batch_size=config.training.global_batch_size,
         data_rank=layouts.data_rank,
@@ -241,7 +243,8 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         validator = Validator(config, adapter, folder / "validation", layouts, ranks, makes_videos=makes_videos)
     metrics = MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work)
     if world.is_main:
-        print(banner(config, roles, world))
+        run_layout = check_world(config, world.size)
+        print(banner(config, roles, world, run_layout.roles, run_layout.num_micro_batches))
     return Trainer(
         config=config,
         roles=roles,
@@ -252,7 +255,7 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         checkpoints=checkpoints if config.checkpoint.enabled else None,
         metrics=metrics,
         timer=timer,
-        profiler=Profiler(config.profiling, folder / "profile", world, first_step=state.step),
+        profiler=build_profiler(config.profiling, folder / "profile", world, first_step=state.step),
         state=state,
         layouts=layouts,
         ranks=ranks,

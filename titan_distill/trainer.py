@@ -27,8 +27,9 @@ from titan_distill.fault_tolerance.signals import Stop, StopRequested
 from titan_distill.fault_tolerance.watchdog import Watchdog
 from titan_distill.methods.base import TrainingMethod, Update
 from titan_distill.models.base import Adapter
-from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
+from titan_distill.observability.metrics import MetricsLogger
 from titan_distill.observability.profiling import Profiler
+from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.fsdp import set_gradient_sync
 from titan_distill.parallelisms.mesh import Layouts, sum_over_samples, tighten_timeout
 from titan_distill.roles import RoleHandle, RoleManager

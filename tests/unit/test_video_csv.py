@@ -19,10 +19,10 @@ from tiny_media import brightness, write_video
 from titan_distill.cli import main as cli
 from titan_distill.commands.preprocess import PreprocessConfig, preprocess
 from titan_distill.config.loading import load_config
-from titan_distill.data.footage import read_picture
+from titan_distill.data.footage import VideoSize, read_picture
 from titan_distill.data.loader import Batch
 from titan_distill.data.prompts import read_prompts
-from titan_distill.data.videos import VideoDataset, VideoSize
+from titan_distill.data.videos import VideoDataset
 from titan_distill.models.wan.latents import find_latent_space
 from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.parallelisms.mesh import World

@@ -13,7 +13,8 @@ class DataConfig:
     """Parquet file, or folder of them, with latents and text embeddings (or only text, where the method allows it); or
     a .csv with the columns video and prompt, which are then encoded during training."""
     max_text_tokens: int = 512
-    """Text embeddings are zero-padded or cut to this many tokens."""
+    """Text tokens per sample. Shorter embeddings are zero-padded to this length, longer ones in the data are refused;
+    prompts that the run encodes itself (from a .csv or for validation) are cut to it."""
     num_workers: int = 0
     """Loader processes a rank; 0 reads in the training process."""
     max_bad_rows: int = 0
