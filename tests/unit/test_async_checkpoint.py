@@ -17,11 +17,11 @@ from test_checkpoint import RUN, assert_identical, make_roles, snapshot, train
 
 from titan_distill.checkpoint import manager as manager_module
 from titan_distill.checkpoint import storage
+from titan_distill.checkpoint.asynchronous import Stage, Stager
 from titan_distill.checkpoint.manager import CheckpointManager
 from titan_distill.checkpoint.manifest import read_manifest
-from titan_distill.checkpoint.ranks import RankFailure
-from titan_distill.checkpoint.staging import Stage, Stager
 from titan_distill.checkpoint.state import TrainState
+from titan_distill.fault_tolerance.ranks import RankFailure
 from titan_distill.roles import RoleManager
 
 MOMENT_SECONDS = 0.2  # what a call that waits is given to return by mistake
@@ -175,7 +175,7 @@ def test_failure_is_raised_once_at_the_next_step_boundary(
         patched.setattr(storage, "write", fail)
         manager.save(roles, TrainState(step=2))
         manager.before_change()
-        manager._background._thread.join()
+        manager._saving.exception()
         with pytest.raises(RankFailure, match=r"^rank 0 failed with OSError: disk on fire$"):
             manager.poll()
     manager.poll()

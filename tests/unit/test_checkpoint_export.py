@@ -19,6 +19,7 @@ from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import CheckpointDamaged, FrozenRole
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.checkpoint.tools.export import export, role_tensors
+from titan_distill.models.base import ModelFamily
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.state_dict import save_folder
 from titan_distill.roles import Ema, RoleHandle, RoleManager
@@ -37,6 +38,9 @@ def write_weights(
     tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path, dtype: torch.dtype | None
 ) -> None:
     save_folder(tensors, WanConfig.from_diffusers(architecture), folder, dtype)
+
+
+WRITERS = {"write_weights": write_weights, "pipeline_index": ModelFamily.pipeline_index}
 
 
 def make_transformer(seed: int) -> WanTransformer3DModel:
@@ -89,7 +93,7 @@ def test_diffusers_makes_the_same_video(
         checkpoint.with_name("latest"),
         "student",
         tmp_path / "exported",
-        write_weights=write_weights,
+        **WRITERS,
         use_ema=use_ema,
         pipeline_folder=pipeline_folder,
     )
@@ -103,7 +107,7 @@ def test_diffusers_makes_the_same_video(
 
 
 def test_model_card_says_where_the_weights_are_from(checkpoint: Path, tmp_path: Path) -> None:
-    out = export(checkpoint, "student", tmp_path / "out", write_weights=write_weights, use_ema=True)
+    out = export(checkpoint, "student", tmp_path / "out", **WRITERS, use_ema=True)
     assert sorted(os.listdir(out)) == ["README.md", "transformer"]
     card = (out / "README.md").read_text()
     for line in ("| role | student |", "| weights | exponential moving average |", "| step | 30 |", 'name = "my_run"'):
@@ -111,7 +115,7 @@ def test_model_card_says_where_the_weights_are_from(checkpoint: Path, tmp_path: 
 
 
 def test_dtype_is_that_of_the_file(checkpoint: Path, tmp_path: Path) -> None:
-    export(checkpoint, "critic", tmp_path / "out", write_weights=write_weights, use_ema=False, dtype="bfloat16")
+    export(checkpoint, "critic", tmp_path / "out", **WRITERS, use_ema=False, dtype="bfloat16")
     (weights,) = (tmp_path / "out" / "transformer").glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
 
@@ -122,7 +126,7 @@ def test_dtype_is_that_of_the_file(checkpoint: Path, tmp_path: Path) -> None:
         ({"role": "studnet"}, "has no role 'studnet'; it has student, critic"),
         ({"role": "teacher"}, "role 'teacher' is frozen.*weights/teacher"),
         ({"role": "critic", "use_ema": True}, "has no EMA of 'critic'"),
-        ({"dtype": "fp8"}, "dtype 'fp8' is not known; it must be one of float32, bfloat16, float16"),
+        ({"dtype": "fp8"}, "dtype 'fp8' is not known; it must be one of float32, float16, bfloat16"),
         ({"pipeline_folder": Path("nowhere")}, "nowhere is not a diffusers pipeline"),
     ],
 )
@@ -131,19 +135,19 @@ def test_wrong_requests_are_one_sentence_and_leave_nothing(
 ) -> None:
     request = {"role": "student", "use_ema": False, **changes}
     with pytest.raises(ValueError, match=message):
-        export(checkpoint, out=tmp_path / "out", write_weights=write_weights, **request)
+        export(checkpoint, out=tmp_path / "out", **WRITERS, **request)
     assert os.listdir(tmp_path) == []
 
 
 def test_nothing_is_overwritten(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists already"):
-        export(checkpoint, "student", tmp_path, write_weights=write_weights, use_ema=False)
+        export(checkpoint, "student", tmp_path, **WRITERS, use_ema=False)
 
 
 def test_missing_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> None:
     missing = checkpoint.with_name("step-00000031")
     with pytest.raises(ValueError, match=r"no checkpoint .*step-00000031; .* has step-00000030"):
-        export(missing, "student", tmp_path / "out", write_weights=write_weights, use_ema=False)
+        export(missing, "student", tmp_path / "out", **WRITERS, use_ema=False)
 
 
 def test_writer_that_fails_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
@@ -153,7 +157,7 @@ def test_writer_that_fails_leaves_nothing(checkpoint: Path, tmp_path: Path) -> N
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        export(checkpoint, "student", tmp_path / "out", write_weights=full_disk, use_ema=False)
+        export(checkpoint, "student", tmp_path / "out", **(WRITERS | {"write_weights": full_disk}), use_ema=False)
     assert os.listdir(tmp_path) == []
 
 

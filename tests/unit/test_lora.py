@@ -236,7 +236,7 @@ def test_published_keys_that_no_network_has_are_left_out(tmp_path: Path) -> None
     tensors[f"blocks.0.attn2.{UNUSED_KEY}.weight"] = torch.ones(3)
     WanFamily.write_weights(tensors.items(), TINY.to_diffusers(), tmp_path, None)
     load_weights(WanTransformer.from_config(TINY), tmp_path)
-    assert UNUSED_KEY not in "".join(open_folder(tmp_path).kinds)
+    assert UNUSED_KEY not in "".join(open_folder(tmp_path).shapes)
 
 
 @pytest.mark.nightly

@@ -87,7 +87,7 @@ def collect(roles: RoleManager, train_state: TrainState) -> dict[str, Any]:
 
 
 def template(roles: RoleManager, saved_names: Collection[str]) -> dict[str, Any]:
-    """State to read a checkpoint into, given the names it has: like ``collect``, with room for the optimizer state."""
+    """State to read a checkpoint into, given the names it has: like `collect`, with room for the optimizer state."""
     state = _without_optimizers(roles, TrainState())
     if not any(saved.startswith(f"{_PROGRESS}.num_skips.") for saved in saved_names):
         del state[_PROGRESS]["num_skips"]  # the checkpoint is older than the count
@@ -102,7 +102,7 @@ def template(roles: RoleManager, saved_names: Collection[str]) -> dict[str, Any]
 
 
 def restore(state: dict[str, Any], roles: RoleManager) -> TrainState:
-    """Puts a ``template`` that has been read back into the roles. Returns where the run was."""
+    """Puts a `template` that has been read back into the roles. Returns where the run was."""
     for handle in roles.trainable:
         for name, module in handle.modules.items():
             # Not strict where only adapters are saved. All names have been compared before anything was read.

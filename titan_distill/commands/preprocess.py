@@ -20,8 +20,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from titan_distill.config.dtypes import DTYPES
 from titan_distill.data.footage import SUFFIXES, read_clips
-from titan_distill.data.parquet import DTYPES, LatentRow, write_rows
+from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.data.summary import DatasetSummary, inspect
 from titan_distill.data.tables import non_empty, read_csv, read_text
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, encode_pictures

@@ -12,6 +12,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from titan_distill.fault_tolerance.files import atomic
+
 
 class MetricsFile:
     """Appends to the metrics of a run. Numbers keep full precision; JSON has no NaN, so that becomes null."""
@@ -20,9 +22,8 @@ class MetricsFile:
         """Opens ``path`` to go on after ``start_step``; later lines are dropped, all of them for a fresh run."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _complete_lines(path) if start_step > 0 and path.exists() else []
-        fresh = path.with_suffix(".jsonl.partial")
-        fresh.write_text("".join(line for line in kept if json.loads(line)["step"] <= start_step))
-        os.replace(fresh, path)
+        with atomic(path) as fresh:
+            fresh.write_text("".join(line for line in kept if json.loads(line)["step"] <= start_step))
         self._file = path.open("r+")
         self._file.seek(0, os.SEEK_END)
         self._last_start = self._file.tell()

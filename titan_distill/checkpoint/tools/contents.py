@@ -1,8 +1,9 @@
-"""A checkpoint as one process sees it: named values, read one at a time.
+"""The contents of a checkpoint as one process sees them: named values, read one at a time.
 
 A 14B role with its moments is 170 GB, which no workstation holds at once; but every tool (export, reshard, diff,
-verify) needs only one value at a time. No process group, no model, and nothing is read before the hashes of all files
-have been compared, so that a tool never works on half of a damaged checkpoint. The price is that files are read twice.
+verify) needs only one value at a time. There is no process group and no model, and nothing is read before the hashes of
+all files have been compared, so a tool never works on half of a damaged checkpoint. The price is that files are read
+twice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from titan_distill.checkpoint import storage
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import CheckpointDamaged, Manifest, read_manifest, verify_hashes
-from titan_distill.checkpoint.publish import check_written
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Contents:
 
     @property
     def names(self) -> list[str]:
-        """Everything it holds, sorted."""
+        """Names of all values, sorted."""
         return sorted(self.metadata.state_dict_metadata)
 
     def tensor(self, name: str) -> TensorStorageMetadata | None:
-        """Shape and dtype of a tensor; None for a value that is not one."""
+        """Returns shape and dtype of a tensor; None for a value that is not one."""
         entry = self.metadata.state_dict_metadata[name]
         return entry if isinstance(entry, TensorStorageMetadata) else None
 
     def read(self, name: str) -> Any:
-        """One value: a whole CPU tensor put together from its shards, or what else was saved under the name.
+        """Reads one value: a whole CPU tensor put together from its shards, or another object.
 
         Raises CheckpointDamaged when it can't be read as data, for example because unpickling it would run code.
         """
@@ -56,12 +56,11 @@ class Contents:
 
 
 def open_checkpoint(path: Path) -> Contents:
-    """Opens a step's folder, or ``.../latest``, after comparing sizes, hashes and index.
+    """Opens a step's folder, or `.../latest`, after comparing sizes, hashes and index.
 
     Raises CheckpointDamaged naming the file, or ValueError when there is no checkpoint.
     """
     path = resolve(path)
     manifest = read_manifest(path)
     verify_hashes(path, manifest)
-    check_written(path, manifest.files)
-    return Contents(path, manifest, storage.read_metadata(path))
+    return Contents(path, manifest, storage.read_index(path, manifest.files))

@@ -28,11 +28,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, read_json
+from titan_distill.checkpoint.diffusers_folder import PIPELINE_INDEX, TRANSFORMER, TRANSFORMER_2, read_json
 from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference
-from titan_distill.checkpoint.tools.export import BOUNDARY, PIPELINE_INDEX
 from titan_distill.diffusion.schedule import NUM_TRAIN_TIMESTEPS, timestep
 from titan_distill.diffusion.transfer import to_device
+from titan_distill.models.wan.pipeline_index import BOUNDARY
 
 if TYPE_CHECKING:
     from titan_distill.config.config import Config

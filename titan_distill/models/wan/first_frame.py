@@ -30,11 +30,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from titan_distill.checkpoint.tools.export import EXPAND_TIMESTEPS
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.schedule import broadcast_sigma
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.models.base import Condition
+from titan_distill.models.wan.pipeline_index import EXPAND_TIMESTEPS
 
 IMAGE, MASK = "first_frame", "first_frame_mask"
 """In a condition: the given latent frame [B, C, 1, H, W], and m on that frame [B]; 1 where a sample has no image."""

@@ -18,8 +18,9 @@ from titan_distill.attention.sparse import SparseAttention
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, network_folder
 from titan_distill.checkpoint.initial_weights import is_reference, read_weights, resolve_reference
 from titan_distill.config.degrees import Degrees
+from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.layouts import role_parallelism
-from titan_distill.config.sections import HEAD_FLAVOR, SparseAttentionConfig
+from titan_distill.config.sections import HEAD_FLAVOR
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.models.base import Adapter, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
@@ -32,6 +33,7 @@ from titan_distill.models.wan.image_encoder import ENCODER, ImageEncoder
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_transformer, check_degrees
 from titan_distill.models.wan.pipeline_config import WanPipelineConfig
+from titan_distill.models.wan.pipeline_index import exported_index
 from titan_distill.models.wan.state_dict import UNUSED_KEY, load_weights, read_config, save_folder
 from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.tokens import Grid
@@ -46,8 +48,6 @@ if TYPE_CHECKING:
     from titan_distill.config.sections import RoleConfig
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @register_model("wan")
@@ -266,21 +266,8 @@ class WanFamily(ModelFamily):
         return model
 
     @staticmethod
-    def used_weights(architecture: dict[str, Any], shapes: Mapping[str, torch.Size]) -> list[str]:
-        with torch.device("meta"):
-            config = WanConfig.from_diffusers(architecture)
-            model = WanTransformer(
-                config,
-                SparseAttention(SparseAttentionConfig()) if config.sparse_attention else None,
-                Segmentation() if config.causal_attention else None,
-            )
-        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-        found = {name: shape for name, shape in shapes.items() if UNUSED_KEY not in name}
-        for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                stored, asked = (list(x) if x is not None else "absent" for x in (found.get(name), wanted.get(name)))
-                raise ValueError(f"{name} is {stored} in the weights, but {asked} by config.json")
-        return sorted(wanted)
+    def pipeline_index(index: dict[str, Any], modules: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+        return exported_index(index, modules, config)
 
     @staticmethod
     def write_weights(

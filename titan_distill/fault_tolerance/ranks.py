@@ -24,7 +24,7 @@ class RankFailure(RuntimeError):
 class Ranks:
     """All ranks of the run, or this process alone. Constructing it is collective when there are several.
 
-    ``timeout_seconds`` is how long ranks wait for each other; None takes torch's default for gloo, half an hour.
+    `timeout_seconds` is how long ranks wait for each other; None takes torch's default for gloo, half an hour.
     """
 
     def __init__(self, timeout_seconds: float | None = None) -> None:
@@ -35,7 +35,7 @@ class Ranks:
         self.size = dist.get_world_size() if distributed else 1
 
     def together(self, work: Callable[[], T]) -> T:
-        """Runs ``work`` on every rank and returns this rank's result. ``work`` itself must not communicate.
+        """Runs `work` on every rank and returns this rank's result. `work` itself must not communicate.
 
         Raises on every rank when it raised on any: user errors (ValueError) and what all ranks know already
         (RankFailure) as they are, others as RankFailure naming the rank.
@@ -53,11 +53,11 @@ class Ranks:
         return cast(T, result)
 
     def gather(self, work: Callable[[], T]) -> list[T]:
-        """``together``, but returns the results of all ranks, by rank, on each."""
+        """`together`, but returns the results of all ranks, by rank, on each."""
         return self._all_gather(self.together(work))
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
-        """Runs ``work`` on rank 0 alone and returns its result on every rank; its failure is everyone's."""
+        """Runs `work` on rank 0 alone and returns its result on every rank; its failure is everyone's."""
         return cast(T, self.gather(work if self.rank == 0 else _nothing)[0])
 
     def all(self, is_so: bool) -> bool:
