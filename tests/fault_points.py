@@ -27,7 +27,7 @@ def mid_shard(step: int) -> None:
     write = files.HashedFile.write
 
     def half_a_write(file: files.HashedFile, data: Any) -> int:
-        path = Path(str(file._file.name))
+        path = Path(str(file.name))
         if path.suffix == ".distcp" and path.parent.name.startswith(discovery.step_name(step)) and file.tell() > 4096:
             write(file, memoryview(data).cast("B")[: len(data) // 2])
             die()

@@ -6,18 +6,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 from tyro.conf import Positional
 
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, open_folder
-from titan_distill.checkpoint.discovery import resolve
-from titan_distill.checkpoint.manifest import read_manifest
 from titan_distill.checkpoint.tools import diff as comparison
-from titan_distill.checkpoint.tools import export as exporting
 from titan_distill.checkpoint.tools import inspect as checkpoints
 from titan_distill.checkpoint.tools import rewrite
+from titan_distill.commands import export as exporting
 from titan_distill.commands import generate as generation
 from titan_distill.commands import ode_pairs as pairs
 from titan_distill.commands import plan as planning
@@ -46,42 +44,6 @@ def verify(path: Positional[Path]) -> None:
         path: Folder of a step, or `outputs/<name>/checkpoints/latest`.
     """
     print(checkpoints.verify(path))
-
-
-def export(
-    checkpoint: Path,
-    out: Path,
-    role: str = "student",
-    weights: Literal["ema", "raw", "auto"] = "auto",
-    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored",
-    pipeline: Path | None = None,
-) -> None:
-    """Write a role of a checkpoint as a diffusers folder that WanPipeline.from_pretrained loads.
-
-    Args:
-        checkpoint: Folder of a step, or `outputs/<name>/checkpoints/latest`.
-        out: Folder to write; must not exist.
-        role: Role to export.
-        weights: Averaged or raw weights; auto takes the average where there is one.
-        dtype: Dtype of the written weights; stored keeps that of the checkpoint.
-        pipeline: Diffusers folder whose VAE, text encoder, tokenizer and scheduler are copied beside the transformer.
-            Default: the run's pipeline_config.path.
-    """
-    found = resolve(checkpoint)
-    manifest = read_manifest(found)
-    use_ema = exporting.trained_role(found, manifest, role).has_ema if weights == "auto" else weights == "ema"
-    family, path = model_family(manifest.family), manifest.pipeline_config.get("path")
-    exporting.export(
-        found,
-        role,
-        out,
-        write_weights=family.write_weights,
-        pipeline_index=family.pipeline_index,
-        use_ema=use_ema,
-        dtype=None if dtype == "stored" else dtype,
-        pipeline_folder=pipeline or (Path(path) if path else None),
-    )
-    print(f"{role} of {found} ({'EMA' if use_ema else 'raw'}, {dtype}) is in {out}")
 
 
 def import_weights(
@@ -156,7 +118,7 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "checkpoint": {
         "list": list_checkpoints,
         "verify": verify,
-        "export": export,
+        "export": exporting.export,
         "import": import_weights,
         "reshard": reshard,
         "diff": diff,

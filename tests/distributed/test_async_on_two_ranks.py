@@ -86,7 +86,7 @@ def _fill_the_disk(folder: Path) -> None:
     dist.barrier()
     manager.save(roles, TrainState(step=2))
     manager.wait()
-    assert manager.find_latest() == manager.folder / "step-00000002"
+    assert manager.find("latest") == manager.folder / "step-00000002"
 
 
 def _do_all(folder: Path) -> None:

@@ -11,7 +11,7 @@ from runs import REPOSITORY, TINY_WAN, read_metrics, tiny_argv
 from small_checkpoints import write_weights_only
 
 from titan_distill.checkpoint.diffusers_folder import open_folder
-from titan_distill.checkpoint.tools.export import role_tensors
+from titan_distill.checkpoint.tools.contents import role_tensors
 from titan_distill.config.loading import load_config
 from titan_distill.parallelisms.mesh import World
 from titan_distill.train import assemble, main, spell_out_references

@@ -264,7 +264,7 @@ class TestPublish:
         self, manager: CheckpointManager, saved: Path
     ) -> None:
         leftover = saved.rename(saved.with_name("step-00000009.tmp-dead"))
-        assert manager.find_latest() is None
+        assert manager.find("latest") is None
         manager.save(make_roles(seed=0), TrainState(step=4))
         assert not leftover.exists()
 
@@ -277,7 +277,7 @@ class TestPublish:
         assert os.listdir(manager.folder) == [saved.name]
         manager.load(saved, roles)
         manager.save(roles, TrainState(step=4))
-        assert manager.find_latest() == saved.with_name("step-00000004")
+        assert manager.find("latest") == saved.with_name("step-00000004")
 
     def test_failed_write_keeps_no_view_of_what_it_was_writing(self, manager: CheckpointManager, saved: Path) -> None:
         """Such a view, as garbage in the cycle that a traceback is, crashes Python 3.12.0 and 3.12.1."""

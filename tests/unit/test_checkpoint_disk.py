@@ -102,7 +102,7 @@ def test_disk_that_fills_up_meanwhile_harms_nothing(tmp_path: Path, mode: str, m
         verify_hashes(first, read_manifest(first))
         manager.save(trained_roles(), TrainState(step=2))
         manager.wait()
-        assert manager.find_latest() == disk / "step-00000002"
+        assert manager.find("latest") == disk / "step-00000002"
 
 
 def steps(manager: CheckpointManager) -> list[int]:

@@ -20,7 +20,7 @@ from titan_distill.checkpoint import storage
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import MANIFEST_NAME, Manifest, TrainedRole, read_manifest
-from titan_distill.checkpoint.state import ema_prefix, model_prefix
+from titan_distill.checkpoint.state import ema_key, model_key
 from titan_distill.fault_tolerance.files import fingerprint, record_file
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.parallelisms.lora import without_adapters
@@ -103,10 +103,10 @@ def stored_names(metadata: Metadata, trained: TrainedRole, role: str, module: st
     """
     module = module if module in trained.modules else TRANSFORMER
     stored = sorted(metadata.state_dict_metadata)
-    ema = ema_prefix(role) if len(trained.modules) == 1 else f"{ema_prefix(role)}{module}."
+    ema = f"{ema_key(role)}." if len(trained.modules) == 1 else f"{ema_key(role)}.{module}."
     model, averaged = (
         {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
-        for prefix in (model_prefix(role, module), ema)
+        for prefix in (f"{model_key(role, module)}.", ema)
     )
     assert averaged.keys() <= model.keys(), "EMA and model disagree on parameter names"
     return {**model, **averaged} if use_ema else model

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -94,9 +93,7 @@ class CheckpointManager:
     def __enter__(self) -> CheckpointManager:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Waits for the save in progress: without limit, or for PATIENCE_SECONDS when the run has failed."""
         if error is None:
             self.wait()
@@ -152,12 +149,8 @@ class CheckpointManager:
         this run has only incomplete ones.
         """
         if resume_from == discovery.LATEST:
-            return self.find_latest()
+            return self.ranks.on_rank_zero(lambda: discovery.find_latest(self.folder))
         return self.ranks.on_rank_zero(lambda: discovery.resolve(Path(resume_from)))
-
-    def find_latest(self) -> Path | None:
-        """Returns the newest complete checkpoint of this run, None before the first. Raises ValueError as `find`."""
-        return self.ranks.on_rank_zero(lambda: discovery.find_latest(self.folder))
 
     def load(self, path: Path, roles: RoleManager) -> TrainState:
         """Restores all trainable roles, in any layout. Everything is checked before any tensor changes.

@@ -14,7 +14,7 @@ from titan_distill.attention.dense import order_backends
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.initial_weights import trained_role
 from titan_distill.checkpoint.manifest import read_manifest
-from titan_distill.checkpoint.tools.export import role_tensors
+from titan_distill.checkpoint.tools.contents import role_tensors
 from titan_distill.config.config import Config
 from titan_distill.config.loading import load_config
 from titan_distill.data.footage import read_picture

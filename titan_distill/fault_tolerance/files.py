@@ -95,7 +95,7 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
-class HashedFile(io.RawIOBase):
+class HashedFile(io.FileIO):
     """A new file that takes bytes in order and knows their number and SHA-256. Unbuffered.
 
     Hashing a checkpoint afterwards means reading all of it again, which on a shared disk costs as much as writing it.
@@ -107,12 +107,12 @@ class HashedFile(io.RawIOBase):
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = io.FileIO(path, "wb")
         self._digest = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._num_bytes = 0
         self.failure: OSError | None = None
         """The error of a failed write."""
+        super().__init__(path, "wb")
 
     def write(self, data: Any) -> int:
         """Writes all of `data`, which must not change before this returns. Raises OSError."""
@@ -128,20 +128,9 @@ class HashedFile(io.RawIOBase):
                 hashing.result()  # also when writing fails: the caller's buffer is only ours until then
         return len(view)
 
-    def tell(self) -> int:
-        return self._num_bytes
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def writable(self) -> bool:
-        return True
-
     def close(self) -> None:
-        if not self.closed:
-            self._hasher.shutdown()
-            self._file.close()
-            super().close()
+        self._hasher.shutdown()
+        super().close()
 
     def record(self) -> FileRecord:
         """Returns size and SHA-256 of the bytes so far."""
@@ -151,7 +140,7 @@ class HashedFile(io.RawIOBase):
         try:
             while len(view):
                 # The kernel may take less than it was offered, for example on a disk that is just filling up.
-                num_written = self._file.write(view[:_PIECE_BYTES])
+                num_written = super().write(view[:_PIECE_BYTES])
                 assert num_written, "a blocking file takes at least one byte, or raises"
                 self._num_bytes += num_written
                 view = view[num_written:]

@@ -8,16 +8,27 @@ twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from titan_distill.checkpoint import storage
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, open_folder
 from titan_distill.checkpoint.discovery import resolve
-from titan_distill.checkpoint.manifest import CheckpointDamaged, Manifest, read_manifest, verify_hashes
+from titan_distill.checkpoint.initial_weights import (
+    is_reference,
+    resolve_reference,
+    stored_names,
+    trained_role,
+    weights_digest,
+)
+from titan_distill.checkpoint.manifest import AdaptedBase, CheckpointDamaged, Manifest, read_manifest, verify_hashes
+from titan_distill.parallelisms.lora import merge
 
 
 @dataclass(frozen=True)
@@ -64,3 +75,39 @@ def open_checkpoint(path: Path) -> Contents:
     manifest = read_manifest(path)
     verify_hashes(path, manifest)
     return Contents(path, manifest, storage.read_index(path, manifest.files))
+
+
+def role_tensors(
+    checkpoint: Path, role: str, *, use_ema: bool, module: str = TRANSFORMER
+) -> Iterator[tuple[str, Tensor]]:
+    """Returns the weights of one of a role's modules as full CPU tensors, one at a time, sorted by name.
+
+    A LoRA adapter is merged into its base, in fp32. Verifies the whole checkpoint first. Raises
+    ValueError for a missing or damaged checkpoint, an unknown role and an EMA that was never kept, before the first
+    tensor.
+    """
+    checkpoint = resolve(checkpoint)
+    trained = trained_role(checkpoint, read_manifest(checkpoint), role, use_ema=use_ema)
+    contents = open_checkpoint(checkpoint)
+    names = stored_names(contents.metadata, trained, role, module, use_ema=use_ema)
+    tensors = ((name, contents.read(stored)) for name, stored in names.items())
+    if (base := trained.base) is None:
+        return tensors
+    lora = dict(tensors)
+    return ((name, merge(name, weight, lora, base.scale)) for name, weight in _base_tensors(base, module))
+
+
+def _base_tensors(base: AdaptedBase, module: str) -> Iterator[tuple[str, Tensor]]:
+    """Returns all tensors of the base, one at a time, sorted by name.
+
+    Raises ValueError when the base is gone, or has changed since.
+    """
+    source = None if is_reference(base.path) else open_folder(Path(base.path), module)
+    if weights_digest(base.path) != base.digest:
+        raise ValueError(
+            f"the weights in {base.path} are not those that the LoRA adapter was trained on; put the original ones back"
+        )
+    if source is not None:
+        return ((name, source.read(name)) for name in sorted(source.shapes))
+    found = resolve_reference(base.path)
+    return role_tensors(found.checkpoint, found.role, use_ema=found.use_ema, module=module)
