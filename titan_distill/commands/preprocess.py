@@ -19,8 +19,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from titan_distill.config.dtypes import DTYPES
 from titan_distill.data.footage import SUFFIXES, VideoSize, read_clips
-from titan_distill.data.parquet import DTYPES, LatentRow, write_rows
+from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.data.summary import DatasetSummary, inspect
 from titan_distill.data.tables import READERS, non_empty
 from titan_distill.models.base import EncoderFolders, FootageEncoder, model_family

@@ -333,10 +333,10 @@ class ModelFamily(ABC):
         """Writes a module's weights as the family's other tools read them (for Wan, a diffusers folder)."""
 
     @staticmethod
-    def used_weights(architecture: dict[str, Any], shapes: Mapping[str, torch.Size]) -> list[str]:
-        """Which tensors of a folder that other tools wrote belong to a network of this architecture; by default all.
-        Raises ValueError when the architecture is not the family's, or names or shapes are not the network's."""
-        return sorted(shapes)
+    def pipeline_index(index: dict[str, Any], modules: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the `model_index.json` of an exported role with these modules, from its pipeline's `index` and the
+        run's [pipeline_config]. Default: `index`. Raises ValueError where the two don't say enough."""
+        return index
 
     @abstractmethod
     def latent_space(self, module: nn.Module) -> dict[str, Any]:

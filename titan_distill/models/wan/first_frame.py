@@ -33,7 +33,7 @@ from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.schedule import broadcast_sigma
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.models.base import Condition
-from titan_distill.models.wan.stored import pipeline_index
+from titan_distill.models.wan.pipeline_index import EXPAND_TIMESTEPS, read_index
 
 IMAGE, MASK = "first_frame", "first_frame_mask"
 """In a condition: the given latent frame [B, C, 1, H, W], and m on that frame [B]; 1 where a sample has no image."""
@@ -103,7 +103,7 @@ def without_frame(condition: Condition) -> Condition:
 
 def expands_timesteps(pipeline: str) -> bool:
     """Whether diffusers takes the pipeline in this folder for a TI2V one."""
-    return bool(pipeline_index(pipeline).get("expand_timesteps", False))
+    return bool(read_index(pipeline).get(EXPAND_TIMESTEPS, False))
 
 
 def _mask(first_B: Tensor, num_frames: int) -> Tensor:

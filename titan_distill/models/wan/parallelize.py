@@ -14,6 +14,7 @@ from titan_distill.attention.sharded import ShardedAttention
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
+from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.layouts import role_parallelism
 from titan_distill.config.parsing import nearest_divisors
 from titan_distill.config.sections import ParallelismConfig, SparseAttentionConfig
@@ -36,8 +37,6 @@ from titan_distill.parallelisms.tensor import enable_async_communication
 HIGH_PRECISION = ("condition_embedder", "patch_embedding", "proj_out")
 """Submodules that never compute in float8 and get no LoRA adapter: the conditions, with timesteps and modulation, the
 first layer and the last."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def empty_transformer(config: WanConfig, sparse: SparseAttentionConfig, segmentation: Segmentation) -> WanTransformer:

@@ -19,8 +19,9 @@ from titan_distill.checkpoint.diffusers_folder import TRANSFORMER
 from titan_distill.checkpoint.initial_weights import is_reference
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
+from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.layouts import role_parallelism
-from titan_distill.config.sections import HEAD_FLAVOR, RoleConfig, SparseAttentionConfig
+from titan_distill.config.sections import HEAD_FLAVOR, RoleConfig
 from titan_distill.models.base import Adapter, EncoderFolders, FootageEncoder, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
@@ -30,8 +31,9 @@ from titan_distill.models.wan.frame_blocks import check_segments, segmentation_o
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, needed_tensors
 from titan_distill.models.wan.image_encoder import ImageEncoder
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
-from titan_distill.models.wan.parallelize import DTYPES, build_transformer, check_degrees, empty_transformer
+from titan_distill.models.wan.parallelize import build_transformer, check_degrees, empty_transformer
 from titan_distill.models.wan.pipeline_config import WanPipelineConfig
+from titan_distill.models.wan.pipeline_index import exported_index
 from titan_distill.models.wan.state_dict import UNUSED_KEY, save_folder
 from titan_distill.models.wan.stored import EXPERTS, StoredWeights
 from titan_distill.models.wan.text_encoder import TextEncoder
@@ -247,15 +249,8 @@ class WanFamily(ModelFamily):
         return model
 
     @staticmethod
-    def used_weights(architecture: dict[str, Any], shapes: Mapping[str, torch.Size]) -> list[str]:
-        model = empty_transformer(WanConfig.from_diffusers(architecture), SparseAttentionConfig(), Segmentation())
-        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-        found = {name: shape for name, shape in shapes.items() if UNUSED_KEY not in name}
-        for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                stored, asked = (list(x) if x is not None else "absent" for x in (found.get(name), wanted.get(name)))
-                raise ValueError(f"{name} is {stored} in the weights, but {asked} by config.json")
-        return sorted(wanted)
+    def pipeline_index(index: dict[str, Any], modules: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+        return exported_index(index, modules, config)
 
     @staticmethod
     def write_weights(
