@@ -11,6 +11,7 @@ import toy_family
 from titan_distill.commands.ode_pairs import OdePairsOptions, ode_pairs
 from titan_distill.config.loading import load_config
 from titan_distill.parallelisms.mesh import World
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 
@@ -34,4 +35,4 @@ def toy_trainer(folder: Path, method: str, *overrides: str, with_latents: bool =
         data = toy_pairs(folder, data)
     defaults = ["--job.config_file", str(ASSETS / f"toy_{method}.toml"), "--data.path", str(data)]
     config = load_config([*defaults, "--job.output_dir", str(folder / "run"), *overrides])
-    return assemble(config, World(rank=0, size=1, device=torch.device("cpu")))
+    return assemble(resolve(config, 1), World(rank=0, size=1, device=torch.device("cpu")))

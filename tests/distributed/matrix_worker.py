@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_distill.config.loading import load_config
 from titan_distill.parallelisms.mesh import World, start_world
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 
@@ -36,7 +37,7 @@ def main(rows_file: str, folder: str) -> None:
 
 
 def train_row(world: World, arguments: list[str], output: Path) -> None:
-    trainer = assemble(load_config(arguments), world)
+    trainer = assemble(resolve(load_config(arguments), world.size), world)
     while trainer.state.step < trainer.config.training.steps:
         trainer.train_step()
     trainer.metrics.close()

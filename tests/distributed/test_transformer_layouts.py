@@ -21,11 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config.degrees import Degrees
+from titan_distill.config.role_sections import ParallelismConfig
 from titan_distill.config.sections import (
     ActivationCheckpointConfig,
     CompileConfig,
     Float8Config,
-    ParallelismConfig,
     SparseAttentionConfig,
 )
 from titan_distill.models.wan.config import FLAVORS, WanConfig

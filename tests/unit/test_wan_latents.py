@@ -13,7 +13,7 @@ from tiny_ti2v import write_pipeline
 
 from titan_distill.commands.plan import Planner
 from titan_distill.config.config import Config
-from titan_distill.config.layouts import check_world
+from titan_distill.config.degrees import resolve_layout
 from titan_distill.config.loading import load_config
 from titan_distill.models.base import model_family
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
@@ -38,7 +38,7 @@ def ti2v_config(*overrides: str) -> Config:
 
 
 def check(config: Config) -> None:
-    model_family("wan")(config).check_layouts(check_world(config, 1).roles)
+    model_family("wan")(config).check_layouts(resolve_layout(config, 1).roles)
 
 
 def test_published_sizes_give_the_published_grids() -> None:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from titan_distill.attention.causal import Segmentation
 from titan_distill.commands.plan import planner
-from titan_distill.config.layouts import check_world
+from titan_distill.config.degrees import resolve_layout
 from titan_distill.config.loading import load_config
 from titan_distill.config.parsing import ConfigError
 from titan_distill.methods.base import Passes
@@ -37,6 +37,7 @@ from titan_distill.parallelisms.mesh import World
 from titan_distill.planner.hardware import GPUS
 from titan_distill.planner.memory import LocalForward
 from titan_distill.planner.unrolling import Unrolling
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 
@@ -51,7 +52,7 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def causal_trainer(folder: Path, *overrides: str) -> Trainer:
     config = load_config(tiny_argv("self_forcing", folder / "run", *WEIGHTS, *TWO_STEPS, *overrides))
-    return assemble(config, World(rank=0, size=1, device=torch.device("cpu")))
+    return assemble(resolve(config, 1), World(rank=0, size=1, device=torch.device("cpu")))
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +300,6 @@ def test_layouts_that_are_refused(
     overrides: tuple[str, ...], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(tiny_argv("self_forcing", tmp_path, *overrides))
-    layout = check_world(config, config.parallelism.sequence)
+    layout = resolve_layout(config, config.parallelism.sequence)
     with pytest.raises(ValueError, match=sentence):
         model_family("wan")(config).check_layouts(layout.roles)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from titan_distill.config.sections import HEAD_FLAVOR
+from titan_distill.config.role_sections import HEAD_FLAVOR
 from titan_distill.diffusion.requests import TrajectoryRequest, ValidationRequest
 from titan_distill.registry import METHODS, lookup
 

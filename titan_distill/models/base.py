@@ -29,7 +29,7 @@ from titan_distill.registry import FAMILIES, lookup
 if TYPE_CHECKING:
     from titan_distill.config.config import Config
     from titan_distill.config.degrees import Degrees
-    from titan_distill.config.sections import RoleConfig
+    from titan_distill.config.role_sections import RoleConfig
     from titan_distill.data.loader import Batch
     from titan_distill.models.streaming import SegmentStream
     from titan_distill.observability.flops import WorkCounter

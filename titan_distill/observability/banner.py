@@ -9,8 +9,8 @@ import torch
 from torch.nn import Module
 
 from titan_distill.attention.dense import dense_backend
-from titan_distill.config.layouts import check_world
-from titan_distill.config.sections import HEAD_FLAVOR
+from titan_distill.config.degrees import Degrees
+from titan_distill.config.role_sections import HEAD_FLAVOR
 from titan_distill.parallelisms.activation_checkpoint import describe as describe_checkpointing
 from titan_distill.parallelisms.compile import describe as describe_compile
 from titan_distill.parallelisms.float8 import describe as describe_float8
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
     from titan_distill.roles import RoleHandle, RoleManager
 
 
-def banner(config: Config, roles: RoleManager, world: World) -> str:
+def banner(
+    config: Config, roles: RoleManager, world: World, degrees: Mapping[str, Degrees], num_micro_batches: int
+) -> str:
     """Method, roles with size, dtype, attention and layout, batch, data and output, one fact a line."""
     training = config.training
     ranks = "1 process" if world.size == 1 else f"{world.size} ranks"
-    micro_batches = check_world(config, world.size).num_micro_batches
     lines = [
         f"{config.job.name}: {config.recipe.method} on {config.recipe.family}, {training.steps} steps, "
         f"seed {config.job.seed}",
         f"  device    {ranks} on {world.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        f"  batch     {training.global_batch_size} samples = {world.size} ranks x {micro_batches} micro-batches x "
+        f"  batch     {training.global_batch_size} samples = {world.size} ranks x {num_micro_batches} micro-batches x "
         f"{training.local_batch_size}",
     ]
     lines += [f"  {role.name:<9} {_describe(config, role, world.device)}" for role in roles]

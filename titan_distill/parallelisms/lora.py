@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from titan_distill.diffusion.noise import keyed_normal
 
 if TYPE_CHECKING:
-    from titan_distill.config.lora import LoraConfig
+    from titan_distill.config.role_sections import LoraConfig
 
 T = TypeVar("T")
 

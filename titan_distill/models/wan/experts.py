@@ -36,7 +36,7 @@ from titan_distill.diffusion.transfer import to_device
 
 if TYPE_CHECKING:
     from titan_distill.config.config import Config
-    from titan_distill.config.sections import RoleConfig
+    from titan_distill.config.role_sections import RoleConfig
 
 TWO_EXPERTS = frozenset({"A14B", "A14B-I2V", "tiny-A14B"})
 """Flavors with both."""

@@ -15,8 +15,8 @@ from titan_distill.attention.causal import Segmentation
 from titan_distill.attention.shared import place
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config.degrees import Degrees
-from titan_distill.config.lora import LoraConfig
 from titan_distill.config.parsing import nearest_divisors
+from titan_distill.config.role_sections import LoraConfig, ParallelismConfig
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
 from titan_distill.models.wan.transformer import WanTransformer
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
         ActivationCheckpointConfig,
         CompileConfig,
         Float8Config,
-        ParallelismConfig,
         SparseAttentionConfig,
     )
 
@@ -97,7 +96,7 @@ def build_transformer(architecture: WanConfig, load: WeightLoader | None, layout
     if layout.device.type == "meta":
         return model
     if parallelism.cpu_offload:
-        assert mesh is not None, "config_world.needs_group asks for a process group"
+        assert mesh is not None, "config.degrees.needs_group asks for a process group"
         materialise_on_host(model, page_locked=layout.device.type == "cuda")
     else:
         model.to_empty(device=layout.device)

@@ -18,8 +18,8 @@ from titan_distill.attention.sparse import SparseAttention
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, network_folder
 from titan_distill.checkpoint.initial_weights import is_reference, read_weights, resolve_reference
 from titan_distill.config.degrees import Degrees
-from titan_distill.config.layouts import role_parallelism
-from titan_distill.config.sections import HEAD_FLAVOR, SparseAttentionConfig
+from titan_distill.config.role_sections import HEAD_FLAVOR
+from titan_distill.config.sections import SparseAttentionConfig
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.models.base import Adapter, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
@@ -43,7 +43,7 @@ from titan_distill.registry import register_model
 
 if TYPE_CHECKING:
     from titan_distill.config.config import Config
-    from titan_distill.config.sections import RoleConfig
+    from titan_distill.config.role_sections import RoleConfig
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class WanFamily(ModelFamily):
         auto_dtype = torch.float32 if role.trainable and not role.lora.enabled else compute_dtype
         layout = Layout(
             mesh=mesh,
-            parallelism=role_parallelism(config, name),
+            parallelism=config.roles[name].parallelism,
             device=device,
             trainable=role.trainable,
             storage_dtype=auto_dtype if role.dtype == "auto" else DTYPES[role.dtype],
@@ -165,7 +165,7 @@ class WanFamily(ModelFamily):
                 f"roles.{name}",
                 architecture,
                 layout,
-                role_parallelism(self.config, name).sequence_method,
+                self.config.roles[name].parallelism.sequence_method,
                 self.token_grid(),
                 self._core(self.config.roles[name].attention == "sparse"),
                 self._segmentation(self.config.roles[name].attention == "causal"),
