@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 MOVED = {
     "titan_distill.dispatch": "titan_distill.registry",
+    "titan_distill.exit_codes": "titan_distill.fault_tolerance.exit_codes",
     "titan_distill.keyed": "titan_distill.diffusion.noise",
     "titan_distill.transfer": "titan_distill.diffusion.transfer",
     "titan_distill.config_data": "titan_distill.config.sections",
@@ -26,14 +27,23 @@ MOVED = {
     "titan_distill.config_parsing": "titan_distill.config.parsing",
     "titan_distill.config_sections": "titan_distill.config.sections",
     "titan_distill.config_text": "titan_distill.config.text",
-    "titan_distill.config_world": "titan_distill.config.layouts",
+    "titan_distill.config_world": "titan_distill.config.degrees",
     "titan_distill.parallelisms.degrees": "titan_distill.config.degrees",
-    "titan_distill.validation.base": "titan_distill.validation.sampling",
     "titan_distill.data.synthetic": "tiny_world.shapes",
+    "titan_distill.validation.base": "titan_distill.validation.sampling",
+    "titan_distill.validation.shapes": "tiny_world.reader",
+    "HEAD_FLAVOR": "titan_distill.config.role_sections",
+    "LoraConfig": "titan_distill.config.role_sections",
+    "OptimizerConfig": "titan_distill.config.role_sections",
+    "ParallelismConfig": "titan_distill.config.role_sections",
+    "RoleConfig": "titan_distill.config.role_sections",
+    "SCORERS": "titan_distill.registry",
     "SampleRequest": "titan_distill.diffusion.requests",
-    "ValidationRequest": "titan_distill.diffusion.requests",
     "TrajectoryRequest": "titan_distill.diffusion.requests",
+    "ValidationRequest": "titan_distill.diffusion.requests",
     "Validator": "titan_distill.validation.validator",
+    "copy_full_tensor": "titan_distill.parallelisms.shards",
+    "read_mp4": "titan_distill.data.footage",
 }
 """Modules and names that moved in version 0.2, with the module that has them now."""
 
@@ -95,9 +105,7 @@ def names(table: Table) -> list[str]:
 
 def lookup(table: Table, name: str) -> Any:
     """Returns the entry of `name`. Raises ValueError with the known names and the nearest one."""
-    if name not in table.entries:
-        for info in pkgutil.iter_modules(importlib.import_module(table.package).__path__, f"{table.package}."):
-            importlib.import_module(f"{info.name}.plugin" if info.ispkg else info.name)
+    known = [name] if name in table.entries else names(table)
     if name in table.entries:
         return table.entries[name]
     nearest = difflib.get_close_matches(name, known, n=1)
