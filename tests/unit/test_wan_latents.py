@@ -16,9 +16,9 @@ from titan_distill.config.config import Config
 from titan_distill.config.degrees import resolve_layout
 from titan_distill.config.loading import load_config
 from titan_distill.models.base import model_family
+from titan_distill.models.wan.encoder_memory import PUBLISHED, decoding_bytes
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.vae import decode_latents, encode_video, load_vae, vae_dtype
-from titan_distill.planner.decoding import PUBLISHED, decoding_bytes
 from titan_distill.planner.hardware import GPUS
 from titan_distill.planner.plan import fake_world
 

@@ -260,6 +260,11 @@ class ModelFamily(ABC):
         """Whether training conditions are made of the data's latents, whatever the method needs."""
         return False
 
+    def encoder_memory(self) -> tuple[float, float]:
+        """For the planner: bytes of the encoders that stay on a rank, and most bytes that decoding one sample of a
+        validation holds beside them, both in the compute type."""
+        return 0.0, 0.0
+
     def extra_tensors(self) -> tuple[str, ...]:
         """Names of the further tensors that training conditions take from every row of the data."""
         return ()

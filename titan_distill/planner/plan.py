@@ -7,16 +7,13 @@ of the run. Rank 0 has the largest shard of everything, so no rank needs more. T
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import cast
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from titan_kernels import tile_layout
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -33,7 +30,6 @@ from titan_distill.parallelisms.mesh import World
 from titan_distill.parallelisms.sequence import Method, SequenceParallel, TokenShards, choose_method
 from titan_distill.planner import communication, memory
 from titan_distill.planner.communication import Links, Transfer, Weights
-from titan_distill.planner.decoding import PUBLISHED, Decoder, decoding_bytes
 from titan_distill.planner.hardware import COMPUTE_EFFICIENCY, Gpu
 from titan_distill.planner.memory import LocalForward, States
 from titan_distill.planner.unrolling import Unrolling
@@ -152,8 +148,7 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
     work = run.method.work(config.method_config)
     planner = _Planner(config, layout, gpu, plans, grid)
     plans = planner.plans = {name: planner.with_activations(plan, work) for name, plan in plans.items()}
-    architecture = next(iter(plans.values())).architecture
-    encoders, decoding = _encoder_bytes(config, architecture.out_channels), _decoding_bytes(config, architecture, grid)
+    encoders, decoding = run.family.encoder_memory()
     updates = list(dict.fromkeys(passes.update for passes in work)) or [role.name for role in roles.trainable]
     peaks: dict[str | None, float] = {update: planner.peak(update, work) + encoders for update in updates}
     if decoding:
@@ -370,38 +365,6 @@ def _weights(role: RoleHandle, compute_bytes: int, reshards: bool) -> Weights:
         # A frozen role has no gradients to reduce.
         trained_share=trained / memory.num_gathered(list(module.parameters())) if trained else 1.0,
     )
-
-
-# Of the published files, the VAE's by its channels; any other pipeline folder must be there to be read.
-VAE_NUMBERS, TEXT_ENCODER_NUMBERS = {16: 126_892_531, 48: 704_688_668}, 5_680_910_336
-
-
-def _encoder_bytes(config: Config, channels: int) -> float:
-    """VAE and text encoder in the compute type: they stay on a rank once it has embedded a prompt."""
-    if not config.pipeline_config.path:
-        return 0.0
-    folder, in_bytes = Path(config.pipeline_config.path), BYTES[config.training.dtype]
-    vae = _numbers_in(folder / "vae") or VAE_NUMBERS.get(channels, max(VAE_NUMBERS.values()))
-    text = _numbers_in(folder / "text_encoder") or TEXT_ENCODER_NUMBERS
-    return in_bytes * (vae + (0 if config.pipeline_config.offload_text_encoder else text))
-
-
-def _decoding_bytes(config: Config, architecture: DiTConfig, grid: tuple[int, int, int]) -> float:
-    """Of one clip, in the compute type: so a GPU decodes (models/wan/vae.py)."""
-    if not (config.pipeline_config.path and config.validation.enabled):
-        return 0.0
-    file = Path(config.pipeline_config.path) / "vae" / "config.json"
-    decoder = Decoder.read(file) if file.is_file() else PUBLISHED[architecture.out_channels]
-    frames, height, width = (size * patch for size, patch in zip(grid, architecture.patch_size, strict=True))
-    return decoding_bytes(decoder, (frames, height, width), BYTES[config.training.dtype])
-
-
-def _numbers_in(folder: Path) -> int:
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
 
 
 def _left_out(config: Config, roles: dict[str, RolePlan]) -> Iterator[str]:

@@ -24,6 +24,7 @@ from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.models.base import Adapter, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
+from titan_distill.models.wan.encoder_memory import decoding_bytes, encoder_bytes, find_decoder
 from titan_distill.models.wan.experts import EXPERTS, experts_of, find_boundary, stored_experts
 from titan_distill.models.wan.first_frame import ImageMixing, expands_timesteps
 from titan_distill.models.wan.frame_blocks import check_segments, segmentation_of
@@ -194,6 +195,18 @@ class WanFamily(ModelFamily):
 
     def token_grid(self) -> Grid:
         return self._latent_space().token_grid(*self.video_size())
+
+    def encoder_memory(self) -> tuple[float, float]:
+        name, role = next(iter(self._networks().items()))
+        architecture = self._architecture(name, role, by_name=True)
+        pipeline, channels = self.config.pipeline_config, architecture.out_channels
+        element_bytes = DTYPES[self.config.training.dtype].itemsize
+        encoders = encoder_bytes(pipeline, channels, element_bytes)
+        if not (pipeline.path and self.config.validation.enabled):
+            return encoders, 0.0
+        frames, height, width = (n * patch for n, patch in zip(self.token_grid(), architecture.patch_size, strict=True))
+        decoder = find_decoder(pipeline.path, channels)
+        return encoders, decoding_bytes(decoder, (frames, height, width), element_bytes)
 
     def _latent_space(self) -> LatentSpace:
         """Of the pipeline's VAE, or of the first role where there is no pipeline."""
