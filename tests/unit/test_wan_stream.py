@@ -156,12 +156,12 @@ def test_memory_of_the_real_size() -> None:
     passes, grid = Passes("student", "student", "rollout", 1, 1.0, segments=0), (21, 30, 52)
     forward = LocalForward(FLAVORS["1.3B"], 1, 32_760, 512)
     whole = Unrolling.of(Segmentation(3), grid, passes)
-    assert whole.memory_bytes(forward) == pytest.approx(6.04e9, rel=1e-3)
-    assert (whole.num_calls, whole.num_keys) == (7, 12 * 1560)
+    assert whole.cache_bytes(forward) == pytest.approx(6.04e9, rel=1e-3)
+    assert (len(whole.lengths), whole.num_keys) == (7, 12 * 1560)
     windowed = Unrolling.of(Segmentation(3, window=9, sink=3), grid, passes)
-    assert windowed.memory_bytes(forward) == pytest.approx(6.04e9 * 9 / 21, rel=1e-3)
+    assert windowed.cache_bytes(forward) == pytest.approx(6.04e9 * 9 / 21, rel=1e-3)
     shared = LocalForward(FLAVORS["1.3B"], 1, 16_380, 512, sequence=2)
-    assert whole.memory_bytes(shared) == pytest.approx(3.02e9, rel=1e-3)
+    assert whole.cache_bytes(shared) == pytest.approx(3.02e9, rel=1e-3)
     # Attention of all segments reads 12 of 21 frames on average.
     assert forward_flops(FLAVORS["1.3B"], 32_760, num_keys=whole.num_keys).self_attention == pytest.approx(
         197.8e12 * 12 / 21, rel=1e-3

@@ -7,7 +7,7 @@ of the run. Rank 0 has the largest shard of everything, so no rank needs more. T
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -24,7 +24,7 @@ from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees, RunLayout
 from titan_distill.methods.base import Passes
 from titan_distill.models.head import FeatureHead
-from titan_distill.observability.flops import DiTConfig, ForwardFlops, forward_flops, recomputed_share
+from titan_distill.observability.flops import DiTConfig, forward_flops, recomputed_share
 from titan_distill.parallelisms.activation_checkpoint import is_checkpointed
 from titan_distill.parallelisms.mesh import World
 from titan_distill.parallelisms.sequence import Method, SequenceParallel, TokenShards, choose_method
@@ -146,20 +146,26 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
         raise ValueError(f"recipe.family = {config.recipe.family!r} has no video transformers, which a plan needs")
     plans = {role.name: _role_plan(config, layout, role, grid) for role in _networks(roles)}
     work = run.method.work(config.method_config)
-    planner = _Planner(config, layout, gpu, plans, grid)
-    plans = planner.plans = {name: planner.with_activations(plan, work) for name, plan in plans.items()}
+    calls = [_Calls(run, gpu, grid, plans[passes.role], passes) for passes in work if passes.num_forwards]
+    for name, plan in plans.items():
+        graph, working = _most(each for each in calls if each.role.name == name)
+        plans[name] = replace(plan, graph=graph, temporary=working + plan.weights.lasting)
+    lasting = sum(plan.weights.lasting + (0 if plan.offloaded else plan.states.lasting) for plan in plans.values())
     encoders, decoding = run.family.encoder_memory()
-    updates = list(dict.fromkeys(passes.update for passes in work)) or [role.name for role in roles.trainable]
-    peaks: dict[str | None, float] = {update: planner.peak(update, work) + encoders for update in updates}
-    if decoding:
-        peaks[None] = planner.lasting + encoders + decoding
+    peaks: dict[str | None, float] = {None: lasting + encoders + decoding} if decoding else {}
+    for update in [passes.update for passes in work] or [role.name for role in roles.trainable]:
+        # A head's gradients are not worth counting.
+        gradients = plans[update].states.gradients if update in plans and not plans[update].offloaded else 0
+        peaks[update] = (
+            lasting + encoders + gradients + sum(_most(each for each in calls if each.passes.update == update))
+        )
     peak_update = max(peaks, key=peaks.__getitem__)
     return Plan(
         gpu=gpu,
         layout=layout,
         grid=grid,
         roles=plans,
-        phases=tuple(planner.phase(passes) for passes in work if passes.num_forwards),
+        phases=tuple(each.phase for each in calls),
         encoders=encoders,
         decoding=decoding,
         peak=peaks[peak_update],
@@ -168,154 +174,128 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
     )
 
 
-@dataclass
-class _Planner:
-    """The arithmetic of one plan."""
+@dataclass(frozen=True)
+class _Calls:
+    """The calls of one kind of passes through one role, as rank 0 runs them."""
 
-    config: Config
-    layout: RunLayout
+    run: ResolvedRun
     gpu: Gpu
-    plans: dict[str, RolePlan]
     grid: tuple[int, int, int]
+    role: RolePlan
+    passes: Passes
 
-    def forward(self, passes: Passes) -> LocalForward:
-        """One call of the passes on rank 0, with whole samples or with a segment of them."""
-        whole, unrolling = self._whole(passes), self._unrolling(passes)
-        return whole if unrolling is None else unrolling.one_call(whole, self.grid[0])
+    @property
+    def unrolling(self) -> Unrolling:
+        """The segments of a sample, each a call of its own where the role generates segment by segment."""
+        return Unrolling.of(self.role.segmentation, self.grid, self.passes)
 
-    def _unrolling(self, passes: Passes) -> Unrolling | None:
-        """The segments in which a causal role generates samples. None for calls with whole samples."""
-        segmentation = self.plans[passes.role].segmentation
-        if segmentation is None or passes.segments is None:
-            return None
-        return Unrolling.of(segmentation, self.grid, passes)
-
-    def _whole(self, passes: Passes) -> LocalForward:
-        role, config = self.plans[passes.role], self.config
+    @property
+    def sample(self) -> LocalForward:
+        """A forward of whole samples."""
+        role, config = self.role, self.run.config
         return LocalForward(
             architecture=role.architecture,
-            samples=config.training.local_batch_size * role.num_exchanged * passes.num_conditions,
+            samples=config.training.local_batch_size * role.num_exchanged * self.passes.num_conditions,
             num_tokens=role.shards.padded_length,
             num_text_tokens=config.data.max_text_tokens,
             sequence=role.degrees.sequence,
             tensor=role.degrees.tensor,
             gathers_keys=role.degrees.sequence > 1 and role.method == "all_gather",
-            token_region=config.roles[passes.role].parallelism.token_region,
+            token_region=config.roles[role.name].parallelism.token_region,
             compute_bytes=BYTES[config.training.dtype],
             sparse=role.sparse,
         )
 
-    def with_activations(self, role: RolePlan, work: list[Passes]) -> RolePlan:
-        """The role with the largest graph and working set of its passes."""
-        own = [passes for passes in work if passes.role == role.name and passes.num_forwards]
-        graph = max((self._graph(passes) for passes in own), default=0.0)
-        temporary = max((self._working_set(passes) for passes in own), default=0.0)
-        return replace(role, graph=graph, temporary=temporary + role.weights.lasting)
-
-    def peak(self, update: str, work: list[Passes]) -> float:
-        """Most bytes on the device in the update of one role."""
-        own = [passes for passes in work if passes.update == update and passes.num_forwards]
-        role = self.plans.get(update)  # a head's gradients are not worth counting
-        gradients = 0 if role is None or role.offloaded else role.states.gradients
-        graph = max((self._graph(passes) for passes in own), default=0.0)
-        return self.lasting + gradients + graph + max((self._working_set(passes) for passes in own), default=0.0)
+    @property
+    def forward(self) -> LocalForward:
+        """The longest call."""
+        return self.unrolling.longest_call(self.sample, self.grid[0])
 
     @property
-    def lasting(self) -> float:
-        """Bytes on the device between updates."""
-        held = (0 if role.offloaded else role.states.lasting for role in self.plans.values())
-        return sum(held) + sum(role.weights.lasting for role in self.plans.values())
+    def graph(self) -> float:
+        """Bytes of activations stored for the backward."""
+        if not self.passes.backward:
+            return 0.0
+        unrolling, sample = self.unrolling, self.sample
+        copied = (1 - self._checkpointed) * unrolling.copied_bytes(sample)
+        return memory.graph(sample, self.run.config.activation_checkpoint) + unrolling.cache_bytes(sample) + copied
 
-    def phase(self, passes: Passes) -> PhasePlan:
-        """The costs of passes: FLOPs per step and global batch, seconds and bytes of one rank."""
-        role, training, forward = self.plans[passes.role], self.config.training, self.forward(passes)
-        flops, dense_flops = self._flops(role, passes), self._flops(replace(role, sparse=None), passes)
-        again = self._recomputed(role, passes) if passes.backward else 0.0
+    @property
+    def working_set(self) -> float:
+        """Most bytes needed beside graph and states."""
+        weights, forward = self.role.weights, self.forward
+        # In the role's own update the graph contains the KV cache until the backward.
+        cache = 0.0 if self.passes.update == self.role.name else self.unrolling.cache_bytes(self.sample)
+        needed = weights.passing + cache
+        if not self.passes.backward:
+            return needed + memory.forward_working_set(forward)
+        # A block's gradients in the compute type and, twice, in fp32 on the way to be reduced.
+        reduced = weights.trained_share * max(weights.blocks) * (weights.compute_bytes + 2 * memory.FP32)
+        # Micro-batches before the last one keep all gradients whole, in fp32.
+        several = self.run.layout.num_micro_batches > 1
+        whole = memory.FP32 * weights.total * weights.trained_share if several else 0
+        working = memory.backward_working_set(forward, self.run.config.activation_checkpoint)
+        return needed + reduced + whole + max(working, memory.forward_working_set(forward))
+
+    @property
+    def phase(self) -> PhasePlan:
+        """The costs of the calls in a step."""
+        role, passes, config = self.role, self.passes, self.run.config
+        unrolling, architecture = self.unrolling, role.architecture
+        sizes = unrolling.num_tokens, config.data.max_text_tokens
+        reads = role.sparse, unrolling.num_keys
+        flops = forward_flops(architecture, *sizes, *reads)
+        dense_flops = forward_flops(architecture, *sizes, num_keys=unrolling.num_keys)
         times = passes.num_forwards * passes.updates_per_step
-        samples = times * passes.num_conditions * training.global_batch_size
+        samples = times * passes.num_conditions * config.training.global_batch_size
         dense, executed = (
             samples * (of.total + passes.backward * (of.backward_of_inputs if role.adapters_only else of.backward))
             for of in (dense_flops, flops)
         )
-        executed += samples * again
+        if passes.backward:
+            share = recomputed_share(architecture, config.activation_checkpoint, *sizes, *reads)
+            executed += samples * flops.total * share
         # Padded tokens cost FLOPs, too, and every rank waits for the one with the most tokens.
         stretch = role.degrees.sequence * role.shards.padded_length / role.shards.bounds[-1]
-        rank_flops = executed * stretch / self.layout.default.world_size
-        unrolling = self._unrolling(passes)
-        calls = times * self.layout.num_micro_batches * (1 if unrolling is None else unrolling.num_calls)
+        rank_flops = executed * stretch / role.degrees.world_size
+        calls = times * self.run.layout.num_micro_batches * len(unrolling.lengths)
         return PhasePlan(
             passes=passes,
             executed_flops=executed,
             dense_flops=dense,
             compute_seconds=rank_flops / (self.gpu.peak_flops * COMPUTE_EFFICIENCY),
-            transfers=tuple(_times(calls, transfer) for transfer in self._transfers(passes, forward)),
+            transfers=tuple(transfer.repeated(calls) for transfer in self._transfers()),
         )
 
-    def _transfers(self, passes: Passes, forward: LocalForward) -> Iterator[Transfer]:
-        role = self.plans[passes.role]
-        links, reduces = Links(role.degrees, self.gpu), 1 / self.layout.num_micro_batches
-        yield from communication.weight_transfers(role.weights, links, backward=passes.backward, reduces=reduces)
+    @property
+    def _checkpointed(self) -> float:
+        """Fraction of the blocks with activation checkpointing."""
+        num_layers = self.role.architecture.num_layers
+        section = self.run.config.activation_checkpoint
+        return sum(is_checkpointed(index, section) for index in range(num_layers)) / num_layers
+
+    def _transfers(self) -> Iterator[Transfer]:
+        role, backward, forward = self.role, self.passes.backward, self.forward
+        links, reduces = Links(role.degrees, self.gpu), 1 / self.run.layout.num_micro_batches
+        yield from communication.weight_transfers(role.weights, links, backward=backward, reduces=reduces)
         # A checkpointed block exchanges its tokens again, whatever it stores.
-        mode = self.config.activation_checkpoint
-        recomputed = sum(is_checkpointed(index, mode) for index in range(role.architecture.num_layers))
-        directions = 1 + passes.backward * (1 + recomputed / role.architecture.num_layers)
+        directions = 1 + backward * (1 + self._checkpointed)
         yield from communication.token_transfers(forward, links, directions=directions)
         if role.offloaded:
-            trips = 1 + passes.backward * (1 + reduces)  # weights for both directions, gradients back
+            trips = 1 + backward * (1 + reduces)  # weights for both directions, gradients back
             size = role.states.parameters * trips
             yield Transfer("weights and gradients, host", size, size / self.gpu.host_bytes, overlaps=True)
         if role.num_exchanged > 1:
             latents = role.architecture.in_channels * 4 * forward.num_tokens * role.degrees.sequence
             text = role.architecture.text_dim * forward.num_text_tokens
-            size = memory.FP32 * forward.samples * (latents + text) * (1 + passes.backward)
+            size = memory.FP32 * forward.samples * (latents + text) * (1 + backward)
             yield links.transfer("samples, exchange all-gather", "exchange", size)
 
-    def _sizes(self, role: RolePlan, passes: Passes) -> tuple[int, int, TilesRead | None, float | None]:
-        """Tokens of one sample, tokens of its text, tiles that sparse attention reads, keys per query."""
-        num_tokens, num_keys, num_text_tokens = role.shards.bounds[-1], None, self.config.data.max_text_tokens
-        if role.segmentation is not None:
-            unrolling = Unrolling.of(role.segmentation, self.grid, passes)
-            num_tokens, num_keys = unrolling.num_tokens, unrolling.num_keys
-        return num_tokens, num_text_tokens, role.sparse, num_keys
 
-    def _flops(self, role: RolePlan, passes: Passes) -> ForwardFlops:
-        return forward_flops(role.architecture, *self._sizes(role, passes))
-
-    def _recomputed(self, role: RolePlan, passes: Passes) -> float:
-        """FLOPs that the backward of one sample recomputes."""
-        share = recomputed_share(role.architecture, self.config.activation_checkpoint, *self._sizes(role, passes))
-        return self._flops(role, passes).total * share
-
-    def _graph(self, passes: Passes) -> float:
-        if not passes.backward:
-            return 0.0
-        mode, whole, unrolling = self.config.activation_checkpoint, self._whole(passes), self._unrolling(passes)
-        graph = memory.graph(whole, mode)
-        if unrolling is None:
-            return graph
-        num_layers = whole.architecture.num_layers
-        joined = sum(not is_checkpointed(index, mode) for index in range(num_layers)) / num_layers
-        return graph + unrolling.memory_bytes(whole) + joined * unrolling.copied_bytes(whole)
-
-    def _working_set(self, passes: Passes) -> float:
-        """Bytes that passes need beside graph and states."""
-        unrolling = self._unrolling(passes)
-        needed = self._working_set_of_a_call(passes)
-        # In the role's own update the graph contains the KV cache until the backward.
-        if unrolling is None or passes.update == passes.role:
-            return needed
-        return needed + unrolling.memory_bytes(self._whole(passes))
-
-    def _working_set_of_a_call(self, passes: Passes) -> float:
-        weights, forward = self.plans[passes.role].weights, self.forward(passes)
-        if not passes.backward:
-            return weights.passing + memory.forward_working_set(forward)
-        # A block's gradients in the compute type and, twice, in fp32 on the way to be reduced.
-        reduced = weights.trained_share * max(weights.blocks) * (weights.compute_bytes + 2 * memory.FP32)
-        # Micro-batches before the last one keep all gradients whole, in fp32.
-        whole = memory.FP32 * weights.total * weights.trained_share if self.layout.num_micro_batches > 1 else 0
-        working = memory.backward_working_set(forward, self.config.activation_checkpoint)
-        return weights.passing + reduced + whole + max(working, memory.forward_working_set(forward))
+def _most(calls: Iterable[_Calls]) -> tuple[float, float]:
+    """The largest graph and the largest working set."""
+    pairs = [(each.graph, each.working_set) for each in calls]
+    return max((graph for graph, _ in pairs), default=0.0), max((working for _, working in pairs), default=0.0)
 
 
 def _networks(roles: RoleManager) -> list[RoleHandle]:
@@ -380,7 +360,3 @@ def _left_out(config: Config, roles: dict[str, RolePlan]) -> Iterator[str]:
         yield "LoRA adapters: their own FLOPs and activations"
     if any(role.offloaded and role.states.optimizer for role in roles.values()):
         yield "optimizer steps on the host"
-
-
-def _times(calls: float, transfer: Transfer) -> Transfer:
-    return replace(transfer, bytes_sent=calls * transfer.bytes_sent, seconds=calls * transfer.seconds)
