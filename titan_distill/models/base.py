@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
-from titan_distill.config.sections import RoleConfig
+from titan_distill.config.role_sections import RoleConfig
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.models.streaming import SegmentStream
@@ -294,6 +294,11 @@ class ModelFamily(ABC):
     def needs_latents(self) -> bool:
         """Whether training conditions are made of the data's latents, whatever the method needs."""
         return False
+
+    def encoder_memory(self) -> tuple[float, float]:
+        """For the planner: bytes of the encoders that stay on a rank, and most bytes that decoding one sample of a
+        validation holds beside them, both in the compute type."""
+        return 0.0, 0.0
 
     def extra_tensors(self) -> tuple[str, ...]:
         """Names of the further tensors that training conditions take from every row of the data."""

@@ -20,11 +20,11 @@ from titan_distill.checkpoint.initial_weights import is_reference
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
 from titan_distill.config.dtypes import DTYPES
-from titan_distill.config.layouts import role_parallelism
-from titan_distill.config.sections import HEAD_FLAVOR, RoleConfig
+from titan_distill.config.role_sections import HEAD_FLAVOR, RoleConfig
 from titan_distill.models.base import Adapter, EncoderFolders, FootageEncoder, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
+from titan_distill.models.wan.encoder_memory import decoding_bytes, encoder_bytes, find_decoder
 from titan_distill.models.wan.encoders import Encoders
 from titan_distill.models.wan.experts import experts_of, find_boundary
 from titan_distill.models.wan.frame_blocks import check_segments, segmentation_of
@@ -154,7 +154,7 @@ class WanFamily(ModelFamily):
                 f"roles.{name}",
                 architecture,
                 degrees[name],
-                role_parallelism(self.config, name).sequence_method,
+                self.config.roles[name].parallelism.sequence_method,
                 self.token_grid(),
                 SparseAttention(self.config.sparse_attention) if role.attention == "sparse" else None,
                 self._segmentation if role.attention == "causal" else None,
@@ -182,6 +182,18 @@ class WanFamily(ModelFamily):
 
     def token_grid(self) -> Grid:
         return self._space.token_grid(*self.video_size())
+
+    def encoder_memory(self) -> tuple[float, float]:
+        name, role = next(iter(self._networks().items()))
+        architecture = self._architecture(name, role, by_name=True)
+        pipeline, channels = self.config.pipeline_config, architecture.out_channels
+        element_bytes = DTYPES[self.config.training.dtype].itemsize
+        encoders = encoder_bytes(pipeline, channels, element_bytes)
+        if not (pipeline.path and self.config.validation.enabled):
+            return encoders, 0.0
+        frames, height, width = (n * patch for n, patch in zip(self.token_grid(), architecture.patch_size, strict=True))
+        decoder = find_decoder(pipeline.path, channels)
+        return encoders, decoding_bytes(decoder, (frames, height, width), element_bytes)
 
     @functools.cached_property
     def _space(self) -> LatentSpace:
