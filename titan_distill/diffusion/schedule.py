@@ -231,7 +231,9 @@ def standard_scale(scale: float | Tensor, form: GuidanceForm) -> float | Tensor:
 
 def _check_shift(shift: float) -> None:
     if not shift > 0:
-        raise ValueError(f"flow_shift must be positive, got {shift}; 1 leaves the schedule unshifted, Wan uses 3 to 8")
+        raise ValueError(
+            f"flow_shift must be positive, got {shift}; 1 leaves the schedule unshifted, video models use 3 to 12"
+        )
 
 
 def _bell(t: Tensor) -> Tensor:
