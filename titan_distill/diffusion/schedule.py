@@ -232,7 +232,7 @@ def standard_scale(scale: float | Tensor, form: GuidanceForm) -> float | Tensor:
 def _check_shift(shift: float) -> None:
     if not shift > 0:
         raise ValueError(
-            f"flow_shift must be positive, got {shift}; 1 leaves the schedule unshifted, video models use 3 to 12"
+            f"flow_shift must be positive, got {shift}; 1 is no shift, video models use 3 to 12"
         )
 
 
