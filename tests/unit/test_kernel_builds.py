@@ -119,7 +119,7 @@ def hopper() -> Iterator[None]:
 
 
 def num_compiled(kernel: Any, listed: list[int]) -> int:
-    """How many binaries the forward needs for these numbers of listed tiles."""
+    """Binaries of the forward for these numbers of listed tiles."""
     kernel.device_caches.clear()
     tensors = [MockTensor(torch.bfloat16)] * 4 + [MockTensor(torch.float32)] + [MockTensor(torch.int32)] * 5
     constants = {"HEAD_DIM": 16, "BLOCK_D": 16, "BLOCK_M": 64, "BLOCK_N": 64, "Q_CHUNKS": 1, "KV_CHUNKS": 1}
