@@ -41,7 +41,7 @@ def peak_bytes(config: WanConfig, checkpointing: ActivationCheckpointConfig, gri
 
     `grid` counts latents: frames, height, width.
     """
-    model = WanTransformer.from_config(config)
+    model = WanTransformer(config)
     apply_activation_checkpointing(model.blocks, checkpointing)
     latents = torch.zeros(1, config.in_channels, *grid)
     text = torch.zeros(1, NUM_TEXT_TOKENS, config.text_dim)

@@ -3,19 +3,18 @@ from."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from titan_distill.attention.causal import CausalAttention
+from titan_distill.attention.dense import AttentionCall
 
 
 class DetachedPast(CausalAttention):
     """In place of the core of a whole causal forward: no gradient reaches, or comes from, all but the last segment."""
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, layout: Any, *rest: Any) -> tuple[Tensor, None]:
+    def mix(self, call: AttentionCall) -> tuple[Tensor, None]:
         own = self.runs[-1].start
-        k, v = (torch.cat((x[:, :own].detach(), x[:, own:]), dim=1) for x in (k, v))
-        mixed, _ = super().mix(q, k, v, layout, *rest)
+        k, v = (torch.cat((x[:, :own].detach(), x[:, own:]), dim=1) for x in (call.k_BSHD, call.v_BSHD))
+        mixed, _ = super().mix(call._replace(k_BSHD=k, v_BSHD=v))
         return torch.cat((mixed[:, :own].detach(), mixed[:, own:]), dim=1), None

@@ -1,4 +1,4 @@
-"""`python checkpoint_memory_worker.py FOLDER`: what import, reshard, verify and diff need of memory at most, as JSON
+"""`python checkpoint_memory_worker.py FOLDER`: peak memory of reshard, verify and diff, as JSON
 on standard output: bytes by command. A process of its own, because one that has run tests has garbage and free memory
 of theirs, which the kernel counts too."""
 
@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from small_checkpoints import write_weights_only
 
 from titan_distill.checkpoint.tools import rewrite
 from titan_distill.checkpoint.tools.diff import diff
-from titan_distill.checkpoint.tools.imports import import_folder
 from titan_distill.checkpoint.tools.inspect import verify
 
 NUM_TENSORS = 24
@@ -25,18 +24,13 @@ M_MMAP_THRESHOLD = -3
 
 
 def commands(folder: Path, num_rows: int) -> dict[str, Callable[[], Any]]:
-    weights, imported, rewritten = folder / "weights", folder / "imported", folder / "rewritten"
-    weights.mkdir(parents=True)
-    (weights / "config.json").write_text("{}")
-    save_file(
-        {f"layer{i}": torch.full((num_rows, TENSOR_BYTES >> 12), float(i)) for i in range(NUM_TENSORS)},
-        weights / "diffusion_pytorch_model.safetensors",
-    )
+    original, rewritten = folder / "original", folder / "rewritten"
+    tensors = {f"layer{i}": torch.full((num_rows, TENSOR_BYTES >> 12), float(i)) for i in range(NUM_TENSORS)}
+    write_weights_only(original, {"transformer": tensors}, {}, role="r")
     return {
-        "import": lambda: import_folder(weights, imported, "r", "toy", lambda _, shapes: sorted(shapes)),
-        "reshard": lambda: rewrite.reshard(imported, rewritten, 3),
+        "reshard": lambda: rewrite.reshard(original, rewritten, 3),
         "verify": lambda: verify(rewritten),
-        "diff": lambda: list(diff(imported, rewritten)),
+        "diff": lambda: list(diff(original, rewritten)),
     }
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from titan_distill.checkpoint import discovery, hashing, protocol
+from titan_distill.checkpoint import commit, discovery
+from titan_distill.fault_tolerance import files
 
 VARIABLE = "TITAN_TEST_FAULT"
 
@@ -23,16 +24,16 @@ def die() -> None:
 
 def mid_shard(step: int) -> None:
     """Half of a piece of this rank's file is on its way."""
-    write = hashing.HashedFile.write
+    write = files.HashedFile.write
 
-    def half_a_write(file: hashing.HashedFile, data: Any) -> int:
-        path = Path(str(file._file.name))
+    def half_a_write(file: files.HashedFile, data: Any) -> int:
+        path = Path(str(file.name))
         if path.suffix == ".distcp" and path.parent.name.startswith(discovery.step_name(step)) and file.tell() > 4096:
             write(file, memoryview(data).cast("B")[: len(data) // 2])
             die()
         return write(file, data)
 
-    hashing.HashedFile.write = half_a_write  # type: ignore[method-assign]
+    files.HashedFile.write = half_a_write  # type: ignore[method-assign]
 
 
 def before_manifest(step: int) -> None:
@@ -42,19 +43,19 @@ def before_manifest(step: int) -> None:
 
 def before_rename(step: int) -> None:
     """The temporary folder is complete, manifest and all."""
-    flush = protocol.flush_folder
+    flush = commit.flush_folder
 
     def flush_and_die(folder: Path) -> None:
         flush(folder)
         if folder.name.startswith(f"{discovery.step_name(step)}.tmp-"):
             die()
 
-    protocol.flush_folder = flush_and_die  # type: ignore[attr-defined]
+    commit.flush_folder = flush_and_die  # type: ignore[attr-defined]
 
 
 def during_purge(step: int) -> None:
     """The step is published, and of the oldest one half is gone."""
-    move_aside = protocol._move_aside
+    move_aside = commit._move_aside
 
     def move_aside_and_die(path: Path) -> Path:
         aside = move_aside(path)
@@ -63,18 +64,18 @@ def during_purge(step: int) -> None:
             die()
         return aside
 
-    protocol._move_aside = move_aside_and_die
+    commit._move_aside = move_aside_and_die
 
 
 def _die_before(name: str, is_due: Callable[..., bool]) -> None:
-    inner = getattr(protocol, name)
+    inner = getattr(commit, name)
 
     def dying(*args: Any) -> Any:
         if is_due(*args):
             die()
         return inner(*args)
 
-    setattr(protocol, name, dying)
+    setattr(commit, name, dying)
 
 
 POINTS = {point.__name__: point for point in (mid_shard, before_manifest, before_rename, during_purge)}

@@ -68,7 +68,7 @@ class Job:
         assert list(discovery.complete_steps(self.checkpoints)) == named
         for path in named:
             manifest = read_manifest(path)
-            verify_sizes(path, manifest)
+            verify_sizes(path, manifest.files)
             verify_hashes(path, manifest)
             storage.read_metadata(path)
 

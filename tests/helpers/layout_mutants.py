@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import titan_distill.train
-from titan_distill.attention.placement import add_coarse
+from titan_distill.attention import sharded
+from titan_distill.attention.sharded import add_coarse
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.methods import losses
 from titan_distill.models.wan import adapter, tensor_plan
 from titan_distill.models.wan.layers import SelfAttention
-from titan_distill.parallelisms import collectives, sequence, tensor
+from titan_distill.parallelisms import collectives, tensor
 from titan_distill.parallelisms.sequence import token_bounds
 
 
@@ -40,21 +41,21 @@ def equal_noise_on_data_ranks(patch: pytest.MonkeyPatch) -> None:
 
 def sequence_gradients_not_divided(patch: pytest.MonkeyPatch) -> None:
     """Every rank's gradient of a replicated result is whole; summing them makes one per rank too many."""
+    _backward(patch, "gather", collectives._reduce_scatter)
 
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return collectives._reduce_scatter(gradients[0], ctx.dim, ctx.group), None, None
 
-    patch.setattr(collectives._Gather, "backward", staticmethod(backward))
+def _backward(patch: pytest.MonkeyPatch, name: str, backward: Callable[..., Tensor]) -> None:
+    patch.setitem(collectives.PAIRS, name, (collectives.PAIRS[name][0], backward))
 
 
 def tangents_stay_where_they_are(patch: pytest.MonkeyPatch) -> None:
     apply = collectives._apply
 
-    def forgetful(collective: type[torch.autograd.Function], x: Tensor, *arguments: Any) -> Tensor:
+    def forgetful(name: str, x: Tensor, *arguments: Any) -> Tensor:
         value, tangent = forward_ad.unpack_dual(x)
-        if tangent is None or collective is not collectives._AllToAll:
-            return apply(collective, x, *arguments)
-        return forward_ad.make_dual(collective.apply(value, *arguments), tangent.clone())
+        if tangent is None or name != "all_to_all":
+            return apply(name, x, *arguments)
+        return forward_ad.make_dual(apply(name, value, *arguments), tangent.clone())
 
     patch.setattr(collectives, "_apply", forgetful)
 
@@ -86,14 +87,14 @@ def mean_of_means(patch: pytest.MonkeyPatch) -> None:
 
 
 def replicated_gradient_not_reduced(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(collectives._EnterParts, "backward", staticmethod(lambda ctx, *gradients: (gradients[0], None)))
+    _backward(patch, "enter_parts", collectives._nothing)
 
 
 def coarse_rows_of_the_next_tile(patch: pytest.MonkeyPatch) -> None:
     def shifted(fine: Tensor, coarse: Tensor | None, gate: Tensor | None, tiles: Tiles) -> Tensor:
         return add_coarse(fine, None if coarse is None else coarse.roll(-1, 1), gate, tiles)
 
-    patch.setattr(sequence, "add_coarse", shifted)
+    patch.setattr(sharded, "add_coarse", shifted)
 
 
 def gate_outside_of_the_region(patch: pytest.MonkeyPatch) -> None:

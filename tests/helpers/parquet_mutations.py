@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from config_mutations import bounded
 
-from titan_distill.data.loader import Batch, build_loader
+from titan_distill.data.loader import Batch, SampleLoader
 from titan_distill.data.parquet import SCHEMA, LatentRow, ParquetDataset, write_rows
 
 NUM_ROWS = 12
@@ -202,7 +202,7 @@ def read_some(path: Path, *, max_bad_rows: int, num_workers: int, num_batches: i
         except ValueError as error:
             assert_names(str(error), path)
             return str(error)
-        batches = build_loader(
+        batches = SampleLoader(
             dataset,
             global_batch_size=4,
             data_rank=0,

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from titan_distill import cli
+from titan_distill.checkpoint import commit, storage
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
-from titan_distill.checkpoint.manifest import FrozenRole
+from titan_distill.checkpoint.manifest import FrozenRole, Manifest, TrainedRole
+from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.roles import Ema, RoleHandle, RoleManager
@@ -28,7 +30,7 @@ CONFIG = WanConfig(
 
 def make_role(name: str, seed: int, *, ema: bool) -> RoleHandle:
     torch.manual_seed(seed)
-    module = WanTransformer.from_config(CONFIG)
+    module = WanTransformer(CONFIG)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     return RoleHandle(
         name,
@@ -55,6 +57,17 @@ def make_manager(folder: Path) -> CheckpointManager:
     architectures = {name: CONFIG.to_diffusers() for name in ("student", "critic")}
     info = RunInfo("wan", "d", architectures=architectures, frozen={"teacher": FrozenRole("weights/teacher", "t")})
     return CheckpointManager(folder, keep=2, run_info=info)
+
+
+def write_weights_only(
+    folder: Path, modules: dict[str, dict[str, torch.Tensor]], architecture: dict[str, Any], *, role: str = "student"
+) -> Path:
+    """A checkpoint of weights alone, as `titan-distill checkpoint import` wrote it from a folder of diffusers."""
+    trained = TrainedRole(list(modules), 0, has_ema=False, mesh={}, architecture=architecture)
+    manifest = Manifest(0, 0, 0, 1, "", "wan", {}, {role: trained}, frozen={}, files={}, weights_only=True)
+    state = {f"models/{role}/{module}": tensors for module, tensors in modules.items()}
+    commit.publish(folder, manifest, lambda temporary: storage.write(state, temporary, None), Ranks())
+    return folder
 
 
 def call(*arguments: Any) -> int:

@@ -12,7 +12,7 @@ from tiny_media import write_film
 
 from titan_distill.cli import main as cli
 from titan_distill.config.loading import load_config
-from titan_distill.data.footage import read_clips
+from titan_distill.data.footage import VideoSize, read_clips
 from titan_distill.data.parquet import ParquetDataset
 from titan_distill.models.base import model_family
 from titan_distill.parallelisms.mesh import Layouts
@@ -66,5 +66,5 @@ def test_stored_latents_decode_to_the_footage(data: Path, films: Path, monkeypat
 
 
 def _correlation(frames_T3HW: torch.Tensor, film: Path) -> float:
-    clip = next(iter(read_clips(film, num_frames=17, stride=17, height=96, width=96, fps=8.0)))
+    clip = next(iter(read_clips(film, VideoSize(17, 96, 96, 8.0))))
     return torch.corrcoef(torch.stack([frames_T3HW.flatten(), clip.pixels.double().flatten()]))[0, 1].item()

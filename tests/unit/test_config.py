@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from titan_distill.config.config import Config
-from titan_distill.config.degrees import Degrees
-from titan_distill.config.layouts import check_world
-from titan_distill.config.loading import check_paths, help_text, load_config
+from titan_distill.config.degrees import Degrees, resolve_layout
+from titan_distill.config.loading import check_paths, help_text, load_config, to_toml
 from titan_distill.config.parsing import ConfigError
-from titan_distill.config.sections import RoleConfig, SparseAttentionConfig
-from titan_distill.config.text import field_docs, field_types, to_dict, to_toml
+from titan_distill.config.role_sections import RoleConfig
+from titan_distill.config.sections import SparseAttentionConfig
+from titan_distill.config.text import field_docs, field_types, to_dict
 from titan_distill.methods.base import TrainingMethod
 from titan_distill.models.base import ModelFamily
 from titan_distill.registry import register_method, register_model
@@ -170,7 +170,7 @@ def test_overrides_are_read_by_type(
 
 def test_role_optimizer_is_laid_over_the_default(load: Callable[..., Config]) -> None:
     config = load("--optimizer.weight_decay", "0.5")
-    student = config.optimizer_for("student")
+    student = config.roles["student"].optimizer
     assert (student.lr, student.weight_decay, student.betas) == (1e-4, 0.5, (0.0, 0.9))
 
 
@@ -360,7 +360,7 @@ def test_secrets_are_redacted_everywhere(load: Callable[..., Config]) -> None:
         (
             ["--parallelism.sequence", "4", "--roles.teacher.parallelism.tensor", "2"],
             8,
-            "roles.teacher.parallelism: sequence × tensor = 2 ranks is no multiple of the 4 ranks that share a sample",
+            "roles.teacher.parallelism: sequence × tensor = 2 ranks is not a multiple of the 4 ranks that share",
         ),
         (["--parallelism.dp_replicate", "3"], 8, "3 does not divide the number of ranks, 8; set it to 2 or 4"),
         (["--parallelism.dp_shard", "3"], 4, "run has 4; set dp_shard to 4 or -1, or start 3 ranks"),
@@ -368,22 +368,22 @@ def test_secrets_are_redacted_everywhere(load: Callable[..., Config]) -> None:
         ([], 3, "= 2 × 3 = 6; set it to 6 or 12"),
     ],
 )
-def test_check_world(
+def test_resolve_layout(
     load: Callable[..., Config], overrides: list[str], world_size: int, expected: tuple[Degrees, int] | str
 ) -> None:
     config = load(*overrides)
     if isinstance(expected, tuple):
-        resolved = check_world(config, world_size)
+        resolved = resolve_layout(config, world_size)
         assert (resolved.default, resolved.num_micro_batches) == expected
         assert resolved.default.world_size == world_size
     else:
-        with pytest.raises(ConfigError, match=re.escape(expected)):
-            check_world(config, world_size)
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            resolve_layout(config, world_size)
 
 
 def test_a_role_has_a_layout_of_its_own(load: Callable[..., Config]) -> None:
     config = load("--parallelism.dp_shard", "4", "--roles.teacher.parallelism.tensor", "4")
-    assert check_world(config, 4).roles == {"teacher": Degrees(tensor=4), "student": Degrees(dp_shard=4)}
+    assert resolve_layout(config, 4).roles == {"teacher": Degrees(tensor=4), "student": Degrees(dp_shard=4)}
 
 
 def test_check_paths_names_the_first_missing_one(
@@ -392,7 +392,7 @@ def test_check_paths_names_the_first_missing_one(
     monkeypatch.chdir(tmp_path)
 
     def missing(*overrides: str) -> str:
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ValueError) as caught:
             check_paths(load(*overrides))
         return str(caught.value)
 
@@ -413,7 +413,7 @@ def test_check_paths_names_the_first_missing_one(
 
 def test_every_key_is_documented_and_in_the_help(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text(VALID)
-    text = help_text(str(tmp_path / "x.toml"))
+    text = help_text(["--job.config_file", str(tmp_path / "x.toml")])
     sections = {**field_types(Config), "roles.<name>": RoleConfig}
     sections |= {"method_config": ProbeMethodConfig, "pipeline_config": ProbePipelineConfig}
     for section, kind in sections.items():
@@ -423,10 +423,10 @@ def test_every_key_is_documented_and_in_the_help(tmp_path: Path) -> None:
             assert set(field_docs(kind)) == set(field_types(kind))
     assert '--roles.<name>.dtype: one of "auto", "float32", "bfloat16" (default "auto")' in text
     assert "--training.steps: an integer (required)" in text
-    assert "--method_config.ratio" not in help_text(None) and "--training.steps" in help_text(None)
+    assert "--method_config.ratio" not in help_text([]) and "--training.steps" in help_text([])
     (tmp_path / "x.toml").write_text(VALID.replace("config_probe", "nothing"))
     with pytest.raises(ConfigError, match=r"recipe\.method = 'nothing'"):
-        help_text(str(tmp_path / "x.toml"))
+        help_text(["--job.config_file", str(tmp_path / "x.toml")])
 
 
 def test_loading_does_not_need_a_process_group_or_a_gpu() -> None:

@@ -305,7 +305,7 @@ def _data(folder: Path) -> str:
     [
         (("--ema.decay", "0"), r"needs the student's average, but ema\.decay = 0"),
         (("--checkpoint.mode", "async"), r"set checkpoint\.mode to 'sync'"),
-        (("--method_config.num_grid_steps", "0"), r"num_grid_steps = 0 must be at least 1"),
+        (("--method_config.num_grid_steps", "0"), r"num_grid_steps = 0 is out of range; choose at least 1"),
         (("--method_config.denoising_steps", "[500.0, 1000.0]"), r"must descend strictly"),
     ],
 )

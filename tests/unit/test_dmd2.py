@@ -234,7 +234,7 @@ def test_spy(name: str, tmp_path: Path) -> None:
 def _no_backward_simulation(
     self: Dmd2, batch: Batch, condition: Any, step: int, purpose: str, exit_index: int
 ) -> Tensor:
-    return self._normal(batch, step, f"{purpose}/noise/0")
+    return self.normal(f"{purpose}/noise/0", batch, step)
 
 
 def _rollout_with_gradient(self: Dmd2, batch: Batch, condition: Any, step: int, purpose: str) -> dmd2.Rollout:

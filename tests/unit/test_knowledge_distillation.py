@@ -61,7 +61,7 @@ def trained(folder: Path) -> Trainer:
 
 # --- mutants
 
-STATES, LOSS = KnowledgeDistillation._states, losses.x0_loss
+STATES, LOSS = KnowledgeDistillation._states, losses.regression_loss
 
 
 def _next_state(self: KnowledgeDistillation, batch: Batch, choice_B: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "none": nullcontext,
     "state of another time": lambda: patch.object(KnowledgeDistillation, "_states", _next_state),
     "noise that is not the trajectory's": lambda: patch.object(KnowledgeDistillation, "_states", _fresh_noise),
-    "another trajectory's end": lambda: patch.object(losses, "x0_loss", _another_end),
+    "another trajectory's end": lambda: patch.object(losses, "regression_loss", _another_end),
     "one level for all": lambda: patch.object(KnowledgeDistillation, "student_loss", _first_level_only),
     "guidance dropped": lambda: patch.object(ode_pairs, "Guidance", lambda scale: Guidance(1.0)),
     "guidance off by one": lambda: patch.object(ode_pairs, "Guidance", lambda scale: Guidance(scale, "offset")),

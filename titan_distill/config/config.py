@@ -1,32 +1,29 @@
 """The whole configuration: all sections, and the checks between them.
 
-Checks sit where their facts are: within a section in its `__post_init__`, between sections here, a method's and a
-family's own in their `validate`. Those that need the number of ranks are in `layouts.check_world`, those that need the
-file system in `loading.check_paths`.
+A check stands where its facts are: within a section in its `__post_init__`, between sections here, for a method or a
+family in its `validate`. `resolve.py` makes the checks that need the number of ranks or the file system.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from titan_distill.config.data import DataConfig
+from titan_distill.config.role_sections import OptimizerConfig, ParallelismConfig, RoleConfig
 from titan_distill.config.sections import (
     ActivationCheckpointConfig,
     CheckpointConfig,
     CommConfig,
     CompileConfig,
+    DataConfig,
     EmaConfig,
     Float8Config,
     JobConfig,
     LrSchedulerConfig,
     MetricsConfig,
-    OptimizerConfig,
-    ParallelismConfig,
     ProfilingConfig,
     RecipeConfig,
-    RoleConfig,
     SparseAttentionConfig,
     TrainingConfig,
     ValidationConfig,
@@ -35,50 +32,51 @@ from titan_distill.config.sections import (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. ``method_config`` and ``pipeline_config`` are typed by the chosen method and family."""
+    """The configuration of a run. The method types `method_config`, the model family types `pipeline_config`."""
 
     job: JobConfig
-    """The run itself."""
+    """The run: name, output folder, seed, imports."""
     recipe: RecipeConfig
-    """What is trained, and how."""
+    """Training method and model family."""
     roles: dict[str, RoleConfig]
-    """The models of the run by name; the method says which it needs."""
+    """The models of the run by name. The method says which roles it needs."""
     method_config: Any
-    """The method's own knobs."""
+    """Keys of the training method."""
     pipeline_config: Any
-    """The model family's own knobs."""
+    """Keys of the model family."""
     pipeline_config_path: str = field(default="", compare=False)
-    """TOML file with the keys of [pipeline_config], instead of that table; relative to the working directory."""
+    """TOML file with the keys of [pipeline_config], in place of that table. Relative to the working directory."""
     data: DataConfig
-    """What is trained on."""
+    """Training data."""
     training: TrainingConfig
-    """Length, batch and numbers."""
+    """Steps, batch size, compute type, gradient clipping."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Default of all trained roles; [roles.<name>.optimizer] overrides it."""
+    """Optimizer of all trained roles. [roles.<name>.optimizer] overrides it."""
     lr_scheduler: LrSchedulerConfig = field(default_factory=LrSchedulerConfig)
-    """Learning rate over the updates of a role."""
+    """Learning-rate schedule over the updates of a role."""
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
-    """How the ranks are used; the product of the four degrees is the number of ranks."""
+    """Layout of the ranks. The product of the four degrees (dp_replicate, dp_shard, sequence, tensor) is the number of
+    ranks. [roles.<name>.parallelism] overrides it."""
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
-    """Memory for work."""
+    """Activation checkpointing: recompute activations in the backward to save memory."""
     compile: CompileConfig = field(default_factory=CompileConfig)
     """torch.compile."""
     float8: Float8Config = field(default_factory=Float8Config)
-    """Matrix products in 8 bits."""
+    """Matrix products in float8."""
     sparse_attention: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
-    """Video sparse attention of the roles that have attention = "sparse"."""
+    """Video sparse attention of the roles with attention = "sparse"."""
     ema: EmaConfig = field(default_factory=EmaConfig)
-    """Moving average of one role's weights, used in validation and export."""
+    """Exponential moving average of one role's weights, for validation and export."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Saving and resuming."""
+    """Checkpoints and resume."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """Videos and scores during the run."""
+    """Sampled videos and their scores during the run."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    """Where numbers go; metrics.jsonl is always written."""
+    """Trackers. The run always writes metrics.jsonl."""
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
-    """Traces of a few steps."""
+    """Profiler traces of a few steps."""
     comm: CommConfig = field(default_factory=CommConfig)
-    """Timeouts between ranks."""
+    """Time limits for communication between ranks."""
 
     def __post_init__(self) -> None:
         for name in self.roles:
@@ -86,7 +84,7 @@ class Config:
                 raise ValueError(f"[roles.{name!r}] becomes part of keys and file names; use letters, digits, _ and -")
         if self.parallelism.async_tensor and not self.compile.enabled:
             raise ValueError(
-                "parallelism.async_tensor = true is the compiler's work, but compile.enabled = false; set it to true"
+                "parallelism.async_tensor = true needs the compiler, but compile.enabled = false; set it to true"
             )
         self._check_ema()
         self._check_float8()
@@ -111,8 +109,8 @@ class Config:
             if name not in self.roles:
                 raise ValueError(f"float8.roles names {name!r}; the roles of this run are {', '.join(self.roles)}")
         if self.float8.enabled and self.float8.backend == "transformer_engine":
-            # Its layers are opaque to torch: they break graphs, hide their products, cut weights in their own way.
-            tensor = max(role.parallelism.applied_to(self.parallelism).tensor for role in self.roles.values())
+            # torch cannot see into its layers: they break graphs, hide their matrix products, shard in their own way.
+            tensor = max(role.parallelism.tensor for role in self.roles.values())
             for key, value, other in (
                 ("compile.enabled", "true", self.compile.enabled),
                 ("activation_checkpoint.mode", "'selective'", self.activation_checkpoint.mode == "selective"),
@@ -134,9 +132,3 @@ class Config:
                     f"sparse_attention.{f.name} = {value} has no effect, because no role has attention = 'sparse'; set "
                     "it for a role or remove the section"
                 )
-
-    def optimizer_for(self, role: str) -> OptimizerConfig:
-        """[optimizer] with the role's own table laid over it."""
-        override = self.roles[role].optimizer
-        changed = {f.name: getattr(override, f.name) for f in fields(override)}
-        return replace(self.optimizer, **{name: value for name, value in changed.items() if value is not None})

@@ -1,4 +1,4 @@
-"""Acting as one over several ranks: whatever fails on one rank is raised on every rank.
+"""Agreement between ranks: a failure on one rank is raised on every rank.
 
 A checkpoint is only as good as its worst shard, so every phase of a save or load ends in an agreement. It runs over a
 gloo group of its own: checkpoint traffic then never waits for NCCL kernels, nor mixes with the collectives of the
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 class RankFailure(RuntimeError):
-    """What failed on some rank, raised on all of them; the message says which and why."""
+    """A failure on some rank, raised on all of them; the message says which rank and why."""
 
 
 class Ranks:
     """All ranks of the run, or this process alone. Constructing it is collective when there are several.
 
-    ``timeout_seconds`` is how long ranks wait for each other; None takes torch's default for gloo, half an hour.
+    `timeout_seconds` is how long ranks wait for each other; None takes torch's default for gloo, half an hour.
     """
 
     def __init__(self, timeout_seconds: float | None = None) -> None:
@@ -35,7 +35,7 @@ class Ranks:
         self.size = dist.get_world_size() if distributed else 1
 
     def together(self, work: Callable[[], T]) -> T:
-        """Runs ``work`` on every rank and returns this rank's result. ``work`` itself must not communicate.
+        """Runs `work` on every rank and returns this rank's result. `work` itself must not communicate.
 
         Raises on every rank when it raised on any: user errors (ValueError) and what all ranks know already
         (RankFailure) as they are, others as RankFailure naming the rank.
@@ -53,15 +53,15 @@ class Ranks:
         return cast(T, result)
 
     def gather(self, work: Callable[[], T]) -> list[T]:
-        """``together``, but returns the results of all ranks, by rank, on each."""
+        """Runs `work` as `together` and returns the results of all ranks, by rank, on each."""
         return self._all_gather(self.together(work))
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
-        """Runs ``work`` on rank 0 alone and returns its result on every rank; its failure is everyone's."""
-        return cast(T, self.gather(work if self.rank == 0 else _nothing)[0])
+        """Runs `work` on rank 0 alone and returns its result on every rank; its failure is everyone's."""
+        return cast(T, self.gather(work if self.rank == 0 else lambda: None)[0])
 
     def all(self, is_so: bool) -> bool:
-        """Whether it is so on every rank; one small message, for a question asked every step."""
+        """Returns whether it is so on every rank; one small message, for a question asked every step."""
         if self.group is None:
             return is_so
         votes = torch.tensor(int(is_so))
@@ -81,12 +81,8 @@ class Ranks:
         return values
 
 
-def _nothing() -> None:
-    return None
-
-
 def _portable(error: Exception, rank: int) -> Exception:
-    """An error that other ranks can unpickle."""
+    """Returns an error that other ranks can unpickle."""
     if isinstance(error, ValueError | RankFailure):
         return error
     return RankFailure(f"rank {rank} failed with {type(error).__name__}: {error}")
