@@ -65,7 +65,7 @@ class ShapesClip:
 
     @property
     def combination(self) -> tuple[str, str, str]:
-        """What the reader of frames scores, and what is held out: (colour, shape, direction)."""
+        """The words that the scorer reads and that are held out together: (colour, shape, direction)."""
         return self.colour, self.shape, self.direction
 
     def caption(self, template: int = 0) -> str:

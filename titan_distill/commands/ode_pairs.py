@@ -58,7 +58,7 @@ class OdePairsOptions:
     config: tyro.conf.Positional[Path]
     """TOML of a job with the role `teacher`: its weights, layout, numbers and pipeline are used."""
     prompts: Path
-    """Prompts: parquet with text embeddings, or .txt (one a line) or .jsonl (key caption), which are encoded."""
+    """Prompts: parquet with text embeddings, or .txt (one per line) or .jsonl (key caption), which are encoded."""
     out: Path
     """Folder of the parquet files; files that are there stay, and missing ones are added."""
     teacher: Path | None = None
@@ -244,7 +244,8 @@ class PairMaker:
 
 
 def _run(batches: list[list[int]], layouts: Layouts, make: Callable[[list[int], bool], None]) -> None:
-    """Hands out batches to data groups in rounds; in the last round some repeat a batch, which is then not theirs."""
+    """Hands out batches to data groups in rounds. In the last round some groups repeat a batch, which another one
+    writes."""
     group, num_groups = layouts.data_rank, layouts.num_data_groups
     for first in tqdm(range(0, len(batches), num_groups), unit="round", disable=None if group == 0 else True):
         mine = first + group

@@ -1,4 +1,4 @@
-"""Latents and text embeddings in parquet files, in FastVideo's column scheme.
+"""Reader and writer of parquet files of latents and text embeddings, in FastVideo's column scheme.
 
 A tensor is three columns: `<name>_bytes` (raw little-endian values), `<name>_shape` (list of int64) and
 `<name>_dtype` (`"float32"`, `"float16"` or `"bfloat16"`), for `vae_latent` and `text_embedding`. Beside
@@ -7,7 +7,7 @@ Further tensors, of any shape, are three columns under their own name; a reader 
 
 Trade-offs. Training reads rows in random order, and parquet's smallest readable piece is a row group. So the writer
 keeps groups small (`MAX_GROUP_ROWS`, `MAX_GROUP_BYTES`), at the price of a little compression, and the reader keeps the
-groups it used last, up to `cache_bytes`: a small dataset ends up in memory whole, a large one costs one group a row.
+groups it used last, up to `cache_bytes`: a small dataset ends up in memory whole, a large one costs one group per row.
 Opening a folder reads only the footers. Every row is checked when it is read, not when the folder is opened, because
 checking means reading everything; `titan_distill.data.summary.inspect` does that in advance. The writer adds parquet's
 own checksum to each page: a byte that changed on disk is then noticed, not trained on.

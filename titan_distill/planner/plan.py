@@ -148,7 +148,7 @@ def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -
     if grid is None or not can_plan(config, roles):
         raise ValueError(f"recipe.family = {config.recipe.family!r} has no video transformers that a plan is made for")
     plans = {role.name: _role_plan(config, layout, role, grid) for role in _networks(roles)}
-    work = method_class(config.recipe.method).work(config.method_config)
+    work = method_class(config.recipe.method).passes(config.method_config)
     planner = _Planner(config, layout, gpu, plans, grid)
     plans = planner.plans = {name: planner.with_activations(plan, work) for name, plan in plans.items()}
     architecture = next(iter(plans.values())).architecture

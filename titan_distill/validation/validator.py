@@ -235,7 +235,7 @@ def _mean_scores(rows: Rows) -> dict[str, float]:
 
 
 def _distances(rows: dict[str, Rows], reference: str) -> dict[str, dict[str, float]]:
-    """How far each set is from the reference."""
+    """Distances of each set from the reference."""
     projected = {
         label: torch.stack([row.projections_P for row in named.values() if row.projections_P is not None])
         for label, named in rows.items()
