@@ -75,15 +75,10 @@ class ShapesClip:
         )
 
 
-def _latin_square() -> frozenset[tuple[str, str, str]]:
-    directions = list(DIRECTIONS)
-    return frozenset(
-        (colour, shape, directions[(i + j) % len(directions)])
-        for (i, colour), (j, shape) in product(enumerate(COLOURS), enumerate(SHAPES))
-    )
-
-
-HELD_OUT = _latin_square()
+HELD_OUT = frozenset(
+    (colour, shape, WORDS["direction"][(i + j) % len(DIRECTIONS)])
+    for (i, colour), (j, shape) in product(enumerate(COLOURS), enumerate(SHAPES))
+)
 """The 12 (colour, shape, direction) combinations kept for scoring: one direction for each colour and shape."""
 
 

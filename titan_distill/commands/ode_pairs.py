@@ -22,6 +22,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,11 +229,8 @@ class PairMaker:
         adapter, request = self.adapter, self.request
         batch = adapter.prepare_batch(collate(indices, rows, self.config.data.max_text_tokens))
         condition, guidance = adapter.text_condition(batch), Guidance(request.guidance_scale)
+        velocity = partial(adapter.guided_velocity, self.teacher, condition=condition, guidance=guidance)
         noise = torch.stack([initial_noise(row_id, adapter.latent_shape) for row_id in ids])
-
-        def velocity(x: Tensor, sigma_B: Tensor) -> Tensor:
-            return adapter.guided_velocity(self.teacher, x, sigma_B, condition, guidance)
-
         return sample_trajectory(
             velocity,
             noise.to(batch.text_embeddings.device),

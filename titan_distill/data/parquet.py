@@ -197,7 +197,11 @@ class ParquetDataset(RowDataset[LatentRow]):
         return self[0].vae_latent is not None
 
     def read(self, index: int) -> LatentRow:
-        group, offset = self._locate(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a dataset of {len(self)} rows")
+        number = bisect.bisect_right(self._group_ends, index)
+        group = self._groups[number]
+        offset = index - (self._group_ends[number] - group.num_rows)
         table = self._table(group)
         record = {name: table.column(name)[offset] for name in table.column_names}
         return _from_record(record, self._tensors, f"{group.file}, row {group.first_row + offset}")
@@ -205,13 +209,6 @@ class ParquetDataset(RowDataset[LatentRow]):
     def __getstate__(self) -> dict[str, Any]:
         # A worker started by spawn fills a cache of its own.
         return {**self.__dict__, "_cache": OrderedDict()}
-
-    def _locate(self, index: int) -> tuple[_Group, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of a dataset of {len(self)} rows")
-        number = bisect.bisect_right(self._group_ends, index)
-        group = self._groups[number]
-        return group, index - (self._group_ends[number] - group.num_rows)
 
     def _table(self, group: _Group) -> pa.Table:
         if group not in self._cache:

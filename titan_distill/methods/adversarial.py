@@ -106,16 +106,18 @@ def deception_loss(z_made_B: Tensor) -> Tensor:
     return F.softplus(-z_made_B)
 
 
+DIVERGENCE_WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.ones_like,
+    "forward_kl": lambda z_B: z_B.exp().clamp(max=MAX_RATIO),
+    "jensen_shannon": torch.sigmoid,
+}
+"""h(r) = r² f″(r) at r = exp(z), as functions of the logits z [B] of made samples; forward_kl's ends at MAX_RATIO."""
+
+
 @torch.no_grad()
 def divergence_weight(divergence: Divergence, z_made_B: Tensor) -> Tensor:
-    """h(r) = r² f″(r) at r = exp(z), [B]; forward_kl's ends at MAX_RATIO. Raises ValueError for another divergence."""
-    if divergence == "reverse_kl":
-        return torch.ones_like(z_made_B)
-    if divergence == "forward_kl":
-        return z_made_B.exp().clamp(max=MAX_RATIO)
-    if divergence == "jensen_shannon":
-        return z_made_B.sigmoid()
-    raise ValueError(f"unknown divergence {divergence!r}; choose 'reverse_kl', 'forward_kl' or 'jensen_shannon'")
+    """The weights [B] of made samples with these logits."""
+    return DIVERGENCE_WEIGHTS[divergence](z_made_B)
 
 
 class AdversarialTraining(FewStepTraining):

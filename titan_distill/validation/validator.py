@@ -33,7 +33,7 @@ from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
 from titan_distill.models.base import Adapter
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
-from titan_distill.validation.distances import project, projected_distance, projected_excess
+from titan_distill.validation.distances import project, sliced_wasserstein, sliced_wasserstein_excess
 from titan_distill.validation.sampling import Sampling, go_on
 from titan_distill.validation.scorers import scorer
 from titan_distill.validation.video import Video, contact_sheet, thumbnails, write_mp4
@@ -242,9 +242,9 @@ def _distances(rows: dict[str, Rows], reference: str) -> dict[str, dict[str, flo
     }
     other_NP, found = projected.pop(reference), {}
     for label, own_NP in projected.items():
-        found[label] = {"sliced_wasserstein": projected_distance(own_NP, other_NP)}
+        found[label] = {"sliced_wasserstein": sliced_wasserstein(own_NP, other_NP)}
         if len(own_NP) >= 4:
-            found[label]["sliced_wasserstein_excess"] = projected_excess(own_NP, other_NP)
+            found[label]["sliced_wasserstein_excess"] = sliced_wasserstein_excess(own_NP, other_NP)
     return found
 
 
