@@ -87,14 +87,18 @@ def register_scorer(name: str) -> Callable[[T], T]:
     return _register(SCORERS, name)
 
 
+def names(table: Table) -> list[str]:
+    """All names of the package and those registered from elsewhere so far, sorted."""
+    for info in pkgutil.iter_modules(importlib.import_module(table.package).__path__, f"{table.package}."):
+        importlib.import_module(f"{info.name}.plugin" if info.ispkg else info.name)
+    return sorted(table.entries)
+
+
 def lookup(table: Table, name: str) -> Any:
-    """What is registered under `name`. Raises ValueError naming the known names and the nearest one."""
-    if name not in table.entries:
-        for info in pkgutil.iter_modules(importlib.import_module(table.package).__path__, f"{table.package}."):
-            importlib.import_module(f"{info.name}.plugin" if info.ispkg else info.name)
+    """Returns what is registered under `name`. Raises ValueError naming the known names and the nearest one."""
+    known = [name] if name in table.entries else names(table)
     if name in table.entries:
         return table.entries[name]
-    known = sorted(table.entries)
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(f"{table.key} = {name!r} is not known; it must be one of {', '.join(known)}{hint}")

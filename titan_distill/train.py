@@ -24,7 +24,6 @@ from titan_distill.attention.dense import order_backends
 from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference, weights_digest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole
-from titan_distill.checkpoint.ranks import RankFailure, Ranks
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.config.layouts import check_world, needs_group, role_parallelism
@@ -40,6 +39,7 @@ from titan_distill.fault_tolerance.exit_codes import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
 )
+from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 from titan_distill.fault_tolerance.signals import Stop
 from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog, record_collectives
 from titan_distill.methods.base import Head, TrainingMethod, method_class

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titan_distill.checkpoint.manager import CheckpointManager
-from titan_distill.checkpoint.ranks import Ranks
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.data.loader import Batch, SampleLoader
 from titan_distill.fault_tolerance.nonfinite import NonFiniteError, count_nonfinite, describe_nonfinite, skip_or_raise
+from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.fault_tolerance.signals import Stop, StopRequested
 from titan_distill.fault_tolerance.watchdog import Watchdog
 from titan_distill.methods.base import TrainingMethod, Update

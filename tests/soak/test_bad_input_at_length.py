@@ -1,6 +1,6 @@
 """Ten thousand broken configurations and hundreds of broken data files: never a traceback, a hang, or memory for all.
 
-One command: ``pytest -m soak tests/soak/test_bad_input_at_length.py``; about a quarter of an hour on one core.
+One command: `pytest -m soak tests/soak/test_bad_input_at_length.py`; about a quarter of an hour on one core.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from mutants import is_caught
 from torch import Tensor
 from toy_family import VARIANCE, AffineStudent, write_data
 from toy_run import toy_pairs, toy_trainer
@@ -230,8 +231,5 @@ def _one_level_for_all_segments(self: KnowledgeDistillation, batch: Batch, step:
 
 
 def test_one_level_for_all_segments_is_caught(tmp_path: Path) -> None:
-    with (
-        patch.object(KnowledgeDistillation, "_by_segment", _one_level_for_all_segments),
-        pytest.raises(AssertionError),
-    ):
-        check_states_of_segments(tmp_path)
+    mutant = patch.object(KnowledgeDistillation, "_by_segment", _one_level_for_all_segments)
+    assert is_caught(lambda: check_states_of_segments(tmp_path), mutant)

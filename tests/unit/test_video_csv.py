@@ -93,7 +93,8 @@ def test_samples_are_those_of_preprocessed_parquet(
     """In the same order, over the end of an epoch, with workers, and after a resume; to the last bit."""
     preprocess(
         PreprocessConfig(
-            footage / "clips", footage / "captions.csv", pipeline, pipeline, tmp_path / "parquet", height=64, width=96,
+            folder=footage / "clips", captions=footage / "captions.csv", vae=pipeline, text_encoder=pipeline,
+            out=tmp_path / "parquet", height=64, width=96,
             num_frames=9, fps=None, clips_per_video=1, max_text_tokens=tiny_ti2v.MAX_TEXT_TOKENS, dtype="float32",
         )
     )  # fmt: skip

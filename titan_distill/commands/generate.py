@@ -12,8 +12,9 @@ from torch import Tensor
 
 from titan_distill.attention.dense import order_backends
 from titan_distill.checkpoint.discovery import resolve
+from titan_distill.checkpoint.initial_weights import trained_role
 from titan_distill.checkpoint.manifest import read_manifest
-from titan_distill.checkpoint.tools import export as convert
+from titan_distill.checkpoint.tools.contents import role_tensors
 from titan_distill.config.config import Config
 from titan_distill.config.loading import load_config
 from titan_distill.data.footage import read_picture
@@ -113,13 +114,13 @@ def load_role(
     overrides = [f"--pipeline_config.{name}={value}" for name, value in pipeline.items() if value is not None]
     config = load_config(["--job.config_file", str(config_file), *overrides])
     manifest = read_manifest(checkpoint)
-    trained = convert.trained_role(checkpoint, manifest, role)
+    trained = trained_role(checkpoint, manifest, role)
     use_ema = trained.has_ema and not raw_weights
     family = model_family(config.recipe.family)(config)
     order_backends(device)
     modules = {}
     for name in trained.modules:
-        tensors = convert.role_tensors(checkpoint, role, use_ema=use_ema, module=name)
+        tensors = role_tensors(checkpoint, role, use_ema=use_ema, module=name)
         modules[name] = family.restore_module(trained.architecture, tensors, device)
     handle = RoleHandle(role, modules, trainable=False)
     roles, adapter = RoleManager([handle]), family.build_adapter(device, Layouts.alone(device))

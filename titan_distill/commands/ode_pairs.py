@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,16 +32,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titan_distill.config.config import Config
+from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.layouts import needs_group, role_degrees
 from titan_distill.config.loading import load_config
 from titan_distill.config.sections import RoleConfig
 from titan_distill.data.loader import collate
-from titan_distill.data.parquet import DTYPES, LatentRow, ParquetDataset, read_ids, write_rows
+from titan_distill.data.parquet import LatentRow, ParquetDataset, read_ids, write_rows
 from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import TrajectoryRequest
 from titan_distill.diffusion.schedule import few_step_sigmas, timestep
 from titan_distill.diffusion.trajectory import grid_indices, sample_trajectory
+from titan_distill.fault_tolerance.files import atomic
 from titan_distill.methods.base import method_class
 from titan_distill.models.base import Adapter, Guidance, model_family
 from titan_distill.parallelisms.mesh import Layouts, World, num_ranks, start_world
@@ -314,6 +315,5 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
 
 def _publish_settings(out: Path, settings: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f"{SETTINGS}.tmp-{os.getpid()}"
-    temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(out / SETTINGS)
+    with atomic(out / SETTINGS) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

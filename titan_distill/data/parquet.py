@@ -18,7 +18,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-import os
 import textwrap
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,12 +31,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from titan_distill.config.dtypes import DTYPES
 from titan_distill.data.rows import BadRowError, RowDataset
+from titan_distill.fault_tolerance.files import atomic
 
 MAX_GROUP_ROWS = 32
 MAX_GROUP_BYTES = 16 * 2**20
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _TENSOR_TYPES = {"bytes": pa.binary(), "shape": pa.list_(pa.int64()), "dtype": pa.string()}
@@ -101,7 +101,6 @@ def write_rows(path: str | Path, rows: Iterable[LatentRow]) -> int:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     num_rows = 0
     remaining = iter(rows)
     first = next(remaining, None)
@@ -109,14 +108,13 @@ def write_rows(path: str | Path, rows: Iterable[LatentRow]) -> int:
         raise ValueError(f"no rows to write to {path}: a dataset needs at least one")
     schema = schema_with(first.extra)
     records = (_to_record(row, first.extra) for row in itertools.chain([first], remaining))
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer:
-            for group in _row_groups(records):
-                writer.write_table(pa.Table.from_pylist(group, schema))
-                num_rows += len(group)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        atomic(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        for group in _row_groups(records):
+            writer.write_table(pa.Table.from_pylist(group, schema))
+            num_rows += len(group)
     return num_rows
 
 

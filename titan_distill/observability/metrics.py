@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from titan_distill.config.config import Config
+from titan_distill.fault_tolerance.files import atomic
 from titan_distill.observability.flops import WorkCounter, peak_flops, utilization
 from titan_distill.observability.progress import Progress
 from titan_distill.observability.timing import PhaseTimer
@@ -46,9 +47,8 @@ class MetricsFile:
         """Opens `path` to go on after `start_step`; later lines are dropped, all of them for a fresh run."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _complete_lines(path) if start_step > 0 and path.exists() else []
-        fresh = path.with_suffix(".jsonl.partial")
-        fresh.write_text("".join(line for line in kept if json.loads(line)["step"] <= start_step))
-        os.replace(fresh, path)
+        with atomic(path) as fresh:
+            fresh.write_text("".join(line for line in kept if json.loads(line)["step"] <= start_step))
         self._file = path.open("r+")
         self._file.seek(0, os.SEEK_END)
         self._last_start = self._file.tell()

@@ -51,14 +51,14 @@ class Unrolling:
 
     def memory_bytes(self, forward: LocalForward) -> float:
         """Keys and values in memory when they are most, of this rank's heads."""
-        tokens = self.segmentation.num_remembered(self.num_positions) * self.tokens_per_position
+        tokens = self.segmentation.num_cached(self.num_positions) * self.tokens_per_position
         return self._bytes(forward, tokens)
 
     def copied_bytes(self, forward: LocalForward) -> float:
         """Keys and values of all segments' prefixes, once for each segment that read them."""
         positions, start = 0, 0
         for length in self.segmentation.lengths(self.num_positions):
-            positions += self.segmentation.num_remembered(start)
+            positions += self.segmentation.num_cached(start)
             start += length
         return self._bytes(forward, positions * self.tokens_per_position)
 

@@ -25,11 +25,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from titan_distill.checkpoint.ranks import Ranks
 from titan_distill.config.config import Config
 from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
+from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.models.base import Adapter
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
