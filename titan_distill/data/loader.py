@@ -235,14 +235,12 @@ def collate_clips(sample_ids: list[int], rows: Sequence[ClipRow]) -> Batch:
 
 def _stack_latents(rows: Sequence[LatentRow]) -> Tensor | None:
     latents = [row.vae_latent.float() for row in rows if row.vae_latent is not None]
-    if not latents:
-        return None
-    if len(latents) < len(rows):
+    if 0 < len(latents) < len(rows):
         text_only = next(row for row in rows if row.vae_latent is None)
         raise ValueError(
             f"row {text_only.id!r} has no latent, others have: keep text-only rows in a folder of their own"
         )
-    return _stack(rows, latents, "latent")
+    return _stack(rows, latents, "latent") if latents else None
 
 
 def _stack(rows: Sequence[LatentRow], tensors: Sequence[Tensor], what: str) -> Tensor:
