@@ -57,8 +57,7 @@ def test_a_moved_module_is_found_by_its_error(old: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("old", NAMES)
 def test_a_moved_name_is_found_by_its_error(old: str, tmp_path: Path) -> None:
     assert hasattr(importlib.import_module(registry.MOVED[old]), old), "the table leads nowhere"
-    message = answer(f"from titan_distill.config import {old}
-", tmp_path)
+    message = answer(f"from titan_distill.config import {old}\n", tmp_path)
     assert f"imports {old}; import it from {registry.MOVED[old]}" in message
 
 
