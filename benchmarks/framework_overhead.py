@@ -1,4 +1,4 @@
-"""What the framework costs over a bare loop: ``python -m benchmarks.framework_overhead``.
+"""Overhead of the framework over a bare loop: `python -m benchmarks.framework_overhead`.
 
 Both do the same work on the small Wan: the forwards, the backward, the clip and the AdamW step of a DMD2 student update
 and of a critic update. One is `Trainer.run_update`, with roles, adapter, keyed noise, fp64 losses, phase timers and

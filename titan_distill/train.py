@@ -24,13 +24,12 @@ from titan_distill.attention.dense import order_backends
 from titan_distill.checkpoint.initial_weights import weights_digest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole
-from titan_distill.checkpoint.ranks import RankFailure, Ranks
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import needs_group
 from titan_distill.config.loading import help_text, load_config, to_toml
 from titan_distill.data.datasets import open_dataset
-from titan_distill.data.loader import SampleLoader, build_loader
+from titan_distill.data.loader import SampleLoader
 from titan_distill.data.rows import RowDataset
 from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
 from titan_distill.fault_tolerance.exit_codes import (
@@ -40,15 +39,17 @@ from titan_distill.fault_tolerance.exit_codes import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
 )
+from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 from titan_distill.fault_tolerance.signals import Stop
 from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog, record_collectives
 from titan_distill.methods.base import Head, TrainingMethod
 from titan_distill.models.base import ModelFamily
 from titan_distill.models.head import FeatureHead, build_head
 from titan_distill.observability.banner import banner, closing
-from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
-from titan_distill.observability.profiling import Profiler
+from titan_distill.observability.metrics import MetricsLogger
+from titan_distill.observability.profiling import build_profiler
 from titan_distill.observability.quiet import quiet_libraries
+from titan_distill.observability.timing import PhaseTimer
 from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
 from titan_distill.parallelisms.fsdp import FsdpOptions
@@ -193,7 +194,7 @@ def assemble(run: ResolvedRun, world: World, watchdog: Watchdog | None = None, s
         checkpoints=checkpoints,
         metrics=MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work),
         timer=timer,
-        profiler=Profiler(config.profiling, folder / "profile", world, first_step=state.step),
+        profiler=build_profiler(config.profiling, folder / "profile", world, first_step=state.step),
         state=state,
         layouts=layouts,
         ranks=ranks,
@@ -288,7 +289,7 @@ def _open_data(run: ResolvedRun) -> RowDataset[Any]:
 
 
 def _build_loader(config: Config, dataset: RowDataset[Any], layouts: Layouts, state: TrainState) -> SampleLoader:
-    return build_loader(
+    return SampleLoader(
         dataset,
         global_batch_size=config.training.global_batch_size,
         data_rank=layouts.data_rank,

@@ -19,17 +19,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titan_distill.checkpoint.manager import CheckpointManager
-from titan_distill.checkpoint.ranks import Ranks
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.data.loader import Batch, SampleLoader
 from titan_distill.fault_tolerance.nonfinite import NonFiniteError, count_nonfinite, describe_nonfinite, skip_or_raise
+from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.fault_tolerance.signals import Stop, StopRequested
 from titan_distill.fault_tolerance.watchdog import Watchdog
 from titan_distill.methods.base import TrainingMethod, Update
 from titan_distill.models.base import Adapter
-from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
+from titan_distill.observability.metrics import MetricsLogger
 from titan_distill.observability.profiling import Profiler
+from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.fsdp import set_gradient_sync
 from titan_distill.parallelisms.mesh import Layouts, sum_over_samples, tighten_timeout
 from titan_distill.roles import RoleHandle, RoleManager

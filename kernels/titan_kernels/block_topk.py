@@ -20,7 +20,7 @@ _ONE_WARP = 2048
 """Scores, 64 in each thread, that one warp still holds: it counts by shuffles alone, without barriers."""
 
 _SCORES_PER_WARP = 512
-"""Of longer rows, where more would spill."""
+"""Scores per warp in longer rows; more would spill."""
 
 
 @triton.jit(do_not_specialize=["topk"])

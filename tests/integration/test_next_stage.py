@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import tomllib
 import torch
-from runs import REPOSITORY, read_metrics, tiny_argv
+from runs import REPOSITORY, TINY_WAN, read_metrics, tiny_argv
+from small_checkpoints import write_weights_only
 
-from titan_distill import cli
-from titan_distill.checkpoint.tools.export import role_tensors
+from titan_distill.checkpoint.diffusers_folder import open_folder
+from titan_distill.checkpoint.tools.contents import role_tensors
 from titan_distill.config.loading import load_config
 from titan_distill.parallelisms.mesh import World
 from titan_distill.resolve import resolve
@@ -81,9 +82,10 @@ def test_what_does_not_fit_is_one_sentence(
     assert sentence in capsys.readouterr().err
 
 
-def test_an_imported_folder_is_a_start_too(first_stage: Path, tmp_path: Path) -> None:
-    imported = tmp_path / "imported"
-    cli.main(["checkpoint", "import", "tests/assets/tiny_wan", "--out", str(imported), "--family", "wan"])
+def test_weights_that_were_imported_before_are_a_start_too(first_stage: Path, tmp_path: Path) -> None:
+    source = open_folder(TINY_WAN)
+    tensors = {name: source.read(name) for name in source.shapes}
+    imported = write_weights_only(tmp_path / "imported", {"transformer": tensors}, source.architecture)
     overrides = ("--roles.teacher.path", "", "--roles.teacher.init_from", f"{imported}#student")
     argv = next_stage(first_stage, tmp_path / "run", ":raw", *overrides, "--training.steps", "1")
     assert main(argv) == 0

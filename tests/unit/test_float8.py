@@ -40,7 +40,7 @@ def emulated(**values: Any) -> Float8Config:
 def tiny(config: Float8Config, mesh: DeviceMesh | None = None) -> WanTransformer:
     """The small teacher, laid out in the order of parallelize.py."""
     with torch.device("meta"):
-        model = WanTransformer.from_config(FLAVORS["tiny"])
+        model = WanTransformer(FLAVORS["tiny"])
     apply_float8(model, config, high_precision=HIGH_PRECISION, device=CPU)
     if mesh is not None:
         apply_fsdp(model, list(model.blocks), mesh, FsdpOptions(torch.float32))

@@ -39,7 +39,7 @@ VIDEO = f"--pipeline_config.num_frames {NUM_FRAMES} --pipeline_config.height {SI
 
 
 def save_random(config: WanConfig, folder: Path, seed: int) -> None:
-    model = WanTransformer.from_config(config)
+    model = WanTransformer(config)
     generator = torch.Generator().manual_seed(seed)
     values = {name: 0.2 * torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
     save_folder(values, config, folder)

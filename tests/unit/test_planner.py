@@ -54,7 +54,7 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_flops_equal_torchs_own_count(mode: str) -> None:
     """Forward, backward and recomputation of the small Wan, to the last one."""
     config, checkpointing = FLAVORS["tiny"], MODES[mode]
-    model = WanTransformer.from_config(config)
+    model = WanTransformer(config)
     apply_activation_checkpointing(model.blocks, checkpointing)
     latents, text = torch.zeros(1, 16, 5, 12, 12), torch.zeros(1, TINY_TEXT, config.text_dim)
     # torch counts attention where it is plain matrix products, which `selective` does not know as attention.
@@ -79,7 +79,7 @@ def _text_products() -> float:
 def test_dmd2_declares_what_its_updates_cost(
     mode: str, student: tuple[float, float, float], critic: tuple[float, float]
 ) -> None:
-    """algorithms.md §5, in forwards of (student, critic, teacher)."""
+    """In forwards of (student, critic, teacher), as docs/algorithms.md, "FLOPs of an update", lists them."""
     forwards: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for passes in Dmd2.work(Dmd2Config()):
         cost = passes.num_conditions * (1 + passes.backward * (2 + (mode == "full")))
@@ -99,7 +99,7 @@ def test_cadence_is_the_methods() -> None:
 
 
 def test_step_flops_are_the_closed_form() -> None:
-    """1.3B with a 14B teacher at 480p: 1 G + 5 C = 14,394 TFLOP a sample in five steps (algorithms.md §5)."""
+    """1.3B with a 14B teacher at 480p: docs/algorithms.md, "FLOPs of an update", for five steps."""
     with planner(64, GPUS["H100"]) as planned:
         plan = planned.plan(load_config(["--job.config_file", str(SIXTY_FOUR_GPUS)]))
     executed = sum(phase.executed_flops for phase in plan.phases)
@@ -114,7 +114,7 @@ def test_step_flops_are_the_closed_form() -> None:
 def test_peak_of_a_training_step_is_what_was_planned(mode: str, dtype: torch.dtype) -> None:
     """Allocated bytes, as torch's profiler sees them: not more than planned (but for 2 %), and at most a sixth less."""
     config, checkpointing = FLAVORS["tiny"], MODES[mode]
-    model = WanTransformer.from_config(config).to(dtype)
+    model = WanTransformer(config).to(dtype)
     apply_activation_checkpointing(model.blocks, checkpointing)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

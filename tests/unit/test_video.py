@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from titan_distill.data.footage import read_mp4
-from titan_distill.validation.distances import format_table, project, sliced_wasserstein, sliced_wasserstein_excess
+from titan_distill.validation.distances import project, sliced_wasserstein, sliced_wasserstein_excess
 from titan_distill.validation.video import Video, contact_sheet, thumbnails, write_mp4
 
 RED, GREEN, BLUE = (220, 40, 40), (40, 200, 60), (40, 60, 220)
@@ -138,15 +138,3 @@ def test_excess_distance_is_that_of_the_laws(scale: float, shift: float) -> None
 def test_excess_distance_needs_halves() -> None:
     with pytest.raises(ValueError, match="3 samples"):
         sliced_wasserstein_excess(torch.zeros(3, 4), torch.zeros(3, 4))
-
-
-def test_table_aligns_text_left_and_numbers_right() -> None:
-    table = format_table(
-        [{"samples": "teacher", "accuracy": 0.96875}, {"samples": "student now", "accuracy": 1.0, "distance": 12.5}]
-    )
-    assert table.splitlines() == [
-        "samples      accuracy  distance",
-        "───────────  ────────  ────────",
-        "teacher         0.969         –",
-        "student now     1.000    12.500",
-    ]

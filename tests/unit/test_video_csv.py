@@ -19,10 +19,10 @@ from tiny_media import brightness, write_video
 from titan_distill.cli import main as cli
 from titan_distill.commands.preprocess import PreprocessConfig, preprocess
 from titan_distill.config.loading import load_config
-from titan_distill.data.footage import read_picture
+from titan_distill.data.footage import VideoSize, read_picture
 from titan_distill.data.loader import Batch
 from titan_distill.data.prompts import read_prompts
-from titan_distill.data.videos import VideoDataset, VideoSize
+from titan_distill.data.videos import VideoDataset
 from titan_distill.models.wan.latents import find_latent_space
 from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.parallelisms.mesh import World
@@ -94,7 +94,8 @@ def test_samples_are_those_of_preprocessed_parquet(
     """In the same order, over the end of an epoch, with workers, and after a resume; to the last bit."""
     preprocess(
         PreprocessConfig(
-            footage / "clips", footage / "captions.csv", pipeline, pipeline, tmp_path / "parquet", height=64, width=96,
+            folder=footage / "clips", captions=footage / "captions.csv", vae=pipeline, text_encoder=pipeline,
+            out=tmp_path / "parquet", height=64, width=96,
             num_frames=9, fps=None, clips_per_video=1, max_text_tokens=tiny_ti2v.MAX_TEXT_TOKENS, dtype="float32",
         )
     )  # fmt: skip

@@ -13,16 +13,18 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from runs import REPOSITORY, TINY_WAN, tiny_argv
 from safetensors.torch import load_file
+from small_checkpoints import write_weights_only
 from torch import Tensor
 
 from titan_distill import cli
+from titan_distill.checkpoint.diffusers_folder import PIPELINE_INDEX
 from titan_distill.checkpoint.manifest import read_manifest
-from titan_distill.checkpoint.tools.export import BOUNDARY, PIPELINE_INDEX
 from titan_distill.commands.plan import planner
 from titan_distill.config.loading import load_config
 from titan_distill.diffusion import sampler
 from titan_distill.models.base import Guidance
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.pipeline_index import BOUNDARY
 from titan_distill.models.wan.state_dict import save_folder
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.observability.flops import forward_flops
@@ -42,7 +44,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 def write_experts(folder: Path, *, seed: int = 0) -> Path:
     """A pipeline's two transformers, of random weights, and its index."""
     for offset, name in enumerate(("transformer", "transformer_2")):
-        model = WanTransformer.from_config(CONFIG)
+        model = WanTransformer(CONFIG)
         generator = torch.Generator().manual_seed(seed + offset)
         values = {key: 0.2 * torch.randn(p.shape, generator=generator) for key, p in model.named_parameters()}
         save_folder(values, CONFIG, folder / name)
@@ -163,7 +165,7 @@ def test_guidance_of_an_offset_form_is_the_same_guidance(trainer: Trainer) -> No
     assert trainer.adapter.guidance_scale(one_expert, arguments[2], Guidance(4.0)) == 4.0
 
 
-def test_a_run_is_exported_imported_and_sampled_with_both(
+def test_a_run_is_exported_read_again_and_sampled_with_both(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The boundary is in model_index.json alone; it goes into config.toml, the manifest and what is exported."""
@@ -178,11 +180,17 @@ def test_a_run_is_exported_imported_and_sampled_with_both(
     assert manifest.trained["critic"].modules == ["transformer"]
     shutil.rmtree(moved)
 
-    exported, imported, again = tmp_path / "exported", tmp_path / "imported", tmp_path / "again"
+    exported, again = tmp_path / "exported", tmp_path / "again"
     cli.main(["checkpoint", "export", "--checkpoint", str(path), "--out", str(exported), "--weights", "raw"])
     index = json.loads((exported / PIPELINE_INDEX).read_text())
     assert index[BOUNDARY] == BOUNDARY_RATIO and index["transformer_2"] == ["diffusers", "WanTransformer3DModel"]
-    cli.main(["checkpoint", "import", str(exported), "--out", str(imported)])
+    imported = write_weights_only(
+        tmp_path / "imported",
+        {name: load_file(exported / name / FILE) for name in ("transformer", "transformer_2")},
+        manifest.trained["student"].architecture,
+    )
+    cli.main(["checkpoint", "import", str(exported)])
+    assert f'path = "{exported}"' in capsys.readouterr().out
     started = make_trainer(
         exported, tmp_path / "next", *(f"--roles.student.path= --roles.student.init_from {imported}#student").split()
     )
@@ -281,7 +289,7 @@ def set_index(folder: Path, **values: object) -> None:
     ("spoil", "message"),
     [
         (lambda folder: set_index(folder, boundary_ratio=None), "no model_index.json says where the second one"),
-        (lambda folder: set_index(folder, boundary_ratio="x"), "boundary_ratio = 'x', which is no share"),
+        (lambda folder: set_index(folder, boundary_ratio="x"), "boundary_ratio = 'x', which is not a share"),
         (lambda folder: set_index(folder, boundary_ratio=0.9), "boundaries differ (0.9 in "),
         (lambda folder: save_other(folder / "transformer_2"), "have different shapes"),
     ],
@@ -299,7 +307,7 @@ def test_folders_that_do_not_fit_are_one_sentence(
 
 def save_other(folder: Path) -> None:
     config = replace(CONFIG, ffn_dim=32)
-    save_folder(dict(WanTransformer.from_config(config).named_parameters()), config, folder)
+    save_folder(dict(WanTransformer(config).named_parameters()), config, folder)
 
 
 @pytest.mark.nightly

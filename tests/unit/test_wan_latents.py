@@ -42,7 +42,7 @@ def check(config: Config) -> None:
 
 
 def test_published_sizes_give_the_published_grids() -> None:
-    """The token counts of algorithms.md, section 5."""
+    """The token counts of docs/algorithms.md, "Sizes of Wan"."""
     assert WAN21.token_grid(81, 480, 832) == (21, 30, 52)
     assert WAN21.token_grid(81, 720, 1280) == (21, 45, 80)
     assert WAN22.shape(121, 704, 1280) == (48, 31, 44, 80)

@@ -23,7 +23,7 @@ class BadRowError(ValueError):
 
 
 class RowDataset(torch.utils.data.Dataset[Row]):
-    """Map-style dataset of the rows of ``path``.
+    """Map-style dataset of the rows of `path`.
 
     Args:
         path: file or folder, for messages.

@@ -17,7 +17,7 @@ from titan_distill.data.parquet import DTYPE_NAMES, BadRowError, LatentRow, Parq
 
 @dataclass
 class DatasetSummary:
-    """Contents of a dataset; ``str()`` is what `titan-distill data inspect` prints."""
+    """Contents of a dataset; `str()` is what `titan-distill data inspect` prints."""
 
     path: Path
     num_files: int

@@ -11,15 +11,15 @@ class SampleRequest:
     """One set of samples that validation should make: who samples, how, and when."""
 
     label: str
-    """Column title and metric prefix, e.g. ``teacher`` or ``student``."""
+    """Column title and metric prefix, e.g. `teacher` or `student`."""
     role: str
     solver: Literal["euler", "unipc", "sde"]
     num_steps: int
-    """Ignored when ``sigmas`` is given."""
+    """Ignored when `sigmas` is given."""
     sigmas: tuple[float, ...] | None = None
     """Few-step schedule, descending, without the final 0."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance in the standard form ``u + w (c - u)``; 1 means one forward pass a step."""
+    """Classifier-free guidance in the standard form `u + w (c - u)`; 1 means one forward pass a step."""
     baseline: bool = False
     """True: sampled once, before the first step, and kept for comparison (a teacher, the student before training)."""
     scored: bool = True
@@ -30,7 +30,7 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class ValidationRequest:
-    """What a method wants to see. ``reference`` names the sample set that the others are compared with."""
+    """What a method wants to see. `reference` names the sample set that the others are compared with."""
 
     samples: tuple[SampleRequest, ...]
     reference: str | None = None
@@ -38,7 +38,7 @@ class ValidationRequest:
 
 @dataclass(frozen=True)
 class TrajectoryRequest:
-    """The sampling of a frozen teacher whose states a method trains on; ``titan-distill data ode-pairs`` runs it."""
+    """The sampling of a frozen teacher whose states a method trains on; `titan-distill data ode-pairs` runs it."""
 
     sigmas: tuple[float, ...]
     """Noise levels of the states to keep, descending; the solver must visit them."""

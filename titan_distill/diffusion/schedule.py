@@ -212,15 +212,16 @@ def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor, form: GuidanceFor
     "offset" reads `scale` as CausVid and Self-Forcing write it, c + w' (c − u), which is w = w' + 1. Copying their 3.0
     into the standard form would guide with 3 where they guide with 4.
     """
-    return uncond + _standard_scale(scale, form) * (cond - uncond)
+    return uncond + standard_scale(scale, form) * (cond - uncond)
 
 
 def guidance_is_identity(scale: float, form: GuidanceForm) -> bool:
     """Say whether guidance returns `cond` unchanged, so that the unconditional forward can be spared."""
-    return bool(_standard_scale(scale, form) == 1.0)
+    return bool(standard_scale(scale, form) == 1.0)
 
 
-def _standard_scale(scale: float | Tensor, form: GuidanceForm) -> float | Tensor:
+def standard_scale(scale: float | Tensor, form: GuidanceForm) -> float | Tensor:
+    """Return a guidance scale as the standard form states it."""
     if form == "standard":
         return scale
     if form == "offset":

@@ -5,7 +5,7 @@ to tell them from the student's, and the student learns to deceive it (DMD2, 240
 samples, at the noise levels at which scores are compared, and reads what the critic holds between its parts, which at
 every level knows what a sample should look like.
 
-The discriminator is a role of its own, ``discriminator``, a head (`models.head`) with its own update and learning rate,
+The discriminator is a role of its own, `discriminator`, a head (`models.head`) with its own update and learning rate,
 due whenever the critic's is. Its update leaves the critic as it is: features are made without gradient, so that they
 stay those of the task that the critic is for, the student's score, and cost no activations. The student's term does
 need the gradient through the critic, but with respect to its own samples alone: it is taken on the spot, and what
@@ -37,19 +37,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titan_distill.config.config import Config
+from titan_distill.config.parsing import check_range
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
-from titan_distill.methods.base import Head, LossResult, Passes, TrainingMethod, Update
+from titan_distill.methods.base import Head, LossResult, Passes, Update
+from titan_distill.methods.few_step import FewStepTraining, GuidedFewStepConfig
 from titan_distill.models.base import Condition
-
-if TYPE_CHECKING:
-    from titan_distill.config.config import Config
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
 
@@ -58,7 +58,7 @@ MAX_RATIO = 10.0
 
 
 @dataclass(frozen=True)
-class AdversarialConfig:
+class AdversarialConfig(GuidedFewStepConfig):
     """Whether a discriminator is trained, and what its logit is used for."""
 
     adversarial_weight: float = 0.0
@@ -76,13 +76,10 @@ class AdversarialConfig:
     def has_discriminator(self) -> bool:
         return self.adversarial_weight > 0 or self.f_divergence != "reverse_kl"
 
-    def check_adversarial(self) -> None:
-        """Raises ValueError for values outside their range, or without effect."""
-        for name in ("adversarial_weight", "r1_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 0")
-        if self.r1_noise <= 0:
-            raise ValueError(f"r1_noise = {self.r1_noise} must be positive; r1_weight = 0 leaves the penalty out")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "adversarial_weight", "r1_weight", least=0)
+        check_range(self, "r1_noise", above=0)
         if self.has_discriminator and not self.discriminator_depths:
             raise ValueError(
                 "discriminator_depths is empty, but adversarial_weight and f_divergence ask for a discriminator; name "
@@ -119,7 +116,7 @@ def divergence_weight(divergence: Divergence, z_made_B: Tensor) -> Tensor:
     raise ValueError(f"unknown divergence {divergence!r}; choose 'reverse_kl', 'forward_kl' or 'jensen_shannon'")
 
 
-class AdversarialTraining(TrainingMethod):
+class AdversarialTraining(FewStepTraining):
     """Everything about the discriminator, for methods with a student, a critic and samples of the student."""
 
     @classmethod
@@ -142,7 +139,7 @@ class AdversarialTraining(TrainingMethod):
 
     @classmethod
     def adversarial_work(cls, config: Any, rollout: float, students: float, critics: float) -> list[Passes]:
-        """The passes that the discriminator adds, where a rollout makes ``rollout`` forwards."""
+        """The passes that the discriminator adds, where a rollout makes `rollout` forwards."""
         if not config.has_discriminator:
             return []
         judged = 3 if config.r1_weight else 2
@@ -184,9 +181,9 @@ class AdversarialTraining(TrainingMethod):
     def adversarial_term(
         self, batch: Batch, condition: Condition, step: int, x0: Tensor, sigma_of: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """The weighted deception loss of the student's samples, [B]: its value, and its gradient in ``x0`` alone.
+        """The weighted deception loss of the student's samples, [B]: its value, and its gradient in `x0` alone.
 
-        ``sigma_of`` turns uniform draws into noise levels.
+        `sigma_of` turns uniform draws into noise levels.
         """
         sigma_B = sigma_of(self.noise.uniform("adversarial/student/timestep", step, batch.sample_ids))
         leaf = x0.detach().requires_grad_()
@@ -198,19 +195,18 @@ class AdversarialTraining(TrainingMethod):
 
     @torch.no_grad()
     def weighted(self, direction: Tensor, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """The difference of scores at ``x``, made the direction of another divergence where one is asked for."""
+        """The difference of scores at `x`, made the direction of another divergence where one is asked for."""
         if self.config.f_divergence == "reverse_kl":
             return direction
         h_B = divergence_weight(self.config.f_divergence, self._logits(x, sigma_B, condition, through=False))
         return direction * schedule.broadcast_sigma(h_B, direction)
 
     def _logits(self, x: Tensor, sigma_B: Tensor, condition: Condition, *, through: bool) -> Tensor:
-        """[B], float64. ``through``: whether gradients reach ``x``; those of the head are made in any case."""
+        """[B], float64. `through`: whether gradients reach `x`; those of the head are made in any case."""
         critic, head = self.roles["critic"], self.roles["discriminator"].transformer
         with self.timer("discriminator"), torch.set_grad_enabled(through):
             features = self.adapter.features(critic, x, sigma_B, condition, self.config.discriminator_depths)
         return self.adapter.mean_over_positions(critic, x, head(*features))
 
     def _noise(self, batch: Batch, step: int, whose: str) -> Tensor:
-        device, shape = batch.text_embeddings.device, self.adapter.latent_shape
-        return self.noise.normal(f"adversarial/noise/{whose}", step, batch.sample_ids, shape, device=device)
+        return self.normal(f"adversarial/noise/{whose}", batch, step)

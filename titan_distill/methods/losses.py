@@ -37,25 +37,16 @@ NORMALISER_FLOOR = 1e-6
 HUBER_WIDTH = 0.00054
 
 
-def velocity_loss(
-    v_pred: Tensor, v_target: Tensor, weight_B: Tensor | None = None, mask: Tensor | None = None
+def regression_loss(
+    predicted: Tensor, target: Tensor, weight_B: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Return mean (v_θ − v)² a sample, [B], times `weight_B` [B] if given. With v = ε − x0 this is flow matching
-    (2210.02747, eq. 23), with another model's v it is distillation of that model's whole flow."""
-    loss_B = _mean_per_sample((v_pred.double() - v_target.double()) ** 2, mask)
+    """Return mean (predicted − target)² of each sample, [B], times `weight_B` [B] if given.
+
+    Of velocities with the target ε − x0 this is flow matching (2210.02747, eq. 23), with another model's velocity the
+    distillation of that model's whole flow; of x0 it is the regression of a trajectory's end (CausVid 2412.07772).
+    """
+    loss_B = _mean_per_sample((predicted.double() - target.double()) ** 2, mask)
     return loss_B if weight_B is None else loss_B * to_device(weight_B.double(), loss_B.device)
-
-
-def x0_loss(x0_pred: Tensor, x0: Tensor, weight_B: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    """Return mean (x̂0 − x0)² a sample, [B]: the regression of a trajectory's end (CausVid 2412.07772)."""
-    return velocity_loss(x0_pred, x0, weight_B, mask)
-
-
-def flow_matching_loss(
-    v_pred: Tensor, x0: Tensor, noise: Tensor, weight_B: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
-    """`velocity_loss` against the velocity of the data, ε − x0."""
-    return velocity_loss(v_pred, velocity(x0.double(), noise.double()), weight_B, mask)
 
 
 @torch.no_grad()

@@ -16,25 +16,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from titan_distill.config.config import Config
+from titan_distill.config.degrees import Degrees
+from titan_distill.config.role_sections import RoleConfig
+from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
+from titan_distill.models.streaming import SegmentStream
+from titan_distill.observability.flops import WorkCounter
+from titan_distill.parallelisms.mesh import Layouts, RoleMesh
 from titan_distill.registry import FAMILIES, lookup
-
-if TYPE_CHECKING:
-    from titan_distill.config.config import Config
-    from titan_distill.config.degrees import Degrees
-    from titan_distill.config.role_sections import RoleConfig
-    from titan_distill.data.loader import Batch
-    from titan_distill.models.streaming import SegmentStream
-    from titan_distill.observability.flops import WorkCounter
-    from titan_distill.parallelisms.mesh import Layouts, RoleMesh
-    from titan_distill.roles import RoleHandle, RoleManager
+from titan_distill.roles import RoleHandle, RoleManager
 
 Condition = Mapping[str, Tensor]
 """What a model is conditioned on: batch-first tensors by name. Opaque to methods."""
@@ -223,6 +221,43 @@ class Adapter(ABC):
         return guidance.scale
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncoderFolders:
+    """Folders of a family's encoders."""
+
+    vae: Path
+    """Video encoder (VAE): its diffusers folder, or the pipeline folder that has it as vae/."""
+    text_encoder: Path
+    """Text encoder: its folder, or the pipeline folder that has it as text_encoder/."""
+    tokenizer: Path | None = None
+    """Tokenizer folder. Default: tokenizer/ beside the text encoder."""
+    images: bool = False
+    """Also encode the first frame of each clip as the picture that image-to-video models with channels for it take."""
+    image_encoder: Path | None = None
+    """With --images: pipeline folder with image_encoder/ and image_processor/ (CLIP), for models that attend to it."""
+
+
+class FootageEncoder(ABC):
+    """Encodes footage and captions into the rows of a data set."""
+
+    @abstractmethod
+    def check_size(self, num_frames: int, height: int, width: int) -> None:
+        """Raises ValueError unless the encoder takes clips of this size in pixels."""
+
+    @abstractmethod
+    def encode_video(self, videos: Tensor) -> Tensor:
+        """uint8 videos [B, frames, height, width, 3] to latents."""
+
+    @abstractmethod
+    def embed_prompt(self, prompt: str, max_tokens: int) -> Tensor:
+        """Text embedding [tokens, width] of one prompt, cut to `max_tokens` with a warning."""
+
+    @abstractmethod
+    def encode_pictures(self, images: Tensor, num_frames: int) -> dict[str, Tensor]:
+        """Further tensors by name that models take of uint8 pictures [B, height, width, 3] beside videos of
+        `num_frames`; empty where pictures are not asked for."""
+
+
 class ModelFamily(ABC):
     """Build-time plugin of a family, registered with ``@register_model``."""
 
@@ -303,10 +338,10 @@ class ModelFamily(ABC):
         """Writes a module's weights as the family's other tools read them (for Wan, a diffusers folder)."""
 
     @staticmethod
-    def used_weights(architecture: dict[str, Any], shapes: Mapping[str, torch.Size]) -> list[str]:
-        """Which tensors of a folder that other tools wrote belong to a network of this architecture; by default all.
-        Raises ValueError when the architecture is not the family's, or names or shapes are not the network's."""
-        return sorted(shapes)
+    def pipeline_index(index: dict[str, Any], modules: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the `model_index.json` of an exported role with these modules, from its pipeline's `index` and the
+        run's [pipeline_config]. Default: `index`. Raises ValueError where the two don't say enough."""
+        return index
 
     @abstractmethod
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
@@ -316,6 +351,11 @@ class ModelFamily(ABC):
         """Width of the features behind ``depths`` (see `Adapter.features`). Raises ValueError for depths that the
         network does not have, and where the family offers no features."""
         raise ValueError(f"recipe.family = {self.config.recipe.family!r} offers no features for a head to read")
+
+    @classmethod
+    def footage_encoder(cls, folders: EncoderFolders, device: torch.device) -> FootageEncoder:
+        """The encoder of this family's data sets. Raises ValueError for folders that lack what it needs."""
+        raise ValueError(f"{cls.__name__} encodes no footage; choose another --family")
 
     @abstractmethod
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:

@@ -12,15 +12,13 @@ Shape suffixes: B batch, L positions of this rank, W width of the features.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
-
-if TYPE_CHECKING:
-    from titan_distill.parallelisms.mesh import RoleMesh
+from titan_distill.parallelisms.mesh import RoleMesh
 
 HIDDEN_WIDTH = 128
 

@@ -23,17 +23,15 @@ checkpointing recomputes, a share of a forward. MFU and HFU are their shares of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
+from titan_distill.attention.sparse import TilesRead
+from titan_distill.config.sections import ActivationCheckpointConfig
 from titan_distill.parallelisms.activation_checkpoint import is_checkpointed, is_kept
-
-if TYPE_CHECKING:
-    from titan_distill.attention.sparse import TilesRead
-    from titan_distill.config.sections import ActivationCheckpointConfig
 
 BACKWARD_FORWARDS = 2
 """A backward pass in forwards: gradients of the inputs and of the weights."""
@@ -95,7 +93,7 @@ class ForwardFlops:
 
     @property
     def backward(self) -> float:
-        """Exact where all weights are trained; ``BACKWARD_FORWARDS * total`` is 0.1 % more."""
+        """Exact where all weights are trained; `BACKWARD_FORWARDS * total` is 0.1 % more."""
         return BACKWARD_FORWARDS * (self.total - self.selection) - self.data_layers
 
     @property
@@ -111,8 +109,8 @@ def forward_flops(
     sparse: TilesRead | None = None,
     num_keys: float | None = None,
 ) -> ForwardFlops:
-    """Cost of one forward for one sample of ``num_tokens`` video tokens with one timestep; with dense attention, or
-    with a sparse core that reads tiles of average length. ``num_keys``: video tokens that each token attends to, on
+    """Cost of one forward for one sample of `num_tokens` video tokens with one timestep; with dense attention, or
+    with a sparse core that reads tiles of average length. `num_keys`: video tokens that each token attends to, on
     average, where that is not all of them: fewer in a causal forward, more where others are in memory.
 
     The image tokens that I2V models attend to are left out (0.3 % of a 14B forward at 480p).
@@ -185,34 +183,29 @@ class WorkCounter:
     def __init__(self, tokens_per_sample: int) -> None:
         self.tokens_per_sample = tokens_per_sample
         self._model_flops = self._hardware_flops = 0.0
-        self._paused = False
         self._copies = 1
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Counts nothing for the duration of the block: validation is no training."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
+        return self._counting(0)
+
+    def forward_mode(self) -> AbstractContextManager[None]:
+        """Counts every forward twice for the duration of the block: it carries a tangent, which doubles the FLOPs of
+        matrix products (and triples those of attention, which is left out)."""
+        return self._counting(2)
 
     @contextmanager
-    def forward_mode(self) -> Iterator[None]:
-        """Counts every forward twice for the duration of the block: it carries a tangent, and through matrix products
-        that is as much work again (through attention twice as much, which is left out)."""
-        self._copies = 2
+    def _counting(self, copies: int) -> Iterator[None]:
+        self._copies, before = copies, self._copies
         try:
             yield
         finally:
-            self._copies = 1
+            self._copies = before
 
     def forward(self, flops: float, *, backward: bool, recompute: float, frozen: bool = False) -> None:
-        """Counts one forward of ``flops`` for all its samples and, where there is one, its backward, which computes the
-        share ``recompute`` of the forward again. ``frozen``: the weights themselves have no gradients, only adapters
+        """Counts one forward of `flops` for all its samples and, where there is one, its backward, which computes the
+        share `recompute` of the forward again. `frozen`: the weights themselves have no gradients, only adapters
         beside them, so that half of a backward falls away."""
-        if self._paused:
-            return
         flops *= self._copies
         backwards = 1 if frozen else BACKWARD_FORWARDS
         self._model_flops += flops * (1 + backwards * backward)
@@ -233,12 +226,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_flops_by_name(name: str) -> float | None:
-    """Peak bf16 FLOP/s by device name, e.g. ``NVIDIA H100 80GB HBM3``; None when it is unknown."""
+    """Peak bf16 FLOP/s by device name, e.g. `NVIDIA H100 80GB HBM3`; None when it is unknown."""
     return next((peak for part, peak in PEAK_BF16_FLOPS if part in name), None)
 
 
 def utilization(work: Work, seconds: float, peak: float | None) -> dict[str, float]:
-    """``tflops``: model TFLOP/s of this device; ``mfu`` and ``hfu``: shares of ``peak`` FLOP/s, where it is known."""
+    """`tflops`: model TFLOP/s of this device; `mfu` and `hfu`: shares of `peak` FLOP/s, where it is known."""
     values = {"tflops": work.model_flops / seconds / 1e12}
     if peak is not None:
         values |= {"mfu": work.model_flops / seconds / peak, "hfu": work.hardware_flops / seconds / peak}

@@ -24,7 +24,7 @@ Mark = float | torch.cuda.Event
 
 
 class PhaseTimer:
-    """``with timer("rollout"):`` adds the block's seconds to the phase ``rollout``."""
+    """`with timer("rollout"):` adds the block's seconds to the phase `rollout`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -43,7 +43,7 @@ class PhaseTimer:
             self._borders.append((self._now(), self._open[-1] if self._open else None))
 
     def drain(self) -> dict[str, float]:
-        """Seconds by ``time/<phase>`` since the last call. Waits for the device when it is a GPU."""
+        """Seconds by `time/<phase>` since the last call. Waits for the device when it is a GPU."""
         if self._open:
             self._borders.append((self._now(), self._open[-1]))
         borders, self._borders = self._borders, self._borders[-1:]

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,8 +31,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-if TYPE_CHECKING:
-    from titan_distill.config.sections import ActivationCheckpointConfig
+from titan_distill.config.sections import ActivationCheckpointConfig
 
 Operation = torch._ops.OpOverload | torch._ops.HigherOrderOperator
 
@@ -82,15 +81,14 @@ def is_kept(matmul: int, config: ActivationCheckpointConfig) -> bool:
 
 
 def describe(config: ActivationCheckpointConfig) -> str:
-    """What is kept and what is recomputed, for people."""
+    """The activations that are saved for the backward, in one phrase."""
     if config.mode == "none":
         return "no activation recomputed"
-    text = "full: keeps each block's input"
+    text = "full: saves each block's input"
     if config.mode == "selective":
-        text = f"selective: keeps attention outputs and every {_ordinal(config.interval)}matmul"
-    if config.skip_interval:
-        text += f", all of every {_ordinal(config.skip_interval)}block"
-    return text
+        matmuls = "every matmul" if config.interval == 1 else f"1 of {config.interval} matmuls"
+        text = f"selective: saves attention outputs and {matmuls}"
+    return text + (f", all of 1 of {config.skip_interval} blocks" if config.skip_interval else "")
 
 
 def apply_activation_checkpointing(
@@ -137,12 +135,3 @@ class _Policy:
             kept = is_kept(self.num_matmuls[context.is_recompute], self.config)
             self.num_matmuls[context.is_recompute] += 1
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _ordinal(number: int) -> str:
-    """``2`` as "2nd ", and ``1`` as nothing: every matmul."""
-    if number == 1:
-        return ""
-    endings = {1: "st", 2: "nd", 3: "rd"}
-    ending = "th" if number // 10 % 10 == 1 else endings.get(number % 10, "th")
-    return f"{number}{ending} "

@@ -12,13 +12,12 @@ their names, and activation checkpointing, applied before, becomes part of the g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from titan_distill.config.sections import CompileConfig
+from titan_distill.config.sections import CompileConfig
 
 NUM_GRAPHS_OF_A_BLOCK = 64
 """All roles' blocks share the code that torch counts graphs by. One role needs a graph with and one without gradients,

@@ -15,14 +15,13 @@ from __future__ import annotations
 import types
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-if TYPE_CHECKING:
-    from titan_distill.config.sections import Float8Config
+from titan_distill.config.sections import Float8Config
 
 ALIGNMENT = 16
 """Float8 kernels take matrices whose sizes are multiples of this."""

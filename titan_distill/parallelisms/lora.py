@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from titan_distill.config.role_sections import LoraConfig
 from titan_distill.diffusion.noise import keyed_normal
-
-if TYPE_CHECKING:
-    from titan_distill.config.role_sections import LoraConfig
 
 T = TypeVar("T")
 

@@ -54,23 +54,16 @@ class RoleMesh:
     def __init__(self, degrees: Degrees, data_group: int, device_type: str) -> None:
         self.degrees, self.data_group = degrees, data_group
         assert degrees.model_parallel % data_group == 0, "the configuration checks this"
-        shape = {"dp_replicate": degrees.dp_replicate, "fsdp": degrees.dp_shard * degrees.sequence}
-        shape["tensor"] = degrees.tensor
-        kept = {axis: size for axis, size in shape.items() if size > 1 or axis == "fsdp"}
-        self.parameters: DeviceMesh = _mesh(device_type, kept)
-        self._tokens: DeviceMesh | None = None
-        if degrees.sequence > 1:
-            self._tokens = _mesh(
-                device_type,
-                {"data": degrees.data_parallel, "sequence": degrees.sequence, "tensor": degrees.tensor},
-            )
         self.num_exchanged = degrees.model_parallel // data_group
-        self._exchange: DeviceMesh | None = None
+        data, sequence, tensor = degrees.data_parallel, degrees.sequence, degrees.tensor
+        axes = {"dp_replicate": degrees.dp_replicate, "fsdp": degrees.dp_shard * sequence, "tensor": tensor}
+        used = {axis: size for axis, size in axes.items() if size > 1 or axis == "fsdp"}
+        self.parameters = _mesh(device_type, **used)
+        self._tokens = self._exchange = None
+        if sequence > 1:
+            self._tokens = _mesh(device_type, data=data, sequence=sequence, tensor=tensor)
         if self.num_exchanged > 1:
-            self._exchange = _mesh(
-                device_type,
-                {"data": degrees.data_parallel, "exchange": self.num_exchanged, "data_group": data_group},
-            )
+            self._exchange = _mesh(device_type, data=data, exchange=self.num_exchanged, data_group=data_group)
 
     @property
     def fsdp(self) -> DeviceMesh:
@@ -139,7 +132,7 @@ def _mesh_device(world: World) -> str:
     return "cpu" if world.device.type == "meta" else world.device.type
 
 
-def _mesh(device_type: str, shape: dict[str, int]) -> DeviceMesh:
+def _mesh(device_type: str, **shape: int) -> DeviceMesh:
     return init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
 

@@ -99,29 +99,31 @@ def distribute_parameters(module: nn.Module, mesh: DeviceMesh, shards: Mapping[s
         owner.register_parameter(leaf, nn.Parameter(distributed, requires_grad=parameter.requires_grad))
 
 
-def use_local_parameters(linear: nn.Linear) -> None:
+def use_local_parameters(linear: nn.Module) -> None:
     """Lets a linear layer compute with its own shard: some of the outputs (column-wise), or all where it is
     replicated."""
-    linear.forward = MethodType(_linear, linear)  # type: ignore[method-assign]
+    _replace_forward(linear, _linear)
 
 
 def make_row_wise(linear: nn.Module, region: Region) -> None:
     """Lets a linear layer compute with its inputs' shard, sum over ranks and then add its bias."""
-    assert isinstance(linear, nn.Linear)
-    linear.region = region  # type: ignore[assignment]
-    linear.forward = MethodType(_row_wise, linear)  # type: ignore[method-assign]
+    _replace_forward(linear, _row_wise, region=region)
 
 
-def gather_outputs(linear: nn.Linear, group: dist.ProcessGroup) -> None:
+def gather_outputs(linear: nn.Module, group: dist.ProcessGroup) -> None:
     """Lets a column-wise layer return all outputs, for small results that everything else needs whole."""
-    linear.group = group  # type: ignore[assignment]
-    linear.forward = MethodType(_gathered, linear)  # type: ignore[method-assign]
+    _replace_forward(linear, _gathered, group=group)
 
 
-def share_norm(norm: nn.RMSNorm, group: dist.ProcessGroup) -> None:
+def share_norm(norm: nn.Module, group: dist.ProcessGroup) -> None:
     """Lets an RMS norm over features that are spread over ranks take its mean square over all of them."""
-    norm.group = group  # type: ignore[assignment]
-    norm.forward = MethodType(_shared_rms_norm, norm)  # type: ignore[method-assign]
+    _replace_forward(norm, _shared_rms_norm, group=group)
+
+
+def _replace_forward(layer: nn.Module, forward: Callable[..., Tensor], **attributes: Any) -> None:
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    layer.forward = MethodType(forward, layer)
 
 
 def enter_region(module: nn.Module, region: Region) -> None:
@@ -134,34 +136,29 @@ def _compute(linear: nn.Linear) -> Callable[[Tensor, Tensor, Tensor | None], Ten
     return getattr(linear, "compute", F.linear)
 
 
-def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    bias: Tensor | None = linear.bias  # the stub says Tensor, but there may be none
-    bias = None if bias is None else local(bias)
+def _linear(linear: Any, x: Tensor) -> Tensor:
+    bias = None if linear.bias is None else local(linear.bias)
     return _compute(linear)(x, local(linear.weight), bias)
 
 
-def _row_wise(linear: nn.Linear, x: Tensor) -> Tensor:
-    region: Any = linear.region
-    total = region.leave(_compute(linear)(x, local(linear.weight), None))
+def _row_wise(linear: Any, x: Tensor) -> Tensor:
+    total = linear.region.leave(_compute(linear)(x, local(linear.weight), None))
     # Every linear layer of a region has a bias, and it is added once, to the sum.
     bias = local(linear.bias)
     # Summed over tokens that are not all here, its gradient is a part like any other.
-    if isinstance(region, TokenRegion):
-        bias = collectives.enter_parts(bias, region.group)
+    if isinstance(linear.region, TokenRegion):
+        bias = collectives.enter_parts(bias, linear.region.group)
     return total + bias.to(total.dtype)
 
 
-def _gathered(linear: nn.Linear, x: Tensor) -> Tensor:
-    group: Any = linear.group
-    return collectives.gather(_linear(linear, collectives.enter_parts(x, group)), -1, group)
+def _gathered(linear: Any, x: Tensor) -> Tensor:
+    return collectives.gather(_linear(linear, collectives.enter_parts(x, linear.group)), -1, linear.group)
 
 
-def _shared_rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    group: Any = norm.group
-    assert norm.eps is not None
+def _shared_rms_norm(norm: Any, x: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    squares = collectives.sum_statistics(wide.square().sum(-1, keepdim=True), group)
-    inverse = torch.rsqrt(squares / (x.shape[-1] * group.size()) + norm.eps)
+    squares = collectives.sum_statistics(wide.square().sum(-1, keepdim=True), norm.group)
+    inverse = torch.rsqrt(squares / (x.shape[-1] * norm.group.size()) + norm.eps)
     return (wide * inverse).to(x.dtype) * local(norm.weight)
 
 

@@ -76,7 +76,7 @@ class Unrolling:
         return self._bytes(forward, sum(map(self._num_cached, starts)))
 
     def _num_cached(self, num_positions: int) -> int:
-        return self.segmentation.num_remembered(num_positions) if self.segmentation and self.by_segment else 0
+        return self.segmentation.num_cached(num_positions) if self.segmentation and self.by_segment else 0
 
     def _bytes(self, forward: LocalForward, num_positions: int) -> float:
         tokens = num_positions * self.tokens_per_position

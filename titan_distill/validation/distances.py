@@ -1,4 +1,4 @@
-"""What validation says in numbers: a distance between two sets of samples, and a table for the end of the log.
+"""Distances between two sets of samples, for validation.
 
 The sliced Wasserstein distance compares distributions through their projections on random directions θ, where optimal
 transport is sorting:
@@ -22,7 +22,7 @@ index (one prompt, one noise) are never compared, a sampler gains nothing from s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -108,29 +108,3 @@ def _projections(a: Tensor, b: Tensor, num_projections: int, seed: int) -> tuple
 def _squared_gap(a_NP: Tensor, b_NP: Tensor) -> float:
     """SW₂² of projected sets."""
     return (a_NP.sort(dim=0).values - b_NP.sort(dim=0).values).square().mean().item()
-
-
-def format_table(rows: Sequence[Mapping[str, str | float]]) -> str:
-    """Rows as an aligned text table with their keys as columns: text left, numbers right with three decimals.
-
-    A key that a row lacks is shown as a dash.
-    """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    is_text = [any(isinstance(row.get(column), str) for row in rows) for column in columns]
-
-    def line(values: Sequence[str]) -> str:
-        aligned = (
-            value.ljust(width) if text else value.rjust(width)
-            for value, width, text in zip(values, widths, is_text, strict=True)
-        )
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join([line(columns), "  ".join("─" * width for width in widths), *map(line, cells)])
-
-
-def _cell(value: str | float | None) -> str:
-    if value is None:
-        return "–"
-    return value if isinstance(value, str) else f"{value:.3f}"

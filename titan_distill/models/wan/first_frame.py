@@ -18,23 +18,22 @@ depend on an image without flaws (a student that continues its own video will gi
 The image is the sample's own first latent frame: the VAE is causal, so that frame is what the picture alone encodes to.
 Both draws are keyed by the sample's id, which is unique over the run, and thus the same for all updates of a step.
 
-Source: Wan 2.2 (TI2V-5B); formulas of algorithms.md, section 5. The mask's law is Wan's own.
+Source: Wan 2.2 (TI2V-5B); formulas: docs/algorithms.md, "First frames of TI2V". The mask's law is Wan's own.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from titan_distill.checkpoint.tools.export import EXPAND_TIMESTEPS
+from titan_distill.config.config import Config
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.schedule import broadcast_sigma
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.models.base import Condition
+from titan_distill.models.wan.pipeline_index import EXPAND_TIMESTEPS, read_index
 
 IMAGE, MASK = "first_frame", "first_frame_mask"
 """In a condition: the given latent frame [B, C, 1, H, W], and m on that frame [B]; 1 where a sample has no image."""
@@ -51,6 +50,14 @@ class ImageMixing:
     probability: float
     noise_mean: float
     noise_std: float
+
+    @classmethod
+    def of_run(cls, config: Config) -> ImageMixing | None:
+        """None where no sample starts from an image."""
+        pipeline, noise = config.pipeline_config, KeyedNoise(config.job.seed)
+        if not pipeline.image_probability:
+            return None
+        return cls(noise, pipeline.image_probability, pipeline.image_noise_mean, pipeline.image_noise_std)
 
     def condition(self, ids: list[int], latents_BCFHW: Tensor) -> dict[str, Tensor]:
         """What the condition of training samples has beside text."""
@@ -96,13 +103,7 @@ def without_frame(condition: Condition) -> Condition:
 
 def expands_timesteps(pipeline: str) -> bool:
     """Whether diffusers takes the pipeline in this folder for a TI2V one."""
-    file = Path(pipeline) / "model_index.json"
-    if not pipeline or not file.is_file():
-        return False
-    try:
-        return bool(json.loads(file.read_text(encoding="utf-8")).get(EXPAND_TIMESTEPS, False))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is no index of a pipeline ({error}); copy it again") from error
+    return bool(read_index(pipeline).get(EXPAND_TIMESTEPS, False))
 
 
 def _mask(first_B: Tensor, num_frames: int) -> Tensor:

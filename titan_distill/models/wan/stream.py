@@ -1,10 +1,10 @@
-"""Videos made segment by segment: the stream of a causal Wan role.
+"""The segment stream of a causal Wan role.
 
-The context is the `Memory` of `attention.causal`: keys and values of every layer, this rank's heads of all tokens where
-ranks share them. A finished segment costs one more forward, at the noise level where it is to be read, that keeps them.
+Its context is the `KVCache` of `attention.causal`, this rank's heads of all tokens where ranks share them. A finished
+segment costs one more forward, at the noise level where it is to be read, which writes the cache.
 
-Work is counted by what is executed: a segment's tokens through all linear layers, its attention over the tokens in
-memory and its own. Text keys and values are counted each time, though most forwards find them kept (1 % at 1.3B).
+FLOPs are counted as executed: a segment's tokens through all linear layers, its attention over the cached tokens and
+its own. Text keys and values are counted each time, though most forwards find them cached (1 % at 1.3B).
 """
 
 from __future__ import annotations
@@ -13,23 +13,20 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from titan_distill.attention.causal import KeysAndValues, Memory, Segmentation
+from titan_distill.attention.causal import KVCache
 from titan_distill.models.streaming import SegmentStream
-
-Forward = Callable[[Tensor, Tensor, Memory, list[KeysAndValues] | None], Tensor]
-"""Velocity of a segment [B, C, f, H, W] at noise levels [B], given a memory; appends keys and values to a list."""
 
 
 class WanStream(SegmentStream):
-    """Segments are latents [B, C, f, H, W]."""
+    """Segments are latents [B, C, f, H, W]; `forward` predicts their velocity at noise levels [B], given a cache."""
 
-    def __init__(self, forward: Forward, segmentation: Segmentation, num_layers: int) -> None:
-        self.forward, self.memory = forward, Memory.empty(segmentation, num_layers)
+    def __init__(self, forward: Callable[[Tensor, Tensor, KVCache], Tensor], cache: KVCache) -> None:
+        self.forward, self.cache = forward, cache
 
     def predict_velocity(self, x: Tensor, sigma_B: Tensor) -> Tensor:
-        return self.forward(x, sigma_B, self.memory, None)
+        return self.forward(x, sigma_B, self.cache)
 
     def _write(self, x: Tensor, sigma_B: Tensor) -> None:
-        kept: list[KeysAndValues] = []
-        self.forward(x, sigma_B, self.memory, kept)
-        self.memory = self.memory.extended(kept, x.shape[2])
+        cache = self.cache.writable()
+        self.forward(x, sigma_B, cache)
+        self.cache = cache.extended()
