@@ -167,12 +167,7 @@ class Adapter(ABC):
         return schedule.add_noise(x0, noise, sigma_B)
 
     def predict_x0(
-        self,
-        role: RoleHandle,
-        x: Tensor,
-        sigma_B: Tensor,
-        condition: Condition,
-        guidance: Guidance | None = None,
+        self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, guidance: Guidance | None = None
     ) -> Tensor:
         """The role's estimate of the clean latents, with classifier-free guidance when asked for."""
         velocity = self.guided_velocity(role, x, sigma_B, condition, guidance or Guidance())
@@ -181,13 +176,7 @@ class Adapter(ABC):
 
     @torch.no_grad()
     def predict_velocity_jvp(
-        self,
-        role: RoleHandle,
-        x: Tensor,
-        sigma_B: Tensor,
-        dx: Tensor,
-        dsigma_B: Tensor,
-        condition: Condition,
+        self, role: RoleHandle, x: Tensor, sigma_B: Tensor, dx: Tensor, dsigma_B: Tensor, condition: Condition
     ) -> tuple[Tensor, Tensor]:
         """The role's velocity, and its derivative along ``(dx, dsigma_B)``: shape and dtype of ``x``, without a graph.
 

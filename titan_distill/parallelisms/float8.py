@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_distill.config.sections import Float8Config
+from titan_distill.parallelisms.lora import linear_layers
+from titan_distill.parallelisms.pinned import local_storage
 
 ALIGNMENT = 16
 """Float8 kernels take matrices whose sizes are multiples of this."""
@@ -111,12 +113,10 @@ def describe(config: Float8Config, module: nn.Module) -> str:
 def _large_linears(
     module: nn.Module, min_features: int, high_precision: Collection[str]
 ) -> Iterator[tuple[str, nn.Linear]]:
-    for name, layer in module.named_modules():
-        # Exactly nn.Linear: a subclass computes in a way of its own, which a swap would lose.
-        if type(layer) is not nn.Linear or not set(name.split(".")).isdisjoint(high_precision):
-            continue
+    for name, layer in linear_layers(module, high_precision):
         sizes = (layer.in_features, layer.out_features)
-        if all(size >= min_features and size % ALIGNMENT == 0 for size in sizes):
+        # Exactly nn.Linear: a subclass computes in a way of its own, which a swap would lose.
+        if type(layer) is nn.Linear and all(size >= min_features and size % ALIGNMENT == 0 for size in sizes):
             yield name, layer
 
 
@@ -155,19 +155,13 @@ def _plain_weight(layer: nn.Module, state: dict[str, Any], prefix: str, metadata
 
     The storage is shared, so that reading a checkpoint into the state fills the weight itself.
     """
-    key = f"{prefix}weight"
-    weight = state[key]
+    weight = state[f"{prefix}weight"]
+    local = local_storage(weight)
     if isinstance(weight, DTensor):
-        local = _unwrapped(weight.to_local())
-        state[key] = DTensor.from_local(
+        local = DTensor.from_local(
             local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
         )
-    else:
-        state[key] = _unwrapped(weight)
-
-
-def _unwrapped(weight: Tensor) -> Tensor:
-    return getattr(weight, "_tensor", weight)
+    state[f"{prefix}weight"] = local
 
 
 def _transformer_engine() -> Any:

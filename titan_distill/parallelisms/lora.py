@@ -57,6 +57,13 @@ def apply_lora(module: nn.Module, config: LoraConfig, *, excluded: Collection[st
         parameter.requires_grad_(is_adapter(name))
 
 
+def linear_layers(module: nn.Module, excluded: Collection[str]) -> Iterator[tuple[str, nn.Linear]]:
+    """Linear layers by name, without those of the submodules `excluded`, at any depth."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and set(name.split(".")).isdisjoint(excluded):
+            yield name, layer
+
+
 def initial_adapters(module: nn.Module, seed: int, device: torch.device) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Each adapter's parameter with its whole first value, drawn on `device`: A normal, as in the paper, and B zero.
 
@@ -98,11 +105,7 @@ def merge(name: str, weight: Tensor, adapters: Mapping[str, Tensor], scale: floa
 
 
 def _targets(module: nn.Module, wanted: Collection[str], excluded: Collection[str]) -> list[str]:
-    linears = [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and set(name.split(".")).isdisjoint(excluded)
-    ]
+    linears = [name for name, _ in linear_layers(module, excluded)]
     for target in wanted:
         if not any(_ends_with(name, target) for name in linears):
             known = sorted({name.removeprefix("blocks.0.") for name in linears if name.startswith("blocks.0.")})

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titan_distill.config.degrees import Degrees
-from titan_distill.parallelisms.exchange import BatchExchange
+from titan_distill.parallelisms import collectives
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables by which a user sets up PyTorch's CUDA allocator."""
@@ -91,6 +92,34 @@ class RoleMesh:
         return [group for mesh in meshes for group in mesh.get_all_groups()]
 
 
+@dataclass(frozen=True)
+class BatchExchange:
+    """The batch exchange of a role whose ranks span several data groups: it serves all of them at once.
+
+    Example: four data-parallel students, each with its own prompt, and a teacher that is tensor-parallel over the same
+    four ranks. The teacher's ranks must all see the same input, so the four inputs are gathered, the teacher runs once
+    on a batch of four, and every rank takes its own result back. Both directions carry gradients: the gathered inputs
+    are replicated (each rank computes the same with them), and results are cut from a replicated tensor.
+
+    Attributes:
+        group: one rank of each data group that the role spans, in the order of their samples.
+    """
+
+    group: dist.ProcessGroup
+
+    def run(
+        self,
+        forward: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor],
+        x: Tensor,
+        sigma_B: Tensor,
+        condition: Mapping[str, Tensor],
+    ) -> Tensor:
+        """`forward` of all groups' samples, of which this rank's are returned. Tensors are batch-first."""
+        whole = {name: collectives.gather(value, 0, self.group) for name, value in condition.items()}
+        everything = forward(collectives.gather(x, 0, self.group), collectives.gather(sigma_B, 0, self.group), whole)
+        return collectives.shard(everything, 0, self.group)
+
+
 class Layouts:
     """The layouts of a run: one for the data, one for each role; equal layouts share their process groups.
 
@@ -103,9 +132,10 @@ class Layouts:
         self.degrees = roles
         self._meshes: dict[Degrees, RoleMesh] = {}
         if dist.is_initialized():
+            device_type = "cpu" if world.device.type == "meta" else world.device.type
             # In one order on all ranks: making a group is collective.
             for degrees in dict.fromkeys(roles.values()):
-                self._meshes[degrees] = RoleMesh(degrees, self.data_group, _mesh_device(world))
+                self._meshes[degrees] = RoleMesh(degrees, self.data_group, device_type)
         if world.timeout_seconds is not None:
             _limit_waiting(self.groups(), world.timeout_seconds)  # a mesh can't be told when it makes its groups
 
@@ -126,10 +156,6 @@ class Layouts:
 
     def groups(self) -> list[dist.ProcessGroup]:
         return [group for mesh in self._meshes.values() for group in mesh.groups()]
-
-
-def _mesh_device(world: World) -> str:
-    return "cpu" if world.device.type == "meta" else world.device.type
 
 
 def _mesh(device_type: str, **shape: int) -> DeviceMesh:

@@ -1,10 +1,10 @@
-"""Which part of a whole tensor a rank holds, without communication."""
+"""The part of a whole tensor that a rank holds, without communication."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from titan_distill.parallelisms.tensor import local
 
@@ -21,20 +21,11 @@ def local_region(tensor: Tensor) -> tuple[slice, ...]:
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "every rank is part of every role"
     region = [slice(0, size) for size in tensor.shape]
-    cuts = [axis for axis, placement in enumerate(placements) if _dim(placement) is not None]
-    for axis in sorted(cuts, key=lambda axis: _is_strided(placements[axis])):
-        dim = _dim(placements[axis])
-        assert dim is not None
+    # A strided shard is a second cut of a dim: it sorts behind the first.
+    cuts = [(type(cut) is not Shard, axis, cut.dim) for axis, cut in enumerate(placements) if hasattr(cut, "dim")]
+    for _, axis, dim in sorted(cuts):
         region[dim] = _chunk(region[dim], mesh.size(axis), coordinate[axis])
     return tuple(region)
-
-
-def _dim(placement: Placement) -> int | None:
-    return getattr(placement, "dim", None)
-
-
-def _is_strided(placement: Placement) -> bool:
-    return type(placement) is not Shard
 
 
 def _chunk(whole: slice, num_chunks: int, index: int) -> slice:
@@ -51,6 +42,6 @@ def copy_full_tensor(parameter: Tensor, full: Tensor) -> None:
 
 
 def fill(parameter: Tensor, part: Tensor) -> None:
-    """Copy what this rank holds of a tensor into its parameter."""
+    """Copy this rank's part of a tensor into its parameter."""
     assert not parameter.is_meta, "materialise the model with to_empty before filling it"
     local(parameter).copy_(part)

@@ -1,21 +1,12 @@
-"""How a run cuts videos into the segments of its causal roles: the options of [pipeline_config], checked."""
+"""Checks of the frame blocks that causal roles make videos in."""
 
 from __future__ import annotations
-
-from dataclasses import fields
 
 from titan_distill.attention.causal import Segmentation
 from titan_distill.config.config import Config
 from titan_distill.models.wan.latents import TEMPORAL, num_latent_frames
-from titan_distill.models.wan.pipeline_config import WanPipelineConfig
+from titan_distill.models.wan.pipeline_config import CAUSAL_KEYS
 from titan_distill.parallelisms.compile import check_num_segments
-
-OPTIONS = ("frames_per_block", "independent_first_frame", "cache_window_frames", "sink_frames")
-
-
-def segmentation_of(pipeline: WanPipelineConfig) -> Segmentation:
-    """What causal roles do with a video."""
-    return Segmentation(*(getattr(pipeline, name) for name in OPTIONS))
 
 
 def check_segments(config: Config) -> None:
@@ -25,9 +16,8 @@ def check_segments(config: Config) -> None:
     """
     pipeline = config.pipeline_config
     if not any(role.attention == "causal" for role in config.roles.values()):
-        defaults = {field.name: field.default for field in fields(pipeline)}
-        for name in OPTIONS:
-            if (value := getattr(pipeline, name)) != defaults[name]:
+        for name in CAUSAL_KEYS:
+            if (value := getattr(pipeline, name)) != getattr(type(pipeline), name):
                 raise ValueError(
                     f"pipeline_config.{name} = {value} has no effect, because no role has attention = 'causal'; set it "
                     "for a role or remove the key"
@@ -38,7 +28,7 @@ def check_segments(config: Config) -> None:
             f"pipeline_config.image_probability = {pipeline.image_probability} gives first frames, which causal roles "
             "don't take; set it to 0"
         )
-    segmentation = segmentation_of(pipeline)
+    segmentation = pipeline.segmentation
     check_fits(segmentation, pipeline.num_frames, "pipeline_config.num_frames")
     check_num_segments(config.compile, len(segmentation.lengths(num_latent_frames(pipeline.num_frames))))
 

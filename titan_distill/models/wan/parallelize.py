@@ -18,7 +18,6 @@ from titan_distill.config.layouts import role_parallelism
 from titan_distill.config.parsing import nearest_divisors
 from titan_distill.config.sections import ParallelismConfig, SparseAttentionConfig
 from titan_distill.models.wan.config import WanConfig
-from titan_distill.models.wan.frame_blocks import segmentation_of
 from titan_distill.models.wan.stored import WeightLoader
 from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
 from titan_distill.models.wan.transformer import WanTransformer
@@ -36,8 +35,6 @@ from titan_distill.parallelisms.tensor import enable_async_communication
 HIGH_PRECISION = ("condition_embedder", "patch_embedding", "proj_out")
 """Submodules that never compute in float8 and get no LoRA adapter: the conditions, with timesteps and modulation, the
 first layer and the last."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def empty_transformer(config: WanConfig, sparse: SparseAttentionConfig, segmentation: Segmentation) -> WanTransformer:
@@ -70,10 +67,10 @@ def build_transformer(
         ValueError: weights or degrees that do not fit.
     """
     role, parallelism = config.roles[name], role_parallelism(config, name)
-    compute_dtype, float8 = DTYPES[config.training.dtype], config.float8.for_role(name)
+    compute_dtype, float8 = getattr(torch, config.training.dtype), config.float8.for_role(name)
     auto_dtype = torch.float32 if role.trainable and not role.lora.enabled else compute_dtype
-    model = empty_transformer(architecture, config.sparse_attention, segmentation_of(config.pipeline_config))
-    model.to(auto_dtype if role.dtype == "auto" else DTYPES[role.dtype]).requires_grad_(role.trainable)
+    model = empty_transformer(architecture, config.sparse_attention, config.pipeline_config.segmentation)
+    model.to(auto_dtype if role.dtype == "auto" else getattr(torch, role.dtype)).requires_grad_(role.trainable)
     apply_float8(model, float8, high_precision=HIGH_PRECISION, device=device)
     apply_lora(model, role.lora, excluded=HIGH_PRECISION)
     if mesh is not None and mesh.tensor is not None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from titan_distill.attention.causal import Segmentation
 from titan_distill.config.parsing import check_range
 from titan_distill.models.wan.latents import num_latent_frames
+
+CAUSAL_KEYS = ("frames_per_block", "independent_first_frame", "cache_window_frames", "sink_frames")
+"""Keys that only causal roles read."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,11 @@ class WanPipelineConfig:
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 nearest = max(16, round(getattr(self, name) / 16) * 16)
                 raise ValueError(f"{name} = {getattr(self, name)} must be a multiple of 16; the nearest is {nearest}")
+
+    @property
+    def segmentation(self) -> Segmentation:
+        """The frame blocks of causal roles."""
+        return Segmentation(*(getattr(self, name) for name in CAUSAL_KEYS))
 
     def _check_images(self) -> None:
         if not self.image_noise_mean <= -1:

@@ -26,11 +26,11 @@ from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.encoders import Encoders
 from titan_distill.models.wan.experts import experts_of, find_boundary
-from titan_distill.models.wan.frame_blocks import check_segments, segmentation_of
+from titan_distill.models.wan.frame_blocks import check_segments
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, needed_tensors
 from titan_distill.models.wan.image_encoder import ImageEncoder
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
-from titan_distill.models.wan.parallelize import DTYPES, build_transformer, check_degrees, empty_transformer
+from titan_distill.models.wan.parallelize import build_transformer, check_degrees, empty_transformer
 from titan_distill.models.wan.pipeline_config import WanPipelineConfig
 from titan_distill.models.wan.state_dict import UNUSED_KEY, save_folder
 from titan_distill.models.wan.stored import EXPERTS, StoredWeights
@@ -155,7 +155,7 @@ class WanFamily(ModelFamily):
                 role_parallelism(self.config, name).sequence_method,
                 self.token_grid(),
                 SparseAttention(self.config.sparse_attention) if role.attention == "sparse" else None,
-                self._segmentation if role.attention == "causal" else None,
+                self.config.pipeline_config.segmentation if role.attention == "causal" else None,
             )
 
     def _networks(self) -> dict[str, RoleConfig]:
@@ -188,10 +188,6 @@ class WanFamily(ModelFamily):
         return find_latent_space(
             self.config.pipeline_config.path, lambda: self._architecture(name, role, by_name=True).out_channels
         )
-
-    @property
-    def _segmentation(self) -> Segmentation:
-        return segmentation_of(self.config.pipeline_config)
 
     def video_size(self) -> tuple[int, int, int]:
         pipeline = self.config.pipeline_config
@@ -237,9 +233,9 @@ class WanFamily(ModelFamily):
         self, architecture: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], device: torch.device
     ) -> nn.Module:
         config = WanConfig.from_diffusers(architecture)
-        model = empty_transformer(config, self.config.sparse_attention, self._segmentation)
+        model = empty_transformer(config, self.config.sparse_attention, self.config.pipeline_config.segmentation)
         # As the run computes, so that what is sampled here is what its validation shows.
-        model.to(DTYPES[self.config.training.dtype]).to_empty(device=device).requires_grad_(False)
+        model.to(getattr(torch, self.config.training.dtype)).to_empty(device=device).requires_grad_(False)
         parameters = dict(model.named_parameters())
         for name, tensor in _used(tensors):
             copy_full_tensor(parameters.pop(name), tensor)
