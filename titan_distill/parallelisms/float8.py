@@ -35,13 +35,13 @@ MIN_CAPABILITY = (8, 9)
 def apply_float8(
     module: nn.Module, config: Float8Config, *, high_precision: Collection[str], device: torch.device
 ) -> None:
-    """Swaps the large linear layers of ``module``, in place, for layers that compute in float8.
+    """Swaps the large linear layers of `module`, in place, for layers that compute in float8.
 
     Args:
         module: a model that is not sharded yet.
         config: what to do; nothing unless it is enabled.
         high_precision: names of submodules, at any depth, that are left as they are.
-        device: where the model will run; ``meta``, a dry run, does not ask for the hardware.
+        device: where the model will run; `meta`, a dry run, does not ask for the hardware.
 
     Raises:
         ValueError: this machine cannot run it, or no layer is large enough.
@@ -85,7 +85,7 @@ def finish_float8(module: nn.Module, config: Float8Config) -> None:
 
 
 def check_hardware(config: Float8Config, device: torch.device) -> None:
-    """Raises ValueError unless ``config`` can run on ``device``."""
+    """Raises ValueError unless `config` can run on `device`."""
     if not config.enabled:
         return
     if config.backend == "transformer_engine":
@@ -101,7 +101,7 @@ def check_hardware(config: Float8Config, device: torch.device) -> None:
 
 
 def describe(config: Float8Config, module: nn.Module) -> str:
-    """How many of ``module``'s linear layers compute in float8 and how, for people."""
+    """How many of `module`'s linear layers compute in float8 and how, for people."""
     linears = [m for m in module.modules() if isinstance(m, nn.Linear) or _is_float8(m)]
     extras = ", gathered in float8" * config.all_gather + ", emulated" * config.emulate
     return (
@@ -142,7 +142,7 @@ def _torchao_layer(layer: nn.Linear, config: Float8Config) -> nn.Module:
 
 
 def _torchao_product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``layer``'s product with other parameters than its own, e.g. a tensor-parallel shard, which is scaled by itself
+    """`layer`'s product with other parameters than its own, e.g. a tensor-parallel shard, which is scaled by itself
     then."""
     from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
 

@@ -1,12 +1,12 @@
 """Device meshes: which ranks do what together.
 
-One grid of ranks, ``dp_replicate × dp_shard × sequence × tensor`` with tensor innermost, is seen in three ways:
+One grid of ranks, `dp_replicate × dp_shard × sequence × tensor` with tensor innermost, is seen in three ways:
 
-- *parameters*, ``dp_replicate × fsdp × tensor`` with fsdp = dp_shard × sequence. All parameters of a role are DTensors
+- *parameters*, `dp_replicate × fsdp × tensor` with fsdp = dp_shard × sequence. All parameters of a role are DTensors
   on this one mesh, so one gradient norm is right. Ranks of a sequence group hold partial gradients (each saw its own
   tokens), exactly like ranks with different samples; that is why they share FSDP's axis.
-- *tokens*, ``data × sequence × tensor``: who exchanges tokens with whom.
-- *exchange*, ``data × exchange × data group``: where a role's ranks span several data groups, who hands samples to
+- *tokens*, `data × sequence × tensor`: who exchanges tokens with whom.
+- *exchange*, `data × exchange × data group`: where a role's ranks span several data groups, who hands samples to
   whom. A *data group* is the sequence × tensor ranks of the default layout: they load the same samples.
 """
 
@@ -49,7 +49,7 @@ class World:
 class RoleMesh:
     """The meshes of one layout.
 
-    ``data_group`` is the number of ranks that load the same samples.
+    `data_group` is the number of ranks that load the same samples.
     """
 
     def __init__(self, degrees: Degrees, data_group: int, device_type: str) -> None:
@@ -123,7 +123,7 @@ class BatchExchange:
 class Layouts:
     """The layouts of a run: one for the data, one for each role; equal layouts share their process groups.
 
-    Without a process group (one process) there are no meshes, and ``role`` answers None.
+    Without a process group (one process) there are no meshes, and `role` answers None.
     """
 
     def __init__(self, world: World, default: Degrees, roles: dict[str, Degrees]) -> None:
@@ -194,7 +194,7 @@ def check_local_ranks() -> None:
 def start_world(timeout_seconds: float, force_group: bool = False) -> World:
     """Reads torchrun's environment, picks the device and starts NCCL or gloo. Call once a process.
 
-    One process gets a process group only when ``force_group`` asks for one: see `config.layouts.needs_group`. Raises
+    One process gets a process group only when `force_group` asks for one: see `config.layouts.needs_group`. Raises
     ValueError for more ranks than GPUs.
     """
     check_local_ranks()
@@ -211,9 +211,8 @@ def start_world(timeout_seconds: float, force_group: bool = False) -> World:
 
 def tighten_timeout(seconds: float, layouts: Layouts) -> None:
     """Limits how long ranks wait for each other from now on; start-up, with compilation and loading, is given more."""
-    if not dist.is_initialized():
-        return
-    _limit_waiting([None, *layouts.groups()], seconds)
+    if dist.is_initialized():
+        _limit_waiting([None, *layouts.groups()], seconds)
 
 
 def _limit_waiting(groups: Iterable[dist.ProcessGroup | None], seconds: float) -> None:

@@ -10,7 +10,7 @@ from titan_distill.parallelisms.tensor import local
 
 
 def local_region(tensor: Tensor) -> tuple[slice, ...]:
-    """The slices of the whole tensor that make this rank's values of ``tensor``; all of it for a plain tensor.
+    """The slices of the whole tensor that make this rank's values of `tensor`; all of it for a plain tensor.
 
     Parameters are cut by tensor parallelism first and by FSDP within what that left, whatever the order of the axes in
     the mesh; DTensor calls the second cut strided where both are along one dim.
@@ -29,7 +29,7 @@ def local_region(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def _chunk(whole: slice, num_chunks: int, index: int) -> slice:
-    """Chunk ``index`` as torch.chunk cuts: equal sizes rounded up, so that the last ones may be short or empty."""
+    """Chunk `index` as torch.chunk cuts: equal sizes rounded up, so that the last ones may be short or empty."""
     length = whole.stop - whole.start
     size = -(-length // num_chunks)
     return slice(whole.start + min(length, index * size), whole.start + min(length, (index + 1) * size))

@@ -26,11 +26,11 @@ from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.encoders import Encoders
 from titan_distill.models.wan.experts import is_high_noise, route
 from titan_distill.models.wan.features import block_outputs, mean_over_tokens
-from titan_distill.models.wan.first_frame import ImageMixing, expands_timesteps
-from titan_distill.models.wan.frame_blocks import check_fits
+from titan_distill.models.wan.first_frame import ImageMixing
 from titan_distill.models.wan.image_channels import EMBEDDING, check_pictures, takes_channels, with_channels
 from titan_distill.models.wan.latents import num_latent_frames
 from titan_distill.models.wan.prompt_pictures import FirstFrames, PictureRows
+from titan_distill.models.wan.stored import pipeline_index
 from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import decode_latents, restart
@@ -85,7 +85,9 @@ class WanAdapter(Adapter):
         self._num_tiles = math.prod(tile_grid(grid))
         self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(grid))
         self.image_mixing = ImageMixing.of_run(config)
-        self.takes_images = self.image_mixing is not None or expands_timesteps(self.pipeline.path)
+        # Diffusers marks a TI2V pipeline so.
+        is_ti2v = bool(pipeline_index(self.pipeline.path).get("expand_timesteps", False))
+        self.takes_images = self.image_mixing is not None or is_ti2v
         self._negative_LD = None if negative_LD is None else negative_LD.to(device)
 
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
@@ -253,10 +255,9 @@ class WanAdapter(Adapter):
         return restart(self.encoders.vae, sequence, self.latent_shape[1])
 
     def num_latents(self, role: RoleHandle, num_frames: int) -> int:
-        segmentation = self.network(role).segmentation
-        if segmentation is None:
+        if self.network(role).segmentation is None:
             return super().num_latents(role, num_frames)
-        check_fits(segmentation, num_frames, "num_frames")
+        self.pipeline.check_frames(num_frames, "num_frames")
         return num_latent_frames(num_frames)
 
     def features(

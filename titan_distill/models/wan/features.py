@@ -50,7 +50,7 @@ def _own_tokens(transformer: WanTransformer, x_BLM: Tensor, layout: TileLayout) 
 
 
 def mean_over_tokens(transformer: WanTransformer, values_BL: Tensor, x: Tensor) -> Tensor:
-    """[B], float64: the mean over all tokens of the samples ``x``, wherever they are; replicated."""
+    """[B], float64: the mean over all tokens of the samples `x`, wherever they are; replicated."""
     total_B = values_BL.double().sum(1)
     group = None if transformer.sequence is None else transformer.sequence.group
     return (total_B if group is None else collectives.sum_parts(total_B, group)) / _layout(transformer, x).num_tokens

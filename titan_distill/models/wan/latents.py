@@ -67,8 +67,8 @@ PUBLISHED = {space.channels: space for space in (LatentSpace(16, 4, 8), LatentSp
 
 
 def find_latent_space(pipeline: str, channels: Callable[[], int]) -> LatentSpace:
-    """That of the VAE in the folder ``pipeline``; where no config of one lies there, the published one with as many
-    ``channels``.
+    """That of the VAE in the folder `pipeline`; where no config of one lies there, the published one with as many
+    `channels`.
 
     Raises ValueError for a config that can't be read, and for channels that no published VAE has.
     """

@@ -26,7 +26,6 @@ from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.encoders import Encoders
 from titan_distill.models.wan.experts import experts_of, find_boundary
-from titan_distill.models.wan.frame_blocks import check_segments
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, needed_tensors
 from titan_distill.models.wan.image_encoder import ImageEncoder
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
@@ -67,7 +66,7 @@ class WanFamily(ModelFamily):
                 f"data.path = {config.data.path!r} holds videos and prompts to encode, but pipeline_config.path is "
                 "empty; set it to a diffusers folder with vae, text_encoder and tokenizer"
             )
-        check_segments(config)
+        config.pipeline_config.check_causal(config)
 
     @classmethod
     def given_parts(cls, config: Config) -> str | None:
