@@ -24,7 +24,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Reading:
-    """What a clip shows; None where the frames do not tell."""
+    """The words that the frames of a clip show; None where they do not tell."""
 
     colour: str | None
     shape: str | None

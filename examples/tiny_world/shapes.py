@@ -65,7 +65,7 @@ class ShapesClip:
 
     @property
     def combination(self) -> tuple[str, str, str]:
-        """What the reader of frames scores, and what is held out: (colour, shape, direction)."""
+        """The words that the scorer reads and that are held out together: (colour, shape, direction)."""
         return self.colour, self.shape, self.direction
 
     def caption(self, template: int = 0) -> str:
@@ -75,15 +75,10 @@ class ShapesClip:
         )
 
 
-def _latin_square() -> frozenset[tuple[str, str, str]]:
-    directions = list(DIRECTIONS)
-    return frozenset(
-        (colour, shape, directions[(i + j) % len(directions)])
-        for (i, colour), (j, shape) in product(enumerate(COLOURS), enumerate(SHAPES))
-    )
-
-
-HELD_OUT = _latin_square()
+HELD_OUT = frozenset(
+    (colour, shape, WORDS["direction"][(i + j) % len(DIRECTIONS)])
+    for (i, colour), (j, shape) in product(enumerate(COLOURS), enumerate(SHAPES))
+)
 """The 12 (colour, shape, direction) combinations kept for scoring: one direction for each colour and shape."""
 
 

@@ -26,7 +26,7 @@ ASSETS = ROOT / "tests/assets/tiny_shapes"
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build."""
+    """Options of the build."""
 
     stage: Literal["vae", "text_encoder", "data", "teacher", "all"] = "all"
     """One stage, or all of them in order."""
@@ -41,7 +41,7 @@ class BuildConfig:
     num_threads: int = 2
     """CPU threads."""
     seed: int = 0
-    """Of weights and drawings. The VAE's budget is in minutes, so it is not bitwise reproducible."""
+    """Seed of weights and drawings. The VAE's budget is in minutes, so it is not bitwise reproducible."""
 
 
 def main(config: BuildConfig) -> None:

@@ -22,7 +22,7 @@ from titan_distill.resolve import resolve
 from titan_distill.roles import RoleHandle
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
-from titan_distill.validation.distances import sliced_wasserstein_excess
+from titan_distill.validation.distances import project, sliced_wasserstein_excess
 from titan_distill.validation.sampling import Sampling
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3600)]
@@ -115,6 +115,10 @@ def sample(trainer: Trainer, role: RoleHandle, request: SampleRequest) -> Tensor
     return torch.cat(made)
 
 
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return sliced_wasserstein_excess(project([*a]), project([*b]))
+
+
 def distances(folder: Path, teacher_steps: int, student_steps: int) -> tuple[float, float]:
     """Excess sliced Wasserstein distance of few-step samples to the teacher's, before and after."""
     scratch = "\n".join(
@@ -134,10 +138,10 @@ def distances(folder: Path, teacher_steps: int, student_steps: int) -> tuple[flo
     trainer = train(folder, "student", "dmd2", roles, student_steps, 8)
     few = SampleRequest("student", "student", "sde", len(SIGMAS), SIGMAS)
     reference = sample(trainer, trainer.roles["teacher"], SampleRequest("teacher", "teacher", "euler", 48))
-    found = [sliced_wasserstein_excess(sample(trainer, trainer.roles["student"], few), reference)]
+    found = [distance(sample(trainer, trainer.roles["student"], few), reference)]
     trainer.run()
     with trainer.roles["student"].evaluation():
-        found.append(sliced_wasserstein_excess(sample(trainer, trainer.roles["student"], few), reference))
+        found.append(distance(sample(trainer, trainer.roles["student"], few), reference))
     return found[0], found[1]
 
 

@@ -354,8 +354,8 @@ def test_rcm_takes_the_option_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config_class", [Dmd2Config, SelfForcingConfig, RcmConfig])
 def test_the_plan_only_grows_by_the_discriminators_passes(config_class: type[Dmd2Config]) -> None:
     method = {Dmd2Config: Dmd2, SelfForcingConfig: SelfForcing, RcmConfig: Rcm}[config_class]
-    plain = method.work(config_class())
-    passes = method.work(config_class(adversarial_weight=0.1, discriminator_depths=(1,), r1_weight=1.0))
+    plain = method.passes(config_class())
+    passes = method.passes(config_class(adversarial_weight=0.1, discriminator_depths=(1,), r1_weight=1.0))
     assert passes[: len(plain)] == plain
     assert [(p.update, p.role, p.num_conditions) for p in passes[len(plain) :]] == [
         ("student", "critic", 1), ("discriminator", "student", 1), ("discriminator", "critic", 3),

@@ -81,7 +81,7 @@ def test_dmd2_declares_what_its_updates_cost(
 ) -> None:
     """In forwards of (student, critic, teacher), as docs/algorithms.md, "FLOPs of an update", lists them."""
     forwards: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for passes in Dmd2.work(Dmd2Config()):
+    for passes in Dmd2.passes(Dmd2Config()):
         cost = passes.num_conditions * (1 + passes.backward * (2 + (mode == "full")))
         forwards[passes.update][passes.role] += passes.num_forwards * cost
     assert tuple(forwards["student"][role] for role in ("student", "critic", "teacher")) == student
@@ -90,11 +90,11 @@ def test_dmd2_declares_what_its_updates_cost(
 
 def test_cadence_is_the_methods() -> None:
     def often(config: Dmd2Config) -> dict[str, float]:
-        return {passes.update: passes.updates_per_step for passes in Dmd2.work(config)}
+        return {passes.update: passes.updates_per_step for passes in Dmd2.passes(config)}
 
     assert often(Dmd2Config()) == {"student": 0.2, "critic": 1.0}
     assert often(Dmd2Config(exclusive=True)) == {"student": 0.2, "critic": 0.8}
-    (finetune,) = Finetune.work(FinetuneConfig())
+    (finetune,) = Finetune.passes(FinetuneConfig())
     assert (finetune.num_forwards, finetune.backward, finetune.updates_per_step) == (1, True, 1.0)
 
 

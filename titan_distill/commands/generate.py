@@ -70,11 +70,10 @@ def generate(
         raise ValueError(
             f"--num-steps {num_steps} contradicts the {role}'s own {len(request.sigmas)} steps; leave it out"
         )
-    request = dataclasses.replace(
-        request,
-        num_steps=request.num_steps if num_steps is None else num_steps,
-        guidance_scale=request.guidance_scale if guidance_scale is None else guidance_scale,
-    )
+    if num_steps is not None:
+        request = dataclasses.replace(request, num_steps=num_steps)
+    if guidance_scale is not None:
+        request = dataclasses.replace(request, guidance_scale=guidance_scale)
     length = None if num_frames is None else adapter.num_latents(handle, num_frames)
     condition = adapter.encode_prompts([prompt])
     if image is not None:

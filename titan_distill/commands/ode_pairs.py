@@ -21,6 +21,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ from titan_distill.diffusion.requests import TrajectoryRequest
 from titan_distill.diffusion.schedule import few_step_sigmas, timestep
 from titan_distill.diffusion.trajectory import grid_indices, sample_trajectory
 from titan_distill.fault_tolerance.files import atomic
+from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.methods.base import method_class
 from titan_distill.models.base import Adapter, Guidance, model_family
 from titan_distill.parallelisms.mesh import Layouts, World, num_ranks, start_world
@@ -59,7 +61,7 @@ class OdePairsOptions:
     config: tyro.conf.Positional[Path]
     """TOML of a job with the role `teacher`: its weights, layout, numbers and pipeline are used."""
     prompts: Path
-    """Prompts: parquet with text embeddings, or .txt (one a line) or .jsonl (key caption), which are encoded."""
+    """Prompts: parquet with text embeddings, or .txt (one per line) or .jsonl (key caption), which are encoded."""
     out: Path
     """Folder of the parquet files; files that are there stay, and missing ones are added."""
     teacher: Path | None = None
@@ -97,7 +99,8 @@ def ode_pairs(options: OdePairsOptions) -> str:
     indices = grid_indices(request.sigmas, num_steps=request.num_steps, shift=shift, solver=request.solver)
     if options.batch_size < 1 or (options.num_pairs is not None and options.num_pairs < 1):
         raise ValueError(f"--batch-size {options.batch_size} and --num-pairs {options.num_pairs} must be at least 1")
-    prompts = Prompts(options.prompts, DTYPES[options.dtype])
+    is_list = options.prompts.suffix in (".txt", ".jsonl")
+    prompts = read_prompts(options.prompts, None) if is_list else ParquetDataset(options.prompts)
     num_pairs = options.num_pairs or len(prompts)
     settings = _settings(config, options, request)
     batches = missing_batches(options.out, settings, num_pairs, options)
@@ -127,17 +130,13 @@ def _world(config: Config) -> Iterator[World]:
     """All ranks, from when each has seen what is there until each has written its last file."""
     world = start_world(config.comm.init_timeout_seconds, force_group=needs_group(config))
     try:
-        _wait_for_all()
+        ranks = Ranks()
+        ranks.wait()
         yield world
-        _wait_for_all()
+        ranks.wait()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def with_teacher(config: Config, teacher: Path | None) -> Config:
@@ -205,11 +204,12 @@ class PairMaker:
     grid_indices: list[int]
     adapter: Adapter
     teacher: RoleHandle
-    prompts: Prompts
+    prompts: list[str] | ParquetDataset
+    """Prompts, which are encoded, or rows with their embeddings. They repeat where there are more pairs."""
 
     def make(self, indices: list[int], *, write: bool) -> None:
         """Samples the pairs of one batch. Every rank of a data group computes, one of them writes."""
-        rows = [self.prompts.row(index, self.adapter) for index in indices]
+        rows = [self._text_row(index) for index in indices]
         ids = [pair_id(self.options.seed, index) for index in indices]
         states_BK, x0 = self._sample(indices, ids, rows)
         if not write:
@@ -227,15 +227,19 @@ class PairMaker:
         ]
         write_rows(self.options.out / f"pairs-{indices[0]:06d}-{indices[-1]:06d}.parquet", pairs)
 
+    def _text_row(self, index: int) -> LatentRow:
+        prompt = self.prompts[index % len(self.prompts)]
+        if isinstance(prompt, LatentRow):
+            return LatentRow("", prompt.caption, prompt.text_embedding)
+        (embedding_LD,) = self.adapter.embed_prompts([prompt])
+        return LatentRow("", prompt, embedding_LD.to(DTYPES[self.options.dtype]))
+
     def _sample(self, indices: list[int], ids: list[str], rows: list[LatentRow]) -> tuple[Tensor, Tensor]:
         adapter, request = self.adapter, self.request
         batch = adapter.prepare_batch(collate(indices, rows, self.config.data.max_text_tokens))
         condition, guidance = adapter.text_condition(batch), Guidance(request.guidance_scale)
+        velocity = partial(adapter.guided_velocity, self.teacher, condition=condition, guidance=guidance)
         noise = torch.stack([initial_noise(row_id, adapter.latent_shape) for row_id in ids])
-
-        def velocity(x: Tensor, sigma_B: Tensor) -> Tensor:
-            return adapter.guided_velocity(self.teacher, x, sigma_B, condition, guidance)
-
         return sample_trajectory(
             velocity,
             noise.to(batch.text_embeddings.device),
@@ -247,34 +251,12 @@ class PairMaker:
 
 
 def _run(batches: list[list[int]], layouts: Layouts, make: Callable[[list[int], bool], None]) -> None:
-    """Hands out batches to data groups in rounds; in the last round some repeat a batch, which is then not theirs."""
+    """Hands out batches to data groups in rounds. In the last round some groups repeat a batch, which another one
+    writes."""
     group, num_groups = layouts.data_rank, layouts.num_data_groups
     for first in tqdm(range(0, len(batches), num_groups), unit="round", disable=None if group == 0 else True):
         mine = first + group
         make(batches[min(mine, len(batches) - 1)], mine < len(batches))
-
-
-class Prompts:
-    """Captions and their embeddings from a dataset's rows as they are, or from a list of prompts that is encoded.
-
-    Raises ValueError for a file without prompts, or that can't be read.
-    """
-
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        is_list = path.suffix in (".txt", ".jsonl")
-        self._source: list[str] | ParquetDataset = read_prompts(path, None) if is_list else ParquetDataset(path)
-        self._dtype = dtype
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def row(self, index: int, adapter: Adapter) -> LatentRow:
-        """A text-only row for the pair `index`; prompts repeat where there are more pairs."""
-        prompt = self._source[index % len(self)]
-        if isinstance(prompt, LatentRow):
-            return LatentRow("", prompt.caption, prompt.text_embedding)
-        (embedding_LD,) = adapter.embed_prompts([prompt])
-        return LatentRow("", prompt, embedding_LD.to(self._dtype))
 
 
 def _in_row_dims(latent: Tensor) -> Tensor:

@@ -10,33 +10,17 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from titan_distill.config import sections
 from titan_distill.config.role_sections import OptimizerConfig, ParallelismConfig, RoleConfig
-from titan_distill.config.sections import (
-    ActivationCheckpointConfig,
-    CheckpointConfig,
-    CommConfig,
-    CompileConfig,
-    DataConfig,
-    EmaConfig,
-    Float8Config,
-    JobConfig,
-    LrSchedulerConfig,
-    MetricsConfig,
-    ProfilingConfig,
-    RecipeConfig,
-    SparseAttentionConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The configuration of a run. The method types `method_config`, the model family types `pipeline_config`."""
 
-    job: JobConfig
+    job: sections.JobConfig
     """The run: name, output folder, seed, imports."""
-    recipe: RecipeConfig
+    recipe: sections.RecipeConfig
     """Training method and model family."""
     roles: dict[str, RoleConfig]
     """The models of the run by name. The method says which roles it needs."""
@@ -46,36 +30,38 @@ class Config:
     """Keys of the model family."""
     pipeline_config_path: str = field(default="", compare=False)
     """TOML file with the keys of [pipeline_config], in place of that table. Relative to the working directory."""
-    data: DataConfig
+    data: sections.DataConfig
     """Training data."""
-    training: TrainingConfig
+    training: sections.TrainingConfig
     """Steps, batch size, compute type, gradient clipping."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer of all trained roles. [roles.<name>.optimizer] overrides it."""
-    lr_scheduler: LrSchedulerConfig = field(default_factory=LrSchedulerConfig)
+    lr_scheduler: sections.LrSchedulerConfig = field(default_factory=sections.LrSchedulerConfig)
     """Learning-rate schedule over the updates of a role."""
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     """Layout of the ranks. The product of the four degrees (dp_replicate, dp_shard, sequence, tensor) is the number of
     ranks. [roles.<name>.parallelism] overrides it."""
-    activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    activation_checkpoint: sections.ActivationCheckpointConfig = field(
+        default_factory=sections.ActivationCheckpointConfig
+    )
     """Activation checkpointing: recompute activations in the backward to save memory."""
-    compile: CompileConfig = field(default_factory=CompileConfig)
+    compile: sections.CompileConfig = field(default_factory=sections.CompileConfig)
     """torch.compile."""
-    float8: Float8Config = field(default_factory=Float8Config)
+    float8: sections.Float8Config = field(default_factory=sections.Float8Config)
     """Matrix products in float8."""
-    sparse_attention: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
+    sparse_attention: sections.SparseAttentionConfig = field(default_factory=sections.SparseAttentionConfig)
     """Video sparse attention of the roles with attention = "sparse"."""
-    ema: EmaConfig = field(default_factory=EmaConfig)
+    ema: sections.EmaConfig = field(default_factory=sections.EmaConfig)
     """Exponential moving average of one role's weights, for validation and export."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: sections.CheckpointConfig = field(default_factory=sections.CheckpointConfig)
     """Checkpoints and resume."""
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    validation: sections.ValidationConfig = field(default_factory=sections.ValidationConfig)
     """Sampled videos and their scores during the run."""
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    metrics: sections.MetricsConfig = field(default_factory=sections.MetricsConfig)
     """Trackers. The run always writes metrics.jsonl."""
-    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+    profiling: sections.ProfilingConfig = field(default_factory=sections.ProfilingConfig)
     """Profiler traces of a few steps."""
-    comm: CommConfig = field(default_factory=CommConfig)
+    comm: sections.CommConfig = field(default_factory=sections.CommConfig)
     """Time limits for communication between ranks."""
 
     def __post_init__(self) -> None:

@@ -57,6 +57,10 @@ class Text:
     text: str | None
 
 
+class CommandLineTable(dict[str, Any]):
+    """A table of which every key comes from the command line."""
+
+
 @dataclass(frozen=True)
 class Place:
     """The position of a value: file (or command line) and dotted key. `root` is the schema to search for near keys."""
@@ -68,7 +72,7 @@ class Place:
     def child(self, name: str, value: Any) -> Place:
         """The place of `value` under the key `name` of this table."""
         name = name if BARE_KEY.fullmatch(name) else json.dumps(name, ensure_ascii=False)
-        source = COMMAND_LINE if isinstance(value, Text) else self.source
+        source = COMMAND_LINE if isinstance(value, (Text, CommandLineTable)) else self.source
         return Place(source, f"{self.key}.{name}" if self.key else name, self.root)
 
     def fail(self, value: Any, problem: str) -> NoReturn:
@@ -114,7 +118,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[tuple[str, Text]]) 
         *names, last = key.split(".")
         table = raw
         for depth, name in enumerate(names):
-            table = table.setdefault(name, {})
+            table = table.setdefault(name, CommandLineTable())
             if not isinstance(table, dict):
                 path = ".".join(names[: depth + 1])
                 raise ConfigError(f"{COMMAND_LINE}: --{key} goes through {path}, which is a value; give it as --{path}")
@@ -150,9 +154,7 @@ def reject_unknown_keys(names: Sequence[str], raw: Mapping[str, Any], at: Place)
             known = f"keys of [{at.key}]" if at.key else "sections"
             nearest = _nearest_key(name, names, at)
             hint = f"; did you mean {nearest}?" if nearest else ""
-            source = COMMAND_LINE if _is_from_command_line(value) else at.source
-            place = dataclasses.replace(at.child(name, value), source=source)
-            place.fail(value, f"is not known; the {known} are {', '.join(names) or '(none)'}{hint}")
+            at.child(name, value).fail(value, f"is not known; the {known} are {', '.join(names) or '(none)'}{hint}")
 
 
 def _convert_table(kind: Any, value: Any, at: Place) -> Any:
@@ -272,19 +274,6 @@ def _nearest_key(name: str, siblings: Sequence[str], at: Place) -> str | None:
     return near[0] if near else None
 
 
-def _is_from_command_line(value: Any) -> bool:
-    pending, found = [value], False
-    while pending:  # a loop, because dotted TOML keys can nest deeper than Python recurses
-        item = pending.pop()
-        if isinstance(item, dict):
-            pending.extend(item.values())
-        elif isinstance(item, Text):
-            found = True
-        else:
-            return False
-    return found
-
-
 def plain_text(value: Any) -> Any:
     """The text of a command-line value; any other value as it is."""
     return value.text if isinstance(value, Text) else value
@@ -304,6 +293,16 @@ def check_range(section: Any, *names: str, **limits: float) -> None:
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
         if not all(_LIMITS[limit][0](number, bound) for number in numbers for limit, bound in limits.items()):
             raise ValueError(f"{name} = {value} is out of range; choose {allowed}")
+
+
+def check_no_effect(section: Any, *names: str, given: str) -> None:
+    """Raises ValueError for the first named field that is not at its default, although it has no effect with the
+    present value of the field `given`."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if field.name in names and value != field.default:
+            present = show(given, getattr(section, given))
+            raise ValueError(f"{show(field.name, value)} has no effect with {present}; remove it or change {given}")
 
 
 def nearest_multiples(value: int, unit: int) -> str:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from titan_distill.config.parsing import check_range
+from titan_distill.config.parsing import check_no_effect, check_range
 
 HEAD_FLAVOR = "head"
 """The `flavor` of a role that is a small head on another role's features."""
@@ -63,9 +63,7 @@ class ParallelismConfig:
         if self.dp_shard != -1:
             check_range(self, "dp_shard", least=1)
         if self.tensor == 1:
-            for name in ("token_region", "async_tensor"):
-                if getattr(self, name):
-                    raise ValueError(f"{name} = true has no effect with tensor = 1; remove it or raise tensor")
+            check_no_effect(self, "token_region", "async_tensor", given="tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +78,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         check_range(self, "rank", least=0)
         check_range(self, "alpha", above=0, below=math.inf)
-        for name in ("alpha", "target_modules"):
-            if getattr(self, name) and not self.rank:
-                raise ValueError(f"{name} has no effect with rank = 0; set rank, or remove it")
+        if not self.rank:
+            check_no_effect(self, "alpha", "target_modules", given="rank")
 
     @property
     def enabled(self) -> bool:

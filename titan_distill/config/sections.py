@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from titan_distill.config.parsing import check_range, nearest_multiples
+from titan_distill.config.parsing import check_no_effect, check_range, nearest_multiples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +72,9 @@ class DataConfig:
         check_range(self, "num_workers", "max_bad_rows", least=0)
         if not self.path:
             raise ValueError('path = "" names no data; set it to a parquet file, a folder of parquet files or a .csv')
-        if self.fps is not None:
-            check_range(self, "fps", above=0)
-            if not self.holds_videos:
-                raise ValueError(
-                    f"fps = {self.fps} has no effect on path = {self.path!r}, which is not a .csv; remove it"
-                )
+        check_range(self, "fps", above=0)
+        if self.fps is not None and not self.holds_videos:
+            raise ValueError(f"fps = {self.fps} has no effect on path = {self.path!r}, which is not a .csv; remove it")
 
     @property
     def holds_videos(self) -> bool:
@@ -126,10 +123,8 @@ class LrSchedulerConfig:
     def __post_init__(self) -> None:
         check_range(self, "warmup_steps", least=0)
         check_range(self, "min_lr_ratio", least=0, most=1)
-        if self.decay == "constant" and self.min_lr_ratio:
-            raise ValueError(
-                f"min_lr_ratio = {self.min_lr_ratio} has no effect with decay = 'constant'; choose linear or cosine"
-            )
+        if self.decay == "constant":
+            check_no_effect(self, "min_lr_ratio", given="decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,16 +140,10 @@ class ActivationCheckpointConfig:
     def __post_init__(self) -> None:
         check_range(self, "selective_interval", least=1)
         check_range(self, "skip_interval", least=0)
-        if self.selective_interval is not None and self.mode != "selective":
-            raise ValueError(
-                f"selective_interval = {self.selective_interval} has no effect with mode = {self.mode!r}; remove it or "
-                "set mode to 'selective'"
-            )
-        if self.skip_interval and self.mode == "none":
-            raise ValueError(
-                f"skip_interval = {self.skip_interval} has no effect with mode = 'none'; remove it or set mode to "
-                "'full' or 'selective'"
-            )
+        if self.mode != "selective":
+            check_no_effect(self, "selective_interval", given="mode")
+        if self.mode == "none":
+            check_no_effect(self, "skip_interval", given="mode")
         if self.skip_interval == 1:
             raise ValueError(
                 "skip_interval = 1 leaves all blocks without activation checkpointing; choose 2 or more, or set mode "
@@ -175,8 +164,8 @@ class CompileConfig:
     """Mode of torch.compile. max-autotune-no-cudagraphs times kernel variants at start-up, which takes minutes."""
 
     def __post_init__(self) -> None:
-        if self.mode != "default" and not self.enabled:
-            raise ValueError(f"mode = {self.mode!r} has no effect with enabled = false; set enabled to true")
+        if not self.enabled:
+            check_no_effect(self, "mode", given="enabled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,16 +188,10 @@ class Float8Config:
 
     def __post_init__(self) -> None:
         check_range(self, "min_features", least=16)
-        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default and f.name != "enabled"]
-        if changed and not self.enabled:
-            raise ValueError(f"{changed[0]} has no effect with enabled = false; remove it or set enabled to true")
+        if not self.enabled:
+            check_no_effect(self, *(f.name for f in fields(self)), given="enabled")
         if self.backend == "transformer_engine":
-            for name in ("recipe", "all_gather", "emulate"):
-                if name in changed:
-                    raise ValueError(
-                        f"{name} = {getattr(self, name)!r} is only for backend = 'torchao', but backend is "
-                        "'transformer_engine'; remove one of the two"
-                    )
+            check_no_effect(self, "recipe", "all_gather", "emulate", given="backend")
         if self.all_gather and self.recipe != "tensorwise":
             raise ValueError(
                 f"all_gather = true needs one scale per tensor, but recipe is {self.recipe!r}; set recipe to "
@@ -240,11 +223,8 @@ class SparseAttentionConfig:
         check_range(self, "schedule_interval", least=1)
         check_range(self, "crossover", least=0, most=1)
         check_range(self, "tiles_per_list", least=1, most=2)
-        if self.schedule_interval > 1 and not self.schedule_rate:
-            raise ValueError(
-                f"schedule_interval = {self.schedule_interval} has no effect with schedule_rate = 0; set "
-                "schedule_rate, or remove it"
-            )
+        if not self.schedule_rate:
+            check_no_effect(self, "schedule_interval", given="schedule_rate")
         if self.schedule_rate > self.sparsity:
             raise ValueError(
                 f"schedule_rate = {self.schedule_rate} is more than sparsity = {self.sparsity}, where the schedule "

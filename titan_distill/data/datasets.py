@@ -1,4 +1,4 @@
-"""Which dataset `data.path` names: rows that are encoded already, or videos and prompts."""
+"""Opens the dataset that `data.path` names: rows that are encoded already, or videos and prompts."""
 
 from __future__ import annotations
 

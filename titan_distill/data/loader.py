@@ -1,4 +1,4 @@
-"""A loader whose whole state is one number: how many samples the run has seen.
+"""The loader makes batches; its whole state is one number, the samples that the run has seen.
 
 Sample `g` of a run, counted over all ranks from 0, is row `permutation(seed, g // len)[g % len]` of the dataset.
 Nothing else decides what is trained on. A global batch is the next `global_batch_size` ids, and a rank takes its
@@ -73,7 +73,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Which dataset row each sample id of the run is."""
+    """Maps each sample id of the run to a dataset row."""
 
     num_rows: int
     seed: int
@@ -159,7 +159,7 @@ class SampleLoader(Iterator[Batch]):
 
 @dataclass
 class _RankSampleIds:
-    """Sampler: the sample ids of one rank, a list a step, from global sample number `first` on."""
+    """Sampler: the sample ids of one rank, one list per step, from global sample number `first` on."""
 
     global_batch_size: int
     data_rank: int
@@ -235,14 +235,12 @@ def collate_clips(sample_ids: list[int], rows: Sequence[ClipRow]) -> Batch:
 
 def _stack_latents(rows: Sequence[LatentRow]) -> Tensor | None:
     latents = [row.vae_latent.float() for row in rows if row.vae_latent is not None]
-    if not latents:
-        return None
-    if len(latents) < len(rows):
+    if 0 < len(latents) < len(rows):
         text_only = next(row for row in rows if row.vae_latent is None)
         raise ValueError(
             f"row {text_only.id!r} has no latent, others have: keep text-only rows in a folder of their own"
         )
-    return _stack(rows, latents, "latent")
+    return _stack(rows, latents, "latent") if latents else None
 
 
 def _stack(rows: Sequence[LatentRow], tensors: Sequence[Tensor], what: str) -> Tensor:

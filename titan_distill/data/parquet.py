@@ -1,4 +1,4 @@
-"""Latents and text embeddings in parquet files, in FastVideo's column scheme.
+"""Reader and writer of parquet files of latents and text embeddings, in FastVideo's column scheme.
 
 A tensor is three columns: `<name>_bytes` (raw little-endian values), `<name>_shape` (list of int64) and
 `<name>_dtype` (`"float32"`, `"float16"` or `"bfloat16"`), for `vae_latent` and `text_embedding`. Beside
@@ -7,7 +7,7 @@ Further tensors, of any shape, are three columns under their own name; a reader 
 
 Trade-offs. Training reads rows in random order, and parquet's smallest readable piece is a row group. So the writer
 keeps groups small (`MAX_GROUP_ROWS`, `MAX_GROUP_BYTES`), at the price of a little compression, and the reader keeps the
-groups it used last, up to `cache_bytes`: a small dataset ends up in memory whole, a large one costs one group a row.
+groups it used last, up to `cache_bytes`: a small dataset ends up in memory whole, a large one costs one group per row.
 Opening a folder reads only the footers. Every row is checked when it is read, not when the folder is opened, because
 checking means reading everything; `titan_distill.data.summary.inspect` does that in advance. The writer adds parquet's
 own checksum to each page: a byte that changed on disk is then noticed, not trained on.
@@ -195,7 +195,11 @@ class ParquetDataset(RowDataset[LatentRow]):
         return self[0].vae_latent is not None
 
     def read(self, index: int) -> LatentRow:
-        group, offset = self._locate(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a dataset of {len(self)} rows")
+        number = bisect.bisect_right(self._group_ends, index)
+        group = self._groups[number]
+        offset = index - (self._group_ends[number] - group.num_rows)
         table = self._table(group)
         record = {name: table.column(name)[offset] for name in table.column_names}
         return _from_record(record, self._tensors, f"{group.file}, row {group.first_row + offset}")
@@ -203,13 +207,6 @@ class ParquetDataset(RowDataset[LatentRow]):
     def __getstate__(self) -> dict[str, Any]:
         # A worker started by spawn fills a cache of its own.
         return {**self.__dict__, "_cache": OrderedDict()}
-
-    def _locate(self, index: int) -> tuple[_Group, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of a dataset of {len(self)} rows")
-        number = bisect.bisect_right(self._group_ends, index)
-        group = self._groups[number]
-        return group, index - (self._group_ends[number] - group.num_rows)
 
     def _table(self, group: _Group) -> pa.Table:
         if group not in self._cache:

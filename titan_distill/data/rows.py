@@ -1,4 +1,4 @@
-"""Datasets by row, some of whose rows may turn out to be bad.
+"""Base of datasets, some of whose rows may turn out to be bad.
 
 A bad row is found when it is read. Up to `max_bad_rows` of them are named in the log, and each is replaced by the next
 good one. That depends on the files alone, so every layout and every resumed run trains on the same data.

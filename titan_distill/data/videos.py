@@ -52,7 +52,7 @@ class VideoDataset(RowDataset[ClipRow]):
             prompt, *video = non_empty(where, entry, columns)
             self._rows.append((where, prompt, self._existing(where, video[0]) if video else None))
         if not self._rows:
-            raise ValueError(f"{self.path} has a header and no rows: write one a video")
+            raise ValueError(f"{self.path} has a header and no rows: write one per video")
 
     @property
     def has_latents(self) -> bool:

@@ -59,18 +59,19 @@ MAX_RATIO = 10.0
 
 @dataclass(frozen=True)
 class AdversarialConfig(GuidedFewStepConfig):
-    """Whether a discriminator is trained, and what its logit is used for."""
+    """Settings of the discriminator and of the uses of its logit."""
 
     adversarial_weight: float = 0.0
-    """Weight of the adversarial term in the student's update; 0 leaves it out; FastGen's is 0.03."""
+    """Weight of the adversarial term in the student's update; 0 leaves it out, FastGen uses 0.03."""
     f_divergence: Divergence = "reverse_kl"
-    """What distribution matching descends; all but reverse_kl weigh the student's samples by the discriminator."""
+    """Divergence that distribution matching descends; all but reverse_kl weigh the student's samples by the
+    discriminator."""
     discriminator_depths: tuple[int, ...] = ()
-    """Blocks of the critic, counted from 0, behind which the discriminator reads; 15, 22, 29 of 30, say."""
+    """Blocks of the critic, counted from 0, whose hidden states the discriminator reads; 15, 22, 29 of 30, say."""
     r1_weight: float = 0.0
     """Weight of the approximate R1 penalty in the discriminator's update; 0 leaves it out."""
     r1_noise: float = 0.1
-    """Standard deviation by which a real sample is moved for it."""
+    """Standard deviation of the noise that moves a real sample for the R1 penalty."""
 
     @property
     def has_discriminator(self) -> bool:
@@ -104,16 +105,18 @@ def deception_loss(z_made_B: Tensor) -> Tensor:
     return F.softplus(-z_made_B)
 
 
+DIVERGENCE_WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.ones_like,
+    "forward_kl": lambda z_B: z_B.exp().clamp(max=MAX_RATIO),
+    "jensen_shannon": torch.sigmoid,
+}
+"""h(r) = r² f″(r) at r = exp(z), as functions of the logits z [B] of made samples; forward_kl's ends at MAX_RATIO."""
+
+
 @torch.no_grad()
 def divergence_weight(divergence: Divergence, z_made_B: Tensor) -> Tensor:
-    """h(r) = r² f″(r) at r = exp(z), [B]; forward_kl's ends at MAX_RATIO. Raises ValueError for another divergence."""
-    if divergence == "reverse_kl":
-        return torch.ones_like(z_made_B)
-    if divergence == "forward_kl":
-        return z_made_B.exp().clamp(max=MAX_RATIO)
-    if divergence == "jensen_shannon":
-        return z_made_B.sigmoid()
-    raise ValueError(f"unknown divergence {divergence!r}; choose 'reverse_kl', 'forward_kl' or 'jensen_shannon'")
+    """The weights [B] of made samples with these logits."""
+    return DIVERGENCE_WEIGHTS[divergence](z_made_B)
 
 
 class AdversarialTraining(FewStepTraining):
@@ -138,7 +141,7 @@ class AdversarialTraining(FewStepTraining):
                 )
 
     @classmethod
-    def adversarial_work(cls, config: Any, rollout: float, students: float, critics: float) -> list[Passes]:
+    def adversarial_passes(cls, config: Any, rollout: float, students: float, critics: float) -> list[Passes]:
         """The passes that the discriminator adds, where a rollout makes `rollout` forwards."""
         if not config.has_discriminator:
             return []
@@ -150,7 +153,7 @@ class AdversarialTraining(FewStepTraining):
         ]
 
     def discriminator_updates(self) -> list[Update]:
-        """What is due whenever the critic's update is."""
+        """The updates that are due whenever the critic's is."""
         return [Update("discriminator", self.discriminator_loss)] if self.config.has_discriminator else []
 
     def sample_for_discriminator(self, batch: Batch, condition: Condition, step: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""What a training method is: a list of updates.
+"""A training method is a list of updates.
 
-At each step the trainer asks `method.updates(step)` and runs what it gets, in order: accumulate over micro-batches,
+At each step the trainer runs the updates of `method.updates(step)` in order: accumulate over micro-batches,
 backward, finiteness, clip, optimizer, schedule, EMA. Cadence (the critic five times for one student update) is thus a
 property of the method; the trainer knows neither roles nor losses, and the method knows no model family: it speaks to
 models only through the family's Adapter. That is what makes N methods and M families cost N + M.
@@ -59,20 +59,20 @@ class Passes:
     """Role whose update makes them."""
     role: str
     phase: str
-    """What the passes are for, as the method's timers name it."""
+    """Purpose of the passes, as the method's timers name it."""
     num_forwards: float
     updates_per_step: float
     num_conditions: int = 1
     backward: bool = False
     """Whether they carry gradients; at most one call of an update does."""
     segments: int | None = None
-    """Of a causal role that makes its samples segment by segment: how many segments, each a call; 0 for as many as a
-    sample has, None for calls of whole samples."""
+    """Number of calls where a causal role makes a sample segment by segment, one call per segment; 0 for as many as a
+    sample has, None for calls on whole samples."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a role reads that is no network of the family, but a small head on the features of another role."""
+    """Input of a role that is a small head on the features of another role, not a network of the family."""
 
     of: str
     """Role whose network has the features."""
@@ -94,8 +94,8 @@ class TrainingMethod(ABC):
         self.config, self.roles, self.adapter, self.noise, self.timer = config, roles, adapter, noise, timer
 
     uses_loss_mask: ClassVar[bool] = False
-    """Whether every loss leaves out what the condition gives (`Adapter.loss_mask`); families refuse to give parts of
-    a sample to a method that would count them."""
+    """Whether every loss leaves out the parts of a sample that the condition gives (`Adapter.loss_mask`); families
+    refuse to give parts to a method that would count them."""
 
     @classmethod
     def required_roles(cls, config: Any) -> dict[str, bool]:
@@ -104,7 +104,7 @@ class TrainingMethod(ABC):
 
     @classmethod
     def heads(cls, config: Any) -> dict[str, Head]:
-        """Which of the roles are heads under this `method_config`; their `flavor` is "head"."""
+        """The roles that are heads under this `method_config`; their `flavor` is "head"."""
         return {}
 
     @classmethod
@@ -119,12 +119,13 @@ class TrainingMethod(ABC):
 
     @classmethod
     def teacher_trajectory(cls, config: Any, flow_shift: float) -> TrajectoryRequest | None:
-        """What the data must hold of a teacher's sampling under this `method_config`; None where that is nothing."""
+        """The sampling of a teacher that the data must hold under this `method_config`, if any."""
         return None
 
     @classmethod
-    def work(cls, config: Any) -> list[Passes]:
-        """The passes of all updates under this `method_config`, in the order they run; none where it is not known."""
+    def passes(cls, config: Any) -> list[Passes]:
+        """The passes of all updates under this `method_config`, in the order they run, for the planner. Default:
+        unknown, an empty list."""
         return []
 
     @classmethod
@@ -176,7 +177,7 @@ class TrainingMethod(ABC):
 
     @abstractmethod
     def validation_request(self) -> ValidationRequest:
-        """Which samples show whether this method works."""
+        """The samples that show whether this method works."""
 
 
 def method_class(name: str) -> type[TrainingMethod]:

@@ -8,7 +8,7 @@ f(x, 0) = x needs no teaching: the networks predict velocities, and x0 = x âˆ’ Ï
 
 The lower prediction is a target, made without gradient by an average of the student's weights: one that moves with
 every update is chased by an error that it causes itself. This average is the role's own EMA ([ema]), in place of the
-trained weights for one forward. That costs two copies of the rank's shard a micro-batch, but neither a third network
+trained weights for one forward. That costs two copies of the rank's shard per micro-batch, but neither a third network
 nor a second kind of state: it is sharded, saved, resumed and validated already, and the same in every layout. What it
 forbids is a checkpoint that is copied beside training, and so might catch the average in the place of the weights.
 
@@ -40,11 +40,11 @@ class ConsistencyConfig(GuidedFewStepConfig):
     """[method_config] of `recipe.method = "consistency"`."""
 
     num_grid_steps: int = 48
-    """Steps of the grid from noise to data: more leave less error of the teacher's step, and a longer way for truth to
-    climb."""
+    """Steps of the grid from noise to data. More steps make the teacher's step more exact, and the student learns the
+    low noise levels before the high ones for longer."""
     target: Literal["ema", "student"] = "ema"
-    """Whose prediction at the lower level is the target: the average of [ema], or the student's own, without gradient
-    (iCT, 2310.14189)."""
+    """Weights whose prediction at the lower level is the target: the average of [ema], or the student's own, without
+    gradient (iCT, 2310.14189)."""
     loss: losses.ConsistencyLoss = "pseudo_huber"
     """Distance of the two predictions: `l2`, or `pseudo_huber`, which a bad step cannot dominate."""
 
@@ -55,7 +55,7 @@ class ConsistencyConfig(GuidedFewStepConfig):
 
 @register_method("consistency")
 class Consistency(FewStepTraining):
-    """Role `student` is trained, `teacher` is frozen; one update a step."""
+    """Role `student` is trained, `teacher` is frozen; one update per step."""
 
     config_class: ClassVar[type] = ConsistencyConfig
     uses_loss_mask = True
@@ -78,7 +78,7 @@ class Consistency(FewStepTraining):
             )
 
     @classmethod
-    def work(cls, config: ConsistencyConfig) -> list[Passes]:
+    def passes(cls, config: ConsistencyConfig) -> list[Passes]:
         return [
             guided_passes("student", "teacher", config.teacher_guidance, 1.0),
             Passes("student", "student", "target", 1, 1.0),

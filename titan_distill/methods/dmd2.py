@@ -43,11 +43,12 @@ class Dmd2Config(AdversarialConfig):
     last_step_only: bool = False
     """Pins the exit to the last step instead of drawing it uniformly."""
     update_ratio: int = 5
-    """Critic updates for one student update."""
+    """Critic updates per student update."""
     exclusive: bool = False
-    """True: a step updates either the student or the critic, never both (4 C : 1 G at ratio 5)."""
+    """True: a step updates either the student or the critic, never both (four critic steps per student step at ratio
+    5)."""
     fake_guidance_scale: float = 1.0
-    """Critic's guidance, in the standard form; 1 is none."""
+    """Critic's classifier-free guidance, standard form; 1 means without."""
     min_step: float = 20.0
     """Lowest timestep at which scores are compared."""
     max_step: float = 980.0
@@ -55,13 +56,13 @@ class Dmd2Config(AdversarialConfig):
     ts_schedule: bool = False
     """Draw the score timestep only between the exit step and the next one, instead of over the whole range."""
     clamp: Literal["after_shift", "resample"] = "after_shift"
-    """How min_step and max_step are enforced: clamp the shifted timestep, or draw within the bounds."""
+    """Enforcement of min_step and max_step: clamp the shifted timestep, or draw within the bounds."""
     critic_loss: Literal["flow", "x0", "noise", "v"] = "flow"
-    """What the critic regresses."""
+    """Quantity that the critic regresses; all have the same minimum and weigh noise levels differently."""
     normalise: bool = True
     """Divide the score difference by mean |x - x_real|, sample by sample (DMD eq. 8)."""
     student_sampler: Literal["sde", "ode"] = "sde"
-    """How a rollout moves between steps: `sde` re-noises the x0 estimate with fresh noise, `ode` takes an Euler
+    """Move of a rollout from step to step: `sde` re-noises the x0 estimate with fresh noise, `ode` takes an Euler
     step."""
 
     def __post_init__(self) -> None:
@@ -108,7 +109,7 @@ class Dmd2(AdversarialTraining):
         return config.rollout == "data" or config.has_discriminator
 
     @classmethod
-    def work(cls, config: Dmd2Config) -> list[Passes]:
+    def passes(cls, config: Dmd2Config) -> list[Passes]:
         last = len(config.denoising_steps) - 1
         before_exit = 0.0 if config.rollout == "data" else float(last) if config.last_step_only else last / 2
         students = 1 / config.update_ratio
@@ -120,7 +121,7 @@ class Dmd2(AdversarialTraining):
             guided_passes("student", "teacher", config.teacher_guidance, students),
             Passes("critic", "student", "rollout", before_exit + 1, critics),
             Passes("critic", "critic", "critic", 1, critics, backward=True),
-            *cls.adversarial_work(config, before_exit + 1, students, critics),
+            *cls.adversarial_passes(config, before_exit + 1, students, critics),
         ]
 
     def updates(self, step: int) -> list[Update]:
@@ -225,7 +226,7 @@ class Dmd2(AdversarialTraining):
         return self.adapter.loss_mask(condition) if rollout.mask is None else rollout.mask
 
     def _score_sigma(self, u_B: Tensor, exit_index: int) -> Tensor:
-        """Noise levels at which the scores are compared, one a sample, from uniform draws."""
+        """Noise levels at which the scores are compared, one per sample, from uniform draws."""
         low, high = 0.0, 1.0
         if self.config.ts_schedule:
             bounds = [*self.sigmas, 0.0]

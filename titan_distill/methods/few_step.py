@@ -27,8 +27,8 @@ class FewStepConfig:
     denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     """The student's few-step schedule, as timesteps. The methods consistency and scm use it in validation only."""
     warp: bool = True
-    """Whether denoising_steps name entries of the shifted schedule (1000, 750, … at shift 5 is 1000, 937.5, …) or are
-    final."""
+    """True: denoising_steps name entries of the shifted schedule (1000, 750, … at shift 5 is 1000, 937.5, …). False:
+    they are final timesteps."""
     guidance_scale: float = 4.0
     """Teacher's classifier-free guidance, which the student learns; it needs none itself."""
     teacher_steps: int = 48

@@ -34,15 +34,15 @@ class FinetuneConfig:
     """[method_config] of `recipe.method = "finetune"`."""
 
     target: Literal["data", "teacher"] = "data"
-    """Velocity to regress: of the data, or of the frozen role `teacher` for the same input and text."""
+    """Velocity to regress: that of the data, or that of the frozen role `teacher` for the same input and text."""
     cfg_dropout: float = 0.1
     """Probability of training a sample on the negative prompt instead of its caption."""
     timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
-    """Law of the noise level before the shift of pipeline_config.flow_shift."""
+    """Distribution of the noise level before the shift of pipeline_config.flow_shift."""
     logit_mean: float = 0.0
-    """Mean of the logit-normal law."""
+    """Mean of the logit-normal distribution."""
     logit_std: float = 1.0
-    """Standard deviation of the logit-normal law."""
+    """Standard deviation of the logit-normal distribution."""
     weighting: Literal["none", "bell"] = "none"
     """`bell` weighs middle noise levels more, mean 1 over the grid (Self-Forcing's code)."""
     validation_steps: int = 48
@@ -60,7 +60,7 @@ class FinetuneConfig:
 
 @register_method("finetune")
 class Finetune(TrainingMethod):
-    """Role `student`, one update a step; with target = "teacher" also the frozen role `teacher`."""
+    """Role `student`, one update per step; with target = "teacher" also the frozen role `teacher`."""
 
     config_class: ClassVar[type] = FinetuneConfig
     roles_required: ClassVar[dict[str, bool]] = {"student": True}
@@ -71,7 +71,7 @@ class Finetune(TrainingMethod):
         return cls.roles_required | ({"teacher": False} if config.target == "teacher" else {})
 
     @classmethod
-    def work(cls, config: FinetuneConfig) -> list[Passes]:
+    def passes(cls, config: FinetuneConfig) -> list[Passes]:
         student = Passes("student", "student", "student", 1, 1.0, backward=True)
         return [student, Passes("student", "teacher", "teacher", 1, 1.0)] if config.target == "teacher" else [student]
 

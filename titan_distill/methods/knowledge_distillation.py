@@ -14,7 +14,7 @@ it answers with a mean, which is blurred. Hence its use as the start of a distri
 column `trajectory_timesteps` [S], with the end as the row's latent. A file may hold more states than are trained on.
 A level that it lacks is an error: pairs made for another shift would otherwise be learned at wrong times.
 
-A bidirectional student has one time a sample, the same for all its latents. A causal one has a time for each of its
+A bidirectional student has one time per sample, the same for all its latents. A causal one has a time for each of its
 segments, drawn independently, and the end of the trajectory, time 0, is among them: its segments then learn from pasts
 at every level, and from finished ones above all, which is what they will meet when the student is unrolled (the
 initialisation of Self-Forcing). A segment at time 0 is context only: its own prediction is exact whatever the weights.
@@ -83,15 +83,15 @@ class KnowledgeDistillation(FewStepTraining):
         return TrajectoryRequest(sigmas, config.teacher_steps, config.teacher_solver, config.guidance_scale)
 
     @classmethod
-    def work(cls, config: KnowledgeDistillationConfig) -> list[Passes]:
+    def passes(cls, config: KnowledgeDistillationConfig) -> list[Passes]:
         return [Passes("student", "student", "student", 1, 1.0, backward=True)]
 
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.student_loss)]
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:
-        """Regression of the end from one state of each sample's trajectory, or of each segment's; the states are keyed
-        draws."""
+        """Regresses the end of each sample's trajectory from one of its states, or from one per segment; the states are
+        keyed draws."""
         assert batch.latents is not None
         lengths = self.adapter.segment_lengths(self.roles["student"])
         x, sigma = self._whole(batch, step) if lengths is None else self._by_segment(batch, step, lengths)
@@ -100,7 +100,7 @@ class KnowledgeDistillation(FewStepTraining):
         return LossResult(losses.regression_loss(x0, batch.latents))
 
     def _whole(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """States at one level a sample, and the levels [B]."""
+        """States at one level per sample, and the levels [B]."""
         u_B = self.noise.uniform("knowledge_distillation/time", step, batch.sample_ids)
         choice_B = (u_B * len(self.sigmas_K)).long()
         return self._states(batch, choice_B), self.sigmas_K[choice_B]

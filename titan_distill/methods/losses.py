@@ -1,4 +1,4 @@
-"""Loss functions of the distillation methods: pure, tensors in, one number a sample out.
+"""Loss functions of the distillation methods: pure, tensors in, one number per sample out.
 
 Every loss returns [B] and never averages over the batch. The trainer adds up samples of all micro-batches and ranks and
 divides once by the global count, which is what makes a loss independent of how the batch was split. For the same reason
@@ -61,7 +61,7 @@ def dmd_direction(
 
     g = (x_fake − x_real) / mean |x_g − x_real|, with x_fake and x_real the x0 predictions of critic and teacher for one
     noised copy of x_g (DMD 2311.18828, eq. 7 and 8). The normaliser evens out noise levels, between which predictions
-    differ by orders of magnitude; it belongs to each *sample*, since one scalar a batch would let the noisiest sample
+    differ by orders of magnitude; it belongs to each *sample*, since one scalar per batch would let the noisiest sample
     set the scale of all others. It is floored at NORMALISER_FLOOR. Non-finite scores give non-finite g, for the trainer
     to report. Masked elements are 0.
     """
@@ -76,7 +76,7 @@ def dmd_direction(
 
 
 def dmd_loss(x_generated: Tensor, g: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return ½ mean (x_g − sg(x_g − g))² a sample, [B]: a surrogate whose gradient in x_g is g / num_elements.
+    """Return ½ mean (x_g − sg(x_g − g))² of each sample, [B]: a surrogate whose gradient in x_g is g / num_elements.
 
     Its value, ½ mean g², says nothing about convergence: watch mean |g|, the critic's loss and validation instead.
     """
@@ -94,7 +94,7 @@ def critic_loss(
     sigma: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Return the critic's denoising loss a sample, [B]; sigma [B] or broadcastable, x_noisy = (1 − σ) x0 + σ ε.
+    """Return the critic's denoising loss of each sample, [B]; sigma [B] or broadcastable, x_noisy = (1 − σ) x0 + σ ε.
 
     The network predicts the velocity v in every case. The kinds compare different quantities derived from it, have the
     same minimum, and weigh noise levels differently:
@@ -178,7 +178,7 @@ def normalise_tangent(g: Tensor, floor: float = 0.1) -> Tensor:
 
 
 def tangent_loss(output: Tensor, g: Tensor) -> Tensor:
-    """Return ‖F − sg(F + g)‖² a sample, [B]: a surrogate whose gradient in F is −2 g.
+    """Return ‖F − sg(F + g)‖² of each sample, [B]: a surrogate whose gradient in F is −2 g.
 
     A sum over elements and not their mean: normalised, g has norm one in any sample, large or small, and so has its
     gradient. The value, ‖g‖², says nothing about convergence: watch g before it is normalised.

@@ -31,7 +31,8 @@ class RcmConfig(TangentConfig, Dmd2Config):
     """[method_config] of `recipe.method = "rcm"`."""
 
     exclusive: bool = True
-    """True: after the warm-up a step updates either the student or the critic, never both (4 C : 1 G at ratio 5)."""
+    """True: after the warm-up a step updates either the student or the critic, never both (four critic steps per
+    student step at ratio 5)."""
     consistency_weight: float = 100.0
     """Weight of the consistency term, a mean over elements, against that of distribution matching."""
 
@@ -62,13 +63,13 @@ class Rcm(TangentTraining, Dmd2):
         return True
 
     @classmethod
-    def work(cls, config: Any) -> list[Passes]:
-        """Of a step after the warm-up. Both forwards of the student are alive in one backward, as two conditions would
-        be."""
+    def passes(cls, config: Any) -> list[Passes]:
+        """The passes of a step after the warm-up. Both forwards of the student are alive in one backward, as two
+        conditions would be."""
         assert isinstance(config, RcmConfig)
-        matching = Dmd2.work(config)
+        matching = Dmd2.passes(config)
         both = [replace(p, num_conditions=2) if p.backward and p.role == p.update == "student" else p for p in matching]
-        return [*cls.tangent_work(config, 1 / config.update_ratio), *both]
+        return [*cls.tangent_passes(config, 1 / config.update_ratio), *both]
 
     def updates(self, step: int) -> list[Update]:
         """The student alone during the warm-up, then the cadence of DMD2."""

@@ -40,7 +40,7 @@ from titan_distill.registry import register_method
 
 @dataclass(frozen=True)
 class TangentConfig(GuidedFewStepConfig):
-    """Where tangents are taken and how they are tamed."""
+    """Noise levels of tangents, and their normalisation."""
 
     timestep_distribution: Literal["uniform", "logit_normal"] = "logit_normal"
     """Law of the noise level before the shift of pipeline_config.flow_shift. `logit_normal` is the papers' log-normal
@@ -50,9 +50,9 @@ class TangentConfig(GuidedFewStepConfig):
     logit_std: float = 1.6
     """Standard deviation of the logit-normal law. The default is ours."""
     tangent_warmup: int = 1000
-    """Training steps over which the student's own derivative is led in."""
+    """Training steps over which the weight of the student's own derivative grows from 0 to 1."""
     tangent_floor: float = 0.1
-    """What is added to a tangent's norm before it is divided by it."""
+    """Constant added to a tangent's norm before the tangent is divided by it."""
     derivative_step: float = 0.0
     """0: the student's exact derivative, in forward mode. Above: its slope between σ - step and σ + step on the
     teacher's tangent line, for students that are not smooth in time; needs float32, and no forward mode."""
@@ -93,8 +93,8 @@ class TangentTraining(FewStepTraining):
                 )
 
     @classmethod
-    def tangent_work(cls, config: TangentConfig, updates_per_step: float) -> list[Passes]:
-        """The passes that make one tangent. The dual one does the work of two forwards."""
+    def tangent_passes(cls, config: TangentConfig, updates_per_step: float) -> list[Passes]:
+        """The passes that make one tangent. The dual pass counts as two."""
         num_forwards, num_conditions = (3, 1) if config.derivative_step else (1, 2)
         return [
             guided_passes("student", "teacher", config.teacher_guidance, updates_per_step),
@@ -102,7 +102,7 @@ class TangentTraining(FewStepTraining):
         ]
 
     def tangent_loss(self, batch: Batch, step: int) -> LossResult:
-        """‖F − F⁻ − g‖² a sample, with the size of g before it was normalised."""
+        """‖F − F⁻ − g‖² of each sample, with the size of g before it was normalised."""
         assert batch.latents is not None
         config = self.config
         sigma_B = schedule.training_sigma(
@@ -151,15 +151,15 @@ class TangentTraining(FewStepTraining):
 
 @register_method("scm")
 class Scm(TangentTraining):
-    """Role `student` is trained, `teacher` is frozen; one update a step."""
+    """Role `student` is trained, `teacher` is frozen; one update per step."""
 
     form = "scm"
     config_class: ClassVar[type] = ScmConfig
 
     @classmethod
-    def work(cls, config: ScmConfig) -> list[Passes]:
+    def passes(cls, config: ScmConfig) -> list[Passes]:
         student = Passes("student", "student", "student", 1, 1.0, backward=True)
-        return [*cls.tangent_work(config, 1.0), student]
+        return [*cls.tangent_passes(config, 1.0), student]
 
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.tangent_loss)]

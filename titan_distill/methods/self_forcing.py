@@ -40,12 +40,13 @@ class SelfForcingConfig(Dmd2Config):
     """[method_config] of `recipe.method = "self_forcing"`."""
 
     same_step_across_blocks: bool = True
-    """One exit for all segments of a rollout, or one drawn for each."""
+    """True: one exit for all segments of a rollout. False: one drawn for each."""
     context_noise: float = 0.0
-    """Timestep at which finished segments are noised and read, in training and in sampling; 0 reads them clean."""
+    """Timestep to which finished segments are noised before the KV cache reads them, in training and in sampling; 0
+    reads them clean."""
     num_rollout_segments: int = 0
-    """Segments that the student makes in training; 0: as many as a sample has. More than that: only the last ones, as
-    many as a sample has, are trained on, all but their first."""
+    """Segments that the student makes in training. 0: as many as a sample has. A longer rollout is trained on its last
+    segments, one fewer than a sample has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +78,8 @@ class SelfForcing(Dmd2):
         self.sample_lengths, self.lengths = self._segment_lengths(self.config.num_rollout_segments)
 
     def _segment_lengths(self, num_segments: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of a sample, and of a rollout. Raises ValueError for a rollout that leaves nothing to train."""
+        """Lengths of the segments of a sample and of a rollout. Raises ValueError for a rollout that leaves nothing to
+        train."""
         if "student" not in self.roles:  # `titan-distill generate` may hold the critic alone
             return (), ()
         own = self.adapter.segment_lengths(self.roles["student"])
@@ -105,9 +107,10 @@ class SelfForcing(Dmd2):
         check_num_segments(config.compile, config.method_config.num_rollout_segments)
 
     @classmethod
-    def work(cls, config: Dmd2Config) -> list[Passes]:
-        """A segment costs its forwards up to the exit, and one that writes its context. Of a rollout longer than a
-        sample all exits are counted without gradient, those of the sample besides with it: a little too much."""
+    def passes(cls, config: Dmd2Config) -> list[Passes]:
+        """A segment costs its forwards up to the exit, and one that writes its context. For a rollout
+        longer than a sample all exits are counted without gradient, and those of the sample again with it: a little too
+        much."""
         assert isinstance(config, SelfForcingConfig)
         segments = config.num_rollout_segments
 
@@ -117,7 +120,7 @@ class SelfForcing(Dmd2):
             written = 1 + bool(segments) if passes.update == "student" else 1
             return replace(passes, num_forwards=passes.num_forwards + written, segments=segments)
 
-        return [unrolled(passes) for passes in super().work(config)]
+        return [unrolled(passes) for passes in super().passes(config)]
 
     def rollout(self, batch: Batch, condition: Condition, step: int, purpose: str) -> Rollout:
         """Unrolls the student over all segments; of each, only the exit's forward may carry gradients."""

@@ -1,4 +1,4 @@
-"""What a step costs, and how much of the machine it uses.
+"""FLOPs of a step, and the share of the machine's peak that it reaches.
 
 FLOPs of a Wan-like DiT follow from its configuration: 2 per multiply-add, matrix products and attention only (norms,
 modulation and softmax are below half a percent). For N video tokens, T text tokens, width d, hidden width f and L
@@ -12,7 +12,7 @@ Sparse attention with T tiles, of which each query tile reads K, has (with a gat
 
     2 N d²  +  4 N (K N / T) d  +  4 T² d  +  2 T² d      instead of      4 N² d
 
-so TFLOP/s and MFU count what is executed, never the dense work that was saved.
+so TFLOP/s and MFU count what is executed, never the dense products that were saved.
 
 How often networks run is counted where they run (`WorkCounter`), not predicted: random rollout exits, doubled batches
 of guidance and update ratios are then right for every method, including those not written yet. Two totals are kept:
@@ -83,9 +83,9 @@ class ForwardFlops:
     embeddings: float
     """Patch, text and time embedding, and the output head."""
     data_layers: float
-    """Of the embeddings, the layers that read data: a backward has no use for the gradients of their inputs."""
+    """The part of the embeddings that reads data: a backward does not compute the gradients of its inputs."""
     selection: float = 0.0
-    """Of self-attention, the scores that choose tiles: they have no gradient."""
+    """The part of self-attention that scores tiles to choose some: it has no gradient."""
 
     @property
     def total(self) -> float:
@@ -98,7 +98,8 @@ class ForwardFlops:
 
     @property
     def backward_of_inputs(self) -> float:
-        """Where only adapters are trained: no gradients of the weights (and what adapters themselves cost left out)."""
+        """Backward where only LoRA adapters are trained: no gradients of the weights; the FLOPs of the LoRA adapters
+        themselves are left out."""
         return self.total - self.selection - self.data_layers
 
 
@@ -111,7 +112,7 @@ def forward_flops(
 ) -> ForwardFlops:
     """Cost of one forward for one sample of `num_tokens` video tokens with one timestep; with dense attention, or
     with a sparse core that reads tiles of average length. `num_keys`: video tokens that each token attends to, on
-    average, where that is not all of them: fewer in a causal forward, more where others are in memory.
+    average, where that is not all of them: fewer in a causal forward, more where a KV cache holds others.
 
     The image tokens that I2V models attend to are left out (0.3 % of a 14B forward at 480p).
     """
@@ -171,14 +172,14 @@ def recomputed_share(
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs done by one rank."""
+    """FLOPs that one rank has executed."""
 
     model_flops: float = 0.0
     hardware_flops: float = 0.0
 
 
 class WorkCounter:
-    """Adds up what the networks of this rank do; the family's adapter tells it of every forward."""
+    """Adds up the FLOPs of this rank's networks; the family's adapter reports every forward."""
 
     def __init__(self, tokens_per_sample: int) -> None:
         self.tokens_per_sample = tokens_per_sample
@@ -204,15 +205,15 @@ class WorkCounter:
 
     def forward(self, flops: float, *, backward: bool, recompute: float, frozen: bool = False) -> None:
         """Counts one forward of `flops` for all its samples and, where there is one, its backward, which computes the
-        share `recompute` of the forward again. `frozen`: the weights themselves have no gradients, only adapters
-        beside them, so that half of a backward falls away."""
+        share `recompute` of the forward again. `frozen`: the weights themselves have no gradients, only LoRA
+        adapters beside them, so that half of a backward falls away."""
         flops *= self._copies
         backwards = 1 if frozen else BACKWARD_FORWARDS
         self._model_flops += flops * (1 + backwards * backward)
         self._hardware_flops += flops * (1 + (backwards + recompute) * backward)
 
     def drain(self) -> Work:
-        """The work since the last call."""
+        """The FLOPs since the last call."""
         work = Work(self._model_flops, self._hardware_flops)
         self._model_flops = self._hardware_flops = 0.0
         return work

@@ -4,8 +4,9 @@ A line of `metrics.jsonl` holds, for one logged step, the latest value of every 
 that is updated every fifth step appears in every tenth line), the seconds of each phase, and rates. Two rules keep them
 honest:
 
-- *Rates are of an interval*: work done since the last line over the seconds it took, without the seconds of validation
-  and checkpoints, which have their own keys. Neither a long start-up nor a resume can flatter or spoil them.
+- *Rates are of an interval*: tokens and FLOPs since the last line over the seconds that they took, without the seconds
+  of validation and checkpoints, which have their own keys. Neither a long start-up nor a resume can flatter or spoil
+  them.
 - *A step has one line.* What is logged later for the same step (validation) joins its line, and a resumed run first
   drops the lines of the steps that it is about to repeat.
 

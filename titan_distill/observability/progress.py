@@ -1,8 +1,8 @@
-"""One line that says how far a run is: a bar on a terminal, a log line every few seconds anywhere else.
+"""Progress of a run: a bar on a terminal, a log line every few seconds anywhere else.
 
 A bar redraws itself with control characters, which is noise in a log file or a CI transcript; there, plain lines at a
-steady rate are kinder. The rate is in seconds rather than steps, because a step of the tiny Wan takes a tenth of a
-second and one of the 14B a minute.
+steady rate are kinder. The rate is in seconds rather than steps, because a step of a tiny model takes a tenth of a
+second and one of a large model a minute.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
     if grid is None or not can_plan(run, roles):
         raise ValueError(f"recipe.family = {config.recipe.family!r} has no video transformers, which a plan needs")
     plans = {role.name: _role_plan(config, layout, role, grid) for role in _networks(roles)}
-    work = run.method.work(config.method_config)
+    work = run.method.passes(config.method_config)
     calls = [_Calls(run, gpu, grid, plans[passes.role], passes) for passes in work if passes.num_forwards]
     for name, plan in plans.items():
         graph, working = _most(each for each in calls if each.role.name == name)

@@ -55,13 +55,8 @@ class Sampling:
             segments = list(self.stream(request, role, condition, prompt_ids, length))
             return torch.cat(segments, dim=adapter.sequence_dim)
         assert length is None, "only a causal role has sequences of other lengths than a sample's"
-
-        def x0(x: Tensor, sigma_B: Tensor) -> Tensor:
-            return adapter.predict_x0(role, x, sigma_B, condition, guidance)
-
-        def velocity(x: Tensor, sigma_B: Tensor) -> Tensor:
-            return adapter.guided_velocity(role, x, sigma_B, condition, guidance)
-
+        x0 = partial(adapter.predict_x0, role, condition=condition, guidance=guidance)
+        velocity = partial(adapter.guided_velocity, role, condition=condition, guidance=guidance)
         normal = partial(self._normal, "validation/noise", prompt_ids, adapter.latent_shape)
         latents = self._solve(request, x0, velocity, normal)
         return adapter.held(latents, torch.zeros(len(latents), device=self.device), condition)[0]

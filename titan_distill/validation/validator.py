@@ -33,7 +33,7 @@ from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.models.base import Adapter
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
-from titan_distill.validation.distances import project, projected_distance, projected_excess
+from titan_distill.validation.distances import project, sliced_wasserstein, sliced_wasserstein_excess
 from titan_distill.validation.sampling import Sampling, go_on
 from titan_distill.validation.scorers import scorer
 from titan_distill.validation.video import Video, contact_sheet, thumbnails, write_mp4
@@ -235,16 +235,16 @@ def _mean_scores(rows: Rows) -> dict[str, float]:
 
 
 def _distances(rows: dict[str, Rows], reference: str) -> dict[str, dict[str, float]]:
-    """How far each set is from the reference."""
+    """Distances of each set from the reference."""
     projected = {
         label: torch.stack([row.projections_P for row in named.values() if row.projections_P is not None])
         for label, named in rows.items()
     }
     other_NP, found = projected.pop(reference), {}
     for label, own_NP in projected.items():
-        found[label] = {"sliced_wasserstein": projected_distance(own_NP, other_NP)}
+        found[label] = {"sliced_wasserstein": sliced_wasserstein(own_NP, other_NP)}
         if len(own_NP) >= 4:
-            found[label]["sliced_wasserstein_excess"] = projected_excess(own_NP, other_NP)
+            found[label]["sliced_wasserstein_excess"] = sliced_wasserstein_excess(own_NP, other_NP)
     return found
 
 

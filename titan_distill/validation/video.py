@@ -1,7 +1,8 @@
-"""Videos as files: mp4s to play, and a contact sheet to compare many at a glance.
+"""Writer of videos: mp4 files to play, and a contact sheet to compare many at a glance.
 
-The sheet has one row a prompt and one column a sampler (teacher, student before, student now); a cell is a filmstrip of
-frames evenly spread over the video. All cells of a row started from the same noise, so differences are the sampler's.
+The sheet has one row per prompt and one column per sampler (teacher, student before, student now); a cell is a
+filmstrip of frames evenly spread over the video. All cells of a row started from the same noise, so differences are the
+sampler's.
 
 Shapes: T frames, H and W height and width in pixels; videos are uint8 RGB `[T, H, W, 3]`.
 """
@@ -60,9 +61,9 @@ def contact_sheet(
     `thumbnails` of the videos give the same sheet as the videos themselves.
 
     Args:
-        columns: title and videos of each sampler, one video a prompt; all videos of one size. What follows the first
-            line break of a title is set smaller below it (a score, say).
-        captions: the prompts, one a row; Pillow's own font has no other than Latin letters, the rest shows as boxes.
+        columns: title and videos of each sampler, one video per prompt; all videos of one size. The part of a title
+            after its first line break is set smaller below it (a score, say).
+        captions: the prompts, one per row; Pillow's own font has Latin letters only, others show as boxes.
         frames_per_video: frames of a cell, first and last included; fewer when the video is shorter.
         frame_height: height of a frame on the sheet; frames are scaled to it.
     """
