@@ -1,5 +1,6 @@
-"""What the layout matrix has no data for: timesteps per frame and per token, image tokens, and lists that two tiles
-share, on shared tokens and shared weights. One forward and backward of the transformer, and one derivative in forward
+"""Layouts of the transformer for inputs that the layout matrix lacks.
+
+Timesteps per frame and per token, image tokens, and lists that two tiles share, on shared tokens and shared weights. One forward and backward of the transformer, and one derivative in forward
 mode, against one process.
 """
 
