@@ -29,10 +29,9 @@ from titan_distill.methods.self_forcing import SelfForcing
 from titan_distill.models.base import model_family
 from titan_distill.models.streaming import SegmentStream
 from titan_distill.models.wan import transformer as transformer_module
-from titan_distill.models.wan.adapter import WanAdapter
+from titan_distill.models.wan.adapter import WanAdapter, WanStream
 from titan_distill.models.wan.config import FLAVORS
 from titan_distill.models.wan.encoders import Encoders
-from titan_distill.models.wan.stream import WanStream
 from titan_distill.models.wan.vae import decode_latents, restart
 from titan_distill.observability.flops import forward_flops
 from titan_distill.parallelisms.mesh import World

@@ -19,7 +19,6 @@ from titan_distill.config.parsing import nearest_divisors
 from titan_distill.config.role_sections import ParallelismConfig
 from titan_distill.config.sections import SparseAttentionConfig
 from titan_distill.models.wan.config import WanConfig
-from titan_distill.models.wan.frame_blocks import segmentation_of
 from titan_distill.models.wan.stored import WeightLoader
 from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
 from titan_distill.models.wan.transformer import WanTransformer
@@ -71,7 +70,7 @@ def build_transformer(
     role, parallelism = config.roles[name], config.roles[name].parallelism
     compute_dtype, float8 = DTYPES[config.training.dtype], config.float8.for_role(name)
     auto_dtype = torch.float32 if role.trainable and not role.lora.enabled else compute_dtype
-    model = empty_transformer(architecture, config.sparse_attention, segmentation_of(config.pipeline_config))
+    model = empty_transformer(architecture, config.sparse_attention, config.pipeline_config.segmentation)
     model.to(auto_dtype if role.dtype == "auto" else DTYPES[role.dtype]).requires_grad_(role.trainable)
     apply_float8(model, float8, high_precision=HIGH_PRECISION, device=device)
     apply_lora(model, role.lora, excluded=HIGH_PRECISION)

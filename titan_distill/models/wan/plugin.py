@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from titan_distill.attention.causal import Segmentation
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER
 from titan_distill.checkpoint.initial_weights import is_reference
@@ -27,7 +26,6 @@ from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.encoder_memory import decoding_bytes, encoder_bytes, find_decoder
 from titan_distill.models.wan.encoders import Encoders
 from titan_distill.models.wan.experts import experts_of, find_boundary
-from titan_distill.models.wan.frame_blocks import check_segments, segmentation_of
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, needed_tensors
 from titan_distill.models.wan.image_encoder import ImageEncoder
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
@@ -69,7 +67,7 @@ class WanFamily(ModelFamily):
                 f"data.path = {config.data.path!r} holds videos and prompts to encode, but pipeline_config.path is "
                 "empty; set it to a diffusers folder with vae, text_encoder and tokenizer"
             )
-        check_segments(config)
+        config.pipeline_config.check_causal(config)
 
     @classmethod
     def given_parts(cls, config: Config) -> str | None:
@@ -157,7 +155,7 @@ class WanFamily(ModelFamily):
                 self.config.roles[name].parallelism.sequence_method,
                 self.token_grid(),
                 SparseAttention(self.config.sparse_attention) if role.attention == "sparse" else None,
-                self._segmentation if role.attention == "causal" else None,
+                self.config.pipeline_config.segmentation if role.attention == "causal" else None,
             )
 
     def _networks(self) -> dict[str, RoleConfig]:
@@ -203,10 +201,6 @@ class WanFamily(ModelFamily):
             self.config.pipeline_config.path, lambda: self._architecture(name, role, by_name=True).out_channels
         )
 
-    @property
-    def _segmentation(self) -> Segmentation:
-        return segmentation_of(self.config.pipeline_config)
-
     def video_size(self) -> tuple[int, int, int]:
         pipeline = self.config.pipeline_config
         return pipeline.num_frames, pipeline.height, pipeline.width
@@ -251,9 +245,9 @@ class WanFamily(ModelFamily):
         self, architecture: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], device: torch.device
     ) -> nn.Module:
         config = WanConfig.from_diffusers(architecture)
-        model = empty_transformer(config, self.config.sparse_attention, self._segmentation)
+        model = empty_transformer(config, self.config.sparse_attention, self.config.pipeline_config.segmentation)
         # As the run computes, so that what is sampled here is what its validation shows.
-        model.to(DTYPES[self.config.training.dtype]).to_empty(device=device).requires_grad_(False)
+        model.to(getattr(torch, self.config.training.dtype)).to_empty(device=device).requires_grad_(False)
         parameters = dict(model.named_parameters())
         for name, tensor in _used(tensors):
             copy_full_tensor(parameters.pop(name), tensor)
