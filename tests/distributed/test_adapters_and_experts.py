@@ -1,6 +1,6 @@
 """Low-rank adapters and two experts train the same curve on any layout, and across a checkpoint in the middle.
 
-Samples of a batch are for different experts, and with two ranks and micro-batches of one sample a rank often has none
+Samples of a batch are for different experts. With two ranks and one sample in each micro-batch, a rank often has none
 for one of them; the last micro-batch may have none on any rank. The layout matrix asks this of two experts in the
 ordinary tier; here each is alone, too, and saved by one layout for another.
 """

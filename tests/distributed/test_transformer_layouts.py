@@ -1,6 +1,7 @@
-"""What the layout matrix has no data for: timesteps per frame and per token, image tokens, and lists that two tiles
-share, on shared tokens and shared weights. One forward and backward of the transformer, and one derivative in forward
-mode, against one process.
+"""Layouts of the transformer for inputs that the layout matrix lacks.
+
+Timesteps per frame and per token, image tokens, and lists that two tiles share, on shared tokens and shared weights:
+one forward and backward, and one derivative in forward mode, against one process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a user gets wrong is told in one sentence with exit code 2, before anything is built."""
+"""A user's mistakes are told in one sentence with exit code 2, before anything is built."""
 
 from __future__ import annotations
 

@@ -226,7 +226,7 @@ def _fresh_noise_for_r1(self: Dmd2, batch: Batch, step: int, whose: str) -> Tens
 
 
 def _r1_at_another_level(tensors: Any, *rest: Any) -> Tensor:
-    """What `torch.cat` makes of the noised samples when the moved one is noised less."""
+    """`torch.cat` of the noised samples when the moved one is noised less."""
     parts = list(tensors)
     if len(parts) == 3 and parts[0].shape[-1] == 64:
         parts[2] = parts[2] - 0.1 * (parts[2] - parts[0])

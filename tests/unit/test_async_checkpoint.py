@@ -70,7 +70,7 @@ def trained_roles() -> RoleManager:
 
 
 def returns(work: Any) -> threading.Thread:
-    """Runs ``work`` beside the test; join the result."""
+    """Runs `work` beside the test; join the result."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread

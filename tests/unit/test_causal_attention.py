@@ -1,7 +1,7 @@
 """The causal transformer: block by block with a KV cache it computes what one masked forward over all blocks computes.
 
 Two oracles. The whole forward (each block with a timestep of its own) is itself checked against bidirectional
-attention under a boolean mask by the frame of each token. What a stream then makes, block after block, must equal the
+attention under a boolean mask by the frame of each token. The outputs of a stream, block after block, must equal the
 whole forward on the same clean past, in values and in gradients.
 """
 
@@ -66,7 +66,7 @@ class Inputs:
 
 
 def timesteps(start: int, length: int, noisy: tuple[float, float], dtype: torch.dtype) -> Tensor:
-    """Per frame: 0 for what is finished, a sample's own level for the block at ``start``."""
+    """Per frame: 0 for what is finished, a sample's own level for the block at `start`."""
     t = torch.zeros(2, start + length, dtype=torch.float64)
     t[:, start:] = torch.tensor(noisy, dtype=torch.float64)[:, None]
     return t.to(torch.promote_types(dtype, torch.float32))

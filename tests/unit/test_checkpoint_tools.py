@@ -1,4 +1,4 @@
-"""``titan-distill checkpoint``: real checkpoints of small roles, through the command line where that is what counts."""
+"""`titan-distill checkpoint`: real checkpoints of small roles, through the command line where that is what counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is decided where CUDA starts. No GPU is needed: where there is none, torch is told that there is."""
+"""Decisions at the start of CUDA. No GPU is needed: where there is none, torch is told that there is."""
 
 from __future__ import annotations
 

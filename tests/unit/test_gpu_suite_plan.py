@@ -55,7 +55,7 @@ def test_every_prediction_is_about_a_case_of_the_suite(context):
 
 @pytest.fixture
 def context(tmp_path) -> worker.Context:
-    """What the parts are told on a GPU; listing cases computes nothing."""
+    """The context of the parts on a GPU; listing cases computes nothing."""
     return worker.Context("cuda", False, tmp_path, tmp_path, None, 60.0)
 
 

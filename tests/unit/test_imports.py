@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_world
 import titan_kernels
+from runs import REPOSITORY
 
 import benchmarks
 import titan_distill
@@ -33,3 +34,9 @@ def test_every_file_is_a_module_of_the_list() -> None:
     files = [(Path(folder), path) for folder in folders for path in Path(folder).rglob("*.py")]
     found = {".".join(path.relative_to(folder.parent).with_suffix("").parts) for folder, path in files}
     assert {name for name in found if not name.endswith(("__init__", "__main__"))} <= set(MODULES)
+
+
+def test_helpers_of_tests_stand_in_one_folder() -> None:
+    files = {path.relative_to(REPOSITORY / "tests") for path in (REPOSITORY / "tests").rglob("*.py")}
+    strays = {path for path in files if not path.name.startswith("test_") and path.parts[0] != "helpers"}
+    assert strays == {Path("conftest.py")}

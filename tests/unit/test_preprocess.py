@@ -34,7 +34,7 @@ def write_captions(path: Path, captions: dict[str, str]) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, pipeline_folder: Path) -> PreprocessConfig:
-    """Two videos: 12 frames a second for 2 seconds, and 8 frames a second for 1.25."""
+    """Two videos: 12 frames per second for 2 seconds, and 8 for 1.25 seconds."""
     write_video(tmp_path / "videos" / "a.mp4", num_frames=24, fps=12)
     write_video(tmp_path / "videos" / "more" / "b.mp4", num_frames=10, fps=8, size=(96, 48))
     return PreprocessConfig(

@@ -184,7 +184,7 @@ def check_forwards_and_gradient_modes(folder: Path, *overrides: str, per_segment
 
 
 def check_contexts(folder: Path) -> None:
-    """What is written is the segment's last prediction, clean and at level 0, once a segment but for the last."""
+    """The KV cache gets each segment's last prediction, clean and at level 0, once; not that of the last segment."""
     trainer = toy_trainer(folder, "self_forcing")
     spy, method, batch = Spy().watch(trainer), method_of(trainer), one_batch(trainer)
     for step in range(4):

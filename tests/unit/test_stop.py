@@ -33,7 +33,7 @@ def _handlers_are_put_back() -> Any:
 
 
 def signal_in_step(trainer: Trainer, step: int, *numbers: signal.Signals) -> None:
-    """Sends the signals to this process while ``step`` (0-based) computes its loss."""
+    """Sends the signals to this process while `step` (0-based) computes its loss."""
     real = trainer.method.updates
 
     def updates(at: int) -> list:

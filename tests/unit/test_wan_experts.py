@@ -312,7 +312,7 @@ def save_other(folder: Path) -> None:
 
 @pytest.mark.nightly
 def test_the_plan_counts_all_parameters_and_the_work_of_one_expert() -> None:
-    """Of the shipped job: 14,288,491,584 numbers an expert, and on each linear layer of its blocks an adapter."""
+    """The shipped job has 14,288,491,584 numbers per expert, and a LoRA adapter on each linear layer of its blocks."""
     config = load_config(["--job.config_file", "train_configs/wan2.2_a14b_dmd2.toml"])
     with planner(64, GPUS["H100"]) as replan:
         plan = replan.plan(config)

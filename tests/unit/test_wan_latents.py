@@ -1,4 +1,4 @@
-"""Which VAE a run has, and what follows: shapes, token grids, sizes that a video may have, for both published ones."""
+"""The VAE of a run and what follows from it: shapes, token grids and possible video sizes, for both published VAEs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_vae_of_wan_22_makes_such_latents(tmp_path: Path) -> None:
 
 
 def test_encoding_in_bf16_is_encoding(tmp_path: Path) -> None:
-    """What a run does with its videos on a GPU that has bf16; a CPU keeps fp32."""
+    """A GPU with bf16 encodes and decodes in it; a CPU keeps fp32."""
     folder = write_pipeline(tmp_path)
     video = torch.randint(0, 256, (1, 9, 64, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     latents, rounded = (
