@@ -2,7 +2,7 @@
 
 Sorting rows to keep a tenth of them wastes most of the work, and libraries return the winners in order of score. Here
 a row's scores become integers of the same order, and the `topk`-th largest is found bit by bit from the top: 32 counts
-of how many are at least a candidate. What lies above it is taken, what equals it from the left until `topk` is full,
+of how many are at least a candidate. Scores above it are taken, scores equal to it from the left until `topk` is full,
 and prefix sums say where each index goes. The row stays in registers throughout, and `topk` is a number like any other.
 
 Shape suffixes as in `reference`.

@@ -42,7 +42,7 @@ COMMON = (
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is trained, for how long, and after which step it is saved."""
+    """A job, its number of steps, and the step after which it is saved."""
 
     name: str
     overrides: str = ""
@@ -290,7 +290,7 @@ class Differences:
 def differences(expected: Path, found: Path, saves_at: int) -> Differences:
     """Compares all steps after `saves_at` and the final state.
 
-    What rounding has no part in must be equal: sample ids, which losses there are at which step, learning rates,
+    Values without rounding must be equal: sample ids, which losses there are at which step, learning rates,
     sparsity, and all counters.
     """
     ids, found_ids = (json.loads(Path(f"{run}.ids.json").read_text()) for run in (expected, found))

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from runs import REPOSITORY
 
 from titan_distill.config.config import Config
-from titan_distill.config.layouts import check_world
-from titan_distill.config.loading import load_config
+from titan_distill.config.degrees import resolve_layout
+from titan_distill.config.loading import in_one_sentence, load_config, to_toml
 from titan_distill.config.parsing import ConfigError
-from titan_distill.config.text import field_types, to_toml
+from titan_distill.config.text import field_types
 from titan_distill.methods.base import method_class
 from titan_distill.models.base import model_family
 from titan_distill.train import CHECK, main
@@ -323,7 +323,8 @@ def check_layouts(config: Config) -> None:
     """The checks of `--check` without `check_paths`: no real weights are on this machine."""
     for num_ranks in NUM_RANKS:
         try:
-            layout = check_world(config, num_ranks)
+            with in_one_sentence(FILE):
+                layout = resolve_layout(config, num_ranks)
             if all(role.flavor for role in config.roles.values()):
                 model_family(config.recipe.family)(config).check_layouts(layout.roles)
         except ValueError as error:

@@ -31,6 +31,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from titan_distill.config.loading import load_config
 from titan_distill.models.wan.layers import SelfAttention
 from titan_distill.parallelisms.mesh import World, start_world
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 
@@ -91,7 +92,7 @@ def num_offloaded(module: nn.Module) -> int:
 
 
 def train_row(world: World, arguments: list[str], output: Path) -> None:
-    trainer = assemble(load_config(arguments), world)
+    trainer = assemble(resolve(load_config(arguments), world.size), world)
     with watched(trainer.config.compile.enabled) as seen:
         while trainer.state.step < trainer.config.training.steps:
             trainer.train_step()

@@ -34,6 +34,7 @@ from titan_distill.config.loading import load_config
 from titan_distill.data.loader import Batch
 from titan_distill.parallelisms.fsdp import reshard
 from titan_distill.parallelisms.mesh import World, start_world
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 
@@ -56,7 +57,7 @@ def run_jobs(world: World, jobs: list[dict[str, Any]], folder: Path) -> None:
 def run_job(world: World, job: dict[str, Any], output: Path) -> None:
     # A resumed run must get torch's generator from the checkpoint, not from having started alike.
     torch.manual_seed(int("--checkpoint.resume_from" in job["arguments"]))
-    trainer = assemble(load_config(job["arguments"]), world)
+    trainer = assemble(resolve(load_config(job["arguments"]), world.size), world)
     sample_ids: list[list[int]] = []
     trainer.loader = _noting(trainer.loader, sample_ids)  # type: ignore[assignment]
     if trainer.state.step:

@@ -14,6 +14,7 @@ from titan_distill.config.loading import load_config
 from titan_distill.methods.base import method_class
 from titan_distill.parallelisms.mesh import World
 from titan_distill.registry import names
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 
@@ -41,4 +42,4 @@ def toy_trainer(folder: Path, method: str, *overrides: str, with_latents: bool =
         data = toy_pairs(folder, data)
     defaults = ["--job.config_file", str(ASSETS / f"toy_{method}.toml"), "--data.path", str(data)]
     config = load_config([*defaults, "--job.output_dir", str(folder / "run"), *overrides])
-    return assemble(config, World(rank=0, size=1, device=torch.device("cpu")))
+    return assemble(resolve(config, 1), World(rank=0, size=1, device=torch.device("cpu")))

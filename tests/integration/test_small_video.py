@@ -18,6 +18,7 @@ from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest
 from titan_distill.parallelisms.mesh import World
+from titan_distill.resolve import resolve
 from titan_distill.roles import RoleHandle
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
@@ -102,7 +103,7 @@ def train(folder: Path, name: str, method: str, roles: str, steps: int, batch: i
         write_rows(data, rows)
     job.write_text(JOB.format(name=name, method=method, roles=roles, data=data, steps=steps, batch=batch))
     arguments = ["--job.config_file", str(job), "--job.output_dir", str(folder / name)]
-    return assemble(load_config(arguments), World(0, 1, CPU))
+    return assemble(resolve(load_config(arguments), 1), World(0, 1, CPU))
 
 
 def sample(trainer: Trainer, role: RoleHandle, request: SampleRequest) -> Tensor:

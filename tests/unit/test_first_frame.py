@@ -25,6 +25,7 @@ from titan_distill.models.base import Guidance
 from titan_distill.models.wan import first_frame
 from titan_distill.models.wan.first_frame import IMAGE, MASK, ImageMixing
 from titan_distill.parallelisms.mesh import World
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 from titan_distill.validation.sampling import Sampling
@@ -48,7 +49,7 @@ def make(pipeline: Path, tmp_path: Path) -> MakeTrainer:
     def make(method: str, *overrides: str) -> Trainer:
         data = tiny_ti2v.write_data(tmp_path / "data.parquet")
         argv = tiny_ti2v.arguments(method, pipeline, data, tmp_path / "run", *SETTINGS.get(method, ()), *overrides)
-        return assemble(load_config(argv), World(rank=0, size=1, device=CPU))
+        return assemble(resolve(load_config(argv), 1), World(rank=0, size=1, device=CPU))
 
     return make
 

@@ -18,7 +18,7 @@ from titan_distill.checkpoint.manifest import read_manifest
 from titan_distill.checkpoint.tools.contents import open_checkpoint, role_tensors
 from titan_distill.commands.export import export
 from titan_distill.config.loading import load_config
-from titan_distill.config.lora import LoraConfig
+from titan_distill.config.role_sections import LoraConfig
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.parallelize import HIGH_PRECISION
 from titan_distill.models.wan.plugin import WanFamily
@@ -28,6 +28,7 @@ from titan_distill.parallelisms.compile import compile_blocks
 from titan_distill.parallelisms.lora import apply_lora, initial_adapters, is_adapter, merge
 from titan_distill.parallelisms.mesh import World
 from titan_distill.planner import memory
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer
 
@@ -44,7 +45,7 @@ def arguments(output: Path, *more: str) -> list[str]:
 
 def make_trainer(output: Path, *more: str) -> Trainer:
     os.chdir(TINY_WAN.parents[2])
-    return assemble(load_config(arguments(output, *more)), World(0, 1, torch.device("cpu")))
+    return assemble(resolve(load_config(arguments(output, *more)), 1), World(0, 1, torch.device("cpu")))
 
 
 def train(trainer: Trainer, steps: int) -> Trainer:

@@ -185,14 +185,14 @@ def test_one_gpu_job_fits_one_h100_and_says_how() -> None:
 
 def test_remedies_are_planned_when_it_does_not_fit() -> None:
     """Without checkpointing the 8-GPU job does not fit; both kinds of it are found, the cheaper one first."""
-    config = load_config(["--job.config_file", str(EIGHT_GPUS), "--activation_checkpoint.mode", "none"])
+    argv = ["--job.config_file", str(EIGHT_GPUS), "--activation_checkpoint.mode", "none"]
     with planner(8, GPUS["H100"]) as planned:
-        first = planned.plan(config)
-        remedies = planned.remedies(config, first)
+        first = planned.plan(load_config(argv))
+        remedies = planned.remedies(argv, first)
     assert not first.fits
     fitting = [line.strip() for line in remedies.splitlines() if line.endswith("fits")]
-    assert fitting[0].startswith("activation_checkpoint.mode = 'selective'")
-    assert any(line.startswith("activation_checkpoint.mode = 'full'") for line in fitting)
+    assert fitting[0].startswith('activation_checkpoint.mode = "selective"')
+    assert any(line.startswith('activation_checkpoint.mode = "full"') for line in fitting)
 
 
 def test_512_ranks_in_20_seconds_and_4_gb() -> None:
@@ -233,7 +233,7 @@ WRONG_LAYOUTS = {
     "a teacher that splits a sample's ranks": (
         8,
         ("--parallelism.sequence", "4", "--parallelism.dp_shard", "-1", "--roles.teacher.parallelism.tensor", "2"),
-        ("roles.teacher.parallelism", "no multiple of the 4", "choose 4"),
+        ("roles.teacher.parallelism", "not a multiple of the 4", "choose 4"),
     ),
     "a batch that does not split": (
         8, ("--training.global_batch_size", "12"), ("training.global_batch_size = 12", "8 or 16"),

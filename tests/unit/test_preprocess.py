@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import toy_family
 import tyro
 from diffusers import AutoencoderKLWan
 from tiny_media import write_film, write_pipeline, write_video
@@ -179,6 +180,17 @@ def test_existing_output_is_not_replaced(config: PreprocessConfig) -> None:
     with pytest.raises(ValueError, match="exists: remove it or choose another"):
         preprocess(config)
     assert (config.out / OUTPUT_NAME).read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("toy", "ToyFamily encodes no footage; choose another --family"), ("wam", r"'wam' is not known; .* 'wan'")],
+)
+def test_the_family_brings_the_encoder(config: PreprocessConfig, family: str, message: str) -> None:
+    assert toy_family.ToyFamily.__name__ == "ToyFamily", "registered by its import"
+    with pytest.raises(ValueError, match=message):
+        preprocess(dataclasses.replace(config, family=family))
+    assert not config.out.exists()
 
 
 def test_command_line() -> None:

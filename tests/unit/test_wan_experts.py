@@ -30,6 +30,7 @@ from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.observability.flops import forward_flops
 from titan_distill.parallelisms.mesh import World
 from titan_distill.planner.hardware import GPUS
+from titan_distill.resolve import resolve
 from titan_distill.roles import RoleHandle
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer
@@ -69,7 +70,7 @@ def arguments(weights: Path, output: Path, *more: str) -> list[str]:
 
 
 def make_trainer(weights: Path, output: Path, *more: str) -> Trainer:
-    return assemble(load_config(arguments(weights, output, *more)), World(0, 1, torch.device("cpu")))
+    return assemble(resolve(load_config(arguments(weights, output, *more)), 1), World(0, 1, torch.device("cpu")))
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +334,8 @@ def test_the_plan_counts_all_parameters_and_the_work_of_one_expert() -> None:
 
 def test_experts_drawn_at_random_are_not_alike(tmp_path: Path) -> None:
     flavor = ["--roles.student.path=", "--roles.student.flavor", "tiny-A14B", "--pipeline_config.boundary_ratio", "0.5"]
-    trainer = assemble(load_config([*tiny_argv("dmd2", tmp_path), *flavor]), World(0, 1, torch.device("cpu")))
+    trainer = assemble(
+        resolve(load_config([*tiny_argv("dmd2", tmp_path), *flavor]), 1), World(0, 1, torch.device("cpu"))
+    )
     first, second = (module.patch_embedding.weight for module in trainer.roles["student"].modules.values())
     assert not torch.equal(first, second)

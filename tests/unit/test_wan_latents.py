@@ -13,12 +13,12 @@ from tiny_ti2v import write_pipeline
 
 from titan_distill.commands.plan import Planner
 from titan_distill.config.config import Config
-from titan_distill.config.layouts import check_world
+from titan_distill.config.degrees import resolve_layout
 from titan_distill.config.loading import load_config
 from titan_distill.models.base import model_family
+from titan_distill.models.wan.encoder_memory import PUBLISHED, decoding_bytes
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.vae import decode_latents, encode_video, load_vae, vae_dtype
-from titan_distill.planner.decoding import PUBLISHED, decoding_bytes
 from titan_distill.planner.hardware import GPUS
 from titan_distill.planner.plan import fake_world
 
@@ -38,7 +38,7 @@ def ti2v_config(*overrides: str) -> Config:
 
 
 def check(config: Config) -> None:
-    model_family("wan")(config).check_layouts(check_world(config, 1).roles)
+    model_family("wan")(config).check_layouts(resolve_layout(config, 1).roles)
 
 
 def test_published_sizes_give_the_published_grids() -> None:

@@ -50,7 +50,8 @@ class Segmentation:
         if num_positions not in self.nearest(num_positions):
             raise ValueError(
                 f"a sequence of {num_positions} is not a whole number of segments, "
-                f"{'one of 1, then ' * first}of {self.length} each; make it {self.describe_nearest(num_positions)}"
+                f"{'one of 1, then ' * first}of {self.length} each; make it "
+                f"{' or '.join(map(str, self.nearest(num_positions)))}"
             )
         return (1,) * first + (self.length,) * ((num_positions - first) // self.length)
 
@@ -66,9 +67,6 @@ class Segmentation:
         first = "1, then of " if self.single_first else ""
         window = f", KV cache of {self.window} with an attention sink of {self.sink}" if self.window else ""
         return f"segments of {first}{self.length}{window}"
-
-    def describe_nearest(self, num_positions: int) -> str:
-        return " or ".join(map(str, self.nearest(num_positions)))
 
     def cached(self, num_before: int) -> tuple[int, int]:
         """The cached ones of `num_before` finished positions: the number of first ones, and the start of the last."""

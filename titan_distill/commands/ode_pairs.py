@@ -32,10 +32,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titan_distill.config.config import Config
+from titan_distill.config.degrees import needs_group, role_degrees
 from titan_distill.config.dtypes import DTYPES
-from titan_distill.config.layouts import needs_group, role_degrees
 from titan_distill.config.loading import load_config
-from titan_distill.config.sections import RoleConfig
+from titan_distill.config.role_sections import RoleConfig
 from titan_distill.data.loader import collate
 from titan_distill.data.parquet import LatentRow, ParquetDataset, read_ids, write_rows
 from titan_distill.data.prompts import read_prompts
@@ -145,7 +145,9 @@ def with_teacher(config: Config, teacher: Path | None) -> Config:
         raise ValueError(f"{config.job.config_file} has no [roles.teacher]; add it, or name its folder by --teacher")
     roles = dict(config.roles)
     if teacher is not None:
-        roles["teacher"] = RoleConfig(trainable=False, path=str(teacher))
+        roles["teacher"] = RoleConfig(
+            trainable=False, path=str(teacher), optimizer=config.optimizer, parallelism=config.parallelism
+        )
     return dataclasses.replace(config, roles=roles)
 
 

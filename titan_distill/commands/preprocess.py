@@ -20,6 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from titan_distill.config.dtypes import DTYPES
+from titan_distill.config.sections import RecipeConfig
 from titan_distill.data.footage import SUFFIXES, VideoSize, read_clips
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.data.summary import DatasetSummary, inspect
@@ -42,7 +43,7 @@ class PreprocessConfig(EncoderFolders):
     """Captions: .csv with the columns file_name and caption, or .jsonl with these keys; names below the folder."""
     out: Path
     """Folder for the parquet file; data.path of the training job."""
-    family: str = "wan"
+    family: str = RecipeConfig.family
     """Model family whose encoders make the data; recipe.family of the training job."""
     height: int = 96
     """Height of the clips in pixels, a multiple of twice the VAE's compression; videos are scaled to cover height ×

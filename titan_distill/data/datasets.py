@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from titan_distill.config.data import DataConfig
+from titan_distill.config.sections import DataConfig
 from titan_distill.data.footage import VideoSize
 from titan_distill.data.parquet import LatentRow, ParquetDataset
 from titan_distill.data.rows import RowDataset

@@ -44,7 +44,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_distill.config.config import Config
-from titan_distill.config.layouts import role_parallelism
 from titan_distill.config.parsing import check_range
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
@@ -135,7 +134,7 @@ class AdversarialTraining(FewStepTraining):
     def validate(cls, config: Config) -> None:
         super().validate(config)
         for name in ("critic", "discriminator") if cls.heads(config.method_config) else ():
-            if role_parallelism(config, name) != config.parallelism:
+            if config.roles[name].parallelism != config.parallelism:
                 raise ValueError(
                     f"roles.{name}.parallelism differs from [parallelism], but critic and discriminator must be on the "
                     "ranks that share a sample; remove the table"

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from titan_distill.config.config import Config
-from titan_distill.config.sections import HEAD_FLAVOR
+from titan_distill.config.role_sections import HEAD_FLAVOR
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import TrajectoryRequest, ValidationRequest

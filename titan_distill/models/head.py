@@ -60,7 +60,7 @@ def _zero_linear(width: int) -> nn.Linear:
 def build_head(
     width: int, num_depths: int, mesh: RoleMesh | None, device: torch.device, options: FsdpOptions, seed: int
 ) -> FeatureHead:
-    """A head with weights drawn from ``seed``, the same in every layout; ranks share them as they share others."""
+    """A head with weights drawn from `seed`, the same in every layout; ranks share them as they share others."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = FeatureHead(width, num_depths)

@@ -11,8 +11,7 @@ from torch.nn import Module
 from titan_distill.attention.dense import dense_backend
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
-from titan_distill.config.layouts import role_parallelism
-from titan_distill.config.sections import HEAD_FLAVOR
+from titan_distill.config.role_sections import HEAD_FLAVOR
 from titan_distill.parallelisms.activation_checkpoint import describe as describe_checkpointing
 from titan_distill.parallelisms.compile import describe as describe_compile
 from titan_distill.parallelisms.float8 import describe as describe_float8
@@ -72,7 +71,7 @@ def _describe(config: Config, handle: RoleHandle, degrees: Degrees, device: torc
         "trained" if role.trainable else "frozen",
         f"{sum(p.numel() for p in parameters) / 1e6:,.1f} M parameters",
         precision,
-        layout(degrees, cpu_offload=role_parallelism(config, name).cpu_offload),
+        layout(degrees, cpu_offload=config.roles[name].parallelism.cpu_offload),
         "head" if role.flavor == HEAD_FLAVOR else _attention(config, role.attention, module, device, role.trainable),
     ]
     if len(handle.modules) > 1:

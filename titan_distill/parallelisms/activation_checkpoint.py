@@ -11,8 +11,8 @@ Which products are kept is a matter of order, not of name: a counter runs over t
 starts anew with each block. PyTorch up to 2.12 asks the policy a second time, in the recomputation, later ones look the
 first answer up; forward and recomputation are therefore counted apart.
 
-The block's ``forward`` is replaced rather than the block wrapped: parameter names stay what checkpoints and exports
-expect, and FSDP's hooks, which sit around ``forward``, run once and outside of the recomputation.
+The block's `forward` is replaced rather than the block wrapped: parameter names stay what checkpoints and exports
+expect, and FSDP's hooks, which sit around `forward`, run once and outside of the recomputation.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _SELECTIONS: set[Operation] = set()
 
 
 def register_attention(operation: Operation) -> None:
-    """Lets ``selective`` keep the outputs of one more attention operation; its module calls this at import."""
+    """Lets `selective` keep the outputs of one more attention operation; its module calls this at import."""
     _ATTENTION.add(operation)
 
 
@@ -71,12 +71,12 @@ def register_selection(operation: Operation) -> None:
 
 
 def is_checkpointed(index: int, config: ActivationCheckpointConfig) -> bool:
-    """Whether block ``index`` recomputes anything: every ``skip_interval``-th does not."""
+    """Whether block `index` recomputes anything: every `skip_interval`-th does not."""
     return config.mode != "none" and not (config.skip_interval and (index + 1) % config.skip_interval == 0)
 
 
 def is_kept(matmul: int, config: ActivationCheckpointConfig) -> bool:
-    """Whether the output of a block's ``matmul``-th matrix product, counted from 0, is kept in a checkpointed block."""
+    """Whether the output of a block's `matmul`-th matrix product, counted from 0, is kept in a checkpointed block."""
     return config.mode == "selective" and (matmul + 1) % config.interval == 0
 
 
@@ -94,9 +94,9 @@ def describe(config: ActivationCheckpointConfig) -> str:
 def apply_activation_checkpointing(
     blocks: Iterable[nn.Module], config: ActivationCheckpointConfig, *, selects: bool = False
 ) -> None:
-    """Makes the blocks recompute themselves in backward as ``config`` says.
+    """Makes the blocks recompute themselves in backward as `config` says.
 
-    ``selects``: they have selections to keep. Without them *full* need not look at every operation.
+    `selects`: they have selections to keep. Without them *full* need not look at every operation.
     """
     # No block draws random numbers, so there is no generator state to keep.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
@@ -108,7 +108,7 @@ def apply_activation_checkpointing(
 
 
 def _run(forward: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs a block's ``forward``, to be recomputed in the backward if there will be one."""
+    """Runs a block's `forward`, to be recomputed in the backward if there will be one."""
     # Without a graph nothing is kept anyway, and the checkpoint of PyTorch up to 2.11 has no forward mode.
     return checkpoint(forward, *args, **options, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
 

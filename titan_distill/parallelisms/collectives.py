@@ -94,7 +94,7 @@ class _Collective(torch.autograd.Function):
 
 
 def _apply(name: str, x: Tensor, group: Group, dim: int = 0) -> Tensor:
-    """Runs a collective of `PAIRS`, also on the tangent of ``x`` where it has one.
+    """Runs a collective of `PAIRS`, also on the tangent of `x` where it has one.
 
     The function has no forward mode of its own, because torch.compile refuses functions that have one.
     """

@@ -3,7 +3,7 @@
 A *region* is a stretch of a network in which every rank does its own part of the work: it begins with column-wise
 linear layers (each rank some of the outputs, so some heads or some hidden features) and ends with a row-wise one (each
 rank some of the inputs), whose partial results are summed. Between regions activations are replicated, or, with
-``TokenRegion``, each rank holds a run of the tokens, so that norms and residuals are neither computed nor stored twice.
+`TokenRegion`, each rank holds a run of the tokens, so that norms and residuals are neither computed nor stored twice.
 
     region         enter                    leave
     Region         nothing  / all-reduce    all-reduce     / nothing        (forward / backward)
@@ -14,7 +14,7 @@ computation is written in local tensors and named collectives, which a profile s
 
 A weight that is replicated and used inside a region must *enter* it too, or its gradient is only this rank's part.
 
-Layers get their new ``forward`` as a method and what it needs as an attribute: code and objects that all blocks share
+Layers get their new `forward` as a method and what it needs as an attribute: code and objects that all blocks share
 are what lets the compiler make one graph for all of them.
 """
 
@@ -54,7 +54,7 @@ class Region:
         return collectives.enter_parts(x, self.group)
 
     def hook(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """``enter`` as a forward pre-hook of a module's first argument."""
+        """`enter` as a forward pre-hook of a module's first argument."""
         return self.enter(args[0]), *args[1:]
 
     def leave(self, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class TokenRegion(Region):
 
 
 def distribute_parameters(module: nn.Module, mesh: DeviceMesh, shards: Mapping[str, int]) -> None:
-    """Makes every parameter a DTensor on the tensor axis: sharded along ``shards[name]``, else replicated.
+    """Makes every parameter a DTensor on the tensor axis: sharded along `shards[name]`, else replicated.
 
     Works on the meta device. Raises ValueError for a size that the ranks do not divide.
     """
@@ -127,7 +127,7 @@ def _replace_forward(layer: nn.Module, forward: Callable[..., Tensor], **attribu
 
 
 def enter_region(module: nn.Module, region: Region) -> None:
-    """The module's first argument enters ``region``; its last layer, a row-wise one, leaves it."""
+    """The module's first argument enters `region`; its last layer, a row-wise one, leaves it."""
     module.register_forward_pre_hook(region.hook)
 
 

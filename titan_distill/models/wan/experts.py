@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_distill.checkpoint.diffusers_folder import PIPELINE_INDEX
-from titan_distill.config.sections import RoleConfig
+from titan_distill.config.role_sections import RoleConfig
 from titan_distill.diffusion.schedule import NUM_TRAIN_TIMESTEPS, timestep
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.models.wan.pipeline_config import WanPipelineConfig

@@ -12,7 +12,7 @@ x0 = x − m σ v by its *own* level; the scalar σ would move the first frame a
 Samplers and methods keep x at one level σ and never look at frames: `held` puts the image back before each forward, so
 that fresh noise, a solver's step or a rollout's may do to the first frame what they like. No loss counts it.
 
-**Training** mixes both kinds: a sample starts from an image with probability ``image_probability``, and then m is not 0
+**Training** mixes both kinds: a sample starts from an image with probability `image_probability`, and then m is not 0
 but exp(N(−3.5, 0.5)), about 0.03, drawn once a sample: a little noise on the given frame, so that the network does not
 depend on an image without flaws (a student that continues its own video will give it such ones). Sampling has m = 0.
 The image is the sample's own first latent frame: the VAE is causal, so that frame is what the picture alone encodes to.
@@ -33,7 +33,6 @@ from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.schedule import broadcast_sigma
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.models.base import Condition
-from titan_distill.models.wan.pipeline_index import EXPAND_TIMESTEPS, read_index
 
 IMAGE, MASK = "first_frame", "first_frame_mask"
 """In a condition: the given latent frame [B, C, 1, H, W], and m on that frame [B]; 1 where a sample has no image."""
@@ -44,7 +43,7 @@ _MAX_TRAINING_MASK = 0.5
 
 @dataclass(frozen=True)
 class ImageMixing:
-    """Which training samples start from an image, and how much noise it gets. ``noise_mean`` = -inf gives none."""
+    """Which training samples start from an image, and how much noise it gets. `noise_mean` = -inf gives none."""
 
     noise: KeyedNoise
     probability: float
@@ -75,7 +74,7 @@ def given_frame(latents_BC1HW: Tensor) -> dict[str, Tensor]:
 
 
 def held(x_BCFHW: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-    """``x`` at level ``sigma_B`` with the given frame in its place, and each frame's level [B, 1, F, 1, 1], float64.
+    """`x` at level `sigma_B` with the given frame in its place, and each frame's level [B, 1, F, 1, 1], float64.
 
     Both as they are, the level [B], under a condition without an image.
     """
@@ -99,11 +98,6 @@ def loss_mask(condition: Condition, num_frames: int) -> Tensor | None:
 def without_frame(condition: Condition) -> Condition:
     """The part of a condition that the network itself reads."""
     return {name: value for name, value in condition.items() if name not in (IMAGE, MASK)}
-
-
-def expands_timesteps(pipeline: str) -> bool:
-    """Whether diffusers takes the pipeline in this folder for a TI2V one."""
-    return bool(read_index(pipeline).get(EXPAND_TIMESTEPS, False))
 
 
 def _mask(first_B: Tensor, num_frames: int) -> Tensor:

@@ -67,14 +67,20 @@ PUBLISHED = {space.channels: space for space in (LatentSpace(16, 4, 8), LatentSp
 
 
 def find_latent_space(pipeline: str, channels: Callable[[], int]) -> LatentSpace:
-    """That of the VAE in the folder ``pipeline``; where no config of one lies there, the published one with as many
-    ``channels``.
+    """That of the VAE in the folder `pipeline`; where no config of one lies there, the published one with as many
+    `channels`.
 
     Raises ValueError for a config that can't be read, and for channels that no published VAE has.
     """
     file = Path(pipeline) / "vae" / "config.json"
     if pipeline and file.is_file():
-        return _read(file)
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            # Diffusers' own defaults, for the keys that a config leaves out.
+            defaults = {"z_dim": 16, "scale_factor_temporal": 4, "scale_factor_spatial": 8}
+            return LatentSpace(*(int(config.get(key, default)) for key, default in defaults.items()))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is no configuration of a VAE ({error}); copy it again") from error
     num_channels = channels()
     if num_channels not in PUBLISHED:
         raise ValueError(
@@ -82,19 +88,6 @@ def find_latent_space(pipeline: str, channels: Callable[[], int]) -> LatentSpace
             f"({', '.join(map(str, PUBLISHED))}); set pipeline_config.path to a folder with their vae"
         )
     return PUBLISHED[num_channels]
-
-
-def _read(file: Path) -> LatentSpace:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        # Diffusers' own defaults, for the keys that a config leaves out.
-        return LatentSpace(
-            int(config.get("z_dim", 16)),
-            int(config.get("scale_factor_temporal", 4)),
-            int(config.get("scale_factor_spatial", 8)),
-        )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no configuration of a VAE ({error}); copy it again") from error
 
 
 TEMPORAL = 4

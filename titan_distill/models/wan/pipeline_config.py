@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from titan_distill.attention.causal import Segmentation
+from titan_distill.config.config import Config
 from titan_distill.config.parsing import check_range
-from titan_distill.models.wan.latents import num_latent_frames
+from titan_distill.models.wan.latents import TEMPORAL, num_latent_frames
+from titan_distill.parallelisms.compile import check_num_segments
+
+CAUSAL_KEYS = ("frames_per_block", "independent_first_frame", "cache_window_frames", "sink_frames")
+"""Keys that only causal roles read."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,44 @@ class WanPipelineConfig:
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 nearest = max(16, round(getattr(self, name) / 16) * 16)
                 raise ValueError(f"{name} = {getattr(self, name)} must be a multiple of 16; the nearest is {nearest}")
+
+    @property
+    def segmentation(self) -> Segmentation:
+        """The frame blocks of causal roles."""
+        return Segmentation(*(getattr(self, name) for name in CAUSAL_KEYS))
+
+    def check_causal(self, config: Config) -> None:
+        """Checks the frame blocks of causal roles, and that nothing is said about them where there are none.
+
+        Raises ValueError with the nearest numbers of frames that fit.
+        """
+        if not any(role.attention == "causal" for role in config.roles.values()):
+            for name in CAUSAL_KEYS:
+                if (value := getattr(self, name)) != getattr(type(self), name):
+                    raise ValueError(
+                        f"pipeline_config.{name} = {value} has no effect, because no role has attention = 'causal'; "
+                        "set it for a role or remove the key"
+                    )
+            return
+        if self.image_probability:
+            raise ValueError(
+                f"pipeline_config.image_probability = {self.image_probability} gives first frames, which causal roles "
+                "don't take; set it to 0"
+            )
+        self.check_frames(self.num_frames, "pipeline_config.num_frames")
+        check_num_segments(config.compile, len(self.segmentation.lengths(num_latent_frames(self.num_frames))))
+
+    def check_frames(self, num_frames: int, name: str) -> None:
+        """Raises ValueError, naming the nearest numbers of frames, unless whole frame blocks make up a video."""
+        num_latents = num_latent_frames(num_frames)
+        nearest = self.segmentation.nearest(num_latents)
+        if num_latents not in nearest:
+            first = "a first block of 1 and then " if self.independent_first_frame else ""
+            raise ValueError(
+                f"{name} = {num_frames} makes {num_latents} latent frames, which {first}blocks of "
+                f"pipeline_config.frames_per_block = {self.frames_per_block} don't fill; set it to "
+                f"{' or '.join(str(TEMPORAL * (latents - 1) + 1) for latents in nearest)}"
+            )
 
     def _check_images(self) -> None:
         if not self.image_noise_mean <= -1:

@@ -13,21 +13,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from titan_distill.attention.causal import Segmentation
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER
 from titan_distill.checkpoint.initial_weights import is_reference
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
 from titan_distill.config.dtypes import DTYPES
-from titan_distill.config.layouts import role_parallelism
-from titan_distill.config.sections import HEAD_FLAVOR, RoleConfig
+from titan_distill.config.role_sections import HEAD_FLAVOR, RoleConfig
 from titan_distill.models.base import Adapter, EncoderFolders, FootageEncoder, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
+from titan_distill.models.wan.encoder_memory import decoding_bytes, encoder_bytes, find_decoder
 from titan_distill.models.wan.encoders import Encoders
 from titan_distill.models.wan.experts import experts_of, find_boundary
-from titan_distill.models.wan.frame_blocks import check_segments, segmentation_of
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, needed_tensors
 from titan_distill.models.wan.image_encoder import ImageEncoder
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
@@ -69,7 +67,7 @@ class WanFamily(ModelFamily):
                 f"data.path = {config.data.path!r} holds videos and prompts to encode, but pipeline_config.path is "
                 "empty; set it to a diffusers folder with vae, text_encoder and tokenizer"
             )
-        check_segments(config)
+        config.pipeline_config.check_causal(config)
 
     @classmethod
     def given_parts(cls, config: Config) -> str | None:
@@ -154,10 +152,10 @@ class WanFamily(ModelFamily):
                 f"roles.{name}",
                 architecture,
                 degrees[name],
-                role_parallelism(self.config, name).sequence_method,
+                self.config.roles[name].parallelism.sequence_method,
                 self.token_grid(),
                 SparseAttention(self.config.sparse_attention) if role.attention == "sparse" else None,
-                self._segmentation if role.attention == "causal" else None,
+                self.config.pipeline_config.segmentation if role.attention == "causal" else None,
             )
 
     def _networks(self) -> dict[str, RoleConfig]:
@@ -183,6 +181,18 @@ class WanFamily(ModelFamily):
     def token_grid(self) -> Grid:
         return self._space.token_grid(*self.video_size())
 
+    def encoder_memory(self) -> tuple[float, float]:
+        name, role = next(iter(self._networks().items()))
+        architecture = self._architecture(name, role, by_name=True)
+        pipeline, channels = self.config.pipeline_config, architecture.out_channels
+        element_bytes = DTYPES[self.config.training.dtype].itemsize
+        encoders = encoder_bytes(pipeline, channels, element_bytes)
+        if not (pipeline.path and self.config.validation.enabled):
+            return encoders, 0.0
+        frames, height, width = (n * patch for n, patch in zip(self.token_grid(), architecture.patch_size, strict=True))
+        decoder = find_decoder(pipeline.path, channels)
+        return encoders, decoding_bytes(decoder, (frames, height, width), element_bytes)
+
     @functools.cached_property
     def _space(self) -> LatentSpace:
         """Of the pipeline's VAE, or of the first role where there is no pipeline."""
@@ -190,10 +200,6 @@ class WanFamily(ModelFamily):
         return find_latent_space(
             self.config.pipeline_config.path, lambda: self._architecture(name, role, by_name=True).out_channels
         )
-
-    @property
-    def _segmentation(self) -> Segmentation:
-        return segmentation_of(self.config.pipeline_config)
 
     def video_size(self) -> tuple[int, int, int]:
         pipeline = self.config.pipeline_config
@@ -239,9 +245,9 @@ class WanFamily(ModelFamily):
         self, architecture: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], device: torch.device
     ) -> nn.Module:
         config = WanConfig.from_diffusers(architecture)
-        model = empty_transformer(config, self.config.sparse_attention, self._segmentation)
+        model = empty_transformer(config, self.config.sparse_attention, self.config.pipeline_config.segmentation)
         # As the run computes, so that what is sampled here is what its validation shows.
-        model.to(DTYPES[self.config.training.dtype]).to_empty(device=device).requires_grad_(False)
+        model.to(getattr(torch, self.config.training.dtype)).to_empty(device=device).requires_grad_(False)
         parameters = dict(model.named_parameters())
         for name, tensor in _used(tensors):
             copy_full_tensor(parameters.pop(name), tensor)

@@ -1,7 +1,7 @@
-"""Wan weights on disk: the folder format of diffusers, one tensor at a time.
+"""Wan weights in the folder format of diffusers, read and written one tensor at a time.
 
 A folder holds `config.json` and either one `diffusion_pytorch_model.safetensors` or several with an index. Our
-parameter names are diffusers', so nothing is renamed. Reading never holds more than one tensor besides the model, and
+parameter names are diffusers', so nothing is renamed. Reading never holds more than one tensor beside the model, and
 of that only this rank's part: a 14B role is built on the meta device, sharded, materialised, and then filled from
 memory-mapped files.
 Writing holds one file's worth. Names and shapes are checked from the file headers before the first value is copied.
@@ -68,12 +68,9 @@ def load_weights(model: WanTransformer, folder: str | Path) -> None:
     found = open_folder(folder)
     stored = {name: shape for name, shape in found.shapes.items() if UNUSED_KEY not in name}
     if not config.sparse_attention and not any(GATE in name for name in stored):
-        gates = {name for name in parameters if GATE in name}
-        for name in gates:
-            local(parameters[name]).zero_()
-        _check_keys({name: value for name, value in parameters.items() if name not in gates}, stored, folder)
-    else:
-        _check_keys(parameters, stored, folder)
+        for name in [name for name in parameters if GATE in name]:
+            local(parameters.pop(name)).zero_()
+    _check_keys(parameters, stored, folder)
     for name in stored:
         if local(parameters[name]).numel():  # FSDP leaves the last ranks without a part of a small tensor
             fill(parameters[name], found.read_part(name, local_region(parameters[name])))

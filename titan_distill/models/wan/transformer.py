@@ -19,7 +19,7 @@ M model width, R distinct timesteps (rows of modulation).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -82,8 +82,6 @@ class WanTransformer(nn.Module):
         # Set by `parallelize`, where other ranks hold some of the tokens.
         self.sequence: SequenceParallel | None = None
         self.token_region: TokenRegion | None = None
-        # Called with every block's index and output while somebody reads features (`features.block_outputs`).
-        self.tap: Callable[[int, Tensor], None] | None = None
         if not self.scale_shift_table.is_meta:
             self.reset_parameters()
 
@@ -192,10 +190,8 @@ class WanTransformer(nn.Module):
             if row_BL is not None:
                 row_BL = collectives.shard(row_BL, 1, group)
                 contexts = [replace(context, row_BL=row_BL) for context in contexts]
-        for index, (block, context) in enumerate(zip(self.blocks, contexts, strict=True)):
+        for block, context in zip(self.blocks, contexts, strict=True):
             x_BLM = block(x_BLM, text_BSM, image_BSM, rows_R6M, context)
-            if self.tap is not None:
-                self.tap(index, x_BLM)
         return x_BLM if group is None else collectives.gather(x_BLM, 1, group)
 
     def _head(self, x_BLM: Tensor, embedded_RM: Tensor, context: TokenContext) -> Tensor:

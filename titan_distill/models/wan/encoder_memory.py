@@ -1,4 +1,4 @@
-"""Memory that Wan's VAE takes to decode one clip, in bytes, from the numbers in its config.
+"""Memory of Wan's encoders, in bytes: VAE and text encoder, and what the VAE's decoder needs for one clip.
 
 diffusers' decoder decodes one latent frame at a time into four pictures. It holds
 
@@ -16,12 +16,17 @@ on a CPU, where PyTorch uses another algorithm. cuDNN's workspaces are not count
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-FP32 = 4
+from safetensors import safe_open
+
+from titan_distill.models.wan.pipeline_config import WanPipelineConfig
+
+_FP32_BYTES = 4
 CACHED_FRAMES = 2
 
 
@@ -68,9 +73,27 @@ class Decoder:
 PUBLISHED = {16: Decoder(), 48: Decoder(base_dim=256, z_dim=48, is_residual=True, out_channels=12)}
 """By latent channels: of Wan 2.1 and the A14B, and of Wan 2.2 TI2V-5B."""
 
+# Of the published files, the VAE's by its channels; any other pipeline folder must be there to be read.
+VAE_NUMBERS, TEXT_ENCODER_NUMBERS = {16: 126_892_531, 48: 704_688_668}, 5_680_910_336
+
+
+def encoder_bytes(pipeline: WanPipelineConfig, channels: int, element_bytes: int) -> float:
+    """Bytes of VAE and text encoder, which stay on a rank once it has embedded a prompt. 0 without a folder."""
+    if not pipeline.path:
+        return 0.0
+    vae = _numbers_in(Path(pipeline.path) / "vae") or VAE_NUMBERS.get(channels, max(VAE_NUMBERS.values()))
+    text = _numbers_in(Path(pipeline.path) / "text_encoder") or TEXT_ENCODER_NUMBERS
+    return element_bytes * (vae + (0 if pipeline.offload_text_encoder else text))
+
+
+def find_decoder(pipeline: str, channels: int) -> Decoder:
+    """The decoder of a pipeline folder, or the published one with as many latent channels."""
+    file = Path(pipeline) / "vae" / "config.json"
+    return Decoder.read(file) if file.is_file() else PUBLISHED[channels]
+
 
 def decoding_bytes(decoder: Decoder, latents: tuple[int, int, int], element_bytes: int) -> float:
-    """The most that decoding one clip of such latents (frames, height, width) holds, weights aside."""
+    """Most bytes that decoding one clip of `latents` (frames, height, width) holds, without the weights."""
     num_frames, height, width = latents
     area, frames = height * width, 1
     caches = CACHED_FRAMES * area * (decoder.z_dim + 4 * decoder.base_dim * decoder.dim_mult[-1])
@@ -98,13 +121,13 @@ def decoding_bytes(decoder: Decoder, latents: tuple[int, int, int], element_byte
     caches += CACHED_FRAMES * area * within
     pictures = area * decoder.out_channels * (frames * (num_frames - 1) + 1)
     working = max(most + pictures, 2 * pictures)
-    return max(element_bytes * (caches + working), (element_bytes + FP32 + 1) * pictures)
+    return max(element_bytes * (caches + working), (element_bytes + _FP32_BYTES + 1) * pictures)
 
 
 def _residual_block(entering: int, leaving: int, frames: int, element_bytes: int) -> float:
     """Numbers for each position at its peak."""
     kept = frames * (entering + (leaving if entering != leaving else 0))  # its input, and what it adds at the end
-    norms = 2 * frames * max(entering, leaving) * FP32 / element_bytes  # computed in fp32: input and output
+    norms = 2 * frames * max(entering, leaving) * _FP32_BYTES / element_bytes  # computed in fp32: input and output
     return kept + max(_convolution(entering, leaving, frames), _convolution(leaving, leaving, frames), norms)
 
 
@@ -117,6 +140,14 @@ def _upsampling(within: int, leaving: int, element_bytes: int) -> float:
     """Numbers for each position before it: frames apart, four neighbours (in fp32, then in the element's type), and
     what the convolution makes of them."""
     found = 4 * within
-    if element_bytes == FP32:
+    if element_bytes == _FP32_BYTES:
         return within + found + 4 * leaving
-    return within + max(found * FP32 / element_bytes + found, found + 4 * leaving)
+    return within + max(found * _FP32_BYTES / element_bytes + found, found + 4 * leaving)
+
+
+def _numbers_in(folder: Path) -> int:
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
