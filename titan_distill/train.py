@@ -28,8 +28,7 @@ from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import needs_group
 from titan_distill.config.loading import help_text, load_config, to_toml
-from titan_distill.data.datasets import open_dataset
-from titan_distill.data.loader import SampleLoader
+from titan_distill.data.loader import SampleLoader, open_dataset
 from titan_distill.data.rows import RowDataset
 from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
 from titan_distill.fault_tolerance.exit_codes import (

@@ -9,6 +9,7 @@ commands).
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,14 +54,6 @@ def main(config: BuildConfig) -> None:
         STAGES[stage](config)
 
 
-def _vae(config: BuildConfig) -> None:
-    train_vae(PIPELINE / "vae", minutes=config.minutes, seed=config.seed, start_at=config.vae_start_at)
-
-
-def _text_encoder(config: BuildConfig) -> None:
-    train_text_encoder(PIPELINE, seed=config.seed)
-
-
 def _data(config: BuildConfig) -> None:
     write_pipeline_index(PIPELINE)
     sizes = {"num_shipped": config.num_shipped_clips, "num_local": config.num_clips}
@@ -81,7 +74,12 @@ def _teacher(config: BuildConfig) -> None:
     shutil.copytree(exported / "transformer", PIPELINE / "transformer")
 
 
-STAGES = {"vae": _vae, "text_encoder": _text_encoder, "data": _data, "teacher": _teacher}
+STAGES: dict[str, Callable[[BuildConfig], None]] = {
+    "vae": lambda c: train_vae(PIPELINE / "vae", minutes=c.minutes, seed=c.seed, start_at=c.vae_start_at),
+    "text_encoder": lambda c: train_text_encoder(PIPELINE, seed=c.seed),
+    "data": _data,
+    "teacher": _teacher,
+}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The shapes world: what is drawn is what was asked for, and held-out combinations stay held out."""
 
+import ast
 import itertools
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_world
 from tiny_world.shapes import (
     CAPTION_TEMPLATES,
     COLOURS,
@@ -95,3 +97,14 @@ def test_errors_name_the_value_and_what_is_allowed() -> None:
         ShapesClip("purple", "circle", "left", "slow")
     with pytest.raises(ValueError, match="'a cat' does not describe"):
         parse_caption("a cat")
+
+
+def test_the_package_imports_only_the_registry_of_titan_distill() -> None:
+    """As a user's own package would."""
+    imported = {
+        node.module
+        for file in Path(tiny_world.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("titan_distill")
+    }
+    assert imported == {"titan_distill.registry"}

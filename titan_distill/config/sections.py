@@ -59,7 +59,8 @@ class DataConfig:
     """Parquet file or folder of parquet files with latents and text embeddings (only text, where the method needs no
     latents), or a .csv with the columns video and prompt, which the run encodes while it trains."""
     max_text_tokens: int = 512
-    """Text tokens per sample. Shorter text embeddings are padded with zeros, longer ones are refused."""
+    """Text tokens per sample. Shorter text embeddings are padded with zeros, longer ones in the data are refused;
+    prompts that the run encodes itself (of a .csv or for validation) are cut."""
     num_workers: int = 0
     """Loader processes per rank. 0 reads in the training process."""
     max_bad_rows: int = 0

@@ -41,7 +41,7 @@ class Dmd2Config(AdversarialConfig):
     """`simulate`: the student denoises pure noise up to the exit. `data`: a real latent is noised to the exit's
     level."""
     last_step_only: bool = False
-    """Pins the exit to the last step instead of drawing it uniformly."""
+    """True: a rollout always ends at the last step. False: at a step drawn uniformly."""
     update_ratio: int = 5
     """Critic updates per student update."""
     exclusive: bool = False
@@ -54,15 +54,17 @@ class Dmd2Config(AdversarialConfig):
     max_step: float = 980.0
     """Highest timestep at which scores are compared."""
     ts_schedule: bool = False
-    """Draw the score timestep only between the exit step and the next one, instead of over the whole range."""
+    """True: the score timestep is drawn between the rollout's last step and the next one. False: over the whole
+    range."""
     clamp: Literal["after_shift", "resample"] = "after_shift"
-    """Enforcement of min_step and max_step: clamp the shifted timestep, or draw within the bounds."""
+    """Enforcement of min_step and max_step: `after_shift` clamps the shifted timestep, `resample` draws within the
+    bounds."""
     critic_loss: Literal["flow", "x0", "noise", "v"] = "flow"
     """Quantity that the critic regresses; all have the same minimum and weigh noise levels differently."""
     normalise: bool = True
-    """Divide the score difference by mean |x - x_real|, sample by sample (DMD eq. 8)."""
+    """True: the score difference is divided by mean |x - x_real|, sample by sample (DMD eq. 8)."""
     student_sampler: Literal["sde", "ode"] = "sde"
-    """Move of a rollout from step to step: `sde` re-noises the x0 estimate with fresh noise, `ode` takes an Euler
+    """Transition between two steps of a rollout: `sde` re-noises the x0 estimate with fresh noise, `ode` takes an Euler
     step."""
 
     def __post_init__(self) -> None:

@@ -43,19 +43,19 @@ class TangentConfig(GuidedFewStepConfig):
     """Noise levels of tangents, and their normalisation."""
 
     timestep_distribution: Literal["uniform", "logit_normal"] = "logit_normal"
-    """Law of the noise level before the shift of pipeline_config.flow_shift. `logit_normal` is the papers' log-normal
-    law of tan t = σ / (1 − σ)."""
+    """Distribution of the noise level before the shift of pipeline_config.flow_shift. With `logit_normal`, tan t =
+    σ / (1 − σ) is log-normal, as in the papers."""
     logit_mean: float = -0.8
-    """Mean of the logit-normal law, to which the shift s adds log s. The default is ours."""
+    """Mean of the logit-normal distribution, to which the shift s adds log s. The default is ours."""
     logit_std: float = 1.6
-    """Standard deviation of the logit-normal law. The default is ours."""
+    """Standard deviation of the logit-normal distribution. The default is ours."""
     tangent_warmup: int = 1000
     """Training steps over which the weight of the student's own derivative grows from 0 to 1."""
     tangent_floor: float = 0.1
     """Constant added to a tangent's norm before the tangent is divided by it."""
     derivative_step: float = 0.0
-    """0: the student's exact derivative, in forward mode. Above: its slope between σ - step and σ + step on the
-    teacher's tangent line, for students that are not smooth in time; needs float32, and no forward mode."""
+    """0: the student's exact derivative, by forward-mode differentiation. Above 0: its slope between σ - step and σ +
+    step on the teacher's tangent line, for students that are not smooth in time; needs float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

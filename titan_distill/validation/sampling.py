@@ -99,22 +99,19 @@ class Sampling:
         self, request: SampleRequest, x0: Predictor, velocity: Predictor, normal: Callable[[int], Tensor]
     ) -> Tensor:
         """Runs the request's solver from `normal(0)`."""
-        x0, velocity = self._polling(x0), self._polling(velocity)
+
+        def predict(x: Tensor, sigma_B: Tensor) -> Tensor:
+            self.poll()
+            return x0(x, sigma_B) if request.solver == "sde" else velocity(x, sigma_B)
+
         if request.solver == "sde":
             assert request.sigmas is not None
-            return sampler.sample_few_step(x0, normal(0), request.sigmas, lambda index: normal(index + 1))
+            return sampler.sample_few_step(predict, normal(0), request.sigmas, lambda index: normal(index + 1))
         return sampler.sample_ode(
-            velocity,
+            predict,
             normal(0),
             num_steps=request.num_steps,
             shift=self.adapter.flow_shift,
             solver=request.solver,
             sigmas=request.sigmas,
         )
-
-    def _polling(self, predict: Predictor) -> Predictor:
-        def polled(x: Tensor, sigma_B: Tensor) -> Tensor:
-            self.poll()
-            return predict(x, sigma_B)
-
-        return polled
