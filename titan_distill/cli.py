@@ -1,5 +1,5 @@
-"""``titan-distill``: what one does beside training. Each command is a typed function; tyro makes its options and
-``--help``."""
+"""The command line `titan-distill`: everything but training. Each command is a typed function, from which tyro makes
+options and `--help`."""
 
 from __future__ import annotations
 

@@ -277,3 +277,20 @@ def test_dry_run_shows_the_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     shown = capsys.readouterr().out
     assert "MEMORY" in shown
     assert "51.4 GiB" in shown
+
+
+@pytest.mark.parametrize(
+    ("job", "change"),
+    [
+        ("tiny_wan_dmd2_gan", ("--activation_checkpoint.mode", "full")),
+        ("tiny_wan_dmd2_sparse", ("--roles.teacher.parallelism.sequence", "2")),
+    ],
+)
+def test_roles_are_built_once_whatever_else_changes(job: str, change: tuple[str, ...]) -> None:
+    """A second plan builds no role again: neither a head and the role that it reads, nor the only sparse role."""
+    argv = ["--job.config_file", f"train_configs/{job}.toml", "--training.local_batch_size", "1"]
+    with planner(2, GPUS["H100"]) as planned:
+        first = planned.plan(load_config(argv))
+        second = planned.plan(load_config([*argv, *change]))
+    assert second.roles.keys() == first.roles.keys()
+    assert second.roles["student"].states == first.roles["student"].states

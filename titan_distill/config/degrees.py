@@ -48,7 +48,7 @@ class Degrees:
 
     def __str__(self) -> str:
         named = {
-            "replicas": self.dp_replicate,
+            "dp_replicate": self.dp_replicate,
             "FSDP": self.dp_shard,
             "sequence": self.sequence,
             "tensor": self.tensor,

@@ -103,12 +103,11 @@ def parse_overrides(argv: Sequence[str]) -> list[tuple[str, Text]]:
         key, has_value, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not all(key.split(".")):
             raise ConfigError(f"{COMMAND_LINE}: {word!r} is not expected here; write overrides as --section.key VALUE")
-        if has_value:
-            overrides.append((key, Text(value)))
-        else:
-            overrides.append((key, Text(words.pop(0) if words and not words[0].startswith("--") else None)))
-        if any("\ud800" <= character <= "\udfff" for character in f"{key}{overrides[-1][1].text}"):
+        is_switch = not has_value and (not words or words[0].startswith("--"))
+        text = None if is_switch else value if has_value else words.pop(0)
+        if any("\ud800" <= character <= "\udfff" for character in f"{key}{text}"):
             raise ConfigError(f"{COMMAND_LINE}: {word!r} or its value is not valid UTF-8")
+        overrides.append((key, Text(text)))
     return overrides
 
 

@@ -90,15 +90,8 @@ def _describe(config: Config, handle: RoleHandle, degrees: Degrees, device: torc
 
 
 def layout(degrees: Degrees, *, cpu_offload: bool) -> str:
-    """A role's layout in words: every degree above 1, outermost first."""
-    named = {
-        "dp_replicate": degrees.dp_replicate,
-        "FSDP": degrees.dp_shard,
-        "sequence": degrees.sequence,
-        "tensor": degrees.tensor,
-    }
-    words = " × ".join(f"{name} {degree}" for name, degree in named.items() if degree > 1) or "unsharded"
-    return f"{words}, offloaded to the CPU" if cpu_offload else words
+    """A role's layout in words."""
+    return f"{degrees}, offloaded to the CPU" if cpu_offload else str(degrees)
 
 
 def _attention(config: Config, kind: str, module: Module, device: torch.device, trained: bool) -> str:

@@ -26,7 +26,7 @@ from safetensors import safe_open
 
 from titan_distill.models.wan.pipeline_config import WanPipelineConfig
 
-_FP32_BYTES = 4
+_FP32 = 4
 CACHED_FRAMES = 2
 
 
@@ -121,13 +121,13 @@ def decoding_bytes(decoder: Decoder, latents: tuple[int, int, int], element_byte
     caches += CACHED_FRAMES * area * within
     pictures = area * decoder.out_channels * (frames * (num_frames - 1) + 1)
     working = max(most + pictures, 2 * pictures)
-    return max(element_bytes * (caches + working), (element_bytes + _FP32_BYTES + 1) * pictures)
+    return max(element_bytes * (caches + working), (element_bytes + _FP32 + 1) * pictures)
 
 
 def _residual_block(entering: int, leaving: int, frames: int, element_bytes: int) -> float:
     """Numbers for each position at its peak."""
     kept = frames * (entering + (leaving if entering != leaving else 0))  # its input, and what it adds at the end
-    norms = 2 * frames * max(entering, leaving) * _FP32_BYTES / element_bytes  # computed in fp32: input and output
+    norms = 2 * frames * max(entering, leaving) * _FP32 / element_bytes  # computed in fp32: input and output
     return kept + max(_convolution(entering, leaving, frames), _convolution(leaving, leaving, frames), norms)
 
 
@@ -140,9 +140,9 @@ def _upsampling(within: int, leaving: int, element_bytes: int) -> float:
     """Numbers for each position before it: frames apart, four neighbours (in fp32, then in the element's type), and
     what the convolution makes of them."""
     found = 4 * within
-    if element_bytes == _FP32_BYTES:
+    if element_bytes == _FP32:
         return within + found + 4 * leaving
-    return within + max(found * _FP32_BYTES / element_bytes + found, found + 4 * leaving)
+    return within + max(found * _FP32 / element_bytes + found, found + 4 * leaving)
 
 
 def _numbers_in(folder: Path) -> int:
