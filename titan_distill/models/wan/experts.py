@@ -1,8 +1,8 @@
 """Two experts in one role: Wan2.2 A14B denoises high noise with one transformer and low noise with another.
 
 A sample goes through `transformer` at timesteps of at least the boundary, through `transformer_2` below it. So a role
-holds twice the parameters of one network and does the work of one. Samples of a batch differ in their timesteps, and so
-do ranks, but with sharded weights a forward is something that all ranks do together. Two rules keep them together:
+holds twice the parameters of one network and runs the FLOPs of one. Samples of a batch differ in their timesteps, and
+so do ranks, but with sharded weights a forward is something that all ranks do together. Two rules keep them together:
 
 - *Without gradients* ranks tell each other which experts anyone needs, and all run those: one all-reduce of two
   numbers between hosts, of which none waits for its GPU, because noise levels are on the host. Steps of a rollout or of
