@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from titan_distill.config.config import Config
-from titan_distill.config.data import DataConfig
-from titan_distill.config.sections import JobConfig, RecipeConfig, RoleConfig, TrainingConfig
+from titan_distill.config.role_sections import RoleConfig
+from titan_distill.config.sections import DataConfig, JobConfig, RecipeConfig, TrainingConfig
 from titan_distill.models.wan.pipeline_config import WanPipelineConfig
 
 

@@ -22,9 +22,9 @@ from wan_config import wan_config
 
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config.degrees import Degrees
+from titan_distill.config.role_sections import ParallelismConfig
 from titan_distill.config.sections import (
     CompileConfig,
-    ParallelismConfig,
     SparseAttentionConfig,
 )
 from titan_distill.models.wan.config import FLAVORS, WanConfig

@@ -12,7 +12,7 @@ import torch
 from runs import REPOSITORY, tiny_argv
 
 from titan_distill.commands import preprocess
-from titan_distill.config.layouts import needs_group
+from titan_distill.config.degrees import needs_group
 from titan_distill.config.loading import load_config
 from titan_distill.fault_tolerance.watchdog import record_collectives
 from titan_distill.models.base import model_family

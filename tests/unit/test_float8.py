@@ -193,7 +193,7 @@ def test_transformer_engine_is_refused_where_it_cannot_be_imported(
     ("values", "match"),
     [
         ({"recipe": "rowwise"}, "recipe has no effect with enabled = false"),
-        ({"enabled": True, "recipe": "rowwise", "all_gather": True}, "all_gather = true needs one scale a tensor"),
+        ({"enabled": True, "recipe": "rowwise", "all_gather": True}, "all_gather = true needs one scale per tensor"),
         ({"enabled": True, "backend": "transformer_engine", "emulate": True}, "emulate = True is only for backend"),
         ({"enabled": True, "min_features": 8}, "min_features = 8 is out of range"),
     ],

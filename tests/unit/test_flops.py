@@ -1,4 +1,4 @@
-"""FLOPs against the published sizes' table (algorithms.md §5) and against what torch itself counts."""
+"""FLOPs of the published sizes (docs/algorithms.md, "FLOPs of a forward"), and against torch's own count."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_tiny_wan_equals_torchs_own_count() -> None:
 
 
 def test_dmd2_updates_cost_what_their_passes_cost() -> None:
-    """algorithms.md §5: student update 5.5 F_s + F_c + 2 F_t with recompute, 4.5 without; critic 2.5 F_s + 4 F_c."""
+    """The student update of docs/algorithms.md, "FLOPs of an update", with full activation checkpointing."""
     student, teacher = (forward_flops(FLAVORS[name], 32_760).total for name in ("1.3B", "14B"))
     counter = WorkCounter(tokens_per_sample=32_760)
     for exit_step in range(4):  # uniform over four exits: 0..3 forwards without gradient, one with

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from titan_distill.checkpoint.diffusers_folder import open_folder
 from titan_distill.checkpoint.initial_weights import resolve_reference
 from titan_distill.checkpoint.manifest import read_manifest
-from titan_distill.checkpoint.tools.contents import open_checkpoint
-from titan_distill.checkpoint.tools.export import export, role_tensors
+from titan_distill.checkpoint.tools.contents import open_checkpoint, role_tensors
+from titan_distill.commands.export import export
 from titan_distill.config.loading import load_config
-from titan_distill.config.lora import LoraConfig
+from titan_distill.config.role_sections import LoraConfig
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.parallelize import HIGH_PRECISION
 from titan_distill.models.wan.plugin import WanFamily
@@ -28,6 +28,7 @@ from titan_distill.parallelisms.compile import compile_blocks
 from titan_distill.parallelisms.lora import apply_lora, initial_adapters, is_adapter, merge
 from titan_distill.parallelisms.mesh import World
 from titan_distill.planner import memory
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer
 
@@ -44,7 +45,7 @@ def arguments(output: Path, *more: str) -> list[str]:
 
 def make_trainer(output: Path, *more: str) -> Trainer:
     os.chdir(TINY_WAN.parents[2])
-    return assemble(load_config(arguments(output, *more)), World(0, 1, torch.device("cpu")))
+    return assemble(resolve(load_config(arguments(output, *more)), 1), World(0, 1, torch.device("cpu")))
 
 
 def train(trainer: Trainer, steps: int) -> Trainer:
@@ -123,7 +124,7 @@ def load_weights_of(config: WanConfig) -> dict[str, Tensor]:
 def test_what_is_exported_is_the_adapted_model(trained: tuple[Trainer, Path], tmp_path: Path, use_ema: bool) -> None:
     trainer, path = trained
     student = trainer.roles["student"]
-    export(path, "student", tmp_path / "out", write_weights=WanFamily.write_weights, use_ema=use_ema)
+    export(path, tmp_path / "out", weights="ema" if use_ema else "raw")
     with student.evaluation() if use_ema else torch.no_grad():
         expected = forward(student.transformer)
     exported = WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer")
@@ -236,7 +237,7 @@ def test_published_keys_that_no_network_has_are_left_out(tmp_path: Path) -> None
     tensors[f"blocks.0.attn2.{UNUSED_KEY}.weight"] = torch.ones(3)
     WanFamily.write_weights(tensors.items(), TINY.to_diffusers(), tmp_path, None)
     load_weights(WanTransformer(TINY), tmp_path)
-    assert UNUSED_KEY not in "".join(open_folder(tmp_path).kinds)
+    assert UNUSED_KEY not in "".join(open_folder(tmp_path).shapes)
 
 
 @pytest.mark.nightly

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from runs import REPOSITORY, tiny_argv
+from titan_distill.config.layouts import check_world
 
 from titan_distill.checkpoint.diffusers_folder import network_folder
-from titan_distill.config.layouts import check_world
 from titan_distill.config.loading import load_config
 from titan_distill.models.base import model_family
 from titan_distill.models.wan import plugin, stored

@@ -9,21 +9,22 @@ before a file appears: a data set that silently lacks clips is worse than none.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
 from tqdm import tqdm
 
-from titan_distill.data.footage import SUFFIXES, read_clips
-from titan_distill.data.parquet import DTYPES, LatentRow, write_rows
+from titan_distill.config.dtypes import DTYPES
+from titan_distill.config.sections import RecipeConfig
+from titan_distill.data.footage import SUFFIXES, VideoSize, read_clips
+from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.data.summary import DatasetSummary, inspect
-from titan_distill.data.tables import non_empty, read_csv, read_text
+from titan_distill.data.tables import READERS, non_empty
 from titan_distill.models.base import EncoderFolders, FootageEncoder, model_family
 from titan_distill.parallelisms.mesh import default_device
 
@@ -42,7 +43,7 @@ class PreprocessConfig(EncoderFolders):
     """Captions: .csv with the columns file_name and caption, or .jsonl with these keys; names below the folder."""
     out: Path
     """Folder for the parquet file; data.path of the training job."""
-    family: str = "wan"
+    family: str = RecipeConfig.family
     """Model family whose encoders make the data; recipe.family of the training job."""
     height: int = 96
     """Height of the clips in pixels, a multiple of twice the VAE's compression; videos are scaled to cover height ×
@@ -92,30 +93,18 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
 
 def read_captions(path: Path) -> dict[str, str]:
     """Captions by file name from a .csv or .jsonl file; raises `ValueError` with the line that is wrong."""
-    readers = {".csv": lambda path: read_csv(path, ("file_name", "caption")), ".jsonl": _jsonl_entries}
-    if path.suffix not in readers:
-        raise ValueError(f"captions file {path} ends in {path.suffix!r}: expected {' or '.join(readers)}")
+    if path.suffix not in READERS:
+        raise ValueError(f"captions file {path} ends in {path.suffix!r}: expected {' or '.join(READERS)}")
     if not path.is_file():
         raise ValueError(f"no captions file {path}")
     captions: dict[str, str] = {}
-    for where, entry in readers[path.suffix](path):
-        name, caption = non_empty(where, entry, ("file_name", "caption"))
+    columns = ("file_name", "caption")
+    for where, entry in READERS[path.suffix](path, columns):
+        name, caption = non_empty(where, entry, columns)
         if name in captions:
             raise ValueError(f"{where}: {name} has a caption already: keep one")
         captions[name] = caption
     return captions
-
-
-def _jsonl_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = read_text(path).split("\n")
-    for where, line in ((f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where}: expected an object with file_name and caption, found {line:.60}")
-        yield where, entry
 
 
 def find_videos(folder: Path, captions: Iterable[str], captions_file: Path) -> dict[str, Path]:
@@ -144,16 +133,10 @@ def _rows(
     config: PreprocessConfig, videos: dict[str, Path], captions: dict[str, str], encoder: FootageEncoder
 ) -> Iterator[LatentRow]:
     dtype = DTYPES[config.dtype]
+    size = VideoSize(config.num_frames, config.height, config.width, config.fps)
     for name, path in tqdm(videos.items(), unit="video", disable=None):
         embedding = encoder.embed_prompt(captions[name], config.max_text_tokens).to(dtype)
-        clips = read_clips(
-            path,
-            num_frames=config.num_frames,
-            stride=config.stride or config.num_frames,
-            height=config.height,
-            width=config.width,
-            fps=config.fps,
-        )
+        clips = read_clips(path, size, config.stride)
         for index, clip in enumerate(itertools.islice(clips, config.clips_per_video)):
             frames = clip.pixels.permute(0, 2, 3, 1)
             pictures = encoder.encode_pictures(frames[:1], config.num_frames)

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
-from titan_distill.config.sections import RoleConfig
+from titan_distill.config.role_sections import RoleConfig
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.models.streaming import SegmentStream
@@ -285,6 +285,11 @@ class ModelFamily(ABC):
         """True where training conditions are made of the data's latents, whatever the method needs."""
         return False
 
+    def encoder_memory(self) -> tuple[float, float]:
+        """For the planner: bytes of the encoders that stay on a rank, and most bytes that decoding one sample of a
+        validation holds beside them, both in the compute type."""
+        return 0.0, 0.0
+
     def extra_tensors(self) -> tuple[str, ...]:
         """Names of the tensors beside text that training conditions take from every row of the data."""
         return ()
@@ -323,10 +328,10 @@ class ModelFamily(ABC):
         """Writes a module's weights as the family's other tools read them (for Wan, a diffusers folder)."""
 
     @staticmethod
-    def used_weights(architecture: dict[str, Any], shapes: Mapping[str, torch.Size]) -> list[str]:
-        """Names of the tensors in a folder of other tools that belong to a network of this architecture. Default: all.
-        Raises ValueError when the architecture is not the family's, or names or shapes are not the network's."""
-        return sorted(shapes)
+    def pipeline_index(index: dict[str, Any], modules: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the `model_index.json` of an exported role with these modules, from its pipeline's `index` and the
+        run's [pipeline_config]. Default: `index`. Raises ValueError where the two don't say enough."""
+        return index
 
     @abstractmethod
     def latent_space(self, module: nn.Module) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from titan_distill.config.lora import LoraConfig
+from titan_distill.config.role_sections import LoraConfig
 from titan_distill.diffusion.noise import keyed_normal
 
 T = TypeVar("T")

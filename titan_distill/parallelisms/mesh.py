@@ -194,7 +194,7 @@ def check_local_ranks() -> None:
 def start_world(timeout_seconds: float, force_group: bool = False) -> World:
     """Reads torchrun's environment, picks the device and starts NCCL or gloo. Call once a process.
 
-    One process gets a process group only when `force_group` asks for one: see `config.layouts.needs_group`. Raises
+    One process gets a process group only when `force_group` asks for one: see `config.degrees.needs_group`. Raises
     ValueError for more ranks than GPUs.
     """
     check_local_ranks()

@@ -29,8 +29,8 @@ from titan_distill.models.wan.features import block_outputs, mean_over_tokens
 from titan_distill.models.wan.first_frame import ImageMixing
 from titan_distill.models.wan.image_channels import EMBEDDING, check_pictures, takes_channels, with_channels
 from titan_distill.models.wan.latents import num_latent_frames
+from titan_distill.models.wan.pipeline_index import EXPAND_TIMESTEPS, read_index
 from titan_distill.models.wan.prompt_pictures import FirstFrames, PictureRows
-from titan_distill.models.wan.stored import pipeline_index
 from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import decode_latents, restart
@@ -86,7 +86,7 @@ class WanAdapter(Adapter):
         self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(grid))
         self.image_mixing = ImageMixing.of_run(config)
         # Diffusers marks a TI2V pipeline so.
-        is_ti2v = bool(pipeline_index(self.pipeline.path).get("expand_timesteps", False))
+        is_ti2v = bool(read_index(self.pipeline.path).get(EXPAND_TIMESTEPS, False))
         self.takes_images = self.image_mixing is not None or is_ti2v
         self._negative_LD = None if negative_LD is None else negative_LD.to(device)
 

@@ -26,13 +26,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_distill.config.sections import RoleConfig
+from titan_distill.checkpoint.diffusers_folder import PIPELINE_INDEX
+from titan_distill.config.role_sections import RoleConfig
 from titan_distill.diffusion.schedule import NUM_TRAIN_TIMESTEPS, timestep
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.models.wan.pipeline_config import WanPipelineConfig
-from titan_distill.models.wan.stored import EXPERTS, PIPELINE_INDEX, StoredWeights, pipeline_index
-
-BOUNDARY = "boundary_ratio"
+from titan_distill.models.wan.pipeline_index import BOUNDARY, read_index
+from titan_distill.models.wan.stored import EXPERTS, StoredWeights
 
 TWO_EXPERTS = frozenset({"A14B", "A14B-I2V", "tiny-A14B"})
 """Flavors with both."""
@@ -142,7 +142,7 @@ def find_boundary(pipeline: WanPipelineConfig, weights: Mapping[str, str], *, by
 
 
 def _stated_boundary(folder: str) -> float | None:
-    stated = pipeline_index(folder).get(BOUNDARY)
+    stated = read_index(folder).get(BOUNDARY)
     if stated is None:
         return None
     if not isinstance(stated, (int, float)) or not 0 < stated < 1:

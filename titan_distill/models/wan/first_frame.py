@@ -18,7 +18,7 @@ depend on an image without flaws (a model that continues its own video will give
 The image is the sample's own first latent frame: the VAE is causal, so that frame is what the picture alone encodes to.
 Both draws are keyed by the sample's id, which is unique over the run, and thus the same for all updates of a step.
 
-Source: Wan 2.2 (TI2V-5B); formulas of algorithms.md, section 5. The mask's law is Wan's own.
+Source: Wan 2.2 (TI2V-5B); formulas: docs/algorithms.md, "First frames of TI2V". The mask's law is Wan's own.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ from titan_distill.attention.sharded import ShardedAttention
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
-from titan_distill.config.layouts import role_parallelism
+from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.parsing import nearest_divisors
-from titan_distill.config.sections import ParallelismConfig, SparseAttentionConfig
+from titan_distill.config.role_sections import ParallelismConfig
+from titan_distill.config.sections import SparseAttentionConfig
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.stored import WeightLoader
 from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
@@ -66,11 +67,11 @@ def build_transformer(
     Raises:
         ValueError: weights or degrees that do not fit.
     """
-    role, parallelism = config.roles[name], role_parallelism(config, name)
-    compute_dtype, float8 = getattr(torch, config.training.dtype), config.float8.for_role(name)
+    role, parallelism = config.roles[name], config.roles[name].parallelism
+    compute_dtype, float8 = DTYPES[config.training.dtype], config.float8.for_role(name)
     auto_dtype = torch.float32 if role.trainable and not role.lora.enabled else compute_dtype
     model = empty_transformer(architecture, config.sparse_attention, config.pipeline_config.segmentation)
-    model.to(auto_dtype if role.dtype == "auto" else getattr(torch, role.dtype)).requires_grad_(role.trainable)
+    model.to(auto_dtype if role.dtype == "auto" else DTYPES[role.dtype]).requires_grad_(role.trainable)
     apply_float8(model, float8, high_precision=HIGH_PRECISION, device=device)
     apply_lora(model, role.lora, excluded=HIGH_PRECISION)
     if mesh is not None and mesh.tensor is not None:
@@ -89,7 +90,7 @@ def build_transformer(
     if device.type == "meta":
         return model
     if parallelism.cpu_offload:
-        assert mesh is not None, "config.layouts.needs_group asks for a process group"
+        assert mesh is not None, "config.degrees.needs_group asks for a process group"
         materialise_on_host(model, page_locked=device.type == "cuda")
     else:
         model.to_empty(device=device)

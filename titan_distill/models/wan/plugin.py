@@ -13,17 +13,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from titan_distill.attention.causal import Segmentation
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER
 from titan_distill.checkpoint.initial_weights import is_reference
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
-from titan_distill.config.layouts import role_parallelism
-from titan_distill.config.sections import HEAD_FLAVOR, RoleConfig, SparseAttentionConfig
+from titan_distill.config.dtypes import DTYPES
+from titan_distill.config.role_sections import HEAD_FLAVOR, RoleConfig
 from titan_distill.models.base import Adapter, EncoderFolders, FootageEncoder, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
+from titan_distill.models.wan.encoder_memory import decoding_bytes, encoder_bytes, find_decoder
 from titan_distill.models.wan.encoders import Encoders
 from titan_distill.models.wan.experts import experts_of, find_boundary
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, needed_tensors
@@ -31,6 +31,7 @@ from titan_distill.models.wan.image_encoder import ImageEncoder
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import build_transformer, check_degrees, empty_transformer
 from titan_distill.models.wan.pipeline_config import WanPipelineConfig
+from titan_distill.models.wan.pipeline_index import exported_index
 from titan_distill.models.wan.state_dict import UNUSED_KEY, save_folder
 from titan_distill.models.wan.stored import EXPERTS, StoredWeights
 from titan_distill.models.wan.text_encoder import TextEncoder
@@ -151,7 +152,7 @@ class WanFamily(ModelFamily):
                 f"roles.{name}",
                 architecture,
                 degrees[name],
-                role_parallelism(self.config, name).sequence_method,
+                self.config.roles[name].parallelism.sequence_method,
                 self.token_grid(),
                 SparseAttention(self.config.sparse_attention) if role.attention == "sparse" else None,
                 self.config.pipeline_config.segmentation if role.attention == "causal" else None,
@@ -179,6 +180,18 @@ class WanFamily(ModelFamily):
 
     def token_grid(self) -> Grid:
         return self._space.token_grid(*self.video_size())
+
+    def encoder_memory(self) -> tuple[float, float]:
+        name, role = next(iter(self._networks().items()))
+        architecture = self._architecture(name, role, by_name=True)
+        pipeline, channels = self.config.pipeline_config, architecture.out_channels
+        element_bytes = DTYPES[self.config.training.dtype].itemsize
+        encoders = encoder_bytes(pipeline, channels, element_bytes)
+        if not (pipeline.path and self.config.validation.enabled):
+            return encoders, 0.0
+        frames, height, width = (n * patch for n, patch in zip(self.token_grid(), architecture.patch_size, strict=True))
+        decoder = find_decoder(pipeline.path, channels)
+        return encoders, decoding_bytes(decoder, (frames, height, width), element_bytes)
 
     @functools.cached_property
     def _space(self) -> LatentSpace:
@@ -242,15 +255,8 @@ class WanFamily(ModelFamily):
         return model
 
     @staticmethod
-    def used_weights(architecture: dict[str, Any], shapes: Mapping[str, torch.Size]) -> list[str]:
-        model = empty_transformer(WanConfig.from_diffusers(architecture), SparseAttentionConfig(), Segmentation())
-        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-        found = {name: shape for name, shape in shapes.items() if UNUSED_KEY not in name}
-        for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                stored, asked = (list(x) if x is not None else "absent" for x in (found.get(name), wanted.get(name)))
-                raise ValueError(f"{name} is {stored} in the weights, but {asked} by config.json")
-        return sorted(wanted)
+    def pipeline_index(index: dict[str, Any], modules: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+        return exported_index(index, modules, config)
 
     @staticmethod
     def write_weights(

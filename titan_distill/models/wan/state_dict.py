@@ -66,7 +66,7 @@ def load_weights(model: WanTransformer, folder: str | Path) -> None:
     _check_same_config(model.config, config, folder)
     parameters = without_adapters(dict(model.named_parameters()))
     found = open_folder(folder)
-    stored = {name: tuple(kind.shape) for name, kind in found.kinds.items() if UNUSED_KEY not in name}
+    stored = {name: shape for name, shape in found.shapes.items() if UNUSED_KEY not in name}
     if not config.sparse_attention and not any(GATE in name for name in stored):
         for name in [name for name in parameters if GATE in name]:
             local(parameters.pop(name)).zero_()

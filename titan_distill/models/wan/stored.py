@@ -6,16 +6,14 @@ import functools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, network_folder, read_json
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, network_folder
 from titan_distill.checkpoint.initial_weights import WeightsReference, is_reference, read_weights, resolve_reference
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.state_dict import load_weights, read_config
 from titan_distill.models.wan.transformer import WanTransformer
 
 EXPERTS = (TRANSFORMER, TRANSFORMER_2)
-PIPELINE_INDEX = "model_index.json"
 
 WeightLoader = Callable[[WanTransformer], None]
 """Fills a model that has storage, in whatever layout it has."""
@@ -54,14 +52,3 @@ class StoredWeights:
         if is_reference(self.weights):
             return partial(read_weights, self.weights, name=expert)
         return partial(load_weights, folder=network_folder(Path(self.weights), expert))
-
-
-def pipeline_index(folder: str) -> dict[str, Any]:
-    """The model_index.json of a diffusers pipeline; empty where none lies in `folder`. Raises ValueError."""
-    file = Path(folder) / PIPELINE_INDEX
-    if not folder or not file.is_file():
-        return {}
-    try:
-        return read_json(file)
-    except ValueError as error:
-        raise ValueError(f"{file} is no index of a pipeline ({error}); copy it again") from error

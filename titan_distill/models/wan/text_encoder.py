@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from titan_distill.fault_tolerance.files import atomic, fingerprint
+
 logger = logging.getLogger(__name__)
 
 _MAX_CACHED_PROMPTS = 256
-_DIGEST_CHUNK_BYTES = 2**16
+_DIGEST_BYTES = 2**16
 
 
 class TextEncoder:
@@ -90,9 +91,8 @@ class TextEncoder:
         file = Path(cache_dir) / f"text-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f"{file.name}.tmp-{os.uname().nodename}-{os.getpid()}")
-            save_file({"embedding": self.embed(prompt, max_tokens)}, temporary)
-            temporary.replace(file)
+            with atomic(file) as temporary:
+                save_file({"embedding": self.embed(prompt, max_tokens)}, temporary)
         try:
             return _pad(load_file(file)["embedding"], max_tokens)
         except SafetensorError as error:
@@ -111,7 +111,7 @@ class TextEncoder:
 
     @functools.cached_property
     def _files_digest(self) -> str:
-        return f"{_digest(self._folder)}\0{_digest(self._tokenizer_folder)}"
+        return "\0".join(fingerprint(folder, _DIGEST_BYTES) for folder in (self._folder, self._tokenizer_folder))
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
@@ -135,16 +135,3 @@ class TextEncoder:
 
 def _pad(embedding_LD: Tensor, max_tokens: int) -> Tensor:
     return pad(embedding_LD, (0, 0, 0, max_tokens - len(embedding_LD)))
-
-
-def _digest(folder: Path) -> str:
-    """Digest of a model folder: reading 22 GB to the last byte at each start would cost more than it tells."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_DIGEST_CHUNK_BYTES))
-            stream.seek(max(0, size - _DIGEST_CHUNK_BYTES))
-            digest.update(stream.read(_DIGEST_CHUNK_BYTES))
-    return digest.hexdigest()
