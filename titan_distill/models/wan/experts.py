@@ -12,7 +12,7 @@ so do ranks, but with sharded weights a forward is something that all ranks do t
   layout.
 
 A rank that must run an expert for which it has no sample gives it the first latent frame of one (the whole sample,
-where ranks share its tokens), of which nothing is used: at 480p 1/21 of the tokens. What remains is the price of
+where ranks share its tokens), of which nothing is used: at 480p 1/21 of the tokens. The rest is the price of
 sharding: the weights are gathered, and zero gradients reduced.
 
 Shapes: B samples, N those of one expert.
