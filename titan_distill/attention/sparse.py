@@ -5,10 +5,11 @@ by `schedule_rate` until it reaches its target. All arithmetic is exact, in frac
 wrote. In floats 0.95 by 0.05 stops at 0.90, and one tile too many is selected wherever (1 - sparsity) x tiles should
 have been whole.
 
-At low sparsity the kernels' irregular work costs more than it saves. Below `crossover` the fine branch therefore runs
-dense, which is the mathematics of sparsity 0; the coarse branch and its gate stay, so nothing jumps but the selection.
+At low sparsity the kernels' irregular access costs more than the skipped tiles save. Below `crossover` the fine branch
+therefore runs dense, which is the mathematics of sparsity 0; the coarse branch and its gate stay, so nothing jumps but
+the selection.
 
-The core is one object shared by all blocks of a role. What a step of the schedule changes, the number of tiles to read,
+The core is one object shared by all blocks of a role. The number of tiles to read, which the schedule changes,
 reaches the blocks as an argument of their forward: the compiler makes such a number a variable of one graph, where it
 would make an attribute of a module a constant, and a graph for each of its values.
 

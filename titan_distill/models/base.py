@@ -1,7 +1,7 @@
 """The two halves of a model family: a build-time plugin and the run-time operations that methods use.
 
-`ModelFamily` turns configuration into modules (it may know about meshes, checkpoints, text encoders). `Adapter` is
-all that a training method sees: predict a velocity, encode a prompt, decode latents. A method written against the
+`ModelFamily` turns configuration into modules (it may know about meshes, checkpoints, text encoders). `Adapter` is the
+only part that a training method sees: predict a velocity, encode a prompt, decode latents. A method written against the
 Adapter runs on every family; a family that implements it runs every method. Neither contains a word of the other's
 vocabulary.
 
@@ -35,7 +35,7 @@ from titan_distill.registry import FAMILIES, lookup
 from titan_distill.roles import RoleHandle, RoleManager
 
 Condition = Mapping[str, Tensor]
-"""What a model is conditioned on: batch-first tensors by name. Opaque to methods."""
+"""The condition of a prediction: batch-first tensors by name. Opaque to methods."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Adapter(ABC):
     def features(
         self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Sequence[int]
     ) -> list[Tensor]:
-        """What the role's network holds behind those of its parts that `depths` names, counted from 0, when it
+        """Hidden states of the role's network behind those of its parts that `depths` names, counted from 0, while it
         predicts a velocity: [B, positions, width] each, of the positions that this rank has."""
         raise NotImplementedError  # a family whose `feature_width` answers has them
 
@@ -154,8 +154,8 @@ class Adapter(ABC):
         raise ValueError("the models of this run make videos from text only; leave the image out")
 
     def held(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """What a network is shown: `x` at level `sigma_B` with those parts in place that the condition gives, and
-        its noise level, [B] or broadcastable to x. Nothing is given by default."""
+        """The input of a network: `x` at level `sigma_B` with those parts in place that the condition gives, and its
+        noise level, [B] or broadcastable to x. Nothing is given by default."""
         return x, sigma_B
 
     def loss_mask(self, condition: Condition) -> Tensor | None:
@@ -180,11 +180,12 @@ class Adapter(ABC):
     ) -> tuple[Tensor, Tensor]:
         """The role's velocity, and its derivative along `(dx, dsigma_B)`: shape and dtype of `x`, without a graph.
 
-        Forward-mode differentiation, one pass of about twice a forward's work and no stored activations; nothing is
+        Forward-mode differentiation, one pass of about twice a forward's FLOPs and no stored activations; nothing is
         approximated. No fused attention kernel has a forward mode, so PyTorch's own attention runs as its plain
-        mathematics here, which holds the [queries, keys] matrix of scores in memory. What is no PyTorch operation with
-        a forward mode (sparse attention, compiled blocks, float8) raises NotImplementedError or RuntimeError: a method
-        that needs derivatives refuses it beforehand. Between ranks, tangents travel as what they are tangents of does.
+        mathematics here, which holds the [queries, keys] matrix of scores in memory. Anything but a PyTorch operation
+        with a forward mode (sparse attention, compiled blocks, float8) raises NotImplementedError or RuntimeError: a
+        method that needs derivatives refuses it beforehand. Between ranks, tangents travel as what they are tangents of
+        does.
         """
         counting = self.work.forward_mode() if self.work else nullcontext()
         with counting, sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
@@ -263,8 +264,8 @@ class ModelFamily(ABC):
 
     @classmethod
     def given_parts(cls, config: Config) -> str | None:
-        """Which key gives parts of the training samples, as the beginning of a sentence; None where nothing is given.
-        Only methods with `uses_loss_mask` train such a run."""
+        """The key that gives parts of the training samples, as the beginning of a sentence; None where nothing is
+        given. Only methods with `uses_loss_mask` train such a run."""
         return None
 
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
@@ -281,7 +282,7 @@ class ModelFamily(ABC):
 
     @property
     def needs_latents(self) -> bool:
-        """Whether training conditions are made of the data's latents, whatever the method needs."""
+        """True where training conditions are made of the data's latents, whatever the method needs."""
         return False
 
     def encoder_memory(self) -> tuple[float, float]:
@@ -290,7 +291,7 @@ class ModelFamily(ABC):
         return 0.0, 0.0
 
     def extra_tensors(self) -> tuple[str, ...]:
-        """Names of the further tensors that training conditions take from every row of the data."""
+        """Names of the tensors beside text that training conditions take from every row of the data."""
         return ()
 
     @abstractmethod
@@ -310,7 +311,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def architecture(self, module: nn.Module) -> dict[str, Any]:
-        """What is needed to build the module again, as JSON-able values; written beside checkpoints and exports."""
+        """Everything needed to build the module again, as JSON-able values; written beside checkpoints and exports."""
 
     @abstractmethod
     def restore_module(

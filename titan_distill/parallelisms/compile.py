@@ -2,7 +2,7 @@
 
 A transformer repeats one block. Compiling the whole model would unroll it (minutes of compilation, a graph that breaks
 at every FSDP hook); compiling the block costs one graph that all blocks of a shape share, and FSDP's gathering stays
-between graphs, where it overlaps with them. What fuses inside a block (norms, modulation, casts) is all there is to
+between graphs, where it overlaps with them. Fusion inside a block (norms, modulation, casts) is all there is to
 win: between blocks lies only the residual stream.
 
 The block's `forward` is compiled rather than the block: its hooks stay outside of the graph, its parameters keep
@@ -24,7 +24,7 @@ NUM_GRAPHS_OF_A_BLOCK = 64
 both for a single and for a doubled batch and for each form of timesteps; torch's own limit of 8 is soon reached."""
 
 NUM_COMPILED_SEGMENTS = 8
-"""Segments that a compiled causal role may make: each number of segments in its memory takes some six graphs more."""
+"""Segments that a compiled causal role may make: each number of cached segments takes some six graphs more."""
 
 
 def check_num_segments(config: CompileConfig, num_segments: int) -> None:
@@ -32,7 +32,7 @@ def check_num_segments(config: CompileConfig, num_segments: int) -> None:
     if config.enabled and num_segments > NUM_COMPILED_SEGMENTS:
         raise ValueError(
             f"compile.enabled = true does not go with {num_segments} segments of a causal role: every number of "
-            f"segments in its memory takes graphs of its own, {NUM_COMPILED_SEGMENTS} at most; make segments longer, "
+            f"segments in its KV cache takes graphs of its own, {NUM_COMPILED_SEGMENTS} at most; make segments longer, "
             "or set it to false"
         )
 
@@ -51,7 +51,7 @@ def compile_blocks(
 
 
 def describe(config: CompileConfig) -> str:
-    """What is compiled, for people."""
+    """One phrase for the banner."""
     if not config.enabled:
         return "not compiled"
     return "blocks compiled" if config.mode == "default" else f"blocks compiled ({config.mode})"

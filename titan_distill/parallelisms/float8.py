@@ -1,8 +1,8 @@
-"""Float8 matrix products: twice the tensor-core rate of bf16 on Ada, Hopper and later, for two casts an operand.
+"""Float8 matrix products: twice the tensor-core rate of bf16 on Ada, Hopper and later, for two casts per operand.
 
 Weights stay what they were, in fp32 or bf16, under their old names; inputs, weights and gradients are scaled and cast
-just before each product. One scale a *tensor* is the fastest; one a *row* is not upset by a single outlier; one a row
-with weight gradients in high precision is the most exact. Casting reads and writes the operands once more, so small
+just before each product. One scale per *tensor* is the fastest; one per *row* is not upset by a single outlier; one per
+row with weight gradients in high precision is the most exact. Casting reads and writes the operands once more, so small
 layers lose, and layers that set noise levels and modulation lose more than speed: both stay in high precision.
 
 `torchao` does the work and can also let FSDP2 gather weights in float8. Its *emulation* rounds operands the same way
@@ -101,7 +101,7 @@ def check_hardware(config: Float8Config, device: torch.device) -> None:
 
 
 def describe(config: Float8Config, module: nn.Module) -> str:
-    """How many of `module`'s linear layers compute in float8 and how, for people."""
+    """One phrase for the banner: the number of linear layers that compute in float8, recipe and backend."""
     linears = [m for m in module.modules() if isinstance(m, nn.Linear) or _is_float8(m)]
     extras = ", gathered in float8" * config.all_gather + ", emulated" * config.emulate
     return (

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 @dataclass(frozen=True)
 class FsdpOptions:
-    """How a role is sharded.
+    """The sharding of one role.
 
     Attributes:
         compute_dtype: of forward and backward; gradients are reduced in fp32.
@@ -68,6 +68,6 @@ def reshard(module: nn.Module) -> None:
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """Whether the next backward reduces gradients over ranks; micro-batches before the last one need not."""
+    """Sets whether the next backward reduces gradients over ranks; micro-batches before the last one need not."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)

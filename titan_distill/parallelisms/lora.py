@@ -2,7 +2,7 @@
 
 A linear layer becomes `W x + s B (A x)` with A [rank, inputs] and B [outputs, rank]; s is alpha / rank. Gradients,
 moments, averages and checkpoints then hold the adapters only: at rank 64 about 2 % of a 14B model, and the base can be
-stored in the compute type like any frozen weight. The price is two thin products a layer, some rounding between the
+stored in the compute type like any frozen weight. The price is two thin products per layer, some rounding between the
 adapted model and the one it is merged into, and an update of low rank.
 
 The layers are `peft`'s. B starts at zero, so that an adapted model begins as its base, bit for bit; A is drawn by name,
@@ -30,7 +30,7 @@ BASE, A, B = ".base_layer.", ".lora_A.default.", ".lora_B.default."
 
 
 def apply_lora(module: nn.Module, config: LoraConfig, *, excluded: Collection[str]) -> None:
-    """Gives linear layers of `module`, which is on the meta device, fp32 adapters, and freezes everything else.
+    """Gives linear layers of `module`, which is on the meta device, fp32 LoRA adapters, and freezes everything else.
 
     Args:
         module: a model that is not sharded yet.
@@ -65,7 +65,8 @@ def linear_layers(module: nn.Module, excluded: Collection[str]) -> Iterator[tupl
 
 
 def initial_adapters(module: nn.Module, seed: int, device: torch.device) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each adapter's parameter with its whole first value, drawn on `device`: A normal, as in the paper, and B zero.
+    """Each LoRA adapter's parameter with its whole first value, drawn on `device`: A normal, as in the paper, and B
+    zero.
 
     The variance of A is that of the paper's code, 1 / (3 inputs).
     """
@@ -78,13 +79,13 @@ def initial_adapters(module: nn.Module, seed: int, device: torch.device) -> Iter
 
 
 def describe(config: LoraConfig, module: nn.Module) -> str:
-    """How many layers are adapted and what is trained, for people."""
+    """One phrase for the banner: the number of adapted layers and of trained parameters."""
     sizes = [p.numel() for name, p in module.named_parameters() if is_adapter(name)]
     return f"LoRA of rank {config.rank} on {len(sizes) // 2} layers, {sum(sizes) / 1e6:,.1f} M trained"
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter."""
+    """True for the name of a LoRA adapter's parameter."""
     return A in name or B in name
 
 
@@ -95,8 +96,8 @@ def without_adapters(named: Mapping[str, T]) -> dict[str, T]:
 
 @torch.no_grad()
 def merge(name: str, weight: Tensor, adapters: Mapping[str, Tensor], scale: float) -> Tensor:
-    """The base's tensor `name` with its adapter added, if it has one, in fp32: what training changed by little would
-    be lost in the rounding of a bf16 base."""
+    """The base's tensor `name` with its LoRA adapter added, if it has one, in fp32: what training changed by little
+    would be lost in the rounding of a bf16 base."""
     layer, _, leaf = name.rpartition(".")
     a, b = (adapters.get(f"{layer}{part}{leaf}") for part in (A, B))
     if a is None or b is None:

@@ -1,4 +1,4 @@
-"""Device meshes: which ranks do what together.
+"""Device meshes: the groups of ranks that share parameters, tokens and batches.
 
 One grid of ranks, `dp_replicate × dp_shard × sequence × tensor` with tensor innermost, is seen in three ways:
 
@@ -78,7 +78,7 @@ class RoleMesh:
 
     @property
     def sequence_group(self) -> dist.ProcessGroup | None:
-        """Ranks that share the tokens of a sample; None where that is one."""
+        """Ranks that share the tokens of a sample; None for one rank."""
         return None if self._tokens is None else self._tokens.get_group("sequence")
 
     @property
@@ -96,10 +96,10 @@ class RoleMesh:
 class BatchExchange:
     """The batch exchange of a role whose ranks span several data groups: it serves all of them at once.
 
-    Example: four data-parallel students, each with its own prompt, and a teacher that is tensor-parallel over the same
-    four ranks. The teacher's ranks must all see the same input, so the four inputs are gathered, the teacher runs once
-    on a batch of four, and every rank takes its own result back. Both directions carry gradients: the gathered inputs
-    are replicated (each rank computes the same with them), and results are cut from a replicated tensor.
+    Example: four data-parallel copies of one role, each with its own prompt, and a role that is tensor-parallel over
+    the same four ranks. Its ranks must all see the same input, so the four inputs are gathered, the role runs once on a
+    batch of four, and every rank takes its own result back. Both directions carry gradients: the gathered inputs are
+    replicated (each rank computes the same with them), and results are cut from a replicated tensor.
 
     Attributes:
         group: one rank of each data group that the role spans, in the order of their samples.
@@ -145,11 +145,11 @@ class Layouts:
 
     @classmethod
     def alone(cls, device: torch.device) -> Layouts:
-        """Of a process that works for itself."""
+        """The layouts of a single process."""
         return cls(World(rank=0, size=1, device=device), Degrees(), {})
 
     def exchange(self, name: str) -> BatchExchange | None:
-        """How data groups share the role; None where each has its own ranks for it."""
+        """The batch exchange of a role; None where each data group has its own ranks for it."""
         mesh = self.role(name)
         group = None if mesh is None else mesh.exchange_group
         return None if group is None else BatchExchange(group)
@@ -210,7 +210,8 @@ def start_world(timeout_seconds: float, force_group: bool = False) -> World:
 
 
 def tighten_timeout(seconds: float, layouts: Layouts) -> None:
-    """Limits how long ranks wait for each other from now on; start-up, with compilation and loading, is given more."""
+    """Limits how long ranks wait for each other from now on; start-up, with compilation and loading, has a longer
+    limit."""
     if dist.is_initialized():
         _limit_waiting([None, *layouts.groups()], seconds)
 

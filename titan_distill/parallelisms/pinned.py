@@ -1,6 +1,6 @@
-"""Page-locked host memory that is as large as what lies in it.
+"""Page-locked host memory of the exact size of its tensors.
 
-Copies between a GPU and page-locked (pinned) memory run beside everything else; copies of other memory make the host
+Copies between a GPU and page-locked (pinned) memory overlap with everything else; copies of other memory make the host
 wait. PyTorch pins tensor by tensor and rounds each up to a power of two, so the weights of an offloaded 14B model would
 take half as much again as they are large. Here all tensors of one dtype lie one behind the other in a *slab* of
 ordinary pages, which CUDA then locks as they are. Locked pages stay with this process: a data worker that is forked
@@ -28,7 +28,7 @@ from titan_distill.parallelisms.tensor import local
 Name = TypeVar("Name", bound=Hashable)
 
 ALIGNMENT_BYTES = 64
-"""Where tensors begin in a slab: the length of a cache line."""
+"""Alignment of tensors in a slab: the length of a cache line."""
 _PORTABLE = 1
 """cudaHostRegisterPortable: locked for all GPUs of the process."""
 

@@ -11,7 +11,7 @@ nothing from others. Attention has two ways to see all tokens:
 Runs differ in length (a boundary lies at the tile nearest to an even split, and edge tiles are ragged), and collectives
 want equal slices, so runs are padded to the longest with zeros. Attention drops the padding before it looks at tokens
 and puts it back afterwards: no mask, and a token's result does not depend on the number of ranks. Padded rows travel
-through norms and linear layers, and are dropped at the end; nothing that is kept ever reads them.
+through norms and linear layers, and are dropped at the end; no result ever reads them.
 
 A sparse core has a coarse output too, one row a tile: it travels with the fine one, in the same message and a 64th of
 its size, to where the gate is. The gate itself, as large as the queries, never travels.
@@ -39,7 +39,7 @@ Method = Literal["ulysses", "all_gather"]
 def choose_method(
     num_heads: int, sequence: int, tensor: int, asked: Literal["auto", "ulysses", "all_gather"] = "auto"
 ) -> Method:
-    """What was asked for; for `auto`, Ulysses where it can be had: where sequence × tensor ranks divide the heads."""
+    """The method that was asked for; for `auto`, Ulysses where sequence × tensor ranks divide the heads."""
     if asked != "auto":
         return asked
     return "all_gather" if num_heads % (sequence * tensor) else "ulysses"
@@ -68,12 +68,13 @@ def tile_bounds(layout: TileLayout, num_ranks: int, join: int = 1) -> list[int]:
 
 
 def describe_tiles(num_tiles: int, join: int = 1) -> str:
-    """What runs are made of, for errors."""
+    """A phrase for errors: the tiles, or groups of tiles, that runs are made of."""
     return f"{num_tiles} tiles" if join == 1 else f"{-(-num_tiles // join)} groups of {join} tiles"
 
 
 def token_bounds(layout: TileLayout, num_ranks: int, join: int = 1) -> list[int]:
-    """Where each rank's run of whole tiles begins, and at the end the number of tokens. Raises as `tile_bounds`."""
+    """The first token of each rank's run of whole tiles, and at the end the number of tokens. Raises as
+    `tile_bounds`."""
     starts = [*layout.start.tolist(), layout.num_tokens]
     return [starts[tile] for tile in tile_bounds(layout, num_ranks, join)]
 
@@ -123,7 +124,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class TokenShards(Runs):
-    """How the tokens of one grid are spread over sequence ranks: runs of tokens, which are runs of whole `tiles`."""
+    """The tokens of one grid spread over sequence ranks: runs of tokens, which are runs of whole `tiles`."""
 
     tiles: Runs = field(kw_only=True)
 
@@ -140,7 +141,7 @@ class TokenShards(Runs):
 
 @dataclass(frozen=True, eq=False)
 class SequenceParallel:
-    """What one rank does with the tokens of a sample.
+    """The sharing of a sample's tokens among sequence ranks, seen from one rank.
 
     Attributes:
         group: the sequence axis; None for one rank, which still pads where `multiple` asks for it.

@@ -1,6 +1,6 @@
 """Tensor parallelism: the ranks of an axis share each weight matrix.
 
-A *region* is a stretch of a network in which every rank does its own part of the work: it begins with column-wise
+A *region* is a stretch of a network in which every rank does its own part of the arithmetic: it begins with column-wise
 linear layers (each rank some of the outputs, so some heads or some hidden features) and ends with a row-wise one (each
 rank some of the inputs), whose partial results are summed. Between regions activations are replicated, or, with
 `TokenRegion`, each rank holds a run of the tokens, so that norms and residuals are neither computed nor stored twice.
@@ -45,7 +45,7 @@ def local(parameter: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Region:
-    """Where ranks work on parts of replicated activations."""
+    """A stretch of the network in which ranks compute on parts of replicated activations."""
 
     group: dist.ProcessGroup
 
@@ -132,7 +132,7 @@ def enter_region(module: nn.Module, region: Region) -> None:
 
 
 def _compute(linear: nn.Linear) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Layers with a precision of their own say how they multiply."""
+    """The product of a layer; layers with a precision of their own bring one."""
     return getattr(linear, "compute", F.linear)
 
 

@@ -1,8 +1,8 @@
 """Two experts in one role: Wan2.2 A14B denoises high noise with one transformer and low noise with another.
 
 A sample goes through `transformer` at timesteps of at least the boundary, through `transformer_2` below it. So a role
-holds twice the parameters of one network and does the work of one. Samples of a batch differ in their timesteps, and so
-do ranks, but with sharded weights a forward is something that all ranks do together. Two rules keep them together:
+holds twice the parameters of one network and runs the FLOPs of one. Samples of a batch differ in their timesteps, and
+so do ranks, but with sharded weights a forward is something that all ranks do together. Two rules keep them together:
 
 - *Without gradients* ranks tell each other which experts anyone needs, and all run those: one all-reduce of two
   numbers between hosts, of which none waits for its GPU, because noise levels are on the host. Steps of a rollout or of
@@ -12,7 +12,7 @@ do ranks, but with sharded weights a forward is something that all ranks do toge
   layout.
 
 A rank that must run an expert for which it has no sample gives it the first latent frame of one (the whole sample,
-where ranks share its tokens), of which nothing is used: at 480p 1/21 of the tokens. What remains is the price of
+where ranks share its tokens), of which nothing is used: at 480p 1/21 of the tokens. The rest is the price of
 sharding: the weights are gathered, and zero gradients reduced.
 
 Shapes: B samples, N those of one expert.

@@ -1,7 +1,7 @@
 """Image-to-video as Wan 2.2 TI2V does it: the first latent frame is given, and the network is told so by its time.
 
 No channel and no encoder is added to the network. A mask m is 1 on every latent frame that is to be made and small on
-the first one, where an image is given. What the network is shown is
+the first one, where an image is given. The network sees
 
     x ← (1 − m) z + m x,        σ_frame = m σ,        t_frame = 1000 m σ,
 
@@ -10,11 +10,11 @@ lines agree for every m: a mixture of z and of z noised to σ is z noised to m �
 x0 = x − m σ v by its *own* level; the scalar σ would move the first frame along a velocity that nobody learned.
 
 Samplers and methods keep x at one level σ and never look at frames: `held` puts the image back before each forward, so
-that fresh noise, a solver's step or a rollout's may do to the first frame what they like. No loss counts it.
+that fresh noise, a solver's step or a rollout's may change the first frame in any way. No loss counts it.
 
 **Training** mixes both kinds: a sample starts from an image with probability `image_probability`, and then m is not 0
 but exp(N(−3.5, 0.5)), about 0.03, drawn once a sample: a little noise on the given frame, so that the network does not
-depend on an image without flaws (a student that continues its own video will give it such ones). Sampling has m = 0.
+depend on an image without flaws (a model that continues its own video will give it such ones). Sampling has m = 0.
 The image is the sample's own first latent frame: the VAE is causal, so that frame is what the picture alone encodes to.
 Both draws are keyed by the sample's id, which is unique over the run, and thus the same for all updates of a step.
 
@@ -43,7 +43,7 @@ _MAX_TRAINING_MASK = 0.5
 
 @dataclass(frozen=True)
 class ImageMixing:
-    """Which training samples start from an image, and how much noise it gets. `noise_mean` = -inf gives none."""
+    """The choice of training samples that start from an image, and its noise. `noise_mean` = -inf gives none."""
 
     noise: KeyedNoise
     probability: float
@@ -59,7 +59,7 @@ class ImageMixing:
         return cls(noise, pipeline.image_probability, pipeline.image_noise_mean, pipeline.image_noise_std)
 
     def condition(self, ids: list[int], latents_BCFHW: Tensor) -> dict[str, Tensor]:
-        """What the condition of training samples has beside text."""
+        """The part beside text of the condition of training samples."""
         level_B = self.noise.normal("first_frame/mask", 0, ids, (), device="cpu", dtype=torch.float64)
         mask_B = (self.noise_mean + self.noise_std * level_B).exp().clamp(max=_MAX_TRAINING_MASK)
         has_image_B = self.noise.uniform("first_frame/choice", 0, ids) < self.probability
@@ -68,7 +68,7 @@ class ImageMixing:
 
 
 def given_frame(latents_BC1HW: Tensor) -> dict[str, Tensor]:
-    """What a condition has beside text when every sample's video starts from such a latent frame, clean."""
+    """The part beside text of a condition under which every video starts from such a latent frame, clean."""
     mask_B = torch.zeros(len(latents_BC1HW), dtype=torch.float64, device=latents_BC1HW.device)
     return {IMAGE: latents_BC1HW, MASK: mask_B}
 

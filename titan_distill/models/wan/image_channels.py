@@ -7,7 +7,7 @@ before it a mask of 4 channels, one for each video frame that a latent frame sta
 
 The picture's latent is *not* the first latent frame of its video: later latent frames of the grey clip are part of it,
 too. So training data must bring it (`titan-distill data preprocess --images`), or videos, of which it is made here. A
-network takes from a condition what it has inputs for: beside an image-to-video student there may be a critic without.
+network takes from a condition what it has inputs for: beside an image-to-video network there may be one without.
 
 Shapes: B samples, C latent channels, F latent frames, H W latent height and width.
 """
@@ -29,12 +29,13 @@ MASK_CHANNELS = 4
 
 
 def takes_channels(config: WanConfig) -> bool:
-    """Whether the network has inputs for a picture beside the noise."""
+    """True for a network with inputs for a picture beside the noise."""
     return config.in_channels == 2 * config.out_channels + MASK_CHANNELS
 
 
 def needed_tensors(configs: Collection[WanConfig]) -> tuple[str, ...]:
-    """What a condition must have beside text for all of these networks. Raises ValueError for an unknown kind."""
+    """Tensors that a condition must have beside text for all of these networks. Raises ValueError for an unknown
+    kind."""
     for config in configs:
         if config.pos_embed_seq_len is not None:
             raise ValueError("models that take a first and a last frame are not supported; choose other weights")

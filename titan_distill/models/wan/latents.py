@@ -1,9 +1,9 @@
 """The latent space of a run, and the grids that follow from it.
 
 Wan has two VAEs: 16 channels at 4 × 8 × 8 (frames × height × width) for 2.1 and the A14B, 48 channels at 4 × 16 × 16
-for 2.2 TI2V-5B. All that is counted in latents or tokens follows from which one it is: the shape of a sample, the token
-grid, the sizes that a video may have. So it is asked in one place. The VAE's own config answers where there is one; a
-plan or a dry run has no files and believes the number of channels that the networks work on.
+for 2.2 TI2V-5B. Everything counted in latents or tokens follows from the VAE: the shape of a sample, the token grid,
+the sizes that a video may have. So it is asked in one place. The VAE's own config answers where there is one; a plan or
+a dry run has no files and believes the number of channels that the networks work on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PATCH = WanConfig.patch_size[1]  # of all published sizes, along height as alon
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What a VAE makes of a video; compressions are pixels, or frames, for one latent."""
+    """The latents of one VAE; compressions are pixels, or frames, per latent."""
 
     channels: int
     temporal: int
@@ -67,7 +67,7 @@ PUBLISHED = {space.channels: space for space in (LatentSpace(16, 4, 8), LatentSp
 
 
 def find_latent_space(pipeline: str, channels: Callable[[], int]) -> LatentSpace:
-    """That of the VAE in the folder `pipeline`; where no config of one lies there, the published one with as many
+    """The latent space of the VAE in the folder `pipeline`; without a config there, the published one with as many
     `channels`.
 
     Raises ValueError for a config that can't be read, and for channels that no published VAE has.

@@ -195,7 +195,7 @@ class WanFamily(ModelFamily):
 
     @functools.cached_property
     def _space(self) -> LatentSpace:
-        """Of the pipeline's VAE, or of the first role where there is no pipeline."""
+        """The latent space of the pipeline's VAE, or of the first role where there is no pipeline."""
         name, role = next(iter(self._networks().items()))
         return find_latent_space(
             self.config.pipeline_config.path, lambda: self._architecture(name, role, by_name=True).out_channels
