@@ -20,6 +20,7 @@ from titan_distill.commands import generate as generation
 from titan_distill.commands import ode_pairs as pairs
 from titan_distill.commands import plan as planning
 from titan_distill.commands import preprocess
+from titan_distill.config.sections import RecipeConfig
 from titan_distill.data import summary
 from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT
 from titan_distill.models.base import model_family
@@ -47,7 +48,7 @@ def verify(path: Positional[Path]) -> None:
 
 
 def import_weights(
-    folder: Positional[Path], out: Path | None = None, family: str = "wan", role: str = "student"
+    folder: Positional[Path], out: Path | None = None, family: str = RecipeConfig.family, role: str = "student"
 ) -> None:
     """Print the TOML line that starts a role from a diffusers folder: nothing has to be imported.
 

@@ -157,7 +157,8 @@ def test_tools_do_not_mix_devices(tmp_path: Path) -> None:
         ode_pairs(pairs)
         preprocess(
             PreprocessConfig(
-                tmp_path / "videos", tmp_path / "captions.csv", TINY_WAN, TINY_WAN, tmp_path / "clips",
+                folder=tmp_path / "videos", captions=tmp_path / "captions.csv", vae=TINY_WAN, text_encoder=TINY_WAN,
+                out=tmp_path / "clips",
                 height=32, width=32, num_frames=9, device="cuda",
             )
         )  # fmt: skip

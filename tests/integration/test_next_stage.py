@@ -14,7 +14,8 @@ from titan_distill.checkpoint.diffusers_folder import open_folder
 from titan_distill.checkpoint.tools.contents import role_tensors
 from titan_distill.config.loading import load_config
 from titan_distill.parallelisms.mesh import World
-from titan_distill.train import assemble, main, spell_out_references
+from titan_distill.resolve import resolve
+from titan_distill.train import assemble, main
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +43,10 @@ def next_stage(first: Path, output: Path, weights: str, *overrides: str) -> list
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_the_next_stage_starts_from_what_was_named(weights: str, first_stage: Path, tmp_path: Path) -> None:
-    config = spell_out_references(load_config(next_stage(first_stage, tmp_path, f":{weights}")))
+    run = resolve(load_config(next_stage(first_stage, tmp_path, f":{weights}")), 1)
     step = first_stage / "checkpoints" / "step-00000002"
-    assert config.roles["student"].init_from == f"{step}#student:{weights}"
-    trainer = assemble(config, World(rank=0, size=1, device=torch.device("cpu")))
+    assert run.config.roles["student"].init_from == f"{step}#student:{weights}"
+    trainer = assemble(run, World(rank=0, size=1, device=torch.device("cpu")))
     expected = dict(role_tensors(step, "student", use_ema=weights == "ema"))
     found = dict(trainer.roles["student"].transformer.named_parameters())
     assert found.keys() == expected.keys() and any("to_gate_compress" in name for name in found)

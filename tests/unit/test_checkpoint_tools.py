@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_memory_worker import NUM_TENSORS, TENSOR_BYTES
+from runs import HELPERS
 from small_checkpoints import assert_identical, call, make_manager, make_role, make_roles, train
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -292,15 +293,8 @@ class TestReshard:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone measures peaks from now on")
 def test_memory_is_bounded_by_a_tensor_and_not_by_the_model(tmp_path: Path) -> None:
-    worker = Path(__file__).with_name("checkpoint_memory_worker.py")
-    helpers = os.pathsep.join([str(worker.parent.parent), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.run(
-        [sys.executable, worker, tmp_path],
-        env={**os.environ, "PYTHONPATH": helpers},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    worker = HELPERS / "checkpoint_memory_worker.py"
+    process = subprocess.run([sys.executable, worker, tmp_path], capture_output=True, text=True, check=True)
     peaks = json.loads(process.stdout.splitlines()[-1])
     # One tensor, and in `diff` two, are 8 and 16 MiB of 192; what else there is depends on the kernel's page cache.
     assert len(peaks) == 3 and all(peak < NUM_TENSORS * TENSOR_BYTES / 2 for peak in peaks.values()), peaks

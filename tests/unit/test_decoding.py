@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from runs import TINY_WAN, allocated_peak
 
+from titan_distill.models.wan.encoder_memory import PUBLISHED, Decoder, decoding_bytes
 from titan_distill.models.wan.vae import decode_latents, num_decoded_at_once, vae_dtype
-from titan_distill.planner.decoding import PUBLISHED, Decoder, decoding_bytes
 
 WAN22: dict[str, Any] = {
     "base_dim": 8, "decoder_base_dim": 16, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,

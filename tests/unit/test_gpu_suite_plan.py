@@ -98,7 +98,7 @@ def test_configurations_of_real_size_load_with_their_overrides(part, context, mo
 def test_kernel_parts_import_nothing_of_the_trainer():
     imports = "import benchmarks.gpu_suite.kernel_cases"
     program = f"{imports}; print([m for m in sys.modules if m.split('.')[0] == 'titan_distill'])"
-    paths = [str(REPOSITORY / name) for name in ("kernels", "tests", "")]
+    paths = [str(REPOSITORY / name) for name in ("kernels", "tests/helpers", "")]
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}; {program}"],
         capture_output=True, text=True, check=True, cwd=REPOSITORY,

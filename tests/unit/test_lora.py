@@ -18,7 +18,7 @@ from titan_distill.checkpoint.manifest import read_manifest
 from titan_distill.checkpoint.tools.contents import open_checkpoint, role_tensors
 from titan_distill.commands.export import export
 from titan_distill.config.loading import load_config
-from titan_distill.config.lora import LoraConfig
+from titan_distill.config.role_sections import LoraConfig
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.parallelize import HIGH_PRECISION
 from titan_distill.models.wan.plugin import WanFamily
@@ -28,6 +28,7 @@ from titan_distill.parallelisms.compile import compile_blocks
 from titan_distill.parallelisms.lora import apply_lora, initial_adapters, is_adapter, merge
 from titan_distill.parallelisms.mesh import World
 from titan_distill.planner import memory
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer
 
@@ -44,7 +45,7 @@ def arguments(output: Path, *more: str) -> list[str]:
 
 def make_trainer(output: Path, *more: str) -> Trainer:
     os.chdir(TINY_WAN.parents[2])
-    return assemble(load_config(arguments(output, *more)), World(0, 1, torch.device("cpu")))
+    return assemble(resolve(load_config(arguments(output, *more)), 1), World(0, 1, torch.device("cpu")))
 
 
 def train(trainer: Trainer, steps: int) -> Trainer:
@@ -70,7 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
 
 def test_an_adapted_model_starts_as_its_base_bit_for_bit(tmp_path: Path) -> None:
     roles = make_trainer(tmp_path, "--roles.teacher.dtype", "float32").roles
-    base = WanTransformer.from_config(roles["student"].transformer.config)
+    base = WanTransformer(roles["student"].transformer.config)
     load_weights(base, TINY_WAN / "transformer")
     assert torch.equal(forward(roles["student"].transformer), forward(base))
     a = [p for name, p in roles["student"].transformer.named_parameters() if "lora_A" in name]
@@ -80,7 +81,7 @@ def test_an_adapted_model_starts_as_its_base_bit_for_bit(tmp_path: Path) -> None
 def test_first_values_depend_on_the_name_alone() -> None:
     def values(targets: tuple[str, ...]) -> dict[str, Tensor]:
         with torch.device("meta"):
-            model = WanTransformer.from_config(WanConfig(num_layers=2, num_attention_heads=2, attention_head_dim=6))
+            model = WanTransformer(WanConfig(num_layers=2, num_attention_heads=2, attention_head_dim=6))
         apply_lora(model, LoraConfig(rank=2, target_modules=targets), excluded=HIGH_PRECISION)
         by_identity = {id(p): name for name, p in model.named_parameters()}
         torch.manual_seed(len(targets))
@@ -114,7 +115,7 @@ def test_nothing_but_adapters_is_trained_averaged_and_saved(trained: tuple[Train
 
 
 def load_weights_of(config: WanConfig) -> dict[str, Tensor]:
-    base = WanTransformer.from_config(config)
+    base = WanTransformer(config)
     load_weights(base, TINY_WAN / "transformer")
     return dict(base.named_parameters())
 
@@ -132,7 +133,7 @@ def test_what_is_exported_is_the_adapted_model(trained: tuple[Trainer, Path], tm
     with torch.no_grad():
         found = exported(x, torch.tensor([900.0, 300.0]), text, return_dict=False)[0]
     assert bool(((found - expected).abs() <= 1e-5).all())
-    base = WanTransformer.from_config(student.transformer.config)
+    base = WanTransformer(student.transformer.config)
     load_weights(base, TINY_WAN / "transformer")
     assert float((forward(base) - expected).abs().max()) > 1e-4, "nothing was learned, so nothing was compared"
     assert "merged into tests/assets/tiny_wan" in (tmp_path / "out" / "README.md").read_text()
@@ -236,7 +237,7 @@ def test_published_keys_that_no_network_has_are_left_out(tmp_path: Path) -> None
     tensors = {name: p.detach() for name, p in load_weights_of(TINY).items()}
     tensors[f"blocks.0.attn2.{UNUSED_KEY}.weight"] = torch.ones(3)
     WanFamily.write_weights(tensors.items(), TINY.to_diffusers(), tmp_path, None)
-    load_weights(WanTransformer.from_config(TINY), tmp_path)
+    load_weights(WanTransformer(TINY), tmp_path)
     assert UNUSED_KEY not in "".join(open_folder(tmp_path).shapes)
 
 

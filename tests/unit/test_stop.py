@@ -111,6 +111,9 @@ class LongValidator(Validator):
 
     forwards = 0
 
+    def __init__(self) -> None:
+        """It samples nothing, so it needs neither prompts nor a folder."""
+
     def validate(self, step: int, request: Any, roles: Any) -> dict[str, float]:
         role = roles["student"]
         with role.evaluation():

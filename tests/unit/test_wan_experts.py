@@ -30,6 +30,7 @@ from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.observability.flops import forward_flops
 from titan_distill.parallelisms.mesh import World
 from titan_distill.planner.hardware import GPUS
+from titan_distill.resolve import resolve
 from titan_distill.roles import RoleHandle
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer
@@ -43,7 +44,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 def write_experts(folder: Path, *, seed: int = 0) -> Path:
     """A pipeline's two transformers, of random weights, and its index."""
     for offset, name in enumerate(("transformer", "transformer_2")):
-        model = WanTransformer.from_config(CONFIG)
+        model = WanTransformer(CONFIG)
         generator = torch.Generator().manual_seed(seed + offset)
         values = {key: 0.2 * torch.randn(p.shape, generator=generator) for key, p in model.named_parameters()}
         save_folder(values, CONFIG, folder / name)
@@ -69,7 +70,7 @@ def arguments(weights: Path, output: Path, *more: str) -> list[str]:
 
 
 def make_trainer(weights: Path, output: Path, *more: str) -> Trainer:
-    return assemble(load_config(arguments(weights, output, *more)), World(0, 1, torch.device("cpu")))
+    return assemble(resolve(load_config(arguments(weights, output, *more)), 1), World(0, 1, torch.device("cpu")))
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +289,7 @@ def set_index(folder: Path, **values: object) -> None:
     ("spoil", "message"),
     [
         (lambda folder: set_index(folder, boundary_ratio=None), "no model_index.json says where the second one"),
-        (lambda folder: set_index(folder, boundary_ratio="x"), "boundary_ratio = 'x', which is no share"),
+        (lambda folder: set_index(folder, boundary_ratio="x"), "boundary_ratio = 'x', which is not a share"),
         (lambda folder: set_index(folder, boundary_ratio=0.9), "boundaries differ (0.9 in "),
         (lambda folder: save_other(folder / "transformer_2"), "have different shapes"),
     ],
@@ -306,7 +307,7 @@ def test_folders_that_do_not_fit_are_one_sentence(
 
 def save_other(folder: Path) -> None:
     config = replace(CONFIG, ffn_dim=32)
-    save_folder(dict(WanTransformer.from_config(config).named_parameters()), config, folder)
+    save_folder(dict(WanTransformer(config).named_parameters()), config, folder)
 
 
 @pytest.mark.nightly
@@ -333,6 +334,8 @@ def test_the_plan_counts_all_parameters_and_the_work_of_one_expert() -> None:
 
 def test_experts_drawn_at_random_are_not_alike(tmp_path: Path) -> None:
     flavor = ["--roles.student.path=", "--roles.student.flavor", "tiny-A14B", "--pipeline_config.boundary_ratio", "0.5"]
-    trainer = assemble(load_config([*tiny_argv("dmd2", tmp_path), *flavor]), World(0, 1, torch.device("cpu")))
+    trainer = assemble(
+        resolve(load_config([*tiny_argv("dmd2", tmp_path), *flavor]), 1), World(0, 1, torch.device("cpu"))
+    )
     first, second = (module.patch_embedding.weight for module in trainer.roles["student"].modules.values())
     assert not torch.equal(first, second)

@@ -13,12 +13,12 @@ from tiny_ti2v import write_pipeline
 
 from titan_distill.commands.plan import Planner
 from titan_distill.config.config import Config
-from titan_distill.config.layouts import check_world
+from titan_distill.config.degrees import resolve_layout
 from titan_distill.config.loading import load_config
 from titan_distill.models.base import model_family
+from titan_distill.models.wan.encoder_memory import PUBLISHED, decoding_bytes
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.vae import decode_latents, encode_video, load_vae, vae_dtype
-from titan_distill.planner.decoding import PUBLISHED, decoding_bytes
 from titan_distill.planner.hardware import GPUS
 from titan_distill.planner.plan import fake_world
 
@@ -38,11 +38,11 @@ def ti2v_config(*overrides: str) -> Config:
 
 
 def check(config: Config) -> None:
-    model_family("wan")(config).check_layouts(check_world(config, 1).roles)
+    model_family("wan")(config).check_layouts(resolve_layout(config, 1).roles)
 
 
 def test_published_sizes_give_the_published_grids() -> None:
-    """The token counts of algorithms.md, section 5."""
+    """The token counts of docs/algorithms.md, "Sizes of Wan"."""
     assert WAN21.token_grid(81, 480, 832) == (21, 30, 52)
     assert WAN21.token_grid(81, 720, 1280) == (21, 45, 80)
     assert WAN22.shape(121, 704, 1280) == (48, 31, 44, 80)

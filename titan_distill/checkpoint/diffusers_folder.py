@@ -7,6 +7,7 @@ mapping that stays open would add up to the whole model.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,9 +116,15 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a file that holds a JSON object. Raises ValueError."""
+    """Reads a file that holds a JSON object; parsed once as long as it does not change. Raises ValueError."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
+    found = path.stat()
+    return dict(_parse(path, found.st_mtime_ns, found.st_size))
+
+
+@functools.lru_cache(maxsize=32)
+def _parse(path: Path, mtime_ns: int, num_bytes: int) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:

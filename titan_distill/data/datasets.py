@@ -1,13 +1,14 @@
-"""Which dataset ``data.path`` names: rows that are encoded already, or videos and prompts."""
+"""Opens the dataset that `data.path` names: rows that are encoded already, or videos and prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from titan_distill.config.data import DataConfig
+from titan_distill.config.sections import DataConfig
+from titan_distill.data.footage import VideoSize
 from titan_distill.data.parquet import LatentRow, ParquetDataset
 from titan_distill.data.rows import RowDataset
-from titan_distill.data.videos import ClipRow, VideoDataset, VideoSize
+from titan_distill.data.videos import ClipRow, VideoDataset
 
 
 def open_dataset(

@@ -12,15 +12,13 @@ Shape suffixes: B batch, L positions of this rank, W width of the features.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
-
-if TYPE_CHECKING:
-    from titan_distill.parallelisms.mesh import RoleMesh
+from titan_distill.parallelisms.mesh import RoleMesh
 
 HIDDEN_WIDTH = 128
 
@@ -62,7 +60,7 @@ def _zero_linear(width: int) -> nn.Linear:
 def build_head(
     width: int, num_depths: int, mesh: RoleMesh | None, device: torch.device, options: FsdpOptions, seed: int
 ) -> FeatureHead:
-    """A head with weights drawn from ``seed``, the same in every layout; ranks share them as they share others."""
+    """A head with weights drawn from `seed`, the same in every layout; ranks share them as they share others."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = FeatureHead(width, num_depths)

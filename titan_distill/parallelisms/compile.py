@@ -5,20 +5,19 @@ at every FSDP hook); compiling the block costs one graph that all blocks of a sh
 between graphs, where it overlaps with them. What fuses inside a block (norms, modulation, casts) is all there is to
 win: between blocks lies only the residual stream.
 
-The block's ``forward`` is compiled rather than the block: its hooks stay outside of the graph, its parameters keep
+The block's `forward` is compiled rather than the block: its hooks stay outside of the graph, its parameters keep
 their names, and activation checkpointing, applied before, becomes part of the graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from titan_distill.config.sections import CompileConfig
+from titan_distill.config.sections import CompileConfig
 
 NUM_GRAPHS_OF_A_BLOCK = 64
 """All roles' blocks share the code that torch counts graphs by. One role needs a graph with and one without gradients,
@@ -41,7 +40,7 @@ def check_num_segments(config: CompileConfig, num_segments: int) -> None:
 def compile_blocks(
     blocks: Iterable[nn.Module], config: CompileConfig, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
-    """Compiles every block as one graph; does nothing unless ``config.enabled``. A graph break is an error."""
+    """Compiles every block as one graph; does nothing unless `config.enabled`. A graph break is an error."""
     if not config.enabled:
         return
     limit = torch._dynamo.config.recompile_limit

@@ -33,7 +33,7 @@ class FsdpOptions:
 
 
 def apply_fsdp(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, options: FsdpOptions) -> None:
-    """Shards ``blocks`` one by one and the rest of ``module`` as the root unit. Inputs keep their dtype: timesteps must
+    """Shards `blocks` one by one and the rest of `module` as the root unit. Inputs keep their dtype: timesteps must
     never be cast down."""
     policy = MixedPrecisionPolicy(
         param_dtype=options.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -60,7 +60,7 @@ def reshard(module: nn.Module) -> None:
     """Puts every parameter back to its shard.
 
     FSDP leaves what it does not reshard (the root, the last block) gathered after a forward that no backward follows, a
-    rollout for instance; ``module.parameters()`` would then be tensors that nobody keeps.
+    rollout for instance; `module.parameters()` would then be tensors that nobody keeps.
     """
     for unit in module.modules():
         if isinstance(unit, FSDPModule):

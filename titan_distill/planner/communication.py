@@ -9,7 +9,7 @@ everything waits. Left out, all below a percent: norms' statistics, embedders an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from titan_distill.config.degrees import Degrees
 from titan_distill.planner.hardware import Gpu
@@ -60,7 +60,11 @@ class Transfer:
     bytes_sent: float
     seconds: float
     overlaps: bool
-    """Whether it runs beside the computation."""
+    """Whether it overlaps with computation."""
+
+    def repeated(self, times: float) -> Transfer:
+        """The transfer, `times` over."""
+        return replace(self, bytes_sent=times * self.bytes_sent, seconds=times * self.seconds)
 
 
 @dataclass(frozen=True)

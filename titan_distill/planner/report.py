@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -161,19 +162,10 @@ def _method(role: RolePlan) -> str:
 
 
 def table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be; numbers to the right."""
-    widths = [max(len(row[column]) for row in [names, *rows]) for column in range(len(names))]
-    lines = [title]
-    for row in [names, *rows]:
-        cells = (
-            cell.rjust(width) if cell[:1].isdigit() or names[column] in _NUMBERS else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  " + "  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-_NUMBERS = {
-    "parameters", "gradients", "optimizer", "EMA", "activations", "temporary", "executed", "dense", "compute s",
-    "waiting s", "GiB", "s", "ranks a sample", "shortest run", "padded to", "padding",
-}  # fmt: skip
+    """Formats columns as wide as they need to be. Columns of numbers are flush right."""
+    columns = []
+    for name, *cells in zip(names, *rows, strict=True):
+        width = max(map(len, [name, *cells]))
+        flush_right = any(cells) and all(re.match(r"[+-]?\d|$", cell) for cell in cells)
+        columns.append([cell.rjust(width) if flush_right else cell.ljust(width) for cell in (name, *cells)])
+    return "\n".join([title, *("  " + "  ".join(line).rstrip() for line in zip(*columns, strict=True))])

@@ -121,17 +121,15 @@ def _check_positive(name: str, value: Any) -> None:
             raise ValueError(f"{name} {value} must be positive")
 
 
+_TINY = WanConfig(num_layers=6, num_attention_heads=4, attention_head_dim=32, ffn_dim=512, text_dim=64, freq_dim=64)
+
 FLAVORS: dict[str, WanConfig] = {
-    "tiny": WanConfig(
-        num_layers=6, num_attention_heads=4, attention_head_dim=32, ffn_dim=512, text_dim=64, freq_dim=64
-    ),
+    "tiny": _TINY,
     "1.3B": WanConfig(num_layers=30, num_attention_heads=12, ffn_dim=8960),
     "5B": WanConfig(num_layers=30, num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48),
     "14B": WanConfig(),
     "A14B": WanConfig(),
-    "tiny-A14B": WanConfig(
-        num_layers=6, num_attention_heads=4, attention_head_dim=32, ffn_dim=512, text_dim=64, freq_dim=64
-    ),
+    "tiny-A14B": _TINY,
     "A14B-I2V": WanConfig(in_channels=36),
     "14B-I2V": WanConfig(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
 }

@@ -15,18 +15,12 @@ Shapes: B samples, C latent channels, F latent frames, H W latent height and wid
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from titan_distill.models.base import Condition
 from titan_distill.models.wan.config import WanConfig
-from titan_distill.models.wan.image_encoder import ENCODER, ImageEncoder
-from titan_distill.models.wan.vae import encode_image
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
 
 LATENT, EMBEDDING = "image_latent", "image_embedding"
 """In a condition and in data: the grey clip's latent [B, C, F, H, W], and CLIP's tokens [B, tokens, D]."""
@@ -60,23 +54,3 @@ def with_channels(x_BCFHW: Tensor, condition: Condition) -> Tensor:
     mask = latent.new_zeros(len(latent), MASK_CHANNELS, *latent.shape[2:])
     mask[:, :, 0] = 1
     return torch.cat([x_BCFHW, mask, latent], 1)
-
-
-def encode_pictures(
-    names: Collection[str],
-    images_BHW3: Tensor,
-    num_frames: int,
-    vae: AutoencoderKLWan,
-    encoder: ImageEncoder | None,
-) -> dict[str, Tensor]:
-    """The tensors ``names`` of uint8 pictures that have the video's size. ``num_frames`` counts the video's frames."""
-    tensors = {}
-    if LATENT in names:
-        tensors[LATENT] = encode_image(vae, images_BHW3, num_frames)
-    if EMBEDDING in names:
-        if encoder is None:
-            raise ValueError(
-                f"no {ENCODER} to embed images with; set pipeline_config.path to a diffusers folder that has one"
-            )
-        tensors[EMBEDDING] = encoder.embed(images_BHW3)
-    return tensors

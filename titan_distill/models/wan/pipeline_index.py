@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2
+from titan_distill.checkpoint.diffusers_folder import PIPELINE_INDEX, TRANSFORMER, TRANSFORMER_2, read_json
 
 BOUNDARY = "boundary_ratio"
 """Timestep, as a share of 1000, at which the high-noise expert hands over to the low-noise one."""
@@ -28,3 +29,14 @@ def exported_index(index: dict[str, Any], modules: Sequence[str], config: Mappin
     elif index.get(BOUNDARY) is not None or index.get(TRANSFORMER_2, [None])[0] is not None:
         index = index | {TRANSFORMER_2: [None, None], BOUNDARY: None}
     return index | {EXPAND_TIMESTEPS: True} if config.get("image_probability") else index
+
+
+def read_index(folder: str) -> dict[str, Any]:
+    """The model_index.json of a diffusers pipeline; empty where none lies in `folder`. Raises ValueError."""
+    file = Path(folder) / PIPELINE_INDEX
+    if not folder or not file.is_file():
+        return {}
+    try:
+        return read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{file} is no index of a pipeline ({error}); copy it again") from error
