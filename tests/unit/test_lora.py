@@ -184,7 +184,8 @@ def test_tensor_ranks_are_refused(
 
 
 def test_adapters_are_no_weights_to_start_from(trained: tuple[Trainer, Path]) -> None:
-    with pytest.raises(ValueError, match="holds only adapters of 'student', for the weights in tests/assets/tiny_wan"):
+    found = "holds only a LoRA adapter of 'student', for the weights in tests/assets/tiny_wan"
+    with pytest.raises(ValueError, match=found):
         resolve_reference(f"{trained[1]}#student:ema")
 
 
@@ -193,7 +194,7 @@ def test_a_run_goes_on_with_its_own_base_and_scale(
     trained: tuple[Trainer, Path], tmp_path: Path, change: Callable[[Path], tuple[str, ...]]
 ) -> None:
     folder = other_weights(tmp_path / "other")
-    with pytest.raises(ValueError, match="has adapters of 'student' for tests/assets/tiny_wan, counted 2 times"):
+    with pytest.raises(ValueError, match="has a LoRA adapter of 'student' for tests/assets/tiny_wan with scaling 2,"):
         make_trainer(tmp_path / "run", "--checkpoint.resume_from", str(trained[1]), *change(folder))
 
 
@@ -217,7 +218,7 @@ def test_a_changed_base_is_not_merged(tmp_path: Path) -> None:
     assert base is not None and (base.path, base.scale) == (str(folder), 2.0)
     assert sum(1 for _ in role_tensors(path, "student", use_ema=False)) == len(load_weights_of(TINY))
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
-    with pytest.raises(ValueError, match="are not those that the adapters were trained on"):
+    with pytest.raises(ValueError, match="are not those that the LoRA adapter was trained on"):
         role_tensors(path, "student", use_ema=False)
 
 

@@ -98,11 +98,7 @@ def _widened(values: Tensor) -> Tensor:
 def _compare_values(a: Any, b: Any) -> str:
     """Names the first part that differs: the settings of an optimizer list every parameter."""
     leaves_a, leaves_b = dict(_leaves(a, "")), dict(_leaves(b, ""))
-    differing = [
-        path
-        for path in dict.fromkeys([*leaves_a, *leaves_b])
-        if leaves_a.get(path, "nothing") != leaves_b.get(path, "nothing")
-    ]
+    differing = [path for path in leaves_a | leaves_b if leaves_a.get(path) != leaves_b.get(path)]
     if not differing:
         return ""
     path, more = differing[0], f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
