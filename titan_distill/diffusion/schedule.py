@@ -15,7 +15,7 @@ without an error (5 against 8 is 19 % in σ at t = 20), and so nothing here has 
 code. σ is float64, t is float32, and conversions run in float64 whatever the latents are: x_σ − σ v cancels at small σ.
 
 Noise levels stay on the host, whatever device latents are on: they are drawn there, and a model of two experts chooses
-by them without asking the GPU. What computes with latents brings them over (`broadcast_sigma`); the host does not wait.
+by them without asking the GPU. `broadcast_sigma` copies them to the latents' device, and the host does not wait.
 
 Shapes: `x`, `x0`, `v`, `noise` are [B, ...], for video [B, C, F, H, W]. `sigma` is a scalar tensor, [B] (one noise
 level per sample), or broadcastable to x with as many dims ([B, 1, F, 1, 1]: a level per frame, as image-to-video

@@ -9,8 +9,8 @@ f(x, 0) = x needs no teaching: the networks predict velocities, and x0 = x âˆ’ Ï
 The lower prediction is a target, made without gradient by an average of the student's weights: one that moves with
 every update is chased by an error that it causes itself. This average is the role's own EMA ([ema]), in place of the
 trained weights for one forward. That costs two copies of the rank's shard per micro-batch, but neither a third network
-nor a second kind of state: it is sharded, saved, resumed and validated already, and the same in every layout. What it
-forbids is a checkpoint that is copied beside training, and so might catch the average in the place of the weights.
+nor a second kind of state: it is sharded, saved, resumed and validated already, and the same in every layout. It
+forbids asynchronous checkpoints, whose copy might catch the average in the place of the weights.
 
 Sources: consistency models (2303.01469), algorithm 2; latent consistency models (2310.04378) for guidance.
 """

@@ -42,8 +42,8 @@ def regression_loss(
 ) -> Tensor:
     """Return mean (predicted − target)² of each sample, [B], times `weight_B` [B] if given.
 
-    Of velocities with the target ε − x0 this is flow matching (2210.02747, eq. 23), with another model's velocity the
-    distillation of that model's whole flow; of x0 it is the regression of a trajectory's end (CausVid 2412.07772).
+    With velocities and the target ε − x0 this is flow matching (2210.02747, eq. 23); with another model's velocity as
+    the target it distils that model's whole flow. With x0 it regresses a trajectory's end (CausVid 2412.07772).
     """
     loss_B = _mean_per_sample((predicted.double() - target.double()) ** 2, mask)
     return loss_B if weight_B is None else loss_B * to_device(weight_B.double(), loss_B.device)

@@ -14,8 +14,8 @@ Sparse attention with T tiles, of which each query tile reads K, has (with a gat
 
 so TFLOP/s and MFU count what is executed, never the dense products that were saved.
 
-How often networks run is counted where they run (`WorkCounter`), not predicted: random rollout exits, doubled batches
-of guidance and update ratios are then right for every method, including those not written yet. Two totals are kept:
+`WorkCounter` counts forwards where they run instead of predicting them, so that random rollout exits, doubled batches
+of guidance and update ratios are right for every method, including those not written yet. Two totals are kept:
 *model* FLOPs are what the mathematics needs (a backward is two forwards), *hardware* FLOPs add what activation
 checkpointing recomputes, a share of a forward. MFU and HFU are their shares of the device's peak.
 """
