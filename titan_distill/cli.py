@@ -1,5 +1,5 @@
-"""``titan-distill``: what one does beside training. Each command is a typed function; tyro makes its options and
-``--help``."""
+"""`titan-distill`: the commands beside training. Each command is a typed function; tyro makes its options and
+`--help`."""
 
 from __future__ import annotations
 
