@@ -109,7 +109,7 @@ def test_forward_and_gradients_equal_diffusers(structure, grid):
     config = STRUCTURES[structure]
     oracle = WanTransformer3DModel.from_config(config.to_diffusers())
     randomise(oracle)
-    model = WanTransformer(config)
+    model = WanTransformer.from_config(config.to_diffusers())
     model.load_state_dict(oracle.state_dict())
     inputs = random_inputs(config, grid)
     if structure == "5B":

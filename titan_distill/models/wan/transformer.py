@@ -19,8 +19,9 @@ M model width, R distinct timesteps (rows of modulation).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from titan_kernels.layout import DEFAULT_TILE
@@ -84,6 +85,13 @@ class WanTransformer(nn.Module):
         self.token_region: TokenRegion | None = None
         if not self.scale_shift_table.is_meta:
             self.reset_parameters()
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], sparse: SparseAttention | None = None, segmentation: Segmentation | None = None
+    ) -> WanTransformer:
+        """Builds from the dict of a diffusers `config.json`. Raises ValueError as the constructor does."""
+        return cls(WanConfig.from_diffusers(config), sparse, segmentation)
 
     @property
     def attention_core(self) -> AttentionCore:
