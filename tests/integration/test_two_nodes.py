@@ -1,6 +1,6 @@
 """scripts/slurm/train.sbatch on two "nodes" of one rank each, over loopback.
 
-Only SLURM is a stand-in: an ``srun`` that starts what it is given twice and passes signals on, and an ``scontrol`` that
+Only SLURM is a stand-in: an `srun` that starts what it is given twice and passes signals on, and an `scontrol` that
 knows one host name and writes down what it is asked to requeue. The script, its torchrun line and the
 training are real.
 """
@@ -41,7 +41,7 @@ if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >>"$SCONTROL_LOG"; fi
 
 @contextmanager
 def started(folder: Path, *overrides: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """The script as SLURM would start it, for a short finetune of the tiny Wan that writes to ``folder/run``."""
+    """The script as SLURM would start it, for a short finetune of the tiny Wan that writes to `folder/run`."""
     stand_ins = folder / "bin"
     stand_ins.mkdir(exist_ok=True)
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
