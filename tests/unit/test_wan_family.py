@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from runs import REPOSITORY, tiny_argv
-from titan_distill.config.layouts import check_world
 
 from titan_distill.checkpoint.diffusers_folder import network_folder
+from titan_distill.config.degrees import resolve_layout
 from titan_distill.config.loading import load_config
 from titan_distill.models.base import model_family
 from titan_distill.models.wan import plugin, stored
@@ -32,7 +32,7 @@ def test_each_stored_configuration_is_read_once(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(stored, "read_config", counting(stored.read_config))
     monkeypatch.setattr(plugin, "find_latent_space", counting(plugin.find_latent_space))
     family = model_family("wan")(config)
-    family.check_layouts(check_world(config, 1).roles)
+    family.check_layouts(resolve_layout(config, 1).roles)
     family.spelled_out()
     family.extra_tensors()
     family.token_grid()
