@@ -12,7 +12,8 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +22,19 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_distill.attention.dense import order_backends
+from titan_distill.checkpoint import discovery
 from titan_distill.checkpoint.initial_weights import weights_digest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
-from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole
+from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole, read_manifest
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import needs_group
 from titan_distill.config.loading import help_text, load_config, to_toml
+from titan_distill.config.text import redacted
 from titan_distill.data.loader import SampleLoader, open_dataset
 from titan_distill.data.rows import RowDataset
 from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
+from titan_distill.fault_tolerance import run_lock
 from titan_distill.fault_tolerance.exit_codes import (
     EXIT_BAD_INPUT,
     EXIT_COME_AGAIN,
@@ -38,7 +42,10 @@ from titan_distill.fault_tolerance.exit_codes import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
 )
+from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
+from titan_distill.fault_tolerance.run_folder import Run, check_folder, open_run, read_run, resumes
+from titan_distill.fault_tolerance.run_lock import Owner, RunLock, read_owner
 from titan_distill.fault_tolerance.signals import Stop
 from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog, record_collectives
 from titan_distill.methods.base import Head, TrainingMethod
@@ -53,7 +60,15 @@ from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
 from titan_distill.parallelisms.fsdp import FsdpOptions
 from titan_distill.parallelisms.lora import is_adapter
-from titan_distill.parallelisms.mesh import Layouts, World, check_local_ranks, default_device, num_ranks, start_world
+from titan_distill.parallelisms.mesh import (
+    Layouts,
+    World,
+    check_local_ranks,
+    default_device,
+    is_main_process,
+    num_ranks,
+    start_world,
+)
 from titan_distill.parallelisms.tensor import check_async_communication
 from titan_distill.planner.hardware import GPUS
 from titan_distill.planner.plan import can_plan, fake_world, make_plan
@@ -67,6 +82,7 @@ CHECK = "--check"
 """Option that only checks the input. run_train.sh gives it before torchrun, which would turn one sentence into a
 traceback per rank."""
 HELP = ("--help", "-h")
+IN_USE = "wait for it, stop it, or choose another --job.name"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,9 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     quiet_libraries()
-    with Stop() as stop:
+    with Stop() as stop, ExitStack() as held:
         try:
-            trainer = start(argv, stop)
+            trainer = start(argv, stop, held)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_BAD_INPUT
@@ -86,9 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DONE if trainer is None else train(trainer)
 
 
-def start(argv: list[str], stop: Stop) -> Trainer | None:
+def start(argv: list[str], stop: Stop, held: ExitStack) -> Trainer | None:
     """Builds the run of a command line. Returns None for a command line that asks for less: help, a check, a dry
-    run."""
+    run. `held` gets the lock of the output folder."""
     words = [word for word in argv if word not in (CHECK, *HELP)]
     if any(word in argv for word in HELP):
         print(help_text(words))
@@ -99,12 +115,43 @@ def start(argv: list[str], stop: Stop) -> Trainer | None:
         print(dry_run(run))
         return None
     check_machine(config)
+    if is_main_process():
+        check_output(config)
     if CHECK in argv:
         return None
+    lock = held.enter_context(open_folder(config, redacted(argv))) if is_main_process() else None
     record_collectives(config.job.output_folder / "logs", config.comm.init_timeout_seconds)
     world = start_world(config.comm.init_timeout_seconds, force_group=needs_group(config))
     watchdog = Watchdog(world.rank, world.size, config.comm.init_timeout_seconds)
-    return assemble(run, world, watchdog, stop)
+    return assemble(run, world, watchdog, stop, lock)
+
+
+def check_output(config: Config) -> None:
+    """Raises ValueError for an output folder that cannot be written, or that another run has used or uses."""
+    folder = config.job.output_folder
+    probe_folder(folder, "job.output_dir" if config.job.output_dir else "job.name")
+    check_folder(folder, config.checkpoint.resume_from, overwrite=config.job.overwrite)
+    if (owner := read_owner(folder / run_lock.NAME)) is not None and owner.is_dead(Owner.current()) is False:
+        raise ValueError(f"{folder} is in use by {owner}; {IN_USE}")
+
+
+def open_folder(config: Config, command: Sequence[str]) -> RunLock:
+    """Locks the output folder and makes it this run's. For one process per run. Raises as `check_output`."""
+    folder, resume_from = config.job.output_folder, config.checkpoint.resume_from
+    lock = RunLock(folder, remedy=IN_USE).acquire()
+    try:
+        parent, step = (None, 0) if not resume_from or resumes(folder, resume_from) else _parent(Path(resume_from))
+        open_run(folder, resume_from, overwrite=config.job.overwrite, command=command, parent=parent, parent_step=step)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _parent(resume_from: Path) -> tuple[Run | None, int]:
+    """Returns the run and the step of a checkpoint in another folder."""
+    checkpoint = discovery.resolve(resume_from)
+    return read_run(checkpoint.parent.parent), read_manifest(checkpoint).step
 
 
 def check_machine(config: Config) -> None:
@@ -164,7 +211,13 @@ def dry_run(run: ResolvedRun) -> str:
         return f"{described}\n\n{memory_table(make_plan(run, roles, GPUS['H100']))}"
 
 
-def assemble(run: ResolvedRun, world: World, watchdog: Watchdog | None = None, stop: Stop | None = None) -> Trainer:
+def assemble(
+    run: ResolvedRun,
+    world: World,
+    watchdog: Watchdog | None = None,
+    stop: Stop | None = None,
+    lock: RunLock | None = None,
+) -> Trainer:
     """Builds all parts of a run. Raises ValueError, in one sentence, for input that does not fit together."""
     config, folder = run.config, run.config.job.output_folder
     if world.is_main:
@@ -177,7 +230,7 @@ def assemble(run: ResolvedRun, world: World, watchdog: Watchdog | None = None, s
     timer = PhaseTimer(world.device)
     method = run.method(config.method_config, roles, adapter, KeyedNoise(config.job.seed), timer)
     add_optimizers(config, roles, method)
-    checkpoints, state = _resume(run, roles, world.device)
+    checkpoints, state = _resume(run, roles, world.device, lock)
     ranks = Ranks(config.comm.validation_timeout_seconds)
     validator = None
     if config.validation.enabled:
@@ -300,14 +353,16 @@ def _build_loader(config: Config, dataset: RowDataset[Any], layouts: Layouts, st
     )
 
 
-def _resume(run: ResolvedRun, roles: RoleManager, device: torch.device) -> tuple[CheckpointManager | None, TrainState]:
+def _resume(
+    run: ResolvedRun, roles: RoleManager, device: torch.device, lock: RunLock | None
+) -> tuple[CheckpointManager | None, TrainState]:
     """Loads the checkpoint to resume from. Returns the manager that saves further ones, if they are enabled, and the
     first state."""
     config = run.config
     state = TrainState(step=0, samples_seen=0, seed=config.job.seed)
     if not (config.checkpoint.enabled or config.checkpoint.resume_from):
         return None, state
-    checkpoints = _checkpoint_manager(run, roles, device)
+    checkpoints = _checkpoint_manager(run, roles, device, lock)
     if config.checkpoint.resume_from and (found := checkpoints.find(config.checkpoint.resume_from)) is not None:
         state = checkpoints.load(found, roles)
     if state.seed != config.job.seed:
@@ -322,7 +377,9 @@ def _resume(run: ResolvedRun, roles: RoleManager, device: torch.device) -> tuple
     return checkpoints if config.checkpoint.enabled else None, state
 
 
-def _checkpoint_manager(run: ResolvedRun, roles: RoleManager, device: torch.device) -> CheckpointManager:
+def _checkpoint_manager(
+    run: ResolvedRun, roles: RoleManager, device: torch.device, lock: RunLock | None
+) -> CheckpointManager:
     config, checkpoint = run.config, run.config.checkpoint
     stored = {name: weights for name, role in config.roles.items() if (weights := role.path or role.init_from)}
     info = RunInfo(
@@ -340,6 +397,7 @@ def _checkpoint_manager(run: ResolvedRun, roles: RoleManager, device: torch.devi
             for name, weights in stored.items()
             if config.roles[name].lora.enabled
         },
+        run=owner.id if (owner := read_run(config.job.output_folder)) else "",
         noise_version=NOISE_VERSION,
     )
     return CheckpointManager(
@@ -349,6 +407,7 @@ def _checkpoint_manager(run: ResolvedRun, roles: RoleManager, device: torch.devi
         mode=checkpoint.mode,
         device=device,
         timeout_seconds=config.comm.init_timeout_seconds,
+        lock=lock,
     )
 
 

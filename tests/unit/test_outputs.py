@@ -23,9 +23,7 @@ def test_good_outputs_leave_nothing(tmp_path: Path) -> None:
 
 def test_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
-    with pytest.raises(
-        ValueError, match=r"job.output_dir = '.*/a/b' cannot be written, because .*/a is a file"
-    ):
+    with pytest.raises(ValueError, match=r"job.output_dir = '.*/a/b' cannot be written, because .*/a is a file"):
         probe_folder(tmp_path / "a/b", "job.output_dir")
     with pytest.raises(ValueError, match=r"cannot be written, because .*/a is a file; choose another folder"):
         probe_folder(tmp_path / "a", "job.output_dir")

@@ -25,20 +25,30 @@ Write = Callable[[Path], Mapping[str, FileRecord]]
 
 
 def publish_step(
-    folder: Path, manifest: Manifest, write: Write, ranks: Ranks, keep: int, needed: Collection[Path]
+    folder: Path,
+    manifest: Manifest,
+    write: Write,
+    ranks: Ranks,
+    keep: int,
+    needed: Collection[Path],
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Publishes a step of a run in `folder`, then removes all but the newest `keep` steps and those in `needed`.
 
-    A step of the same number is replaced. Raises as `publish` does, and RankFailure for a step that is pinned.
+    `check` is called on rank 0 before anything in `folder` changes, and again before the step appears; what it raises
+    ends the save. A step of the same number is replaced. Raises as `publish` does, and RankFailure for a step that is
+    pinned.
     """
     path = folder / discovery.step_name(manifest.step)
-    ranks.on_rank_zero(lambda: _make_way(path))
-    publish(path, manifest, write, ranks)
+    ranks.on_rank_zero(lambda: _make_way(path, check))
+    publish(path, manifest, write, ranks, check)
     ranks.on_rank_zero(lambda: _retire(folder, keep, {path, *needed}))
     return path
 
 
-def publish(path: Path, manifest: Manifest, write: Write, ranks: Ranks) -> None:
+def publish(
+    path: Path, manifest: Manifest, write: Write, ranks: Ranks, check: Callable[[], None] = lambda: None
+) -> None:
     """Publishes what `write` writes as `path`, with `manifest` and the records that `write` returns.
 
     On failure nothing is published and nothing is left behind. Raises RankFailure or ValueError, on every rank.
@@ -48,14 +58,15 @@ def publish(path: Path, manifest: Manifest, write: Write, ranks: Ranks) -> None:
         written = write(temporary)
         by_rank = ranks.gather(lambda: _compared(temporary, written))
         files = {name: record for records in by_rank for name, record in records.items()}
-        ranks.on_rank_zero(lambda: _finish(temporary, path, dataclasses.replace(manifest, files=files)))
+        ranks.on_rank_zero(lambda: _finish(temporary, path, dataclasses.replace(manifest, files=files), check))
     except BaseException:
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _make_way(path: Path) -> None:
+def _make_way(path: Path, check: Callable[[], None]) -> None:
+    check()
     if discovery.is_pinned(path):
         raise RankFailure(
             f"{path} is pinned, so it can't be replaced; remove its file {discovery.PIN_NAME!r}, or choose another "
@@ -79,10 +90,11 @@ def _compared(temporary: Path, written: Mapping[str, FileRecord]) -> Mapping[str
     return written
 
 
-def _finish(temporary: Path, path: Path, manifest: Manifest) -> None:
+def _finish(temporary: Path, path: Path, manifest: Manifest, check: Callable[[], None]) -> None:
     storage.read_index(temporary, manifest.files)
     write_manifest(temporary, manifest)
     flush_folder(temporary)
+    check()
     replaced = _move_aside(path) if path.exists() else None
     # Only a run that was rewound replaces a step. Dying right here loses that step, never another one.
     temporary.rename(path)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from titan_distill.checkpoint.manifest import CheckpointDamaged, read_manifest, verify_sizes
+from titan_distill.fault_tolerance.run_folder import read_run
 
 LATEST = "latest"
 PIN_NAME = "pin"
@@ -44,14 +45,20 @@ def temporary_folders(folder: Path) -> list[Path]:
 
 
 def complete_steps(folder: Path) -> Iterator[Path]:
-    """Yields the complete checkpoints in `folder`, newest first; warns about each incomplete one that it passes."""
+    """Yields the complete checkpoints of the run that owns `folder`, newest first.
+
+    Warns about each incomplete one that it passes. Checkpoints of another run are passed in silence: the run's own
+    never depend on them. Those without an id are the folder's.
+    """
+    owner = read_run(folder.parent)
     for path in step_folders(folder):
         try:
-            verify_sizes(path, read_manifest(path).files)
+            manifest = read_manifest(path)
+            if owner is None or manifest.run in ("", owner.id):
+                verify_sizes(path, manifest.files)
+                yield path
         except CheckpointDamaged as damage:
             logger.warning("Skipping an incomplete checkpoint: %s", damage)
-        else:
-            yield path
 
 
 def find_latest(folder: Path) -> Path | None:

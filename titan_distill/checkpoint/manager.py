@@ -35,6 +35,7 @@ from titan_distill.checkpoint.manifest import (
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.fault_tolerance.files import FileRecord
 from titan_distill.fault_tolerance.ranks import Ranks
+from titan_distill.fault_tolerance.run_lock import RunLock
 from titan_distill.roles import RoleManager
 
 PATIENCE_SECONDS = 60.0
@@ -57,6 +58,8 @@ class RunInfo:
     """Frozen roles: the folder of their weights, and its `fingerprint`."""
     bases: dict[str, AdaptedBase] = field(default_factory=dict)
     """Base weights of each role of which only a LoRA adapter is saved."""
+    run: str = ""
+    """Id of the run (`run_folder.Run`)."""
     noise_version: int | None = None
     """Version of the noise that the run draws (`diffusion.noise.NOISE_VERSION`)."""
 
@@ -65,7 +68,8 @@ class CheckpointManager:
     """The checkpoints of one run. Construct and use it on every rank: all methods are collective, unless they say so.
 
     It is a context manager for the time of training, and waits at the end for the last save. `timeout_seconds` is how
-    long ranks wait for each other when they save and load, see `Ranks`.
+    long ranks wait for each other when they save and load, see `Ranks`. With a `lock`, which rank 0 holds, nothing is
+    published after the folder was taken over.
     """
 
     def __init__(
@@ -77,9 +81,11 @@ class CheckpointManager:
         mode: Literal["sync", "async"] = "sync",
         device: torch.device | None = None,
         timeout_seconds: float | None = None,
+        lock: RunLock | None = None,
     ) -> None:
         assert keep >= 1, "the configuration refuses to keep no checkpoint"
         self.folder, self.keep, self.run_info, self.is_async = folder, keep, run_info, mode == "async"
+        self._check_lock = (lambda: None) if lock is None else lock.check
         self.ranks = Ranks(timeout_seconds)
         # Groups are not for two threads at once: the saving thread has its own.
         self._saving_ranks = Ranks(timeout_seconds) if self.is_async else self.ranks
@@ -191,6 +197,7 @@ class CheckpointManager:
             trained=trained,
             frozen=info.frozen,
             files={},
+            run=info.run,
             noise_version=info.noise_version,
         )
 
@@ -204,7 +211,7 @@ class CheckpointManager:
             if self.is_async and self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # a new thread's is 0, and using it would cost memory there
             ranks.together(stage.finish)
-            commit.publish_step(self.folder, manifest, write, ranks, self.keep, needed)
+            commit.publish_step(self.folder, manifest, write, ranks, self.keep, needed, self._check_lock)
         finally:
             stage.is_complete.set()  # whatever has failed, nobody waits for it in vain
 

@@ -78,6 +78,8 @@ class Manifest:
     """By name within the folder; all files but the manifest itself."""
     weights_only: bool = False
     """Whether there are no optimizers, schedulers and progress: roles can start from it, but no run resumes from it."""
+    run: str = ""
+    """Id of the run (`run_folder.Run`). Empty in checkpoints from before this field."""
     noise_version: int | None = None
     """Version of the noise that the run drew. None in checkpoints from before this field."""
     format_version: int = FORMAT_VERSION

@@ -19,6 +19,7 @@ from titan_distill.checkpoint.manifest import Manifest, read_manifest
 from titan_distill.checkpoint.tools.contents import role_tensors
 from titan_distill.config.dtypes import DTYPES
 from titan_distill.fault_tolerance.files import atomic
+from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.models.base import model_family
 
 
@@ -47,6 +48,7 @@ def export(
     use_ema = trained.has_ema if weights == "auto" else weights == "ema"
     if out.exists():
         raise ValueError(f"{out} exists already; remove it, or export to another folder")
+    probe_folder(out, "--out")
     family, config = model_family(manifest.family), manifest.pipeline_config
     pipeline = pipeline or (Path(config["path"]) if config.get("path") else None)
     if pipeline is not None and not (pipeline / PIPELINE_INDEX).is_file():

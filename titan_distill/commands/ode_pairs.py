@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,10 +44,12 @@ from titan_distill.diffusion.requests import TrajectoryRequest
 from titan_distill.diffusion.schedule import few_step_sigmas, timestep
 from titan_distill.diffusion.trajectory import grid_indices, sample_trajectory
 from titan_distill.fault_tolerance.files import atomic
+from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.fault_tolerance.ranks import Ranks
+from titan_distill.fault_tolerance.run_lock import RunLock
 from titan_distill.methods.base import method_class
 from titan_distill.models.base import Adapter, Guidance, model_family
-from titan_distill.parallelisms.mesh import Layouts, World, num_ranks, start_world
+from titan_distill.parallelisms.mesh import Layouts, World, is_main_process, num_ranks, start_world
 from titan_distill.roles import RoleHandle, RoleManager
 
 SETTINGS = "ode_pairs.json"
@@ -111,7 +113,9 @@ def ode_pairs(options: OdePairsOptions) -> str:
     role, family = config.roles["teacher"], model_family(config.recipe.family)(config)
     degrees = role_degrees(config, "teacher", num_ranks())
     family.check_layouts({"teacher": degrees})
-    with _world(config) as world:
+    if is_main_process():
+        probe_folder(options.out, "--out")
+    with _world(config) as world, RunLock(options.out) if world.is_main else nullcontext():
         layouts = Layouts(world, degrees, {"teacher": degrees})
         if world.is_main:
             _publish_settings(options.out, settings)

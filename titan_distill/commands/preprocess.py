@@ -25,6 +25,8 @@ from titan_distill.data.footage import SUFFIXES, VideoSize, read_clips
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.data.summary import DatasetSummary, inspect
 from titan_distill.data.tables import READERS, non_empty
+from titan_distill.fault_tolerance.outputs import probe_folder
+from titan_distill.fault_tolerance.run_lock import RunLock
 from titan_distill.models.base import EncoderFolders, FootageEncoder, model_family
 from titan_distill.parallelisms.mesh import default_device
 
@@ -71,7 +73,7 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
 
     Raises:
         ValueError: a missing folder, a video without caption or caption without video, sizes that the encoders can't
-            take, a video that is damaged or too short, output that already exists.
+            take, a video that is damaged or too short, output that already exists, cannot be written, or is in use.
     """
     output = config.out / OUTPUT_NAME
     if output.exists():
@@ -85,9 +87,11 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {value:g} is not positive: leave it out for the default")
     device = default_device() if config.device is None else torch.device(config.device)
-    encoder = model_family(config.family).footage_encoder(config, device)
-    encoder.check_size(config.num_frames, config.height, config.width)
-    write_rows(output, _rows(config, videos, captions, encoder))
+    probe_folder(config.out, "--out")
+    with RunLock(config.out):
+        encoder = model_family(config.family).footage_encoder(config, device)
+        encoder.check_size(config.num_frames, config.height, config.width)
+        write_rows(output, _rows(config, videos, captions, encoder))
     return inspect(output)
 
 

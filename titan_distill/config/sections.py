@@ -25,6 +25,9 @@ class JobConfig:
     """Folder for everything that the run writes. Default: outputs/<job.name>."""
     dry_run: bool = False
     """Build the run without weights, print its memory plan, and exit."""
+    overwrite: bool = field(default=False, compare=False)
+    """Move the content of an output folder that an earlier run has used to NAME.old-TIME. Command line only; ignored
+    after a requeue."""
     seed: int = 0
     """Seed of all random draws: data order, noise, timesteps, caption dropout."""
     imports: tuple[str, ...] = ()

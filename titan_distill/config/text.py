@@ -15,7 +15,7 @@ import json
 import re
 import textwrap
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 NO_VALUE = "none"
@@ -126,6 +126,18 @@ def show(key: str, value: Any) -> str:
 
 
 # Files --------------------------------------------------------------------------------------------
+
+
+def redacted(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with the values of secret-looking options replaced."""
+    shown, hides = [], False
+    for word in words:
+        key, has_value, _ = word.partition("=")
+        is_key = word.startswith("--")
+        secret = is_key and _SECRET_KEY.search(key.rpartition(".")[2]) is not None
+        shown.append(_REDACTED if hides and not is_key else f"{key}={_REDACTED}" if secret and has_value else word)
+        hides = secret and not has_value
+    return shown
 
 
 def to_dict(config: Any, *, skip_origins: bool = False) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import json
 import logging
 import os
 import platform
-import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +39,7 @@ class Run:
     created: str
     """ISO 8601, UTC."""
     command: list[str]
+    """Command line, without secrets."""
     versions: dict[str, str]
     parent: str = ""
     """Id of the run whose checkpoint this one began at; empty for a fresh start."""
@@ -59,11 +60,11 @@ def read_run(folder: Path) -> Run | None:
         raise ValueError(f"{path} is damaged ({error}); restore it, or choose another folder for the run") from error
 
 
-def new_run(parent: str = "", parent_step: int = 0) -> Run:
+def new_run(command: Sequence[str] = (), parent: str = "", parent_step: int = 0) -> Run:
     """A run that begins now, in this process."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     versions = {name: version(name) for name in ("titan_distill", "torch")} | {"python": platform.python_version()}
-    return Run(uuid.uuid4().hex, now, sys.argv, versions, parent, parent_step)
+    return Run(uuid.uuid4().hex, now, list(command), versions, parent, parent_step)
 
 
 def write_run(folder: Path, run: Run) -> None:
@@ -117,13 +118,20 @@ def resumes(folder: Path, resume_from: str) -> bool:
 
 
 def open_run(
-    folder: Path, resume_from: str, *, overwrite: bool, parent: Run | None = None, parent_step: int = 0
+    folder: Path,
+    resume_from: str,
+    *,
+    overwrite: bool,
+    command: Sequence[str] = (),
+    parent: Run | None = None,
+    parent_step: int = 0,
 ) -> Run:
     """Makes `folder` that of this start and returns the run it belongs to. For one process, which holds its lock.
 
     A resume of the run in the folder keeps its id; a folder without `run.json` is adopted. Else the id is a new one.
 
     Args:
+        command: Command line, without secrets.
         parent: With a `resume_from` in another folder: the run there.
         parent_step: With it: the step at which the new run begins.
 
@@ -136,7 +144,7 @@ def open_run(
         move_away(folder)
     run = read_run(folder) if resumes(folder, resume_from) else None
     if run is None:
-        run = new_run(parent.id if parent else "", parent_step)
+        run = new_run(command, parent.id if parent else "", parent_step)
         write_run(folder, run)
     return run
 

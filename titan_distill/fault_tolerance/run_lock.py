@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from titan_distill.fault_tolerance.ranks import RankFailure
+
 NAME = "run.lock"
 RENEWAL_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0
@@ -34,7 +36,7 @@ POLL_SECONDS = 1.0
 logger = logging.getLogger(__name__)
 
 
-class LockLostError(RuntimeError):
+class LockLostError(RankFailure):
     """Another process has taken the folder over; the message is one sentence."""
 
 
@@ -99,6 +101,10 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> RunLock:
+        return self if self._thread is not None else self.acquire()
+
+    def acquire(self) -> RunLock:
+        """Takes the lock. Raises ValueError when a live process holds it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while not self._create(self.path):
             self._take_over()
@@ -111,6 +117,10 @@ class RunLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives the lock back, if it is still this process's."""
         self._released.set()
         if self._thread is not None:
             self._thread.join()

@@ -11,8 +11,10 @@ from __future__ import annotations
 import io
 import shutil
 import sys
+import textwrap
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image
 
 from titan_distill.config.sections import MetricsConfig
 from titan_distill.data.footage import read_mp4
+from titan_distill.fault_tolerance import run_folder
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,8 +56,10 @@ class TensorBoardTracker:
             ) from error
         # A resumed run repeats the steps after its checkpoint: TensorBoard is told to forget what it knows of them.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
-        text = (folder / "config.toml").read_text()
-        self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), start_step)
+        for name in ("config.toml", run_folder.NAME):
+            if (folder / name).is_file():
+                text = (folder / name).read_text(encoding="utf-8")
+                self._writer.add_text(Path(name).stem, textwrap.indent(text, "    "), start_step)
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
@@ -90,7 +95,7 @@ class WandbTracker:
                 id=_run_id(folder / "wandb_run_id", start_step),
                 resume="allow",
                 dir=folder,
-                config=tomllib.loads(config_path.read_text()),
+                config=tomllib.loads(config_path.read_text(encoding="utf-8")) | _identity(folder),
                 settings=wandb.Settings(x_disable_meta=True, disable_code=True, disable_git=True),
             )
         except wandb.errors.UsageError as error:
@@ -116,6 +121,11 @@ class WandbTracker:
 
 
 Tracker = TensorBoardTracker | WandbTracker
+
+
+def _identity(folder: Path) -> dict[str, dict[str, object]]:
+    run = run_folder.read_run(folder)
+    return {} if run is None else {"run": asdict(run)}
 
 
 def _run_id(path: Path, start_step: int) -> str:

@@ -167,6 +167,11 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def is_main_process() -> bool:
+    """Whether this is rank 0 by torchrun's environment, before any process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def default_device() -> torch.device:
     """This rank's GPU, or the CPU where there is none.
 
