@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_distill import train
+from titan_distill import cli, train
 from titan_distill.checkpoint.manifest import read_manifest
 from titan_distill.fault_tolerance.run_folder import read_run
 
@@ -127,3 +127,13 @@ def test_folders_that_cannot_be_written(tmp_path: Path, where: str, capsys: pyte
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and message.startswith("error: job.output_dir = ")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_video_is_not_sampled_for_a_file_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`generate` refuses its output before it looks for the checkpoint."""
+    for out, message in ((tmp_path / "x.gif", "must end in .mp4"), (tmp_path / "file/x.mp4", "is a file")):
+        (tmp_path / "file").touch()
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["generate", "--checkpoint", "nowhere", "--prompt", "a", "--out", str(out)])
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
