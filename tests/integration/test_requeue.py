@@ -13,20 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import slurm_stand_ins
 import toy_family
 from forked import train_forked
 from runs import REPOSITORY, read_metrics
 
 from titan_distill.checkpoint.discovery import complete_steps
 
-SRUN = """#!/usr/bin/env bash
-while [[ $1 == --* ]]; do shift; done
-export SLURM_NODEID=0
-exec "$@"
-"""
-SCONTROL = """#!/usr/bin/env bash
-if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >>"$SCONTROL_LOG"; fi
-"""
 TOY = REPOSITORY / "tests" / "assets" / "toy_finetune.toml"
 
 
@@ -64,11 +57,7 @@ def running(command: list[str], folder: Path, **variables: str) -> Iterator[subp
 
 def sbatch(folder: Path, steps: int, **variables: str) -> list[str]:
     """The script's command line, its stand-ins put in place."""
-    stand_ins = folder / "bin"
-    stand_ins.mkdir(exist_ok=True)
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (stand_ins / name).write_text(text)
-        (stand_ins / name).chmod(0o755)
+    slurm_stand_ins.install(folder)
     return ["bash", "scripts/slurm/train.sbatch", str(TOY), *arguments(folder, "run", steps)]
 
 
