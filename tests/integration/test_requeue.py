@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -51,7 +51,8 @@ def running(command: list[str], folder: Path, **variables: str) -> Iterator[subp
     finally:
         if job.poll() is None:
             for pid in [*descendants(job.pid), job.pid]:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, signal.SIGKILL)
             job.communicate()
 
 
@@ -76,8 +77,9 @@ def descendants(pid: int) -> list[int]:
 
 def rank_process(job: subprocess.Popen[str], rank: int) -> int:
     for pid in descendants(job.pid):
-        if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text():
-            return pid
+        with suppress(OSError):  # it has just ended
+            if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text():
+                return pid
     raise AssertionError(f"no process is rank {rank}")
 
 
