@@ -56,19 +56,19 @@ class Job:
         shown = subprocess.run(["scontrol", "--oneliner", "show", "job", self.number], capture_output=True, text=True)
         return dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word).get(name, "")
 
-    def wait_for(self, what: Callable[[], Any], seconds: float = 120) -> None:
+    def wait_for(self, what: Callable[[], Any], seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, f"{self.field('JobState')} {self.field('ExitCode')}\n{self.output()}"
-            time.sleep(0.1)
+            time.sleep(0.3)
 
-    def wait_for_state(self, state: str, seconds: float = 120) -> None:
+    def wait_for_state(self, state: str, seconds: float = 240) -> None:
         self.wait_for(lambda: self.field("JobState") == state, seconds)
 
     def wait_for_step(self, step: int) -> None:
         self.wait_for(lambda: (self.folder / "metrics.jsonl").exists() and len(read_metrics(self.folder)) >= step)
 
-    def wait_until_requeued_and_go_on(self, seconds: float = 120) -> int:
+    def wait_until_requeued_and_go_on(self, seconds: float = 240) -> int:
         """Waits for the requeue and starts the job at once, not after SLURM's two minutes. Returns the steps done."""
         self.wait_for(lambda: self.field("Restarts") == "1" and self.field("JobState") == "PENDING", seconds)
         self.wait_for(lambda: not self.processes(), 40)
@@ -219,7 +219,7 @@ def test_a_time_limit_is_a_requeue(tmp_path: Path) -> None:
     """SLURM counts time limits in minutes and warns up to one earlier than asked."""
     job = submit(tmp_path, options=("--time", "2", "--signal", "B:USR1@60"))
     job.wait_for_step(1)
-    num_steps = job.wait_until_requeued_and_go_on(seconds=180)
+    num_steps = job.wait_until_requeued_and_go_on(seconds=300)
     assert max(saved_steps(job.folder)) == num_steps
     assert_stopped_quietly(job)
     job.wait_for_step(num_steps + 5)
@@ -283,7 +283,7 @@ def test_a_job_array_trains_each_task_in_its_own_folder(tmp_path: Path) -> None:
     one_node = ("--array", "0-1", "--nodes", "1")
     one_rank = ("--training.local_batch_size", "8", "--job.output_dir", str(tmp_path / "run-%a"), "--job.seed", "%a")
     job = submit(tmp_path, *one_rank, steps=10, options=one_node)
-    job.wait_for(lambda: not subprocess.check_output(["squeue", "--noheader", "--jobs", job.number]), 120)
+    job.wait_for(lambda: not subprocess.check_output(["squeue", "--noheader", "--jobs", job.number]))
     first, second = metrics(tmp_path / "run-0"), metrics(tmp_path / "run-1")
     assert len(first) == len(second) == 10
     assert first[0]["loss/student"] != second[0]["loss/student"], "their seeds differ"

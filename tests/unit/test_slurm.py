@@ -57,14 +57,32 @@ def test_without_a_configuration_it_says_how_it_is_used(arguments: tuple[str, ..
     assert done.stderr.startswith("usage: sbatch")
 
 
-PYTHON = """#!/usr/bin/env bash
-if [[ $1 == -c ]]; then echo "$FOLDER/run"; exit; fi # the check of the input names the output folder
-trap 'touch "$FOLDER/heard"; [[ -z ${OBEYS:-} ]] || exit "$OBEYS"' USR1 # the launcher
-trap '' TERM
-echo $$ "$@" >"$FOLDER/launched"
-if [[ -n ${ENDS:-} ]]; then exit "$ENDS"; fi
-while :; do sleep 0.05; done
+PYTHON = (
+    f"#!{sys.executable}"
+    + """
+import os, pathlib, signal, sys, time
+
+folder = pathlib.Path(os.environ["FOLDER"])
+if sys.argv[1] == "-c":  # the check of the input, which names the output folder
+    print(folder / "run")
+    sys.exit()
+
+
+def hear(number, frame):
+    (folder / "heard").touch()
+    if "OBEYS" in os.environ:
+        os._exit(int(os.environ["OBEYS"]))
+
+
+signal.signal(signal.SIGUSR1, hear)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(folder / "launched").write_text(" ".join([str(os.getpid()), *sys.argv[1:]]))
+if "ENDS" in os.environ:
+    sys.exit(int(os.environ["ENDS"]))
+while True:
+    time.sleep(0.05)
 """
+)
 SIGNAL_BEFORE_CHILD_IS_KNOWN = """
 if [[ $0 == *train.sbatch ]]; then
     set -T
@@ -88,9 +106,11 @@ class Outcome:
 
 
 def kill_slurmstepd(launcher: int) -> None:
-    """Kills the stand-in for the process that SLURM starts a node's task with, two above the launcher."""
-    task = parent(launcher)
-    os.kill(parent(task), signal.SIGKILL)
+    """Kills the stand-in for slurmstepd, which a node's task descends from."""
+    pid = launcher
+    while "slurmstepd" not in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+        pid = parent(pid)
+    os.kill(pid, signal.SIGKILL)
 
 
 def parent(pid: int) -> int:
@@ -107,7 +127,7 @@ def batch(folder: Path, event: signal.Signals | Callable[[int], None] | None = N
         "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node0", "SLURM_NNODES": "1", **variables,
     }  # fmt: skip
     command = ["bash", str(SCRIPT), "job.toml", "--job.output_dir", "run-%a"]
-    job = subprocess.Popen(command, cwd=REPOSITORY, env=environment)
+    job = subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
     launched = folder / "launched"
     try:
         if event is not None:
@@ -121,10 +141,12 @@ def batch(folder: Path, event: signal.Signals | Callable[[int], None] | None = N
                 event(int(launched.read_text().split()[0]))
         code = job.wait(30)
     finally:
-        job.kill()
-        if launched.exists():
-            with suppress(ProcessLookupError):  # a launcher that does not obey
-                os.killpg(os.getpgid(int(launched.read_text().split()[0])), signal.SIGKILL)
+        groups = {job.pid}
+        with suppress(OSError, IndexError):  # of a launcher that does not obey
+            groups.add(os.getpgid(int(launched.read_text().split()[0])))
+        for group in groups:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
     texts = [path.read_text() if path.exists() else "" for path in (folder / "requeued", launched)]
     return Outcome(code, (folder / "heard").exists(), *texts)
 
