@@ -268,6 +268,7 @@ def test_a_killed_slurmstepd_is_a_save_and_a_requeue(
     first = job.process_of(SLURM_PROCID="0") if is_batch else job.process_of(SLURM_NODEID=which[-1], SLURM_STEP_ID="0")
     os.kill(slurmstepd_of(first), signal.SIGKILL)
     num_steps = job.wait_until_requeued_and_go_on()
+    assert f"{which} has lost its slurmstepd" in job.log.read_text()
     assert max(saved_steps(job.folder)) == num_steps
     assert_goes_on_exactly(job, num_steps, undisturbed)
 

@@ -1,5 +1,7 @@
-"""The batch script is sound shell, names no cluster, says how it is used, and requeues when it should: its real lines,
-with stand-ins for SLURM and for the run."""
+"""The batch script is sound shell, names no cluster, says how it is used, and requeues when it should.
+
+The lines of the script are real; SLURM (tests/slurm_stand_ins.py) and the run are stand-ins.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def test_shellcheck_finds_nothing() -> None:
     shellcheck = str(beside_python) if beside_python.exists() else shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip('needs shellcheck: pip install -e ".[dev]"')
-    done = run(shellcheck, SCRIPT, "run_train.sh")
+    done = run(shellcheck, *SCRIPT.parent.iterdir(), "run_train.sh")
     assert done.returncode == 0, done.stdout
 
 
