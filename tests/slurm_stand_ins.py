@@ -23,12 +23,11 @@ SRUN = (
 import os, signal, subprocess, sys, time
 
 KILL_WAIT_SECONDS = 10
+LAGGING = 'trap : USR1; "$@"; code=$?; sleep 2; exit "$code"'
 SLURMSTEPD = """
-trap : USR1
+trap : USR1 TERM
+[[ ${LAGGING_NODE:-} != "$SLURM_NODEID" ]] || set -- bash -c "$LAGGING" lagging "$@"
 "$@"
-code=$?
-[[ ${LAGGING_NODE:-} != "$SLURM_NODEID" ]] || sleep 2
-exit "$code"
 """
 
 signals = []
@@ -44,9 +43,9 @@ if environment.get("SLURM_EXPORT_ENV") == "NONE" and "--export=ALL" not in optio
 
 
 def start(node):
-    variables = {**environment, "SLURM_NODEID": str(node), "BATCH_SCRIPT": str(os.getppid())}
+    variables = {"SLURM_NODEID": str(node), "BATCH_SCRIPT": str(os.getppid()), "LAGGING": LAGGING}
     command_line = ["bash", "-c", SLURMSTEPD, "slurmstepd", *command]
-    return subprocess.Popen(command_line, env=variables, start_new_session=True)
+    return subprocess.Popen(command_line, env=environment | variables, start_new_session=True)
 
 
 def exit_code(task):  # None of a slurmstepd that was killed

@@ -206,6 +206,17 @@ def test_usr1_is_a_save_a_requeue_and_an_exact_continuation(
     assert_goes_on_exactly(job, num_steps, undisturbed)
 
 
+@pytest.mark.parametrize("seconds", [0, 2, 5, 10])
+def test_usr1_while_the_ranks_start_is_a_requeue(seconds: float, tmp_path: Path) -> None:
+    job = submit(tmp_path)
+    job.wait_for(lambda: any("SLURM_STEP_ID" in environment for environment in job.processes().values()))
+    time.sleep(seconds)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job.number], check=True)
+    job.wait_until_requeued_and_go_on()
+    job.wait_for_step(3)
+    job.cancel()
+
+
 def test_a_signal_to_one_rank_is_a_requeue(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
     job = submit(tmp_path)
     job.wait_for_step(3)
@@ -217,7 +228,7 @@ def test_a_signal_to_one_rank_is_a_requeue(tmp_path: Path, undisturbed: list[dic
 
 def test_a_time_limit_is_a_requeue(tmp_path: Path) -> None:
     """SLURM counts time limits in minutes and warns up to one earlier than asked."""
-    job = submit(tmp_path, options=("--time", "2", "--signal", "B:USR1@60"))
+    job = submit(tmp_path, options=("--time", "3", "--signal", "B:USR1@60"))
     job.wait_for_step(1)
     num_steps = job.wait_until_requeued_and_go_on(seconds=300)
     assert max(saved_steps(job.folder)) == num_steps

@@ -70,17 +70,22 @@ if sys.argv[1] == "-c":  # the check of the input, which names the output folder
     sys.exit()
 
 
+def exit_code(variable):  # one for all nodes, or one for each
+    codes = os.environ[variable].split(",")
+    return int(codes[int(os.environ["SLURM_NODEID"]) % len(codes)])
+
+
 def hear(number, frame):
     (folder / "heard").touch()
     if "OBEYS" in os.environ:
-        os._exit(int(os.environ["OBEYS"]))
+        os._exit(exit_code("OBEYS"))
 
 
 signal.signal(signal.SIGUSR1, hear)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 (folder / "launched").write_text(" ".join([str(os.getpid()), *sys.argv[1:]]))
-if "ENDS" in os.environ:
-    sys.exit(int(os.environ["ENDS"]))
+if "ENDS" in os.environ and exit_code("ENDS") >= 0:
+    sys.exit(exit_code("ENDS"))
 while True:
     time.sleep(0.05)
 """
@@ -178,6 +183,18 @@ def test_a_run_that_finishes_when_warned_is_done(tmp_path: Path) -> None:
 def test_a_run_that_does_not_leave_in_time_is_requeued_once(tmp_path: Path) -> None:
     ended = batch(tmp_path, signal.SIGUSR1, STOP_SECONDS="1")
     assert (ended.code, ended.heard, ended.requeued) == (137, True, "requeue 7\n")
+
+
+def test_a_node_that_loses_another_while_both_start_is_no_crash(tmp_path: Path) -> None:
+    """A rank that has its handlers already fails when the first node leaves with the store."""
+    ended = batch(tmp_path, signal.SIGUSR1, SLURM_NNODES="2", OBEYS="75,1")
+    assert (ended.code, ended.requeued) == (75, "requeue 7\n")
+
+
+def test_a_crash_ends_the_other_nodes_and_is_not_requeued(tmp_path: Path) -> None:
+    """Also where the other nodes take being ended for a request to stop."""
+    ended = batch(tmp_path, SLURM_NNODES="2", ENDS="-1,1", OBEYS="75")
+    assert (ended.code, ended.requeued) == (1, "")
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(tmp_path: Path) -> None:
