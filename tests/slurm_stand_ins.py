@@ -6,6 +6,7 @@
 - With `--kill-on-bad-exit=1` the first task that ends with any code but 0 ends the others: SIGTERM, then SIGKILL.
 - It returns the largest exit code of its tasks, 128 + N for signal N. It waits for a killed `slurmstepd` without end.
 - Where `SLURM_EXPORT_ENV` is NONE, as after `sbatch --export=NONE`, only `--export=ALL` hands the environment on.
+- It drops signals while it starts the tasks, which takes `$STARTING_SECONDS`.
 
 The variable `LAGGING_NODE` names the node whose task leaves two seconds after its command, as on a busy machine.
 `scontrol` knows the address of the nodes and writes the jobs that it is asked to requeue to `$SCONTROL_LOG`; `scancel`
@@ -54,6 +55,8 @@ def exit_code(task):  # None of a slurmstepd that was killed
 
 
 tasks = [start(node) for node in range(int(os.environ["SLURM_NNODES"]))]
+time.sleep(float(os.environ.get("STARTING_SECONDS", 0)))
+signals.clear()
 kill_at, is_killing = None, False
 while None in (codes := [exit_code(task) for task in tasks]):
     if "--kill-on-bad-exit=1" in options and kill_at is None and any(codes):

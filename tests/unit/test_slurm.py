@@ -209,6 +209,11 @@ def test_a_warning_while_srun_starts_is_a_requeue(tmp_path: Path) -> None:
     assert (ended.code, ended.requeued) == (75, "requeue 7\n")
 
 
+def test_a_warning_that_srun_drops_is_repeated(tmp_path: Path) -> None:
+    ended = batch(tmp_path, signal.SIGUSR1, OBEYS="75", STARTING_SECONDS="3")
+    assert (ended.code, ended.heard, ended.requeued) == (75, True, "requeue 7\n")
+
+
 def test_a_node_without_slurmstepd_stops_and_the_job_is_requeued(tmp_path: Path) -> None:
     """srun waits for such a node for ever, and SLURM does not end what runs there."""
     ended = batch(tmp_path, kill_slurmstepd, OBEYS="75")
