@@ -23,7 +23,7 @@ SRUN = (
     + r'''
 import os, signal, subprocess, sys, time
 
-KILL_WAIT_SECONDS = 10
+KILL_WAIT_SECONDS = 30
 LAGGING = 'trap : USR1; "$@"; code=$?; sleep 2; exit "$code"'
 SLURMSTEPD = """
 trap : USR1 TERM

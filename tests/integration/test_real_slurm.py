@@ -73,7 +73,7 @@ class Job:
         self.wait_for(lambda: self.field("Restarts") == "1" and self.field("JobState") == "PENDING", seconds)
         self.wait_for(lambda: not self.processes(), 40)
         time.sleep(2)  # a start in the second of the end before is a failure to SLURM
-        num_steps = len(read_metrics(self.folder))
+        num_steps = len(read_metrics(self.folder)) if (self.folder / "metrics.jsonl").exists() else 0
         control("update", f"JobId={self.number}", "StartTime=now")
         return num_steps
 
@@ -113,6 +113,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]))
         yield
     subprocess.run([TEST_CLUSTER, "down", folder], check=True)
+
+
+@pytest.fixture(autouse=True)
+def end_jobs() -> Iterator[None]:
+    yield
+    subprocess.run(["scancel", "--user", str(os.geteuid())], check=True)
+    deadline = time.monotonic() + 60
+    while subprocess.check_output(["squeue", "--noheader"]) and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")

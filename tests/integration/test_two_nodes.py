@@ -85,7 +85,8 @@ def test_warned_both_nodes_stop_after_one_step_and_the_job_is_requeued(lagging_n
 
 
 def test_a_crash_on_one_node_ends_both_and_the_job_is_not_requeued(tmp_path: Path) -> None:
-    with started(tmp_path, "--training.steps", "1000000", "--checkpoint.interval", "2") as job:
+    endless = ("--training.steps", "1000000", "--checkpoint.interval", "2", "--comm.train_timeout_seconds", "20")
+    with started(tmp_path, *endless) as job:
         wait_for_checkpoint(tmp_path / "run", job)
         os.kill(rank_process(1), signal.SIGKILL)
         output, _ = job.communicate(timeout=120)
