@@ -192,7 +192,7 @@ def test_two_nodes_train_to_the_end(tmp_path: Path, undisturbed: list[dict[str, 
     job.wait_for_state("COMPLETED")
     assert job.field("ExitCode") == "0:0"
     assert metrics(job.folder) == undisturbed[:20]
-    assert not job.processes()
+    job.wait_for(lambda: not job.processes(), 10)
 
 
 def test_wrong_input_is_exit_code_2(tmp_path: Path) -> None:
