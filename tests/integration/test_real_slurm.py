@@ -110,7 +110,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         patch.setenv("PYTHON", sys.executable)
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]))
+        family = str(Path(toy_family.__file__).parent)
+        patch.setenv("PYTHONPATH", os.pathsep.join([family, os.environ.get("PYTHONPATH", "")]))
         yield
     subprocess.run([TEST_CLUSTER, "down", folder], check=True)
 
