@@ -1,4 +1,4 @@
-"""Peak activation memory by checkpointing mode: ``python -m benchmarks.activation_memory --out FILE``.
+"""Peak activation memory by checkpointing mode: `python -m benchmarks.activation_memory --out FILE`.
 
 PyTorch's profiler records every allocation and release of CPU memory during a forward and backward; the highest sum of
 what is alive, above what was alive before, is the peak. Weights and gradients exist before, so that what is left is
@@ -39,9 +39,9 @@ MIB = 2**20
 def peak_bytes(config: WanConfig, checkpointing: ActivationCheckpointConfig, grid: tuple[int, int, int]) -> int:
     """Peak of live bytes above weights and gradients in one forward and backward of one sample, fp32.
 
-    ``grid`` counts latents: frames, height, width.
+    `grid` counts latents: frames, height, width.
     """
-    model = WanTransformer.from_config(config)
+    model = WanTransformer(config)
     apply_activation_checkpointing(model.blocks, checkpointing)
     latents = torch.zeros(1, config.in_channels, *grid)
     text = torch.zeros(1, NUM_TEXT_TOKENS, config.text_dim)

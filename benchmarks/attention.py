@@ -111,7 +111,7 @@ class Tensors:
 
     @property
     def pair_flops(self) -> int:
-        """Of one matrix product, for one query token, one key token and all heads."""
+        """FLOPs of one matrix product, for one query token, one key token and all heads."""
         return 2 * self.q.shape[2] * self.q.shape[3]
 
     def topk(self, sparsity: float) -> int:
@@ -358,7 +358,7 @@ def crossover(sparse_ms: dict[float, float], dense_ms: float) -> float | str | N
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """The result as a text."""
     unit = "TF/s"
     lines = [
         f"{result['dtype']}, head dim {result['head_dim']}; matmul {result['matmul_tflops']:.4g} TFLOP/s"
@@ -420,7 +420,7 @@ def benchmark(cases: Sequence[Case], device: str, report: Callable[[str], None] 
 
 
 def versions() -> dict[str, Any]:
-    """Of what computes, beside PyTorch's own, which stands with the machine."""
+    """Versions of the libraries that compute; PyTorch's stands with the machine."""
     return {"triton": version("triton"), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
 
 

@@ -1,15 +1,15 @@
-"""What a checkpoint costs: `python -m benchmarks.checkpoint --out benchmarks/results/checkpoint-DATE.json`
+"""Cost of a checkpoint: `python -m benchmarks.checkpoint --out benchmarks/results/checkpoint-DATE.json`
 
 Two questions, about one role with its Adam moments (four fifths of what a real run saves):
 
 - *Does saving use the disk?* Bandwidth of a synchronous save, from the call until the step is published, against
-  writing the same bytes to one file on the same disk and fsync: ``bandwidth_ratio``, which should be at least 0.8.
+  writing the same bytes to one file on the same disk and fsync: `bandwidth_ratio`, which should be at least 0.8.
 - *Does training wait?* Seconds that an asynchronous save holds training up (in the call, before the next optimizer
-  step, and asking at each step whether it is done) against the synchronous save: ``stall_ratio``, which should be at
-  most 0.05. What the saving thread takes from training on the same cores is no waiting; ``step_ratio`` tells it: a step
+  step, and asking at each step whether it is done) against the synchronous save: `stall_ratio`, which should be at
+  most 0.05. The saving thread also takes cores from training: `step_ratio` is the duration of a step
   beside a save over one without.
 
-Each repetition measures all of it, one after the other, so that a machine that drifts hurts all alike. What counts is
+Each repetition measures all of it, one after the other, so that a machine that drifts hurts all alike. The result is
 the median of the ratios. The load average stands beside them: hashing takes a second core, so on a machine without a
 free one the bandwidth says little about the code.
 """
@@ -72,7 +72,7 @@ class Training:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that ``work`` takes."""
+    """Seconds that `work` takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

@@ -226,7 +226,7 @@ def run_tests() -> list[str]:
     """tests/gpu without their comparisons; returns those that stopped early, with the reason."""
     import pytest
 
-    sys.path.insert(0, str(REPOSITORY / "tests"))
+    sys.path.insert(0, str(REPOSITORY / "tests" / "helpers"))
     import vsa_oracle
 
     vsa_oracle.error, vsa_oracle.Oracle = lambda *_: 0.0, _NoOracle
@@ -268,7 +268,7 @@ def _kernels(folder: Path) -> dict[str, str]:
 
 
 _JOBS: list[Job] = []
-"""What forked processes compile; they inherit it."""
+"""The jobs that forked processes compile; they inherit the list."""
 
 
 def _compile(index: int) -> tuple[str, str]:

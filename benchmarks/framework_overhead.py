@@ -1,4 +1,4 @@
-"""What the framework costs over a bare loop: ``python -m benchmarks.framework_overhead``.
+"""Overhead of the framework over a bare loop: `python -m benchmarks.framework_overhead`.
 
 Both do the same work on the small Wan: the forwards, the backward, the clip and the AdamW step of a DMD2 student update
 and of a critic update. One is `Trainer.run_update`, with roles, adapter, keyed noise, fp64 losses, phase timers and
@@ -22,6 +22,7 @@ from benchmarks.machine import write_result
 from titan_distill.config.loading import load_config
 from titan_distill.methods.dmd2 import Dmd2
 from titan_distill.parallelisms.mesh import World
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 
@@ -127,7 +128,7 @@ def main() -> None:
                 "--validation.enabled", "false", "--checkpoint.enabled", "false",
             ]
         )  # fmt: skip
-        trainer = assemble(config, World(rank=0, size=1, device=torch.device("cpu")))
+        trainer = assemble(resolve(config, 1), World(rank=0, size=1, device=torch.device("cpu")))
         results = measure(trainer, arguments.pairs)
     for role, values in results.items():
         print(f"{role:<8} " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))

@@ -142,12 +142,13 @@ def record(
     """
     from titan_distill.config.loading import load_config
     from titan_distill.parallelisms.mesh import World
+    from titan_distill.resolve import resolve
     from titan_distill.train import assemble
 
     world = world or World(rank=0, size=1, device=torch.device(device))
     with tempfile.TemporaryDirectory() as output, _in_repository(), _full_precision(), redirect_stdout(io.StringIO()):
         job = ["--job.config_file", str(FOLDER / f"{name}.toml"), "--job.output_dir", output]
-        trainer = assemble(load_config([*job, *overrides]), world)
+        trainer = assemble(resolve(load_config([*job, *overrides]), world.size), world)
         try:
             curves = _note_curves(trainer, until or trainer.config.training.steps)
             reports = [spy(trainer) for spy in SPIES[name]]

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from titan_distill.attention.dense import AttentionCall
+
 if TYPE_CHECKING:
     from titan_distill.trainer import Trainer
 
@@ -66,10 +68,10 @@ def reads_some_tiles(trainer: Trainer) -> Report:
     core, read = trainer.roles["student"].transformer.sparse_attention, {}
     mix = core.mix
 
-    def noting(q: Any, k: Any, v: Any, layout: Any, num_selected: int | None, *rest: Any) -> Any:
-        share = 1.0 if num_selected is None else num_selected / layout.num_tiles
+    def noting(call: AttentionCall) -> Any:
+        share = 1.0 if call.num_selected is None else call.num_selected / call.layout.num_tiles
         read.setdefault(trainer.state.step, set()).add(share)
-        return mix(q, k, v, layout, num_selected, *rest)
+        return mix(call)
 
     core.mix = noting
 
@@ -124,7 +126,7 @@ def both_terms_count(trainer: Trainer) -> Report:
 def unrolls_on_its_own_context(trainer: Trainer) -> Report:
     """Segments are made one after the other, with gradient, on a cache of those before; exits differ."""
     method, adapter = trainer.method, trainer.adapter
-    exits, remembered = set(), set()
+    exits, cached = set(), set()
     exit_index, open_stream = method._exit_index, adapter.open_stream
 
     def noting_exit(step: int, purpose: str, segment: int) -> int:
@@ -138,7 +140,7 @@ def unrolls_on_its_own_context(trainer: Trainer) -> Report:
         def noting_forward(*inputs: Any) -> Any:
             velocity = predict(*inputs)
             if velocity.requires_grad:
-                remembered.add(stream.memory.num_remembered)
+                cached.add(stream.cache.num_cached)
             return velocity
 
         stream.predict_velocity = noting_forward
@@ -149,7 +151,7 @@ def unrolls_on_its_own_context(trainer: Trainer) -> Report:
     def report(curves: Curves) -> list[str]:
         return [
             *([] if len(exits) > 1 else ["every rollout has the same exit"]),
-            *([] if len(remembered - {0}) > 1 else ["no two segments were made on a cache of those before"]),
+            *([] if len(cached - {0}) > 1 else ["no two segments were made on a cache of those before"]),
         ]
 
     return report

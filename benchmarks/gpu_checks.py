@@ -16,7 +16,7 @@ IFF_UP = 1
 
 
 def loopback_is_up(flags: Path = LOOPBACK) -> bool:
-    """Whether the interface `lo` is there and up: gloo listens on it where the host's own name is not known."""
+    """True where the interface `lo` is there and up: gloo listens on it where the host's own name is not known."""
     return flags.is_file() and bool(int(flags.read_text(), 16) & IFF_UP)
 
 

@@ -1,9 +1,8 @@
-"""Ahead-of-time builds of the attention kernels, and what their machine code tells:
-``python -m benchmarks.kernel_builds --arch 80 90 100 --out FILE``.
+"""Ahead-of-time builds of the attention kernels: `python -m benchmarks.kernel_builds --arch 80 90 100 --out FILE.tsv`.
 
-No GPU is needed: Triton compiles for a named target, and the disassembler in its package reads the result. What can be
-seen so: registers, spills and shared memory, hence how many programs share a multiprocessor; whether matrix units and
-the copy engine are used; and whether two settings are the same machine code under two names. What cannot: time.
+No GPU is needed: Triton compiles for a named target, and the disassembler in its package reads the result. The machine
+code shows registers, spills and shared memory, hence how many programs share a multiprocessor; whether matrix units and
+the copy engine are used; and whether two settings are the same machine code under two names. It does not show time.
 
 Builds are for contiguous inputs (strides divisible by 16), and for ragged tiles, which is the general case.
 """
@@ -11,8 +10,8 @@ Builds are for contiguous inputs (strides divisible by 16), and for ragged tiles
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
-import json
 import re
 import subprocess
 import tempfile
@@ -31,7 +30,7 @@ from titan_kernels.vsa_forward import forward_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.machine import write_result
+from benchmarks.machine import machine
 
 KERNELS = {"forward": forward_kernel, "grad_q": grad_q_kernel, "grad_kv": grad_kv_kernel}
 _DESCRIBED = {"forward": ("k", "v"), "grad_q": ("k", "v"), "grad_kv": ("q", "grad")}
@@ -84,14 +83,14 @@ class Build:
 
     @property
     def fits(self) -> bool:
-        """Whether a program gets the shared memory that it asks for."""
+        """True where a program gets the shared memory that it asks for."""
         return self.shared_bytes <= _MOST_SHARED_KIB[self.arch] * 1024
 
 
 def build(
     kernel: str, candidate: Candidate, arch: int, rows: int, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
 ) -> Build:
-    """Compiles for compute capability ``arch`` / 10 and reads the machine code.
+    """Compiles for compute capability `arch` / 10 and reads the machine code.
 
     Raises whatever Triton raises for what it cannot build.
     """
@@ -172,7 +171,7 @@ def _innermost(addressed: list[tuple[int, str]]) -> int:
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """What the disassembler says of resources, and the code."""
+    """The disassembler's report of resources, and the code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -192,8 +191,8 @@ def _programs(registers: int, shared: int, warps: int, arch: int) -> int:
 
 
 def space(kernel: str, rows: int, dtype: torch.dtype) -> Iterator[Candidate]:
-    """Everything that was considered: stages 1-6 x warps 4/8 x pointers or TMA, persistent programs, and room for a
-    second program."""
+    """All candidates considered: stages 1-6 x warps 4/8 x pointers or TMA, persistent programs, and room for a second
+    program."""
     for tma in (True, False):
         for warps in (4, 8):
             for stages in range(1, 7):
@@ -224,15 +223,35 @@ def _line(name: str, tried: Build) -> str:
     )
 
 
+def table_row(built: Build) -> dict[str, Any]:
+    """The build as a line of the table: its settings and figures, then what made it and when."""
+    figures = asdict(built) | {"candidate": str(built.candidate)}
+    mix, made = figures.pop("mix"), machine()
+    return {**figures, **mix, **versions(), "date": made["date"], "commit": made["commit"][:10]}
+
+
+def write_table(path: Path, builds: list[Build]) -> None:
+    """Adds lines to a tab-separated file, in place of those that the same Triton and assembler made."""
+    rows = list(map(table_row, builds))
+    if path.exists():
+        with path.open(newline="") as file:
+            old = csv.DictReader(file, delimiter="\t")
+            rows = [row for row in old if any(row[name] != value for name, value in versions().items())] + rows
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
-    """Builds, prints a line for each, and with --out adds them to a JSON under this version of Triton."""
+    """Builds, prints a line for each, and with --out writes them into a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(_MOST_SHARED_KIB), default=[90])
     parser.add_argument("--kernel", nargs="+", choices=sorted(KERNELS), default=sorted(KERNELS))
     parser.add_argument("--all", action="store_true", help="the whole space instead of what is kept")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="table that gets these builds for those of the same Triton")
     arguments = parser.parse_args()
-    builds: list[dict[str, Any]] = []
+    builds: list[Build] = []
     for (kernel, rows, bits), kept in KEPT.items():
         dtype = torch.bfloat16 if bits == 16 else torch.float32
         if kernel not in arguments.kernel:
@@ -243,11 +262,9 @@ def main() -> None:
                     continue
                 tried = build(kernel, candidate, arch, rows, dtype)
                 print(_line(f"{kernel} {rows}", tried), flush=True)
-                builds.append(asdict(tried))
+                builds.append(tried)
     if arguments.out:
-        earlier = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"builds": {}}
-        key = f"triton {versions()['triton']}, ptxas {versions()['ptxas']}" + (", whole space" if arguments.all else "")
-        write_result(arguments.out, {"command": "kernel_builds", "builds": {**earlier["builds"], key: builds}})
+        write_table(arguments.out, builds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a measurement was made on, for the JSON beside its numbers."""
+"""The machine of a measurement, for the file with its numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Writes ``result`` with the machine it was measured on."""
+    """Writes `result` with the machine it was measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
 

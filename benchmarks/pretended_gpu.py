@@ -70,7 +70,7 @@ class PretendedGpu:
 
 
 class _Driver:
-    """What Triton asks a driver before it launches."""
+    """The answers that Triton asks of a driver before it launches."""
 
     def get_current_target(self) -> GPUTarget:
         return TARGET

@@ -39,10 +39,9 @@ from torch import Tensor
 
 from benchmarks.machine import machine, write_result
 from titan_distill.config.config import Config
-from titan_distill.config.layouts import check_world, needs_group
-from titan_distill.config.loading import load_config
+from titan_distill.config.degrees import needs_group
+from titan_distill.config.loading import load_config, to_toml
 from titan_distill.config.sections import ValidationConfig
-from titan_distill.config.text import to_toml
 from titan_distill.data.loader import Batch
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.methods.base import method_class
@@ -52,6 +51,7 @@ from titan_distill.observability.metrics import memory_gib
 from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.mesh import Layouts, World, check_local_ranks, num_ranks, start_world
 from titan_distill.registry import register_model
+from titan_distill.resolve import resolve
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.train import EXIT_BAD_INPUT, assemble
 from titan_distill.trainer import Trainer
@@ -194,7 +194,7 @@ def _text_width(config: Config, family: ModelFamily) -> int:
 def build(config: Config, world: World) -> tuple[Trainer, MeasuredAdapter, NamedTimer]:
     """A trainer as a run's, with a timer and an adapter that can be asked."""
     write_data(config)
-    trainer = assemble(config, world)
+    trainer = assemble(resolve(config, world.size), world)
     assert isinstance(trainer.adapter, MeasuredAdapter)
     timer = NamedTimer(world.device)
     trainer.timer = trainer.method.timer = trainer.adapter.timer = timer
@@ -271,13 +271,8 @@ def measure(trainer: Trainer, adapter: MeasuredAdapter, timer: NamedTimer, num_w
 def run_step(trainer: Trainer, adapter: MeasuredAdapter, timer: NamedTimer, step: int, measured: Measured) -> None:
     """Runs the updates that are due at `step`, and adds what they took to `measured`."""
     trainer.state.step = step
-    adapter.start_step(trainer.roles, step)
-    with timer("data"):
-        batch = adapter.prepare_batch(next(trainer.loader))
-    measured.add(STEP, timer, adapter.ledger)
-    for update in trainer.method.updates(step):
-        trainer.run_update(update, batch)
-        measured.add(update.role, timer, adapter.ledger)
+    for part, _ in trainer.run_step():
+        measured.add(part, timer, adapter.ledger)
 
 
 def _wait_for_all(timer: NamedTimer) -> None:
@@ -384,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--steps must be at least 1 and --warmup at least 0")
     try:
         config = load_config(["--job.config_file", str(arguments.config), *overrides])
-        check_world(config, num_ranks())
+        resolve(config, num_ranks(), without_files=True)
         check_local_ranks()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,9 +27,13 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def shows_gpu(arguments: list[str], markers: str, folder: Path) -> bool:
-    """Whether a session with these paths, relative to `folder`, and this `-m` has GPU tests only."""
+    """True if a session with these paths, relative to `folder`, and this `-m` has GPU tests only."""
     paths = [(folder / argument.partition("::")[0]).resolve() for argument in arguments]
     return markers == "gpu" or (bool(paths) and all(path.is_relative_to(TESTS / "gpu") for path in paths))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-parity", action="store_true", help="write docs/parity.md from what the matrix measures")
 
 
 def pytest_configure(config: pytest.Config) -> None:

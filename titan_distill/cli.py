@@ -1,26 +1,26 @@
-"""``titan-distill``: what one does beside training. Each command is a typed function; tyro makes its options and
-``--help``."""
+"""The command line `titan-distill`: everything but training. Each command is a typed function, from which tyro makes
+options and `--help`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 from tyro.conf import Positional
 
-from titan_distill.checkpoint.discovery import resolve
-from titan_distill.checkpoint.manifest import read_manifest
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, open_folder
 from titan_distill.checkpoint.tools import diff as comparison
-from titan_distill.checkpoint.tools import export as convert
-from titan_distill.checkpoint.tools import imports, rewrite
 from titan_distill.checkpoint.tools import inspect as checkpoints
+from titan_distill.checkpoint.tools import rewrite
+from titan_distill.commands import export as exporting
 from titan_distill.commands import generate as generation
 from titan_distill.commands import ode_pairs as pairs
 from titan_distill.commands import plan as planning
 from titan_distill.commands import preprocess
+from titan_distill.config.sections import RecipeConfig
 from titan_distill.data import summary
 from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT
 from titan_distill.models.base import model_family
@@ -33,7 +33,7 @@ def list_checkpoints(folder: Positional[Path]) -> None:
     """List the checkpoints of a run: step, age, size, samples, roles, layout, and whether each is complete.
 
     Args:
-        folder: The run's folder, or its ``checkpoints``.
+        folder: Folder of the run, or its `checkpoints`.
     """
     print(checkpoints.describe_folder(folder))
 
@@ -42,64 +42,34 @@ def verify(path: Positional[Path]) -> None:
     """Read every byte of a checkpoint; exit with 2, naming the file, when one is not as it was published.
 
     Args:
-        path: A step folder, or ``outputs/<name>/checkpoints/latest``.
+        path: Folder of a step, or `outputs/<name>/checkpoints/latest`.
     """
     print(checkpoints.verify(path))
 
 
-def export(
-    checkpoint: Path,
-    out: Path,
-    role: str = "student",
-    weights: Literal["ema", "raw", "auto"] = "auto",
-    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored",
-    pipeline: Path | None = None,
+def import_weights(
+    folder: Positional[Path], out: Path | None = None, family: str = RecipeConfig.family, role: str = "student"
 ) -> None:
-    """Write a role of a checkpoint as a diffusers folder that WanPipeline.from_pretrained loads.
+    """Print the TOML line that starts a role from a diffusers folder: nothing has to be imported.
 
     Args:
-        checkpoint: A step folder, or ``outputs/<name>/checkpoints/latest``.
-        out: Folder to write; must not exist.
-        role: Role to export.
-        weights: Averaged or raw weights; auto takes the average where there is one.
-        dtype: Type of the written weights; stored leaves them as they are in the checkpoint.
-        pipeline: Diffusers folder whose VAE, text encoder, tokenizer and scheduler are copied beside the transformer;
-            the run's own pipeline_config.path if not given.
-    """
-    found = resolve(checkpoint)
-    manifest = read_manifest(found)
-    use_ema = convert.trained_role(found, manifest, role).has_ema if weights == "auto" else weights == "ema"
-    folder = pipeline or (Path(path) if (path := manifest.pipeline_config.get("path")) else None)
-    convert.export(
-        found,
-        role,
-        out,
-        write_weights=model_family(manifest.family).write_weights,
-        use_ema=use_ema,
-        dtype=None if dtype == "stored" else dtype,
-        pipeline_folder=folder,
-    )
-    print(f"{role} of {found} ({'EMA' if use_ema else 'raw'}, {dtype}) is in {out}")
-
-
-def import_weights(folder: Positional[Path], out: Path, family: str = "wan", role: str = "student") -> None:
-    """Write a diffusers folder as a checkpoint of weights, of which each rank reads only what it needs.
-
-    Args:
-        folder: A diffusers transformer, or a pipeline that has one.
-        out: Checkpoint folder to write; must not exist.
+        folder: Diffusers transformer, or a pipeline that has one.
+        out: No effect: nothing is written.
         family: Model family of the weights.
-        role: Name under which the weights are stored.
+        role: Role that starts from the weights.
     """
-    imports.import_folder(folder, out, role, family, model_family(family).used_weights)
-    print(f'{folder} is in {out}; start a role from it with init_from = "{out}#{role}"')
+    model_family(family)
+    for module in (TRANSFORMER, TRANSFORMER_2):
+        open_folder(folder, module)
+    print("No import is needed, and nothing is written: each rank reads only its slices of a diffusers folder.")
+    print(f'Write in the job\'s TOML:\n\n[roles.{role}]\npath = "{folder}"')
 
 
 def reshard(path: Positional[Path], out: Path, num_files: int) -> None:
-    """Rewrite a checkpoint, with everything in it, in another number of files.
+    """Rewrite a checkpoint, with all its values, in another number of files.
 
     Args:
-        path: A step folder, or ``outputs/<name>/checkpoints/latest``.
+        path: Folder of a step, or `outputs/<name>/checkpoints/latest`.
         out: Checkpoint folder to write; must not exist.
         num_files: Number of data files, of about equal size.
     """
@@ -108,15 +78,15 @@ def reshard(path: Positional[Path], out: Path, num_files: int) -> None:
 
 
 def diff(a: Positional[Path], b: Positional[Path]) -> None:
-    """Compare two checkpoints value by value; exit with 0 when they hold the same, 1 when not, 2 for bad input.
+    """Compare two checkpoints value by value; exit with 0 when they are equal, 1 when not, 2 for bad input.
 
     Args:
-        a: A step folder, or ``outputs/<name>/checkpoints/latest``.
-        b: Another.
+        a: Folder of a step, or `outputs/<name>/checkpoints/latest`.
+        b: Folder of another.
     """
     num_differences = 0
-    for difference in comparison.diff(a, b):
-        print(difference)
+    for line in comparison.diff(a, b):
+        print(line)
         num_differences += 1
     if num_differences:
         print(f"{num_differences} values differ")
@@ -149,7 +119,7 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "checkpoint": {
         "list": list_checkpoints,
         "verify": verify,
-        "export": export,
+        "export": exporting.export,
         "import": import_weights,
         "reshard": reshard,
         "diff": diff,

@@ -1,9 +1,9 @@
-"""torchrun that passes signals on and says how its ranks ended: ``python -m titan_distill.launch``, same arguments.
+"""Launcher: torchrun that passes signals on to its ranks and returns their exit code.
 
-torchrun answers SIGTERM and Ctrl-C by ending its workers within 30 seconds, dies of SIGUSR1 itself, and makes exit code
-1 and a traceback out of whatever its workers return. Here the workers get each signal and all the time they need (who
-sends it decides how long that is), and a run that was asked to stop ends with 75, one that was interrupted with 130.
-Everything else is torchrun's.
+`python -m titan_distill.launch` takes torchrun's arguments. torchrun itself ends its workers within 30 seconds after
+SIGTERM or Ctrl-C, dies of SIGUSR1, and turns every exit code of a worker into 1 and a traceback. This launcher passes
+each signal on and lets the workers take the time they need. A run that was asked to stop ends with 75, an interrupted
+run with 130.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from types import FrameType
 from titan_distill.fault_tolerance.exit_codes import EXIT_COME_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 
 SECONDS_TO_LEAVE = 10
-"""After Ctrl-C; a rank that waits in a collective on a GPU does not hear it."""
+"""Seconds from Ctrl-C to a kill, because a rank that waits in a collective on a GPU does not notice the signal."""
 
 
 class Relay:
-    """Hands the launcher's signals to its workers."""
+    """Passes the launcher's signals on to its workers."""
 
     def __init__(self) -> None:
         self.received: set[int] = set()
@@ -32,7 +32,7 @@ class Relay:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if signal.SIGINT in self.received and number in (signal.SIGINT, signal.SIGALRM):
-            number = signal.SIGKILL  # Ctrl-C means now: a second one, or some seconds, are enough
+            number = signal.SIGKILL  # a second Ctrl-C, or the time limit after the first
         elif number == signal.SIGINT:
             signal.alarm(SECONDS_TO_LEAVE)
         self.received.add(number)
@@ -42,10 +42,10 @@ class Relay:
                 os.kill(worker, number)
 
     def exit_code(self, workers: set[int]) -> int:
-        """Of the launcher, given those of the workers that failed; negative ones are signals."""
+        """The launcher's exit code, from those of the workers that failed. Negative ones are signals."""
         if signal.SIGINT in self.received or EXIT_INTERRUPTED in workers:
             return EXIT_INTERRUPTED
-        # Ranks that a signal ended before they had a handler for it have lost nothing.
+        # A rank that a signal ends before it has a handler has nothing to lose.
         was_too_early = bool(self.received) and workers <= {-signal.SIGUSR1, -signal.SIGTERM}
         if EXIT_COME_AGAIN in workers or was_too_early:
             return EXIT_COME_AGAIN

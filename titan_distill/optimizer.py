@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-if TYPE_CHECKING:
-    from titan_distill.config.sections import LrSchedulerConfig, OptimizerConfig
+from titan_distill.config.role_sections import OptimizerConfig
+from titan_distill.config.sections import LrSchedulerConfig
 
 
 def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over ``parameters``, plain or sharded."""
+    """Builds a fused AdamW for `parameters`, plain or sharded."""
     return torch.optim.AdamW(
         parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: LrSchedulerConfig, num_updates: int) -> LambdaLR:
-    """Linear warm-up, then constant, linear or cosine decay to ``min_lr_ratio`` at the role's last update."""
+    """Builds a schedule: linear warm-up, then constant, linear or cosine decay to `min_lr_ratio` at the last update."""
 
     def scale(update: int) -> float:
         if update < config.warmup_steps:

@@ -1,10 +1,9 @@
-"""Names in a TOML become classes here: `recipe.method`, `recipe.family`, `validation.scorer`.
+"""The registry: from names in a TOML (`recipe.method`, `recipe.family`, `validation.scorer`) to classes.
 
-A method is one file in `titan_distill/methods/`, a family one folder in `titan_distill/models/` with a `plugin.py`.
-They are imported when a name is first asked for, so adding one touches no list. Classes that live elsewhere (a user's
-own method, the toy family of the tests, the scorer of `tiny_world`) register themselves when `job.imports` names their
-module. The registry knows names and modules only; what is registered is typed where it is defined
-(`methods.base.method_class`, `models.base.model_family`).
+A method is one file in `titan_distill/methods/`, a family one folder in `titan_distill/models/` with a `plugin.py`. The
+first lookup of an unknown name imports them, so a new one needs no entry in a list. Classes elsewhere (a user's method,
+the scorer of `tiny_world`) register when `job.imports` names their module. The registry knows names and modules only.
+`methods.base.method_class` and `models.base.model_family` return typed classes.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ T = TypeVar("T")
 
 MOVED = {
     "titan_distill.dispatch": "titan_distill.registry",
+    "titan_distill.exit_codes": "titan_distill.fault_tolerance.exit_codes",
     "titan_distill.keyed": "titan_distill.diffusion.noise",
     "titan_distill.transfer": "titan_distill.diffusion.transfer",
     "titan_distill.config_data": "titan_distill.config.sections",
@@ -27,21 +27,30 @@ MOVED = {
     "titan_distill.config_parsing": "titan_distill.config.parsing",
     "titan_distill.config_sections": "titan_distill.config.sections",
     "titan_distill.config_text": "titan_distill.config.text",
-    "titan_distill.config_world": "titan_distill.config.layouts",
+    "titan_distill.config_world": "titan_distill.config.degrees",
     "titan_distill.parallelisms.degrees": "titan_distill.config.degrees",
-    "titan_distill.validation.base": "titan_distill.validation.sampling",
     "titan_distill.data.synthetic": "tiny_world.shapes",
+    "titan_distill.validation.base": "titan_distill.validation.sampling",
+    "titan_distill.validation.shapes": "tiny_world.reader",
+    "HEAD_FLAVOR": "titan_distill.config.role_sections",
+    "LoraConfig": "titan_distill.config.role_sections",
+    "OptimizerConfig": "titan_distill.config.role_sections",
+    "ParallelismConfig": "titan_distill.config.role_sections",
+    "RoleConfig": "titan_distill.config.role_sections",
+    "SCORERS": "titan_distill.registry",
     "SampleRequest": "titan_distill.diffusion.requests",
-    "ValidationRequest": "titan_distill.diffusion.requests",
     "TrajectoryRequest": "titan_distill.diffusion.requests",
+    "ValidationRequest": "titan_distill.diffusion.requests",
     "Validator": "titan_distill.validation.validator",
+    "copy_full_tensor": "titan_distill.parallelisms.shards",
+    "read_mp4": "titan_distill.data.footage",
 }
-"""Modules and names that user modules may import, and where they stand since version 0.2."""
+"""Modules and names that moved in version 0.2, with the module that has them now."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """The classes that one key of the configuration can name."""
+    """The entries that one key of the configuration can name."""
 
     key: str
     package: str
@@ -54,7 +63,7 @@ SCORERS = Table("validation.scorer", "titan_distill.validation")
 
 
 class MethodClass(Protocol):
-    """What loading a configuration needs of a method."""
+    """The part of a training method that loading a configuration needs."""
 
     config_class: ClassVar[type]
 
@@ -63,7 +72,7 @@ class MethodClass(Protocol):
 
 
 class FamilyClass(Protocol):
-    """What loading a configuration needs of a model family."""
+    """The part of a model family that loading a configuration needs."""
 
     pipeline_config_class: ClassVar[type]
 
@@ -72,17 +81,17 @@ class FamilyClass(Protocol):
 
 
 def register_method(name: str) -> Callable[[T], T]:
-    """Class decorator: makes a TrainingMethod available as `recipe.method = name`."""
+    """Class decorator that registers a TrainingMethod as `recipe.method = name`."""
     return _register(METHODS, name)
 
 
 def register_model(name: str) -> Callable[[T], T]:
-    """Class decorator: makes a ModelFamily available as `recipe.family = name`."""
+    """Class decorator that registers a ModelFamily as `recipe.family = name`."""
     return _register(FAMILIES, name)
 
 
 def register_scorer(name: str) -> Callable[[T], T]:
-    """Decorator: makes a function (video uint8 [T, H, W, 3], prompt) -> scores by name available as
+    """Decorator that registers a function (video uint8 [T, H, W, 3], prompt) -> scores by name as
     `validation.scorer = name`."""
     return _register(SCORERS, name)
 
@@ -95,7 +104,7 @@ def names(table: Table) -> list[str]:
 
 
 def lookup(table: Table, name: str) -> Any:
-    """Returns what is registered under `name`. Raises ValueError naming the known names and the nearest one."""
+    """Returns the entry of `name`. Raises ValueError with the known names and the nearest one."""
     known = [name] if name in table.entries else names(table)
     if name in table.entries:
         return table.entries[name]
@@ -105,8 +114,8 @@ def lookup(table: Table, name: str) -> Any:
 
 
 def import_user_modules(modules: Sequence[str]) -> None:
-    """Imports the modules of `job.imports`, which register what they define. Raises ValueError for a module that does
-    not exist, and for one that imports what has moved within titan_distill."""
+    """Imports the modules of `job.imports`, which register their classes. Raises ValueError for a module that does not
+    exist, and for a module that imports a name from where it was before version 0.2."""
     for module in modules:
         try:
             importlib.import_module(module)

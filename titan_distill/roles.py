@@ -1,7 +1,7 @@
-"""Roles: the named models of a run. A teacher, a student and a critic differ in nothing but name and ``trainable``.
+"""Roles: the named models of a run. Teacher, student and critic differ only in name and `trainable`.
 
-A RoleHandle holds what belongs to one role: its modules, optimizers, schedulers and EMA, whatever the layout.
-Parameters may be plain tensors (one process) or DTensors (FSDP2); everything here works on both.
+A RoleHandle has the modules, optimizers, schedulers and EMA of one role. Parameters are plain tensors (one process) or
+DTensors (FSDP2); everything here works on both.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from titan_distill.parallelisms.fsdp import reshard
 
 
 class Ema:
-    """Exponential moving average of a module's trained parameters, stored like them: sharded where they are sharded.
+    """Exponential moving average of a module's trained parameters, sharded as they are.
 
-    Before ``start_step`` updates the average simply follows the parameters, so that it never remembers the initial
-    weights.
+    Until `start_step` updates are done, the average equals the parameters, so it does not contain the initial weights.
     """
 
     def __init__(self, module: nn.Module, decay: float, start_step: int) -> None:
@@ -34,8 +33,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module, num_updates: int) -> None:
-        """Folds the current parameters in. ``num_updates`` counts the role's optimizer steps so far, this one
-        included."""
+        """Adds the current parameters to the average. `num_updates` counts the role's optimizer steps, including the
+        last one."""
         decay = self.decay if num_updates > self.start_step else 0.0
         reshard(module)
         shadow, current = list(self.shadow.values()), [p.detach() for p in module.parameters() if p.requires_grad]
@@ -43,7 +42,7 @@ class Ema:
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Puts the averaged weights into the module for the duration of the block, then the trained ones back."""
+        """Swaps the averaged weights into the module within the block, and the trained weights back after it."""
         self._swap(module)
         try:
             yield
@@ -62,7 +61,7 @@ class Ema:
 
 @dataclass
 class RoleHandle:
-    """One role. ``modules["transformer"]`` is the network; further modules (a second expert) may stand beside it."""
+    """One role. `modules["transformer"]` is its network; a second expert has a name of its own."""
 
     name: str
     modules: dict[str, nn.Module]
@@ -71,12 +70,12 @@ class RoleHandle:
     schedulers: dict[str, LRScheduler] = field(default_factory=dict)
     ema: Ema | None = None
     adapters_only: bool = False
-    """Whether only adapters are trained, and so saved: the weights that they change are named by the checkpoint."""
+    """Whether only LoRA adapters train. A checkpoint then stores them and names the weights that they adapt."""
     max_grad_norm: float = math.inf
     num_updates: int = 0
-    """Optimizer steps taken; saved with the checkpoint, drives the EMA's start."""
+    """Number of optimizer steps. A checkpoint stores it; the EMA starts by it."""
     num_skips: int = 0
-    """Updates left out because they were not finite; saved with the checkpoint."""
+    """Number of updates skipped because they were not finite. A checkpoint stores it."""
 
     @property
     def transformer(self) -> nn.Module:
@@ -84,11 +83,11 @@ class RoleHandle:
 
     @property
     def network(self) -> nn.Module:
-        """All that is trained and averaged: the transformer where it is alone, else all modules by name."""
+        """The whole network: the transformer, or all modules by name where there are several."""
         return self.transformer if len(self.modules) == 1 else nn.ModuleDict(self.modules)
 
     def step(self, *, tick_ema: bool) -> None:
-        """Applies the accumulated gradients, advances the schedules and folds the result into the EMA."""
+        """Applies the accumulated gradients, advances the schedules and updates the EMA."""
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -99,19 +98,19 @@ class RoleHandle:
             self.ema.update(self.network, self.num_updates)
 
     def skip(self) -> None:
-        """Drops the accumulated gradients; weights, moments, schedules and EMA stay as they are."""
+        """Drops the accumulated gradients. Weights, optimizer state, schedules and EMA stay as they are."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         self.num_skips += 1
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update of the network."""
+        """Learning rate of the next update."""
         return float(self.schedulers["transformer"].get_last_lr()[0])
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """For the duration of the block: the averaged weights where there is an EMA, else the trained ones."""
+        """Uses the averaged weights within the block, if there is an EMA."""
         if self.ema is None:
             yield
         else:
@@ -119,7 +118,7 @@ class RoleHandle:
                 yield
 
     def parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters of all modules, as they are stored."""
+        """Trainable parameters of all modules, in their stored (sharded) form."""
         for module in self.modules.values():
             reshard(module)
         return [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]

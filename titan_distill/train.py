@@ -1,7 +1,7 @@
-"""Entry point of a run: load the configuration, assemble the parts, train.
+"""Entry point of a run: load the configuration, resolve it, assemble the parts, train.
 
-Whatever is wrong with the input is said in one sentence with exit code 2, before the first step; a failure after that
-keeps its traceback, because it is ours.
+Wrong input ends in one sentence with exit code 2, before the first step. A failure after that keeps its traceback,
+because it is a fault of this code.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,17 +21,15 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_distill.attention.dense import order_backends
-from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference, weights_digest
+from titan_distill.checkpoint.initial_weights import weights_digest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole
-from titan_distill.checkpoint.ranks import RankFailure, Ranks
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
-from titan_distill.config.layouts import check_world, needs_group, role_parallelism
-from titan_distill.config.loading import check_paths, help_text, load_config
-from titan_distill.config.text import to_toml
-from titan_distill.data.datasets import open_dataset
-from titan_distill.data.loader import build_loader
+from titan_distill.config.degrees import needs_group
+from titan_distill.config.loading import help_text, load_config, to_toml
+from titan_distill.data.loader import SampleLoader, open_dataset
+from titan_distill.data.rows import RowDataset
 from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
 from titan_distill.fault_tolerance.exit_codes import (
     EXIT_BAD_INPUT,
@@ -40,15 +38,17 @@ from titan_distill.fault_tolerance.exit_codes import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
 )
+from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 from titan_distill.fault_tolerance.signals import Stop
 from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog, record_collectives
-from titan_distill.methods.base import Head, TrainingMethod, method_class
-from titan_distill.models.base import ModelFamily, model_family
+from titan_distill.methods.base import Head, TrainingMethod
+from titan_distill.models.base import ModelFamily
 from titan_distill.models.head import FeatureHead, build_head
 from titan_distill.observability.banner import banner, closing
-from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
-from titan_distill.observability.profiling import Profiler
+from titan_distill.observability.metrics import MetricsLogger
+from titan_distill.observability.profiling import build_profiler
 from titan_distill.observability.quiet import quiet_libraries
+from titan_distill.observability.timing import PhaseTimer
 from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
 from titan_distill.parallelisms.fsdp import FsdpOptions
@@ -58,20 +58,22 @@ from titan_distill.parallelisms.tensor import check_async_communication
 from titan_distill.planner.hardware import GPUS
 from titan_distill.planner.plan import can_plan, fake_world, make_plan
 from titan_distill.planner.report import memory_table
+from titan_distill.resolve import ResolvedRun, resolve
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 from titan_distill.trainer import NonFiniteError, Trainer
 from titan_distill.validation.validator import Validator
 
-CONFIG_FILE = "--job.config_file"
 CHECK = "--check"
-"""Only check the input and exit: run_train.sh asks this before torchrun, which would turn one sentence into a traceback
-a rank."""
+"""Option that only checks the input. run_train.sh gives it before torchrun, which would turn one sentence into a
+traceback per rank."""
+HELP = ("--help", "-h")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one job. Returns the process's exit code, one of ``exit_codes``."""
+    """Runs one job. Returns the process's exit code, one of `exit_codes`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    _set_up_logging()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    quiet_libraries()
     with Stop() as stop:
         try:
             trainer = start(argv, stop)
@@ -85,52 +87,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(argv: list[str], stop: Stop) -> Trainer | None:
-    """Checks the command line and builds the run that it describes; None when it asks for less than a run."""
-    if "--help" in argv or "-h" in argv:
-        print(help_text(_config_file(argv)))
+    """Builds the run of a command line. Returns None for a command line that asks for less: help, a check, a dry
+    run."""
+    words = [word for word in argv if word not in (CHECK, *HELP)]
+    if any(word in argv for word in HELP):
+        print(help_text(words))
         return None
-    config = load_config([argument for argument in argv if argument != CHECK])
-    run_layout = check_world(config, num_ranks())
-    if not config.job.dry_run:
-        check_local_ranks()
-        check_paths(config)
-        config = spell_out_references(config)
-        check_hardware(config.float8, default_device())
-        if config.parallelism.async_tensor:
-            check_async_communication(default_device())
-    model_family(config.recipe.family)(config).check_layouts(run_layout.roles)
+    config = load_config(words)
+    run = resolve(config, num_ranks(), without_files=config.job.dry_run)
     if config.job.dry_run:
-        print(dry_run(config))
+        print(dry_run(run))
         return None
+    check_machine(config)
     if CHECK in argv:
         return None
     record_collectives(config.job.output_folder / "logs", config.comm.init_timeout_seconds)
     world = start_world(config.comm.init_timeout_seconds, force_group=needs_group(config))
     watchdog = Watchdog(world.rank, world.size, config.comm.init_timeout_seconds)
-    return assemble(config, world, watchdog, stop)
+    return assemble(run, world, watchdog, stop)
 
 
-def spell_out_references(config: Config) -> Config:
-    """``init_from = ".../latest#student:ema"`` becomes the step that it means now, for ``config.toml`` to keep.
-
-    Raises ValueError for a reference that leads nowhere, or to another family's weights.
-    """
-    roles = dict(config.roles)
-    for name, role in roles.items():
-        if is_reference(role.init_from):
-            found = resolve_reference(role.init_from)
-            if found.manifest.family != config.recipe.family:
-                raise ValueError(
-                    f"roles.{name}.init_from = {role.init_from!r} is of family {found.manifest.family!r}, but "
-                    f"recipe.family is {config.recipe.family!r}; choose a checkpoint of the same family"
-                )
-            roles[name] = dataclasses.replace(role, init_from=found.text)
-    config = dataclasses.replace(config, roles=roles)
-    return model_family(config.recipe.family)(config).spelled_out()
+def check_machine(config: Config) -> None:
+    """Raises ValueError for a configuration that this machine cannot run."""
+    check_local_ranks()
+    check_hardware(config.float8, default_device())
+    if config.parallelism.async_tensor:
+        check_async_communication(default_device())
 
 
 def train(trainer: Trainer) -> int:
-    """Trains to the end, or to the step at which it is told to stop. Returns the exit code."""
+    """Trains to the last step, or to the step at which the run is asked to stop. Returns the exit code."""
     first_step = trainer.state.step
     try:
         with trainer.watchdog or nullcontext():
@@ -141,21 +127,21 @@ def train(trainer: Trainer) -> int:
     except (KeyboardInterrupt, LostRankError):
         if not trainer.stop.is_interrupted:
             raise
-        # Ctrl-C reaches all ranks; one that waited for another in a collective is told of that one's leaving.
-        print(f"interrupted at step {trainer.state.step}; --checkpoint.resume_from latest goes on from the last save")
+        # Ctrl-C reaches all ranks. A rank that waits for another in a collective fails when that one leaves.
+        print(f"interrupted at step {trainer.state.step}; --checkpoint.resume_from latest resumes from the last save")
         return EXIT_INTERRUPTED
     finally:
         trainer.metrics.close()
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(closing(trainer.config, trainer.metrics.latest) if finished else _how_to_go_on(trainer, first_step))
+        print(closing(trainer.config, trainer.metrics.latest) if finished else _how_to_resume(trainer, first_step))
     if dist.is_initialized():
-        # A rank that leaves while others still talk to it makes gloo abort; rank 0's trackers may still upload.
+        # gloo aborts when a rank leaves while others still talk to it. Rank 0's trackers may still upload.
         trainer.ranks.wait()
         dist.destroy_process_group()
     return EXIT_DONE if finished else EXIT_COME_AGAIN
 
 
-def _how_to_go_on(trainer: Trainer, first_step: int) -> str:
+def _how_to_resume(trainer: Trainer, first_step: int) -> str:
     step, checkpoints = trainer.state.step, trainer.config.checkpoint
     if step == first_step:
         return f"stopped as asked before step {step + 1}: nothing new to save; the same command starts it again"
@@ -163,68 +149,146 @@ def _how_to_go_on(trainer: Trainer, first_step: int) -> str:
         return f"stopped as asked after step {step}; nothing is saved, because checkpoint.enabled = false"
     return (
         f"stopped as asked after step {step}, which is saved: the same command with --checkpoint.resume_from latest "
-        "goes on from there"
+        "resumes from it"
     )
 
 
-def _set_up_logging() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    quiet_libraries()
-
-
-def dry_run(config: Config) -> str:
-    """Builds every role on the meta device, as rank 0 of a fake process group, and describes the run and its memory;
-    needs neither weights nor data."""
-    family = model_family(config.recipe.family)(config)
-    with fake_world(num_ranks()) as world:
-        roles = build_roles(config, family, build_layouts(config, world), world.device)
-        _check_latent_space(family, roles)
-        described = banner(config, roles, world)
-        if not can_plan(config, roles):
+def dry_run(run: ResolvedRun) -> str:
+    """Builds every role on the meta device, as rank 0 of a fake process group, and describes the run and its memory.
+    Needs neither weights nor data."""
+    with fake_world(run.layout.default.world_size) as world:
+        roles = build_roles(run, build_layouts(run, world), world.device)
+        described = banner(run.config, roles, world, run.layout.roles, run.layout.num_micro_batches)
+        if not can_plan(run, roles):
             return described
-        plan = make_plan(config, check_world(config, world.size), roles, GPUS["H100"])
-        return f"{described}\n\n{memory_table(plan)}"
+        return f"{described}\n\n{memory_table(make_plan(run, roles, GPUS['H100']))}"
 
 
-def assemble(config: Config, world: World, watchdog: Watchdog | None = None, stop: Stop | None = None) -> Trainer:
+def assemble(run: ResolvedRun, world: World, watchdog: Watchdog | None = None, stop: Stop | None = None) -> Trainer:
     """Builds all parts of a run. Raises ValueError, in one sentence, for input that does not fit together."""
-    folder = config.job.output_folder
+    config, folder = run.config, run.config.job.output_folder
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    method_type = method_class(config.recipe.method)
-    family = model_family(config.recipe.family)(config)
-    tensors = (*method_type.extra_tensors(config.method_config), *family.extra_tensors())
-    needs_latents = family.needs_latents or method_type.needs_latents(config.method_config)
-    dataset = open_dataset(config.data, tensors=tensors, video_size=family.video_size(), needs_latents=needs_latents)
-    layouts = build_layouts(config, world)
-    roles = build_roles(config, family, layouts, world.device)
-    _check_latent_space(family, roles)
-    adapter = family.build_adapter(world.device, layouts)
+    dataset = _open_data(run)  # before the weights, which take longer
+    layouts = build_layouts(run, world)
+    roles = build_roles(run, layouts, world.device)
+    adapter = run.family.build_adapter(world.device, layouts)
     timer = PhaseTimer(world.device)
-    method = method_type(config.method_config, roles, adapter, KeyedNoise(config.job.seed), timer)
+    method = run.method(config.method_config, roles, adapter, KeyedNoise(config.job.seed), timer)
     add_optimizers(config, roles, method)
+    checkpoints, state = _resume(run, roles, world.device)
+    ranks = Ranks(config.comm.validation_timeout_seconds)
+    validator = None
+    if config.validation.enabled:
+        makes_videos = run.family.video_size() is not None
+        validator = Validator(config, adapter, folder / "validation", layouts, ranks, makes_videos=makes_videos)
+    trainer = Trainer(
+        config=config,
+        roles=roles,
+        method=method,
+        adapter=adapter,
+        loader=_build_loader(config, dataset, layouts, state),
+        validator=validator,
+        checkpoints=checkpoints,
+        metrics=MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work),
+        timer=timer,
+        profiler=build_profiler(config.profiling, folder / "profile", world, first_step=state.step),
+        state=state,
+        layouts=layouts,
+        ranks=ranks,
+        watchdog=watchdog,
+        stop=stop or Stop(),
+    )
+    if world.is_main:
+        print(banner(config, roles, world, run.layout.roles, run.layout.num_micro_batches))
+    return trainer
 
-    checkpoints = None
-    if config.checkpoint.enabled or config.checkpoint.resume_from:
-        checkpoints = _checkpoint_manager(config, family, roles, world.device)
-    state = TrainState(step=0, samples_seen=0, seed=config.job.seed)
-    if config.checkpoint.resume_from:
-        assert checkpoints is not None
-        found = checkpoints.find(config.checkpoint.resume_from)
-        if found is not None:
-            state = checkpoints.load(found, roles)
-        if state.seed != config.job.seed:
-            raise ValueError(
-                f"job.seed = {config.job.seed}, but the checkpoint was trained with seed {state.seed}, which keys its "
-                f"noise and data order; set it to {state.seed}"
-            )
-        if state.step > config.training.steps:
-            raise ValueError(
-                f"training.steps = {config.training.steps}, but the checkpoint has done {state.step} already; raise it"
-            )
 
-    loader = build_loader(
+def build_layouts(run: ResolvedRun, world: World) -> Layouts:
+    """Builds the meshes of the data and of every role. Collective, because process groups are."""
+    return Layouts(world, run.layout.default, run.layout.roles)
+
+
+def build_roles(
+    run: ResolvedRun, layouts: Layouts, device: torch.device, names: Collection[str] | None = None
+) -> RoleManager:
+    """Builds, shards and loads the networks of the roles in `names` (default: all). Optimizers come later, when the
+    method has said how often it updates a role."""
+    order_backends(device)
+    names = run.config.roles if names is None else names
+    heads = {name: head for name, head in run.method.heads(run.config.method_config).items() if name in names}
+    modules = {
+        name: run.family.build_modules(name, run.config.roles[name], layouts.role(name), device)
+        for name in names
+        if name not in heads
+    }
+    _check_latent_spaces(run.family, modules)
+    for name, head in heads.items():
+        modules[name] = {"transformer": _build_head(run, name, head, modules[head.of], layouts, device)}
+    return RoleManager([_handle(run.config, name, modules[name]) for name in names])
+
+
+def _handle(config: Config, name: str, modules: dict[str, nn.Module]) -> RoleHandle:
+    role = config.roles[name]
+    clip = config.training.max_grad_norm if role.max_grad_norm is None else role.max_grad_norm
+    handle = RoleHandle(name, modules, role.trainable, max_grad_norm=clip, adapters_only=role.lora.enabled)
+    if role.lora.enabled and not any(is_adapter(parameter) for parameter, _ in handle.network.named_parameters()):
+        raise ValueError(f"roles.{name}.lora: the family {config.recipe.family!r} has no LoRA adapters; set rank to 0")
+    return handle
+
+
+def _build_head(
+    run: ResolvedRun, name: str, head: Head, read: Mapping[str, nn.Module], layouts: Layouts, device: torch.device
+) -> nn.Module:
+    if len(read) > 1:
+        raise ValueError(
+            f"roles.{name} reads the features of {head.of}, which has {len(read)} experts and thus no one network for "
+            f"all noise levels; give roles.{head.of} a single network"
+        )
+    (network,) = read.values()
+    width = run.family.feature_width(network, head.depths)
+    offload = run.config.roles[name].parallelism.cpu_offload
+    options = FsdpOptions(getattr(torch, run.config.training.dtype), cpu_offload=offload)
+    return build_head(width, len(head.depths), layouts.role(name), device, options, run.config.job.seed)
+
+
+def _check_latent_spaces(family: ModelFamily, modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
+    spaces = {name: family.latent_space(networks["transformer"]) for name, networks in modules.items()}
+    for name, space in spaces.items():
+        first, expected = next(iter(spaces.items()))
+        for key, value in space.items():
+            if value != expected[key]:
+                raise ValueError(
+                    f"roles.{name} works on latents with {key} = {value}, but roles.{first} with {key} = "
+                    f"{expected[key]}; all roles of a run must share one latent space"
+                )
+
+
+def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -> None:
+    """Adds optimizer, learning-rate schedule and EMA to every trained role. A schedule lasts as long as the role has
+    updates."""
+    num_updates = Counter(update.role for step in range(config.training.steps) for update in method.updates(step))
+    for role in roles.trainable:
+        optimizer = build_optimizer(role.parameters(), config.roles[role.name].optimizer)
+        role.optimizers["transformer"] = optimizer
+        role.schedulers["transformer"] = build_scheduler(optimizer, config.lr_scheduler, num_updates[role.name])
+        if config.ema.decay and config.ema.role == role.name:
+            role.ema = Ema(role.network, config.ema.decay, config.ema.start_step)
+
+
+def _open_data(run: ResolvedRun) -> RowDataset[Any]:
+    method_config, family = run.config.method_config, run.family
+    return open_dataset(
+        run.config.data,
+        tensors=(*run.method.extra_tensors(method_config), *family.extra_tensors()),
+        video_size=family.video_size(),
+        needs_latents=family.needs_latents or run.method.needs_latents(method_config),
+    )
+
+
+def _build_loader(config: Config, dataset: RowDataset[Any], layouts: Layouts, state: TrainState) -> SampleLoader:
+    return SampleLoader(
         dataset,
         global_batch_size=config.training.global_batch_size,
         data_rank=layouts.data_rank,
@@ -234,128 +298,57 @@ def assemble(config: Config, world: World, watchdog: Watchdog | None = None, sto
         samples_seen=state.samples_seen,
         num_workers=config.data.num_workers,
     )
-    ranks = Ranks(config.comm.validation_timeout_seconds)
-    validator = None
-    if config.validation.enabled:
-        makes_videos = family.video_size() is not None
-        validator = Validator(config, adapter, folder / "validation", layouts, ranks, makes_videos=makes_videos)
-    metrics = MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work)
-    if world.is_main:
-        print(banner(config, roles, world))
-    return Trainer(
-        config=config,
-        roles=roles,
-        method=method,
-        adapter=adapter,
-        loader=loader,
-        validator=validator,
-        checkpoints=checkpoints if config.checkpoint.enabled else None,
-        metrics=metrics,
-        timer=timer,
-        profiler=Profiler(config.profiling, folder / "profile", world, first_step=state.step),
-        state=state,
-        layouts=layouts,
-        ranks=ranks,
-        watchdog=watchdog,
-        stop=stop or Stop(),
-    )
 
 
-def build_layouts(config: Config, world: World) -> Layouts:
-    """Who does what together, for the data and for every role. Making process groups is collective."""
-    run = check_world(config, world.size)
-    return Layouts(world, run.default, run.roles)
-
-
-def build_roles(config: Config, family: ModelFamily, layouts: Layouts, device: torch.device) -> RoleManager:
-    """Networks of all roles, laid out and loaded; optimizers come later, when the method has said how often it
-    steps."""
-    order_backends(device)
-    heads = method_class(config.recipe.method).heads(config.method_config)
-    modules = {
-        name: family.build_modules(name, role, layouts.role(name), device)
-        for name, role in config.roles.items()
-        if name not in heads
-    }
-    for name, head in heads.items():
-        modules[name] = {"transformer": _head(config, family, layouts, device, name, head, modules[head.of])}
-    handles = []
-    for name, role in config.roles.items():
-        clip = config.training.max_grad_norm if role.max_grad_norm is None else role.max_grad_norm
-        handle = RoleHandle(name, modules[name], role.trainable, max_grad_norm=clip)
-        handle.adapters_only = role.lora.enabled
-        if role.lora.enabled and not any(is_adapter(parameter) for parameter, _ in handle.network.named_parameters()):
-            raise ValueError(f"roles.{name}.lora: the family {config.recipe.family!r} has no adapters; set rank to 0")
-        handles.append(handle)
-    return RoleManager(handles)
-
-
-def _head(
-    config: Config,
-    family: ModelFamily,
-    layouts: Layouts,
-    device: torch.device,
-    name: str,
-    head: Head,
-    read: Mapping[str, nn.Module],
-) -> nn.Module:
-    if len(read) > 1:
+def _resume(run: ResolvedRun, roles: RoleManager, device: torch.device) -> tuple[CheckpointManager | None, TrainState]:
+    """Loads the checkpoint to resume from. Returns the manager that saves further ones, if they are enabled, and the
+    first state."""
+    config = run.config
+    state = TrainState(step=0, samples_seen=0, seed=config.job.seed)
+    if not (config.checkpoint.enabled or config.checkpoint.resume_from):
+        return None, state
+    checkpoints = _checkpoint_manager(run, roles, device)
+    if config.checkpoint.resume_from and (found := checkpoints.find(config.checkpoint.resume_from)) is not None:
+        state = checkpoints.load(found, roles)
+    if state.seed != config.job.seed:
         raise ValueError(
-            f"roles.{name} reads the features of {head.of}, which has {len(read)} experts and thus no one network for "
-            f"all noise levels; give roles.{head.of} a single network"
+            f"job.seed = {config.job.seed}, but the checkpoint was trained with seed {state.seed}, which keys its "
+            f"noise and data order; set it to {state.seed}"
         )
-    (network,) = read.values()
-    width = family.feature_width(network, head.depths)
-    offload = role_parallelism(config, name).cpu_offload
-    options = FsdpOptions(getattr(torch, config.training.dtype), cpu_offload=offload)
-    return build_head(width, len(head.depths), layouts.role(name), device, options, config.job.seed)
+    if state.step > config.training.steps:
+        raise ValueError(
+            f"training.steps = {config.training.steps}, but the checkpoint has done {state.step} already; raise it"
+        )
+    return checkpoints if config.checkpoint.enabled else None, state
 
 
-def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -> None:
-    """Optimizer, schedule and EMA of every trained role. The schedule's length is the role's own number of updates."""
-    num_updates = Counter(update.role for step in range(config.training.steps) for update in method.updates(step))
-    for role in roles.trainable:
-        optimizer = build_optimizer(role.parameters(), config.optimizer_for(role.name))
-        role.optimizers["transformer"] = optimizer
-        role.schedulers["transformer"] = build_scheduler(optimizer, config.lr_scheduler, num_updates[role.name])
-        if config.ema.decay and config.ema.role == role.name:
-            role.ema = Ema(role.network, config.ema.decay, config.ema.start_step)
-
-
-def _config_file(argv: Sequence[str]) -> str | None:
-    chosen = None  # the last one counts, as in load_config
-    for argument, following in zip(argv, [*argv[1:], None], strict=True):
-        if argument == CONFIG_FILE:
-            chosen = following
-        elif argument.startswith(f"{CONFIG_FILE}="):
-            chosen = argument.removeprefix(f"{CONFIG_FILE}=")
-    return chosen
-
-
-def _checkpoint_manager(
-    config: Config, family: ModelFamily, roles: RoleManager, device: torch.device
-) -> CheckpointManager:
+def _checkpoint_manager(run: ResolvedRun, roles: RoleManager, device: torch.device) -> CheckpointManager:
+    config, checkpoint = run.config, run.config.checkpoint
+    stored = {name: weights for name, role in config.roles.items() if (weights := role.path or role.init_from)}
     info = RunInfo(
         family=config.recipe.family,
         config_digest=_experiment_digest(config),
         pipeline_config=dataclasses.asdict(config.pipeline_config),
-        architectures={role.name: _architecture(family, role.transformer) for role in roles.trainable},
+        architectures={role.name: _architecture(run.family, role.transformer) for role in roles.trainable},
         frozen={
             name: FrozenRole(weights, weights_digest(weights))
-            for name, role in config.roles.items()
-            if not role.trainable and (weights := role.path or role.init_from)
+            for name, weights in stored.items()
+            if not config.roles[name].trainable
         },
         bases={
-            name: AdaptedBase(weights, weights_digest(weights), role.lora.scale)
-            for name, role in config.roles.items()
-            if role.lora.enabled and (weights := role.path or role.init_from)
+            name: AdaptedBase(weights, weights_digest(weights), config.roles[name].lora.scale)
+            for name, weights in stored.items()
+            if config.roles[name].lora.enabled
         },
         noise_version=NOISE_VERSION,
     )
-    folder, checkpoint = config.job.output_folder / "checkpoints", config.checkpoint
-    timeout = config.comm.init_timeout_seconds
     return CheckpointManager(
-        folder, checkpoint.keep, info, mode=checkpoint.mode, device=device, timeout_seconds=timeout
+        config.job.output_folder / "checkpoints",
+        checkpoint.keep,
+        info,
+        mode=checkpoint.mode,
+        device=device,
+        timeout_seconds=config.comm.init_timeout_seconds,
     )
 
 
@@ -369,19 +362,6 @@ def _experiment_digest(config: Config) -> str:
     checkpoint = dataclasses.replace(config.checkpoint, resume_from="", mode="sync")
     experiment = dataclasses.replace(config, job=job, checkpoint=checkpoint)
     return hashlib.sha256(to_toml(experiment).encode()).hexdigest()
-
-
-def _check_latent_space(family: ModelFamily, roles: RoleManager) -> None:
-    networks = [role for role in roles if not isinstance(role.transformer, FeatureHead)]
-    spaces = {role.name: family.latent_space(role.transformer) for role in networks}
-    (first, expected), *others = spaces.items()
-    for name, space in others:
-        for key, value in space.items():
-            if value != expected[key]:
-                raise ValueError(
-                    f"roles.{name} works on latents with {key} = {value}, but roles.{first} with {key} = "
-                    f"{expected[key]}; all roles of a run must share one latent space"
-                )
 
 
 if __name__ == "__main__":

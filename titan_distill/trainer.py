@@ -1,15 +1,16 @@
-"""The loop, and only the loop.
+"""The training loop.
 
-``run`` → ``train_step`` → ``run_update`` → ``forward_backward``: a step fetches one global batch and runs the updates
-that the method says are due. The trainer knows neither roles nor losses nor model families.
+`run` → `train_step` → `run_step` → `run_update` → `forward_backward`: a step fetches one global batch and runs the
+updates that the method says are due. The trainer knows neither roles nor losses nor model families.
 
-Losses come per sample; their sum is divided by the *global* batch size and gradients are summed over ranks. One rank,
-many ranks and any number of micro-batches therefore take the same step.
+A method returns one loss per sample. The trainer divides their sum by the *global* batch size and sums gradients over
+ranks. One rank, many ranks and any number of micro-batches therefore take the same step.
 """
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
@@ -18,17 +19,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titan_distill.checkpoint.manager import CheckpointManager
-from titan_distill.checkpoint.ranks import Ranks
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.data.loader import Batch, SampleLoader
 from titan_distill.fault_tolerance.nonfinite import NonFiniteError, count_nonfinite, describe_nonfinite, skip_or_raise
+from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.fault_tolerance.signals import Stop, StopRequested
 from titan_distill.fault_tolerance.watchdog import Watchdog
 from titan_distill.methods.base import TrainingMethod, Update
 from titan_distill.models.base import Adapter
-from titan_distill.observability.metrics import MetricsLogger, PhaseTimer
+from titan_distill.observability.metrics import MetricsLogger
 from titan_distill.observability.profiling import Profiler
+from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.fsdp import set_gradient_sync
 from titan_distill.parallelisms.mesh import Layouts, sum_over_samples, tighten_timeout
 from titan_distill.roles import RoleHandle, RoleManager
@@ -39,7 +41,7 @@ __all__ = ["NonFiniteError", "Trainer"]
 
 @dataclass
 class Trainer:
-    """Everything a run needs, assembled by ``train.assemble``."""
+    """A run, whose parts `train.assemble` builds."""
 
     config: Config
     roles: RoleManager
@@ -54,12 +56,12 @@ class Trainer:
     state: TrainState
     layouts: Layouts
     ranks: Ranks
-    """All ranks, for waits that may last longer than a collective of training."""
+    """All ranks, for waits that may last longer than a collective during training."""
     watchdog: Watchdog | None = None
     stop: Stop = field(default_factory=Stop)
 
     def run(self) -> bool:
-        """Trains from ``state.step`` to ``training.steps``. Returns False when a signal ended it before."""
+        """Trains from `state.step` to `training.steps`. Returns False when a signal ended it before."""
         gc.disable()
         try:
             with suppress(StopRequested):  # a signal during start-up
@@ -80,21 +82,28 @@ class Trainer:
         return not self.stop.is_agreed
 
     def train_step(self) -> None:
-        """One global batch, all updates due."""
-        step = self.state.step
-        with self.timer("data"):
-            batch = self.adapter.prepare_batch(next(self.loader))
-        values = self.adapter.start_step(self.roles, step)
-        for update in self.method.updates(step):
-            values |= self.run_update(update, batch)
+        """Trains on one global batch, counts the step and logs its metrics."""
+        values: dict[str, float] = {}
+        for _, found in self.run_step():
+            values |= found
         self.state.step += 1
         if self.watchdog is not None:
             self.watchdog.step = self.state.step
         self.state.samples_seen += self.config.training.global_batch_size
         self.metrics.step(self.state.step, values, samples_seen=self.state.samples_seen)
 
+    def run_step(self) -> Iterator[tuple[str, dict[str, float]]]:
+        """Runs all updates that are due on the next global batch. Yields the metrics of each part as it ends: first the
+        batch, under the name "step", then every update under its role's name."""
+        step = self.state.step
+        with self.timer("data"):
+            batch = self.adapter.prepare_batch(next(self.loader))
+        yield "step", self.adapter.start_step(self.roles, step)
+        for update in self.method.updates(step):
+            yield update.role, self.run_update(update, batch)
+
     def run_update(self, update: Update, batch: Batch) -> dict[str, float]:
-        """Accumulates over micro-batches, checks, clips and steps one role."""
+        """Accumulates gradients over micro-batches, checks and clips them, and steps the optimizer of one role."""
         role = self.roles[update.role]
         totals, losses_N = self.forward_backward(update, role, batch)
         with self.timer("optimizer"):
@@ -113,8 +122,8 @@ class Trainer:
         return values
 
     def forward_backward(self, update: Update, role: RoleHandle, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """Sums gradients of all micro-batches. Returns sums of the loss and the method's metrics over this rank's
-        samples, and the [N] losses themselves."""
+        """Sums the gradients of all micro-batches. Returns sums of the loss and of the method's metrics over this
+        rank's samples, and the [N] losses themselves."""
         micro_batches = batch.split(self.config.training.local_batch_size)
         global_batch_size = self.config.training.global_batch_size
         totals: dict[str, Tensor] = {}
@@ -132,9 +141,8 @@ class Trainer:
         return totals, torch.cat(losses)
 
     def _sum_over_ranks(self, totals: dict[str, Tensor], num_nonfinite: Tensor) -> tuple[dict[str, float], float]:
-        """One reduction for all that ranks tell each other about an update: its sums, whether it is finite, and
-        whether a rank was asked to stop. Returns the means over the global batch, and the number of non-finite
-        values."""
+        """Reduces in one collective all that ranks tell each other about an update: its sums, whether it is finite, and
+        whether a rank was asked to stop. Returns means over the global batch, and the number of non-finite values."""
         asked_to_stop = torch.full_like(num_nonfinite, self.stop.is_signalled)
         summed = sum_over_samples(
             torch.stack([*totals.values(), num_nonfinite, asked_to_stop]), self.layouts.data_group
@@ -144,8 +152,8 @@ class Trainer:
         return {name: value / self.config.training.global_batch_size for name, value in zip(totals, sums)}, nonfinite
 
     def after_step(self) -> None:
-        """What happens between steps: checkpoint, validation, garbage collection, profiler. A run that is to stop saves
-        now, and validates no more."""
+        """Saves, validates, collects garbage and advances the profiler, each when it is due. A run that is to stop
+        saves now and does not validate."""
         config, step = self.config, self.state.step
         last = step == config.training.steps
         saves = last or step % config.checkpoint.interval == 0
@@ -159,41 +167,41 @@ class Trainer:
         if self.stop.is_agreed and not saves:
             self.save()
         if step % config.training.gc_interval == 0:
-            # At the same step on all ranks: a rank that collects alone makes every other rank wait for it.
+            # At the same step on all ranks, because a rank that collects alone makes every other rank wait.
             gc.collect(1)
         self.profiler.step()
 
     def save(self) -> None:
-        """Publishes a checkpoint of this step, or begins to when saving is asynchronous; a no-op when checkpoints are
+        """Saves a checkpoint of this step, or begins to when saving is asynchronous. Does nothing when checkpoints are
         off."""
         if self.checkpoints is not None:
             with self.timer("checkpoint"):
                 self.checkpoints.save(self.roles, self.state)
 
     def _release_state(self) -> None:
-        """Waits until the save that is under way no longer reads weights, moments and averages."""
+        """Waits until an asynchronous save no longer reads weights, optimizer state and averages."""
         if self.checkpoints is not None and self.checkpoints.is_saving:
             with self.timer("checkpoint"):
                 self.checkpoints.before_change()
 
     def validate(self) -> None:
-        """Samples and scores as the method asks; a no-op when validation is off or the run is to stop."""
+        """Samples and scores as the method asks. Does nothing when validation is off or the run is to stop."""
         if self.validator is None or self.stop.is_agreed:
             return
         self.validator.poll = self.stop.poll
-        self._release_state()  # averaged weights are put in place of the trained ones
+        self._release_state()  # validation swaps averaged weights in
         counting = self.adapter.work.paused() if self.adapter.work else nullcontext()
         step = self.state.step
         try:
             with self.timer("validation"), counting:
                 scores = self.validator.validate(step, self.method.validation_request(), self.roles)
                 self.metrics.log_media(step, self.validator.media(step))
-                # After all that rank 0 does alone, which may take longer than a collective of training may.
+                # After what rank 0 does alone, which may take longer than a collective during training may.
                 self.ranks.wait()
         except StopRequested:
             return
         self.metrics.log(step, {f"validation/{name}": value for name, value in scores.items()})
-        torch.cuda.empty_cache()  # of blocks of the decoder's sizes, which training can't use; nothing without CUDA
+        torch.cuda.empty_cache()  # training cannot use blocks of the decoder's sizes
 
     def _clip_gradients(self, role: RoleHandle) -> float:
         parameters = role.parameters()

@@ -114,7 +114,7 @@ def ceiling(device: str) -> float:
 
 
 def smoke(context: Context) -> Cases:
-    """Whether bf16 kernels at head dim 128 compute what they should."""
+    """The outputs of bf16 kernels at head dim 128, against fp64."""
     device = context.device
     grids = [(5, 6, 7), (9, 9, 15)]
     cases: dict[str, Any] = {}
@@ -150,7 +150,7 @@ def against_oracle(device: str, grid: Grid, tile: Grid) -> Iterator[Row]:
 
 
 def same_bits(device: str, grid: Grid) -> Iterator[Row]:
-    """Whether two runs on the same inputs agree in every bit."""
+    """Two runs on the same inputs, compared bit by bit."""
     layout = tile_layout(grid, device=device)
     inputs, grad = random_inputs(grid, 4, 128, DTYPE[device], device=device)
     with tuning.untimed():

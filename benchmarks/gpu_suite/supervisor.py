@@ -234,7 +234,7 @@ def nvidia_gpus() -> list[str]:
 def worker_environment(scratch: Path) -> dict[str, str]:
     """This process's environment, with the repository's packages importable without an installation, and a folder for
     compiled kernels that all workers share."""
-    paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
+    paths = [*(str(REPOSITORY / name) for name in ("", "kernels", "tests/helpers")), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "TRITON_CACHE_DIR": str(scratch / "triton"),

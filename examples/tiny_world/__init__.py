@@ -3,6 +3,6 @@
 `job.imports = ["tiny_world"]` makes `validation.scorer = "shapes"` known, as a user's own module would.
 """
 
-from tiny_world.scorer import shapes_scores
+from tiny_world.reader import shapes_scores
 
 __all__ = ["shapes_scores"]

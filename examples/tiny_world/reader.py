@@ -1,4 +1,4 @@
-"""Reads colour, shape and direction off the frames of a clip of the moving-shapes world, by rule.
+"""The scorer `shapes`: reads colour, shape and direction off the frames of a clip by rule.
 
 No network judges: the foreground is what differs from the background, its colour is the nearest hue, its direction the
 way its centre of mass went, its shape the pattern that fits its outline best. Each answer may be None, "can't tell",
@@ -11,20 +11,20 @@ Legend: T frames, H height, W width, N foreground pixels, A angles.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from tiny_world.shapes import COLOURS, DIRECTIONS, ShapesClip
+from tiny_world.shapes import COLOURS, DIRECTIONS, SHAPES, distance_from_centre, parse_caption
+from titan_distill.registry import register_scorer
 
 FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a clip shows; None where the frames do not tell."""
+    """The words that the frames of a clip show; None where they do not tell."""
 
     colour: str | None
     shape: str | None
@@ -48,16 +48,14 @@ _MAX_SPREAD = 1.6
 _MIN_VISIBLE = 0.8
 
 
-def read_clip(video_THW3: npt.NDArray[np.generic]) -> Reading:
-    """Read one clip.
-
-    Args:
-        video_THW3: RGB frames [T, H, W, 3], uint8 in [0, 255] or floats in [0, 1].
-
-    Raises:
-        ValueError: another shape or dtype.
-    """
-    frames_THW3 = _as_unit_floats(video_THW3)
+def read_clip(video_THW3: npt.NDArray[np.uint8]) -> Reading:
+    """Read one clip, RGB frames [T, H, W, 3]. Raises ValueError for another shape, or another dtype than uint8."""
+    if video_THW3.ndim != 4 or video_THW3.shape[-1] != 3 or video_THW3.dtype != np.uint8:
+        raise ValueError(
+            f"a video has shape {video_THW3.shape} and dtype {video_THW3.dtype}, but uint8 [frames, height, width, 3] "
+            "is read; permute or convert it"
+        )
+    frames_THW3 = video_THW3.astype(np.float64) / 255
     saturation_THW = frames_THW3.max(axis=-1) - frames_THW3.min(axis=-1)
     masks_THW = _segment(saturation_THW)
     visible = [t for t, mask in enumerate(masks_THW) if _is_one_shape(mask)]
@@ -70,33 +68,13 @@ def read_clip(video_THW3: npt.NDArray[np.generic]) -> Reading:
     )
 
 
-def prompt_accuracy(videos: Sequence[npt.NDArray[np.generic]], wanted: Sequence[ShapesClip]) -> dict[str, float]:
-    """Share of videos in which colour, shape and direction are all as wanted, and the share for each alone.
-
-    Keys: `prompt_accuracy`, `colour_accuracy`, `shape_accuracy`, `direction_accuracy`. Raises `ValueError` when the two
-    sequences differ in length or are empty.
-    """
-    if len(videos) != len(wanted) or not videos:
-        raise ValueError(
-            f"{len(videos)} videos and {len(wanted)} descriptions: pass one description a video, at least one"
-        )
-    seen = [read_clip(video) for video in videos]
-    names = ("colour", "shape", "direction")
-    right = np.array(
-        [[getattr(s, name) == getattr(w, name) for name in names] for s, w in zip(seen, wanted, strict=True)]
-    )
-    scores = {f"{name}_accuracy": float(share) for name, share in zip(names, right.mean(axis=0), strict=True)}
-    return {"prompt_accuracy": float(right.all(axis=1).mean()), **scores}
-
-
-def _as_unit_floats(video_THW3: npt.NDArray[np.generic]) -> FloatArray:
-    if video_THW3.ndim != 4 or video_THW3.shape[-1] != 3:
-        raise ValueError(f"a video has shape {video_THW3.shape}, but [frames, height, width, 3] is read; permute it")
-    if video_THW3.dtype == np.uint8:
-        return video_THW3.astype(np.float64) / 255
-    if not np.issubdtype(video_THW3.dtype, np.floating):
-        raise ValueError(f"a video has dtype {video_THW3.dtype}, but uint8 or floats in [0, 1] are read; convert it")
-    return video_THW3.astype(np.float64)
+@register_scorer("shapes")
+def shapes_scores(video_THW3: npt.NDArray[np.uint8], prompt: str) -> dict[str, float]:
+    """1 where the frames show what the prompt says, else 0; `prompt_accuracy` wants colour, shape and direction at
+    once."""
+    wanted, seen = parse_caption(prompt), read_clip(video_THW3)
+    right = {name: float(getattr(wanted, name) == getattr(seen, name)) for name in ("colour", "shape", "direction")}
+    return {"prompt_accuracy": min(right.values()), **{f"{name}_accuracy": value for name, value in right.items()}}
 
 
 def _segment(saturation_THW: FloatArray) -> npt.NDArray[np.bool_]:
@@ -142,7 +120,7 @@ def _direction(masks_THW: npt.NDArray[np.bool_], visible: list[int]) -> str | No
 
 def _shape(masks_THW: npt.NDArray[np.bool_]) -> str | None:
     """The pattern with the greatest overlap (intersection over union) in the median frame, if it fits at all."""
-    scores = {shape: float(np.median([_overlap(mask, shape) for mask in masks_THW])) for shape in _PATTERNS}
+    scores = {shape: float(np.median([_overlap(mask, shape) for mask in masks_THW])) for shape in SHAPES}
     best, second = sorted(scores, key=lambda shape: -scores[shape])[:2]
     return best if scores[best] > _MIN_OVERLAP and scores[best] - scores[second] > _MIN_LEAD else None
 
@@ -153,25 +131,13 @@ _MIN_OVERLAP = 0.80
 _MIN_LEAD = 0.02
 
 
-def _circle(dx: FloatArray, dy: FloatArray, area: float) -> npt.NDArray[np.bool_]:
-    return np.hypot(dx, dy) < np.sqrt(area / np.pi)
-
-
-def _square(dx: FloatArray, dy: FloatArray, area: float) -> npt.NDArray[np.bool_]:
-    return np.maximum(np.abs(dx), np.abs(dy)) < np.sqrt(area) / 2
-
-
-def _triangle(dx: FloatArray, dy: FloatArray, area: float) -> npt.NDArray[np.bool_]:
-    inradius = np.sqrt(area / (3 * np.sqrt(3)))
-    return np.maximum(np.abs(dx) * np.sqrt(3) / 2 - dy / 2, dy) < inradius
-
-
-_PATTERNS = {"circle": _circle, "square": _square, "triangle": _triangle}
+# Area of each shape with a radius of one pixel, in its own norm.
+_UNIT_AREAS = {"circle": np.pi, "square": 4.0, "triangle": 3 * np.sqrt(3)}
 
 
 def _overlap(mask_HW: npt.NDArray[np.bool_], shape: str) -> float:
     points_N2 = np.argwhere(mask_HW)
     rows, columns = np.indices(mask_HW.shape)
     y, x = points_N2.mean(axis=0)
-    pattern_HW = _PATTERNS[shape](columns - x, rows - y, float(len(points_N2)))
+    pattern_HW = distance_from_centre(shape, columns - x, rows - y) < np.sqrt(len(points_N2) / _UNIT_AREAS[shape])
     return float((pattern_HW & mask_HW).sum() / (pattern_HW | mask_HW).sum())

@@ -1,4 +1,4 @@
-"""Procedural clips of one moving shape: the world that the small real Wan lives in.
+"""Drawn clips of one moving shape: the world of the small model that the examples train.
 
 A clip is fully described by four words: colour, shape, direction and speed. That makes it a test bench for
 text-to-video distillation that needs no data set and no human judge: a caption states the four words, a drawing is
@@ -34,17 +34,18 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 PIXELS_PER_FRAME = {"slow": 1.0, "fast": 2.2}
 ADVERBS = {"slow": "slowly", "fast": "quickly"}
+WORDS = {"colour": (*COLOURS,), "shape": SHAPES, "direction": (*DIRECTIONS,), "speed": (*PIXELS_PER_FRAME,)}
+"""The words that describe a clip, by attribute."""
 CAPTION_TEMPLATES = (
     "a {colour} {shape} moving {direction} {adverb}",
     "a {colour} {shape} moves {adverb} {direction}",
     "the {colour} {shape} goes {direction} {adverb}",
 )
 
-# How far the outline reaches from the centre for a size of one pixel: a circle by its radius, a square and a
-# triangle scaled so that all three look equally large (and area alone does not give the shape away).
-_SQUARE_HALF_SIDE = 0.90
-_TRIANGLE_CIRCUMRADIUS = 1.15
-_REACH = _TRIANGLE_CIRCUMRADIUS
+RADII = {"circle": 1.0, "square": 0.90, "triangle": 1.15 / 2}
+"""Radius of each shape in its own norm (`distance_from_centre`) for a size of one pixel: all three look equally large,
+and area alone does not give the shape away."""
+_REACH = 1.15  # of the triangle's corners, which reach furthest
 _MIN_SIZE, _MAX_SIZE = 18.0, 22.0
 
 
@@ -58,14 +59,13 @@ class ShapesClip:
     speed: str
 
     def __post_init__(self) -> None:
-        known = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "speed": PIXELS_PER_FRAME}
-        for name, values in known.items():
+        for name, values in WORDS.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not drawn here; choose one of {', '.join(values)}")
 
     @property
     def combination(self) -> tuple[str, str, str]:
-        """What the reader of frames scores, and what is held out: (colour, shape, direction)."""
+        """The words that the scorer reads and that are held out together: (colour, shape, direction)."""
         return self.colour, self.shape, self.direction
 
     def caption(self, template: int = 0) -> str:
@@ -75,21 +75,16 @@ class ShapesClip:
         )
 
 
-def _latin_square() -> frozenset[tuple[str, str, str]]:
-    directions = list(DIRECTIONS)
-    return frozenset(
-        (colour, shape, directions[(i + j) % len(directions)])
-        for (i, colour), (j, shape) in product(enumerate(COLOURS), enumerate(SHAPES))
-    )
-
-
-HELD_OUT = _latin_square()
+HELD_OUT = frozenset(
+    (colour, shape, WORDS["direction"][(i + j) % len(DIRECTIONS)])
+    for (i, colour), (j, shape) in product(enumerate(COLOURS), enumerate(SHAPES))
+)
 """The 12 (colour, shape, direction) combinations kept for scoring: one direction for each colour and shape."""
 
 
 def all_attributes() -> list[ShapesClip]:
     """All 96 clips that can be described, in a fixed order."""
-    return [ShapesClip(*words) for words in product(COLOURS, SHAPES, DIRECTIONS, PIXELS_PER_FRAME)]
+    return [ShapesClip(*words) for words in product(*WORDS.values())]
 
 
 def train_attributes() -> list[ShapesClip]:
@@ -102,27 +97,18 @@ def held_out_attributes() -> list[ShapesClip]:
     return [clip for clip in all_attributes() if clip.combination in HELD_OUT]
 
 
-def held_out_prompts(num_prompts: int) -> list[tuple[str, ShapesClip]]:
-    """Captions for scoring with the clips they describe: the 24 held-out ones in turn, repeated until there are enough.
-
-    Repeats share a caption; each is meant to be sampled from its own noise.
-    """
-    if num_prompts < 1:
-        raise ValueError(
-            f"num_prompts is {num_prompts}, but at least 1 prompt is needed to score; pass a positive number"
-        )
-    clips = held_out_attributes()
-    return [(clips[i % len(clips)].caption(), clips[i % len(clips)]) for i in range(num_prompts)]
+def captioned(clips: list[ShapesClip]) -> list[tuple[str, ShapesClip]]:
+    """Each clip in the words of each template: (caption, clip)."""
+    return [(clip.caption(template), clip) for clip, template in product(clips, range(len(CAPTION_TEMPLATES)))]
 
 
 def parse_caption(caption: str) -> ShapesClip:
     """The clip that a caption describes: the inverse of `ShapesClip.caption`; raises `ValueError` for other
     sentences."""
-    for clip, template in product(all_attributes(), range(len(CAPTION_TEMPLATES))):
-        if clip.caption(template) == caption:
-            return clip
-    example = all_attributes()[0].caption()
-    raise ValueError(f"caption {caption!r} does not describe a moving shape; write it like {example!r}")
+    clips = dict(captioned(all_attributes()))
+    if caption not in clips:
+        raise ValueError(f"caption {caption!r} does not describe a moving shape; write it like {next(iter(clips))!r}")
+    return clips[caption]
 
 
 def draw_clip(clip: ShapesClip, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
@@ -154,14 +140,17 @@ def _coverage(shape: str, size: float, x: float, y: float) -> npt.NDArray[np.flo
     """Share of each pixel inside the shape [H, W]: signed distance to the outline, ramped over one pixel
     (anti-aliasing)."""
     rows, columns = np.mgrid[0:FRAME_SIZE, 0:FRAME_SIZE] + 0.5
-    dx, dy = columns - x, rows - y
-    if shape == "circle":
-        distance = np.hypot(dx, dy) - size
-    elif shape == "square":
-        distance = np.maximum(np.abs(dx), np.abs(dy)) - size * _SQUARE_HALF_SIDE
-    else:
-        # Upright equilateral triangle: the inside of three half-planes, each half a circumradius from the centre.
-        inradius = size * _TRIANGLE_CIRCUMRADIUS / 2
-        sides = np.abs(dx) * np.sqrt(3) / 2 - dy / 2
-        distance = np.maximum(sides, dy) - inradius
+    distance = distance_from_centre(shape, columns - x, rows - y) - size * RADII[shape]
     return np.clip(0.5 - distance, 0.0, 1.0)
+
+
+def distance_from_centre(
+    shape: str, dx: npt.NDArray[np.float64], dy: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Distance in the shape's own norm: the shape is where it is below the radius."""
+    if shape == "circle":
+        return np.hypot(dx, dy)
+    if shape == "square":
+        return np.maximum(np.abs(dx), np.abs(dy))
+    # Upright equilateral triangle: the inside of three half-planes.
+    return np.maximum(np.abs(dx) * np.sqrt(3) / 2 - dy / 2, dy)

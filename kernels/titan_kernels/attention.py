@@ -66,7 +66,7 @@ def branches(
     queries: range | None = None,
     tiles_per_list: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Return the fine output [B, L, H, D] in the dtype of `q` and the coarse one [B, N, H, D], fp32: a row a tile.
+    """Return the fine output [B, L, H, D] in the dtype of `q` and the coarse one [B, N, H, D], fp32: one row per tile.
 
     Args:
         q_BLHD: the tokens of the tiles `queries`.

@@ -2,7 +2,7 @@
 
 Sorting rows to keep a tenth of them wastes most of the work, and libraries return the winners in order of score. Here
 a row's scores become integers of the same order, and the `topk`-th largest is found bit by bit from the top: 32 counts
-of how many are at least a candidate. What lies above it is taken, what equals it from the left until `topk` is full,
+of how many are at least a candidate. Scores above it are taken, scores equal to it from the left until `topk` is full,
 and prefix sums say where each index goes. The row stays in registers throughout, and `topk` is a number like any other.
 
 Shape suffixes as in `reference`.
@@ -20,7 +20,7 @@ _ONE_WARP = 2048
 """Scores, 64 in each thread, that one warp still holds: it counts by shuffles alone, without barriers."""
 
 _SCORES_PER_WARP = 512
-"""Of longer rows, where more would spill."""
+"""Scores per warp in longer rows; more would spill."""
 
 
 @triton.jit(do_not_specialize=["topk"])

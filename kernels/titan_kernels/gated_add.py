@@ -9,6 +9,8 @@ Shape suffixes as in `reference`.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -106,23 +108,8 @@ def _gated_add_backward_kernel(
 
 def gated_add(fine_BLHD: Tensor, coarse_BNHD: Tensor, gate_BLHD: Tensor, tiles: Tiles) -> Tensor:
     """As `reference.gated_add`, for inputs up to fp32."""
-    fine, gate = contiguous_rows(fine_BLHD), contiguous_rows(gate_BLHD)
-    batch, num_tokens, num_heads, head_dim = fine.shape
-    num_tiles = len(tiles.start)
-    out = torch.empty_like(fine, memory_format=torch.contiguous_format)
-    _gated_add_kernel[num_tiles * num_heads, batch](
-        fine,
-        coarse_BNHD.contiguous(),
-        gate,
-        out,
-        *tiles[:2],
-        *fine.stride()[:3],
-        *gate.stride()[:3],
-        num_heads,
-        num_tiles,
-        num_tokens,
-        **block_sizes(tiles.longest, head_dim),
-    )
+    out = torch.empty_like(fine_BLHD, memory_format=torch.contiguous_format)
+    _launch(_gated_add_kernel, fine_BLHD, coarse_BNHD, gate_BLHD, (out,), tiles)
     return out
 
 
@@ -130,24 +117,21 @@ def gated_add_backward(
     grad_BLHD: Tensor, coarse_BNHD: Tensor, gate_BLHD: Tensor, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
     """As `reference.gated_add_backward`, for inputs up to fp32."""
-    grad, gate = contiguous_rows(grad_BLHD), contiguous_rows(gate_BLHD)
-    batch, num_tokens, num_heads, head_dim = grad.shape
-    num_tiles = len(tiles.start)
     grad_coarse, grad_gate = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (coarse_BNHD, gate_BLHD)
     )
-    _gated_add_backward_kernel[num_tiles * num_heads, batch](
-        grad,
-        coarse_BNHD.contiguous(),
-        gate,
-        grad_coarse,
-        grad_gate,
-        *tiles[:2],
-        *grad.stride()[:3],
-        *gate.stride()[:3],
-        num_heads,
-        num_tiles,
-        num_tokens,
+    _launch(_gated_add_backward_kernel, grad_BLHD, coarse_BNHD, gate_BLHD, (grad_coarse, grad_gate), tiles)
+    return grad_coarse, grad_gate
+
+
+def _launch(
+    kernel: Any, x_BLHD: Tensor, coarse_BNHD: Tensor, gate_BLHD: Tensor, outputs: tuple[Tensor, ...], tiles: Tiles
+) -> None:
+    x, gate = contiguous_rows(x_BLHD), contiguous_rows(gate_BLHD)
+    batch, num_tokens, num_heads, head_dim = x.shape
+    num_tiles = len(tiles.start)
+    kernel[num_tiles * num_heads, batch](
+        *(x, coarse_BNHD.contiguous(), gate, *outputs, *tiles[:2]),
+        *(*x.stride()[:3], *gate.stride()[:3], num_heads, num_tiles, num_tokens),
         **block_sizes(tiles.longest, head_dim),
     )
-    return grad_coarse, grad_gate

@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TileLayout:
-    """How the tokens of one grid lie in tile order, on one device.
+    """The tile order of one grid's tokens, on one device.
 
     Attributes:
         grid: tokens along (frames, height, width).

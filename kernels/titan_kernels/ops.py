@@ -1,4 +1,4 @@
-"""The kernels as PyTorch operators: what autograd, torch.compile, activation checkpointing and FLOP counting see.
+"""PyTorch operators of the kernels, for autograd, torch.compile, activation checkpointing and FLOP counting.
 
 Each operator has one body, which runs the Triton kernel on CUDA (and, under TRITON_INTERPRET=1, on the CPU) and the
 plain-torch twin of `reference` elsewhere; both have the twin's signature. Operators take the three parts of `Tiles` one
@@ -15,10 +15,12 @@ Shape suffixes as in `reference`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 from torch.utils.flop_counter import register_flop_formula
 
 from titan_kernels import reference
@@ -55,7 +57,7 @@ def philox_normal(keys_B2: Tensor, num_elements: int) -> Tensor:
 
 
 def _kernels(x: Tensor) -> Any:
-    """Where the functions of this device are."""
+    """The module with the functions for this device."""
     if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
         from titan_kernels import triton_kernels
 
@@ -63,20 +65,27 @@ def _kernels(x: Tensor) -> Any:
     return reference
 
 
-@torch.library.custom_op("titan_kernels::tile_pool", mutates_args=())
-def _tile_pool(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_start: Tensor,
-    q_length: Tensor,
-    q_longest: int,
-    kv_start: Tensor,
-    kv_length: Tensor,
-    kv_longest: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q_tiles, kv_tiles = Tiles(q_start, q_length, q_longest), Tiles(kv_start, kv_length, kv_longest)
-    return _kernels(q).tile_pool(q, k, v, q_tiles, kv_tiles)
+def _operator(schema: str) -> Callable[[Callable], CustomOpDef]:
+    """Decorator: makes a function the operator of this schema, which begins with the operator's name."""
+    name, parameters = schema.split("(", 1)
+    return torch.library.custom_op(f"titan_kernels::{name}", mutates_args=(), schema=f"({parameters}")
+
+
+_TILES = "Tensor q_start, Tensor q_length, SymInt q_longest, Tensor kv_start, Tensor kv_length, SymInt kv_longest"
+
+
+def _tiles(parts: Sequence[Any]) -> tuple[Tiles, Tiles]:
+    """The tiles of queries and of keys from the six arguments of `_TILES`."""
+    return Tiles(*parts[:3]), Tiles(*parts[3:])
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_operator(f"tile_pool(Tensor q, Tensor k, Tensor v, {_TILES}) -> (Tensor, Tensor, Tensor)")
+def _tile_pool(q: Tensor, k: Tensor, v: Tensor, *tiles: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernels(q).tile_pool(q, k, v, *_tiles(tiles))
 
 
 @_tile_pool.register_fake
@@ -86,23 +95,13 @@ def _(q, k, v, q_start, q_length, q_longest, kv_start, kv_length, kv_longest):  
     return tuple(x.new_empty(x.shape[0], n, *x.shape[2:], dtype=dtype) for x, n in zip((q, k, v), counts))
 
 
-@torch.library.custom_op("titan_kernels::tile_pool_backward", mutates_args=())
-def _tile_pool_backward(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    q_start: Tensor,
-    q_length: Tensor,
-    q_longest: int,
-    kv_start: Tensor,
-    kv_length: Tensor,
-    kv_longest: int,
-    num_queries: int,
-    num_keys: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q_tiles, kv_tiles = Tiles(q_start, q_length, q_longest), Tiles(kv_start, kv_length, kv_longest)
-    return _kernels(grad_q).tile_pool_backward(grad_q, grad_k, grad_v, q_tiles, kv_tiles, num_queries, num_keys, dtype)
+@_operator(
+    f"tile_pool_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, {_TILES}, "
+    "SymInt num_queries, SymInt num_keys, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
+)
+def _tile_pool_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tiles, num_queries, num_keys, dtype = others
+    return _kernels(grad_q).tile_pool_backward(grad_q, grad_k, grad_v, *_tiles(tiles), num_queries, num_keys, dtype)
 
 
 @_tile_pool_backward.register_fake
@@ -130,7 +129,7 @@ def _pool_gradients(ctx: Any, *gradients: Tensor) -> tuple:
 _tile_pool.register_autograd(_pool_gradients, setup_context=_save_for_pool)
 
 
-@torch.library.custom_op("titan_kernels::block_topk", mutates_args=())
+@_operator("block_topk(Tensor scores, SymInt topk) -> Tensor")
 def _block_topk(scores: Tensor, topk: int) -> Tensor:
     return _kernels(scores).block_topk(scores, topk)
 
@@ -140,53 +139,29 @@ def _(scores, topk):  # type: ignore[no-untyped-def]
     return scores.new_empty((*scores.shape[:-1], topk), dtype=torch.int32)
 
 
-@torch.library.custom_op("titan_kernels::vsa_forward", mutates_args=())
-def _vsa_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: Tensor,
-    q_start: Tensor,
-    q_length: Tensor,
-    q_longest: int,
-    kv_start: Tensor,
-    kv_length: Tensor,
-    kv_longest: int,
-) -> tuple[Tensor, Tensor]:
-    q_tiles, kv_tiles = Tiles(q_start, q_length, q_longest), Tiles(kv_start, kv_length, kv_longest)
-    return _kernels(q).vsa_forward(q, k, v, lists, q_tiles, kv_tiles)
+@_operator(f"vsa_forward(Tensor q, Tensor k, Tensor v, Tensor lists, {_TILES}) -> (Tensor, Tensor)")
+def _vsa_forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, *tiles: Any) -> tuple[Tensor, Tensor]:
+    return _kernels(q).vsa_forward(q, k, v, lists, *_tiles(tiles))
 
 
 @_vsa_forward.register_fake
 def _(q, k, v, lists, *tiles):  # type: ignore[no-untyped-def]
     batch, queries, heads, _ = q.shape
     lse = q.new_empty((batch, heads, queries), dtype=torch.promote_types(q.dtype, torch.float32))
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+    return _contiguous_like(q), lse
 
 
-@torch.library.custom_op("titan_kernels::vsa_backward", mutates_args=())
-def _vsa_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lists: Tensor,
-    q_start: Tensor,
-    q_length: Tensor,
-    q_longest: int,
-    kv_start: Tensor,
-    kv_length: Tensor,
-    kv_longest: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q_tiles, kv_tiles = Tiles(q_start, q_length, q_longest), Tiles(kv_start, kv_length, kv_longest)
-    return _kernels(q).vsa_backward(grad, q, k, v, out, lse, lists, q_tiles, kv_tiles)
+@_operator(
+    "vsa_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lists, "
+    f"{_TILES}) -> (Tensor, Tensor, Tensor)"
+)
+def _vsa_backward(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernels(grad).vsa_backward(grad, *others[:6], *_tiles(others[6:]))
 
 
 @_vsa_backward.register_fake
 def _(grad, q, k, v, *others):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return tuple(map(_contiguous_like, (q, k, v)))
 
 
 def _save_for_vsa(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -205,26 +180,27 @@ def _vsa_gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
 _vsa_forward.register_autograd(_vsa_gradients, setup_context=_save_for_vsa)
 
 
-@torch.library.custom_op("titan_kernels::gated_add", mutates_args=())
-def _gated_add(fine: Tensor, coarse: Tensor, gate: Tensor, start: Tensor, length: Tensor, longest: int) -> Tensor:
-    return _kernels(fine).gated_add(fine, coarse, gate, Tiles(start, length, longest))
+@_operator("gated_add(Tensor fine, Tensor coarse, Tensor gate, Tensor start, Tensor length, SymInt longest) -> Tensor")
+def _gated_add(fine: Tensor, coarse: Tensor, gate: Tensor, *tiles: Any) -> Tensor:
+    return _kernels(fine).gated_add(fine, coarse, gate, Tiles(*tiles))
 
 
 @_gated_add.register_fake
 def _(fine, coarse, gate, *tiles):  # type: ignore[no-untyped-def]
-    return torch.empty_like(fine, memory_format=torch.contiguous_format)
+    return _contiguous_like(fine)
 
 
-@torch.library.custom_op("titan_kernels::gated_add_backward", mutates_args=())
-def _gated_add_backward(
-    grad: Tensor, coarse: Tensor, gate: Tensor, start: Tensor, length: Tensor, longest: int
-) -> tuple[Tensor, Tensor]:
-    return _kernels(grad).gated_add_backward(grad, coarse, gate, Tiles(start, length, longest))
+@_operator(
+    "gated_add_backward(Tensor grad, Tensor coarse, Tensor gate, Tensor start, Tensor length, SymInt longest) "
+    "-> (Tensor, Tensor)"
+)
+def _gated_add_backward(grad: Tensor, coarse: Tensor, gate: Tensor, *tiles: Any) -> tuple[Tensor, Tensor]:
+    return _kernels(grad).gated_add_backward(grad, coarse, gate, Tiles(*tiles))
 
 
 @_gated_add_backward.register_fake
 def _(grad, coarse, gate, *tiles):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (coarse, gate))
+    return _contiguous_like(coarse), _contiguous_like(gate)
 
 
 def _save_for_gated_add(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -241,7 +217,7 @@ def _gated_add_gradients(ctx: Any, grad: Tensor) -> tuple:
 _gated_add.register_autograd(_gated_add_gradients, setup_context=_save_for_gated_add)
 
 
-@torch.library.custom_op("titan_kernels::philox_normal", mutates_args=())
+@_operator("philox_normal(Tensor keys, SymInt num_elements) -> Tensor")
 def _philox_normal(keys: Tensor, num_elements: int) -> Tensor:
     return _kernels(keys).philox_normal(keys, num_elements)
 

@@ -59,7 +59,7 @@ def tile_pool_backward(
 def block_topk(scores_BHNT: Tensor, topk: int) -> Tensor:
     """The `topk` tiles of largest score for each query tile: int32 [B, H, N, topk], ascending.
 
-    Of equal scores the lower tile wins, so that the choice is a function of the scores alone.
+    The lower of two tiles with equal scores wins, so that the choice is a function of the scores alone.
     """
     order = scores_BHNT.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :topk].sort(dim=-1).values.to(torch.int32)

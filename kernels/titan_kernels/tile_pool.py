@@ -52,35 +52,33 @@ def _pool_kernel(
     tile = tl.program_id(0) // num_heads
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
+    at = (batch, head, num_heads)
+    q_tokens = (q, q_stride_batch, q_stride_token, q_stride_head)
+    k_tokens = (k, k_stride_batch, k_stride_token, k_stride_head)
+    v_tokens = (v, v_stride_batch, v_stride_token, v_stride_head)
+    q_tiles = (q_start, q_length, num_q_tiles)
+    kv_tiles = (kv_start, kv_length, num_kv_tiles)
     # Three branches rather than a chosen pointer: the compiler keeps what it knows of each one's alignment.
     if tile < num_q_tiles:
-        q += batch * q_stride_batch + head * q_stride_head
-        pooled_q += ((batch * num_q_tiles + tile) * num_heads + head) * D
-        _mean(q, q_stride_token, pooled_q, q_start + tile, q_length + tile, LONGEST, ROWS, D, BLOCK_D)
+        _mean(tile, q_tokens, pooled_q, q_tiles, at, LONGEST, ROWS, D, BLOCK_D)
     elif tile < num_q_tiles + num_kv_tiles:
-        tile -= num_q_tiles
-        k += batch * k_stride_batch + head * k_stride_head
-        pooled_k += ((batch * num_kv_tiles + tile) * num_heads + head) * D
-        _mean(k, k_stride_token, pooled_k, kv_start + tile, kv_length + tile, LONGEST, ROWS, D, BLOCK_D)
+        _mean(tile - num_q_tiles, k_tokens, pooled_k, kv_tiles, at, LONGEST, ROWS, D, BLOCK_D)
     else:
-        tile -= num_q_tiles + num_kv_tiles
-        v += batch * v_stride_batch + head * v_stride_head
-        pooled_v += ((batch * num_kv_tiles + tile) * num_heads + head) * D
-        _mean(v, v_stride_token, pooled_v, kv_start + tile, kv_length + tile, LONGEST, ROWS, D, BLOCK_D)
+        _mean(tile - (num_q_tiles + num_kv_tiles), v_tokens, pooled_v, kv_tiles, at, LONGEST, ROWS, D, BLOCK_D)
 
 
 @triton.jit
 def _mean(
-    x,
-    stride_token,
-    mean,
-    start,
-    length,
-    LONGEST: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    tile, tokens, means, tiles, at, LONGEST: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
+    """The mean of one tile of `tiles` (starts, lengths, number), for the batch and head of `at`."""
+    x, stride_batch, stride_token, stride_head = tokens
+    start, length, num_tiles = tiles
+    batch, head, num_heads = at
+    x += batch * stride_batch + head * stride_head
+    means += ((batch * num_tiles + tile) * num_heads + head) * D
+    start += tile
+    length += tile
     num_tokens = tl.load(length)
     x += tl.load(start).to(tl.int64) * stride_token
     d = tl.arange(0, BLOCK_D)
@@ -90,7 +88,7 @@ def _mean(
         valid = (row < num_tokens) & (d < D)[None, :]
         block = tl.load(x + row * stride_token + d[None, :], mask=valid, other=0.0)
         total += tl.sum(block.to(tl.float32), 0)
-    tl.store(mean + d, total / num_tokens, mask=d < D)
+    tl.store(means + d, total / num_tokens, mask=d < D)
 
 
 @triton.jit(do_not_specialize=["num_q_tiles", "num_kv_tiles", "num_queries", "num_keys"])
@@ -118,34 +116,37 @@ def _pool_backward_kernel(
     tile = tl.program_id(0) // num_heads
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
+    at = (batch, head, num_heads)
+    q_tiles = (q_start, q_length, num_q_tiles)
+    kv_tiles = (kv_start, kv_length, num_kv_tiles)
     if tile < num_q_tiles:
-        grad_q += ((batch * num_q_tiles + tile) * num_heads + head) * D
-        q += (batch * num_queries * num_heads + head) * D
-        _spread(grad_q, q, num_heads * D, q_start + tile, q_length + tile, LONGEST, ROWS, D, BLOCK_D)
+        _spread(tile, grad_q, q, num_queries, q_tiles, at, LONGEST, ROWS, D, BLOCK_D)
     elif tile < num_q_tiles + num_kv_tiles:
-        tile -= num_q_tiles
-        grad_k += ((batch * num_kv_tiles + tile) * num_heads + head) * D
-        k += (batch * num_keys * num_heads + head) * D
-        _spread(grad_k, k, num_heads * D, kv_start + tile, kv_length + tile, LONGEST, ROWS, D, BLOCK_D)
+        _spread(tile - num_q_tiles, grad_k, k, num_keys, kv_tiles, at, LONGEST, ROWS, D, BLOCK_D)
     else:
-        tile -= num_q_tiles + num_kv_tiles
-        grad_v += ((batch * num_kv_tiles + tile) * num_heads + head) * D
-        v += (batch * num_keys * num_heads + head) * D
-        _spread(grad_v, v, num_heads * D, kv_start + tile, kv_length + tile, LONGEST, ROWS, D, BLOCK_D)
+        _spread(tile - (num_q_tiles + num_kv_tiles), grad_v, v, num_keys, kv_tiles, at, LONGEST, ROWS, D, BLOCK_D)
 
 
 @triton.jit
 def _spread(
+    tile,
     grad,
     x,
-    stride_token,
-    start,
-    length,
+    num_rows,
+    tiles,
+    at,
     LONGEST: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    start, length, num_tiles = tiles
+    batch, head, num_heads = at
+    grad += ((batch * num_tiles + tile) * num_heads + head) * D
+    x += (batch * num_rows * num_heads + head) * D
+    stride_token = num_heads * D
+    start += tile
+    length += tile
     num_tokens = tl.load(length)
     x += tl.load(start).to(tl.int64) * stride_token
     d = tl.arange(0, BLOCK_D)
@@ -168,20 +169,8 @@ def tile_pool(
         for num_tiles in (num_q_tiles, num_kv_tiles, num_kv_tiles)
     )
     _pool_kernel[(num_q_tiles + 2 * num_kv_tiles) * num_heads, batch](
-        q,
-        k,
-        v,
-        pooled_q,
-        pooled_k,
-        pooled_v,
-        *q_tiles[:2],
-        *kv_tiles[:2],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        num_heads,
-        num_q_tiles,
-        num_kv_tiles,
+        *(q, k, v, pooled_q, pooled_k, pooled_v, *q_tiles[:2], *kv_tiles[:2]),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], num_heads, num_q_tiles, num_kv_tiles),
         **block_sizes(max(q_tiles.longest, kv_tiles.longest), head_dim),
     )
     return pooled_q, pooled_k, pooled_v
@@ -206,16 +195,8 @@ def tile_pool_backward(
     )
     _pool_backward_kernel[(num_q_tiles + 2 * num_kv_tiles) * num_heads, batch](
         *(grad.contiguous() for grad in (grad_q_BNHD, grad_k_BTHD, grad_v_BTHD)),
-        grad_q,
-        grad_k,
-        grad_v,
-        *q_tiles[:2],
-        *kv_tiles[:2],
-        num_heads,
-        num_q_tiles,
-        num_kv_tiles,
-        num_queries,
-        num_keys,
+        *(grad_q, grad_k, grad_v, *q_tiles[:2], *kv_tiles[:2]),
+        *(num_heads, num_q_tiles, num_kv_tiles, num_queries, num_keys),
         **block_sizes(max(q_tiles.longest, kv_tiles.longest), head_dim),
     )
     return grad_q, grad_k, grad_v

@@ -1,9 +1,9 @@
-"""How a kernel is launched: the candidates that are worth timing, and which of them a shape uses.
+"""Launch settings of the attention kernels: the candidates worth timing, and the choice for each shape.
 
 The space is pipeline stages 1-6 x warps 4/8 x rows fetched by pointers or by the copy engine (TMA) x a register limit x
-a program a block or persistent programs.
-All of it was built ahead of time; `KEPT` is what is left after dropping what spills, what does not fit beside a second
-program without a reason, and what is the same machine code as another (docs/kernels.md, `benchmarks.kernel_builds`).
+one program per block or persistent programs. All of it was built ahead of time. `KEPT` leaves out candidates that
+spill, that leave no room for a second program without a reason, or that are the same machine code as another
+(docs/kernels.md, `benchmarks.kernel_builds`).
 
 On a GPU the first launch of a shape times its candidates and keeps the fastest for the life of the process. A shape is
 known by what changes the balance between loading and computing: head dim, dtype, block sizes, heads, and the density of
@@ -39,8 +39,8 @@ class Candidate:
         warps, stages: Triton's.
         tma: fetch rows by the copy engine; Hopper and later.
         registers: limit per thread, so that another program fits beside; None for the compiler's choice.
-        persistent: programs a multiprocessor that walk over all blocks (forward only); 0 starts a program a block.
-        reason: why it is worth timing.
+        persistent: programs per multiprocessor that walk over all blocks (forward only); 0: one program per block.
+        reason: for timing it.
     """
 
     warps: int
@@ -65,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a launch is specialised on (`constants`), and what else its best candidate depends on."""
+    """The compile-time constants of a launch, and the other sizes that its best candidate depends on."""
 
     head_dim: int
     dtype: torch.dtype
@@ -147,7 +147,7 @@ KEPT: dict[tuple[str, int, int], tuple[Candidate, ...]] = {
     ),
     ("grad_kv", 64, 16): (
         Candidate(4, 2, True, reason=_TWO_PROGRAMS),
-        Candidate(8, 3, True, reason="both accumulators over two warpgroups, a tile more in flight"),
+        Candidate(8, 3, True, reason="both accumulators over two warpgroups, one more tile in flight"),
         Candidate(8, 2, reason=_ANYWHERE),
     ),
     ("forward", 32, 32): (Candidate(8, 1, reason=_NO_MATRIX_UNITS),),
@@ -158,14 +158,14 @@ KEPT: dict[tuple[str, int, int], tuple[Candidate, ...]] = {
 
 
 def candidates(kernel: str, rows: int, dtype: torch.dtype, tma: bool) -> list[Candidate]:
-    """What is kept for blocks of `rows` queries; without those that need TMA where there is none."""
+    """Candidates for blocks of `rows` queries; without `tma`, only those that fetch rows by pointers."""
     bits = 8 * dtype.itemsize
     kept = next(kept for (name, most, width), kept in KEPT.items() if (name, width) == (kernel, bits) and rows <= most)
     return [candidate for candidate in kept if tma or not candidate.tma]
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """How many a GPU has; 1 for Triton's interpreter."""
+    """Multiprocessors of a GPU; 1 for Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -174,7 +174,7 @@ _may_time = True
 
 @contextmanager
 def timing(allowed: bool) -> Iterator[None]:
-    """Within it launches may be timed or not, on every thread: autograd runs the backward of CUDA on one of its own."""
+    """Within the block launches may be timed or not, on every thread: autograd runs CUDA's backward on its own."""
     global _may_time
     before, _may_time = _may_time, allowed
     try:
@@ -184,7 +184,7 @@ def timing(allowed: bool) -> Iterator[None]:
 
 
 def untimed() -> AbstractContextManager[None]:
-    """Within it every launch of the process takes its first candidate."""
+    """Within the block every launch of the process takes its first candidate."""
     return timing(False)
 
 
@@ -192,12 +192,12 @@ Observer = Callable[[str, Candidate, float | Exception], None]
 """Takes a kernel's name, a candidate, and its milliseconds or the reason why it has none."""
 
 _observer: Observer | None = None
-"""Of the process, not of a context: autograd runs backwards on threads of its own."""
+"""One for the process, not for a context: autograd runs backwards on threads of its own."""
 
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Times the candidates of every launch within it, also of shapes known before, and tells `observer` of each."""
+    """Times the candidates of every launch within the block, known shapes included, and tells `observer` of each."""
     global _observer
     _observer = observer
     try:
@@ -228,7 +228,7 @@ def _milliseconds(kernel: str, start: Callable[[Candidate], None], candidate: Ca
     try:
         milliseconds = triton.testing.do_bench(lambda: start(candidate), warmup=10, rep=50, return_mode="median")
     except Exception as error:
-        # OutOfResources: this GPU has less shared memory than those the list was made for.
+        # OutOfResources: this GPU has less shared memory than the GPUs that the list was made for.
         if _observer is None and not isinstance(error, OutOfResources):
             raise
         if _observer is not None:

@@ -3,7 +3,7 @@
 Scores are computed anew from the saved log-sum-exp, in two passes. `grad_q_kernel` walks a query block's list, as the
 forward does. `grad_kv_kernel` walks the lists transposed: for each key tile, the query blocks that chose it. That costs
 seven matrix products where a single pass costs five, and buys what a single pass cannot have: no atomics, no scatter
-buffers, the same bits at every run, zeros written for keys that nobody chose.
+buffers, the same bits at every run, zeros written for keys that no query block chose.
 
 With P the softmax, O the output and G its gradient: dV = Pᵀ G, dS = P ∘ (G Vᵀ − delta), delta = rowsum(G ∘ O),
 dQ = scale dS K, dK = scale dSᵀ Q. The scale multiplies fp32 accumulators, once, at the end.
@@ -64,23 +64,10 @@ def row_sums_kernel(
     head = tl.program_id(0) % num_heads
     batch = tl.program_id(0) // num_heads
     start = tl.program_id(1) * ROWS
-    grad_MD = load_rows(
-        grad,
-        batch,
-        head,
-        start,
-        num_queries,
-        grad_stride_b,
-        grad_stride_l,
-        grad_stride_h,
-        ROWS,
-        HEAD_DIM,
-        BLOCK_D,
-        False,
-    )
-    out_MD = load_rows(
-        out, batch, head, start, num_queries, out_stride_b, out_stride_l, out_stride_h, ROWS, HEAD_DIM, BLOCK_D, False
-    )
+    grad_tokens = (grad, num_queries, grad_stride_b, grad_stride_l, grad_stride_h)
+    out_tokens = (out, num_queries, out_stride_b, out_stride_l, out_stride_h)
+    grad_MD = load_rows(grad_tokens, batch, head, start, ROWS, HEAD_DIM, BLOCK_D, False)
+    out_MD = load_rows(out_tokens, batch, head, start, ROWS, HEAD_DIM, BLOCK_D, False)
     row = tl.arange(0, ROWS)
     mask = row < num_queries - start
     item = tl.program_id(0).to(tl.int64)
@@ -92,7 +79,7 @@ def row_sums_kernel(
 
 @triton.jit
 def minus_delta(delta, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """What the accumulator of G Vᵀ starts from: the subtraction then costs nothing after the product."""
+    """The start of G Vᵀ's accumulator: the subtraction then costs nothing after the product."""
     return tl.broadcast_to(-delta, ROWS, COLUMNS)
 
 
@@ -135,6 +122,10 @@ def grad_q_kernel(
     KV_CHUNKS: tl.constexpr,
     TMA: tl.constexpr,
 ):
+    grad_tokens = (grad, num_queries, grad_stride_b, grad_stride_l, grad_stride_h)
+    q_tokens = (q, num_queries, q_stride_b, q_stride_l, q_stride_h)
+    k_tokens = (k, num_keys, k_stride_b, k_stride_l, k_stride_h)
+    v_tokens = (v, num_keys, v_stride_b, v_stride_l, v_stride_h)
     item = tl.program_id(0) // Q_CHUNKS
     block = item % num_q_blocks
     head = item // num_q_blocks % num_heads
@@ -147,23 +138,8 @@ def grad_q_kernel(
     num_steps = num_listed * KV_CHUNKS
     start, length = block_of(0, lists, kv_start, kv_length, BLOCK_N, KV_CHUNKS)
     tile = tl.load(lists + tl.minimum(1, num_steps - 1) // KV_CHUNKS)
-    q_MD = load_rows(
-        q, batch, head, first, num_queries, q_stride_b, q_stride_l, q_stride_h, BLOCK_M, HEAD_DIM, BLOCK_D, False
-    )
-    grad_MD = load_rows(
-        grad,
-        batch,
-        head,
-        first,
-        num_queries,
-        grad_stride_b,
-        grad_stride_l,
-        grad_stride_h,
-        BLOCK_M,
-        HEAD_DIM,
-        BLOCK_D,
-        False,
-    )
+    q_MD = load_rows(q_tokens, batch, head, first, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    grad_MD = load_rows(grad_tokens, batch, head, first, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     row = tl.arange(0, BLOCK_M)
     sums += (batch * num_heads + head).to(tl.int64) * 2 * num_queries + first
     lse_M = tl.load(sums + row, mask=row < num_rows, other=float("inf"))
@@ -175,12 +151,8 @@ def grad_q_kernel(
         next_start = tl.load(kv_start + tile) + skip
         next_length = tl.load(kv_length + tile) - skip
         tile = tl.load(lists + tl.minimum(i + 2, num_steps - 1) // KV_CHUNKS)
-        k_ND = load_rows(
-            k, batch, head, start, num_keys, k_stride_b, k_stride_l, k_stride_h, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
-        )
-        v_ND = load_rows(
-            v, batch, head, start, num_keys, v_stride_b, v_stride_l, v_stride_h, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
-        )
+        k_ND = load_rows(k_tokens, batch, head, start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        v_ND = load_rows(v_tokens, batch, head, start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
         s_MN = mask_columns(tl.dot(q_MD, k_ND.T, input_precision="ieee"), length, BLOCK_N)
         grad_p_MN = tl.dot(grad_MD, v_ND.T, minus_delta(delta_M[:, None], BLOCK_M, BLOCK_N), input_precision="ieee")
         p_MN = tl.exp2(s_MN * scale_log2 - lse_M[:, None])
@@ -233,6 +205,10 @@ def grad_kv_kernel(
     KV_CHUNKS: tl.constexpr,
     TMA: tl.constexpr,
 ):
+    grad_tokens = (grad, num_queries, grad_stride_b, grad_stride_l, grad_stride_h)
+    q_tokens = (q, num_queries, q_stride_b, q_stride_l, q_stride_h)
+    k_tokens = (k, num_keys, k_stride_b, k_stride_l, k_stride_h)
+    v_tokens = (v, num_keys, v_stride_b, v_stride_l, v_stride_h)
     item = tl.program_id(0) // KV_CHUNKS
     tile = item % num_kv_tiles
     head = item // num_kv_tiles % num_heads
@@ -244,18 +220,14 @@ def grad_kv_kernel(
     offset += (batch * num_heads + head).to(tl.int64) * (num_kv_tiles + 1) + tile
     begin = tl.load(offset)
     num_steps = (tl.load(offset + 1) - begin) * Q_CHUNKS
-    # A tile that nobody chose reads an entry that is not its own, and nothing that depends on it. The last tile of all
-    # would read beyond the end.
+    # A tile that no query block chose reads an entry that is not its own, and nothing that depends on it. The last tile
+    # of all would read beyond the end.
     begin = tl.minimum(begin, num_chosen - 1)
     chosen_by += (batch * num_heads + head).to(tl.int64) * num_chosen + begin
     start, length = block_of(0, chosen_by, q_start, q_length, BLOCK_M, Q_CHUNKS)
     block = tl.load(chosen_by + 1 // Q_CHUNKS, mask=num_steps > 1, other=0)
-    k_ND = load_rows(
-        k, batch, head, first, num_keys, k_stride_b, k_stride_l, k_stride_h, BLOCK_N, HEAD_DIM, BLOCK_D, False
-    )
-    v_ND = load_rows(
-        v, batch, head, first, num_keys, v_stride_b, v_stride_l, v_stride_h, BLOCK_N, HEAD_DIM, BLOCK_D, False
-    )
+    k_ND = load_rows(k_tokens, batch, head, first, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+    v_ND = load_rows(v_tokens, batch, head, first, BLOCK_N, HEAD_DIM, BLOCK_D, False)
     row = tl.arange(0, BLOCK_M)
     sums += (batch * num_heads + head).to(tl.int64) * 2 * num_queries
     scale_log2 = scale * 1.4426950408889634
@@ -266,23 +238,8 @@ def grad_kv_kernel(
         next_start = tl.load(q_start + block) + skip
         next_length = tl.load(q_length + block) - skip
         block = tl.load(chosen_by + (i + 2) // Q_CHUNKS, mask=i + 2 < num_steps, other=0)
-        q_MD = load_rows(
-            q, batch, head, start, num_queries, q_stride_b, q_stride_l, q_stride_h, BLOCK_M, HEAD_DIM, BLOCK_D, TMA
-        )
-        grad_MD = load_rows(
-            grad,
-            batch,
-            head,
-            start,
-            num_queries,
-            grad_stride_b,
-            grad_stride_l,
-            grad_stride_h,
-            BLOCK_M,
-            HEAD_DIM,
-            BLOCK_D,
-            TMA,
-        )
+        q_MD = load_rows(q_tokens, batch, head, start, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+        grad_MD = load_rows(grad_tokens, batch, head, start, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
         s_NM = tl.dot(k_ND, q_MD.T, input_precision="ieee")
         grad_p_NM = tl.dot(v_ND, grad_MD.T, input_precision="ieee")
         lse_M = tl.load(sums + start + row, mask=row < length, other=float("inf"))

@@ -4,7 +4,7 @@ The softmax is computed online: a running maximum and sum per query row, the acc
 grows. Scores are kept in units of log2, so that exponentials are single instructions; the scale is applied to the fp32
 product, never to its operands.
 
-What makes it fast is mostly what waits for what. A step computes the softmax of its tile while two products are under
+The order of waiting decides the speed. A step computes the softmax of its tile while two products are under
 way: the previous tile's with its values, and the next tile's scores. So scores are one tile ahead, and the last step
 multiplies once in vain. A list entry leads to a tile's start, and that to its rows: three loads in a row, which a
 software pipeliner can only prefetch by dividing its stages among them. So the addresses of the next tiles are carried
@@ -12,10 +12,10 @@ through the loop, read before their rows are, and all stages serve the rows. Pro
 neighbours in time read the same head, whose keys and values stay in L2.
 
 Rows of a ragged tile's successor may be read (and, at the very end, zeros); their scores become -inf, so they weigh
-exactly nothing. That a tile is ragged is tested once a tile, not once an element.
+exactly nothing. Each tile, not each element, is tested for being ragged.
 
 A candidate may be *persistent*: as many programs as fit on the GPU at once, each walking over blocks in strides, which
-saves the start of a program a block.
+saves the start of one program per block.
 
 Shape suffixes: B batch, L query tokens, S key tokens, H heads, D head dim, N query blocks, K tiles listed for each;
 inside kernels M rows of a query block, N of a key block.
@@ -44,26 +44,19 @@ RUNTIME = ["num_heads", "num_q_blocks", "num_listed", "num_queries", "num_keys"]
 
 @triton.jit
 def head_rows(x, batch, head, start, stride_b, stride_l, stride_h):
-    """Where row `start` of a head begins; 64-bit, because batch, token and head together exceed 31 bits."""
+    """Pointer to row `start` of a head; 64-bit, because batch, token and head together exceed 31 bits."""
     return x + batch.to(tl.int64) * stride_b + start.to(tl.int64) * stride_l + head.to(tl.int64) * stride_h
 
 
 @triton.jit
 def load_rows(
-    x,
-    batch,
-    head,
-    start,
-    num_rows,
-    stride_b,
-    stride_l,
-    stride_h,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TMA: tl.constexpr,
+    tokens, batch, head, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
 ):
-    """[ROWS, BLOCK_D] of a head, from row `start` on; zeros beyond the last of `num_rows` rows and beyond HEAD_DIM."""
+    """[ROWS, BLOCK_D] of a head, from row `start` on; zeros beyond the last row and beyond HEAD_DIM.
+
+    `tokens` is (pointer or descriptor of [B, L, H, D], L, strides of B, L and H).
+    """
+    x, num_rows, stride_b, stride_l, stride_h = tokens
     if TMA:
         # The descriptor sees [B * L, H * D]. Beyond a batch's last row lies the next one's first: masked by the user.
         return x.load([batch * num_rows + start, head * HEAD_DIM])
@@ -119,30 +112,15 @@ def block_of(i, blocks, starts, lengths, ROWS: tl.constexpr, CHUNKS: tl.constexp
 @triton.jit
 def attend_block(
     program,
-    q,
-    k,
-    v,
+    q_tokens,
+    k_tokens,
+    v_tokens,
     out,
     lse,
     lists,
-    q_start,
-    q_length,
-    kv_start,
-    kv_length,
-    q_stride_b,
-    q_stride_l,
-    q_stride_h,
-    k_stride_b,
-    k_stride_l,
-    k_stride_h,
-    v_stride_b,
-    v_stride_l,
-    v_stride_h,
-    num_heads,
-    num_q_blocks,
-    num_listed,
-    num_queries,
-    num_keys,
+    q_tiles,
+    kv_tiles,
+    sizes,
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -152,7 +130,14 @@ def attend_block(
     KV_CHUNKS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One block of queries of one head, or one chunk of a longer block."""
+    """One block of queries of one head, or one chunk of a longer block.
+
+    Tokens are those of `load_rows`, tiles (starts, lengths), `sizes` (heads, query blocks, tiles listed
+    for each, queries, keys).
+    """
+    num_heads, num_q_blocks, num_listed, num_queries, num_keys = sizes
+    q_start, q_length = q_tiles
+    kv_start, kv_length = kv_tiles
     item = program // Q_CHUNKS
     block = item % num_q_blocks
     head = item // num_q_blocks % num_heads
@@ -165,32 +150,24 @@ def attend_block(
     num_steps = num_listed * KV_CHUNKS
     start, length = block_of(0, lists, kv_start, kv_length, BLOCK_N, KV_CHUNKS)
     tile = tl.load(lists + tl.minimum(1, num_steps - 1) // KV_CHUNKS)
-    q_MD = load_rows(
-        q, batch, head, first, num_queries, q_stride_b, q_stride_l, q_stride_h, BLOCK_M, HEAD_DIM, BLOCK_D, False
-    )
+    q_MD = load_rows(q_tokens, batch, head, first, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    k_ND = load_rows(
-        k, batch, head, start, num_keys, k_stride_b, k_stride_l, k_stride_h, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
-    )
+    k_ND = load_rows(k_tokens, batch, head, start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
     s_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
     skip = 1 % KV_CHUNKS * BLOCK_N
     next_start = tl.load(kv_start + tile) + skip
     next_length = tl.load(kv_length + tile) - skip
     tile = tl.load(lists + tl.minimum(2, num_steps - 1) // KV_CHUNKS)
     for i in range(num_steps):
-        # For the step after next, and the list entry for the one after it: nobody waits for these loads.
+        # For the step after next, and the list entry for the one after it: these loads have a step to arrive.
         skip = (i + 2) % KV_CHUNKS * BLOCK_N
         then_start = tl.load(kv_start + tile) + skip
         then_length = tl.load(kv_length + tile) - skip
         tile = tl.load(lists + tl.minimum(i + 3, num_steps - 1) // KV_CHUNKS)
-        k_ND = load_rows(
-            k, batch, head, next_start, num_keys, k_stride_b, k_stride_l, k_stride_h, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
-        )
-        v_ND = load_rows(
-            v, batch, head, start, num_keys, v_stride_b, v_stride_l, v_stride_h, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
-        )
+        k_ND = load_rows(k_tokens, batch, head, next_start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        v_ND = load_rows(v_tokens, batch, head, start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
         s_MN = mask_columns(s_MN, length, BLOCK_N)
         new_highest = tl.maximum(highest, tl.max(s_MN, 1) * scale_log2)
         p_MN = tl.exp2(s_MN * scale_log2 - new_highest[:, None])
@@ -249,78 +226,18 @@ def forward_kernel(
     TMA: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):
+    q_tokens = (q, num_queries, q_stride_b, q_stride_l, q_stride_h)
+    k_tokens = (k, num_keys, k_stride_b, k_stride_l, k_stride_h)
+    v_tokens = (v, num_keys, v_stride_b, v_stride_l, v_stride_h)
+    tensors = (q_tokens, k_tokens, v_tokens, out, lse, lists, (q_start, q_length), (kv_start, kv_length))
+    numbers = ((num_heads, num_q_blocks, num_listed, num_queries, num_keys), scale_log2)
+    # Constants go one by one: in a tuple that a name holds they would become run-time numbers.
     if PERSISTENT:
         for program in range(tl.program_id(0), num_programs, tl.num_programs(0)):
-            attend_block(
-                program,
-                q,
-                k,
-                v,
-                out,
-                lse,
-                lists,
-                q_start,
-                q_length,
-                kv_start,
-                kv_length,
-                q_stride_b,
-                q_stride_l,
-                q_stride_h,
-                k_stride_b,
-                k_stride_l,
-                k_stride_h,
-                v_stride_b,
-                v_stride_l,
-                v_stride_h,
-                num_heads,
-                num_q_blocks,
-                num_listed,
-                num_queries,
-                num_keys,
-                scale_log2,
-                HEAD_DIM,
-                BLOCK_D,
-                BLOCK_M,
-                BLOCK_N,
-                Q_CHUNKS,
-                KV_CHUNKS,
-                TMA,
-            )
+            attend_block(program, *tensors, *numbers, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, Q_CHUNKS, KV_CHUNKS, TMA)
     else:
         attend_block(
-            tl.program_id(0),
-            q,
-            k,
-            v,
-            out,
-            lse,
-            lists,
-            q_start,
-            q_length,
-            kv_start,
-            kv_length,
-            q_stride_b,
-            q_stride_l,
-            q_stride_h,
-            k_stride_b,
-            k_stride_l,
-            k_stride_h,
-            v_stride_b,
-            v_stride_l,
-            v_stride_h,
-            num_heads,
-            num_q_blocks,
-            num_listed,
-            num_queries,
-            num_keys,
-            scale_log2,
-            HEAD_DIM,
-            BLOCK_D,
-            BLOCK_M,
-            BLOCK_N,
-            Q_CHUNKS,
-            KV_CHUNKS,
-            TMA,
+            tl.program_id(0), *tensors, *numbers, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, Q_CHUNKS, KV_CHUNKS, TMA
         )
 
 

@@ -9,6 +9,7 @@ commands).
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,13 +23,11 @@ from vae import train_vae, use_fast_norm
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = ROOT / "tests/assets/tiny_wan"
 ASSETS = ROOT / "tests/assets/tiny_shapes"
-EXPORT = ("--dtype", "float16", "--out")
-STAGES = ("vae", "text_encoder", "data", "teacher")
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build."""
+    """Options of the build."""
 
     stage: Literal["vae", "text_encoder", "data", "teacher", "all"] = "all"
     """One stage, or all of them in order."""
@@ -43,7 +42,7 @@ class BuildConfig:
     num_threads: int = 2
     """CPU threads."""
     seed: int = 0
-    """Of weights and drawings. The VAE's budget is in minutes, so it is not bitwise reproducible."""
+    """Seed of weights and drawings. The VAE's budget is in minutes, so it is not bitwise reproducible."""
 
 
 def main(config: BuildConfig) -> None:
@@ -52,43 +51,35 @@ def main(config: BuildConfig) -> None:
     use_fast_norm()
     for stage in STAGES if config.stage == "all" else (config.stage,):
         print(f"stage {stage}", flush=True)
-        _run_stage(stage, config)
+        STAGES[stage](config)
 
 
-def _run_stage(stage: str, config: BuildConfig) -> None:
-    if stage == "vae":
-        train_vae(PIPELINE / "vae", minutes=config.minutes, seed=config.seed, start_at=config.vae_start_at)
-    elif stage == "text_encoder":
-        train_text_encoder(PIPELINE, seed=config.seed)
-    elif stage == "data":
-        write_pipeline_index(PIPELINE)
-        write_data(
-            ASSETS,
-            PIPELINE,
-            ROOT / "outputs/tiny_wan_data",
-            num_shipped=config.num_shipped_clips,
-            num_local=config.num_clips,
-            seed=config.seed,
-        )
-    else:
-        _train_teacher()
+def _data(config: BuildConfig) -> None:
+    write_pipeline_index(PIPELINE)
+    sizes = {"num_shipped": config.num_shipped_clips, "num_local": config.num_clips}
+    write_data(ASSETS, PIPELINE, ROOT / "outputs/tiny_wan_data", **sizes, seed=config.seed)
 
 
-def _train_teacher() -> None:
-    """Train the transformer with the project's own trainer, then put its averaged weights into the pipeline folder."""
+def _teacher(config: BuildConfig) -> None:
+    """Trains the transformer with the project's own trainer, and puts its averaged weights into the pipeline folder."""
     run = ROOT / "outputs/tiny_wan_teacher"
     exported = run / "exported"
     shutil.rmtree(exported, ignore_errors=True)
-    for module, arguments in (
-        ("titan_distill.train", ["--job.config_file", "train_configs/tiny_wan_teacher.toml"]),
-        (
-            "titan_distill.cli",
-            ["checkpoint", "export", "--checkpoint", f"{run}/checkpoints/latest", *EXPORT, str(exported)],
-        ),
+    for command in (
+        "titan_distill.train --job.config_file train_configs/tiny_wan_teacher.toml",
+        f"titan_distill.cli checkpoint export --checkpoint {run}/checkpoints/latest --dtype float16 --out {exported}",
     ):
-        subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, check=True)
     shutil.rmtree(PIPELINE / "transformer", ignore_errors=True)
     shutil.copytree(exported / "transformer", PIPELINE / "transformer")
+
+
+STAGES: dict[str, Callable[[BuildConfig], None]] = {
+    "vae": lambda c: train_vae(PIPELINE / "vae", minutes=c.minutes, seed=c.seed, start_at=c.vae_start_at),
+    "text_encoder": lambda c: train_text_encoder(PIPELINE, seed=c.seed),
+    "data": _data,
+    "teacher": _teacher,
+}
 
 
 if __name__ == "__main__":

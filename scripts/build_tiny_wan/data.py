@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from tiny_world.shapes import (
-    CAPTION_TEMPLATES,
     FRAME_SIZE,
     FRAMES_PER_SECOND,
     NUM_FRAMES,
     ShapesClip,
+    captioned,
     draw_clip,
-    held_out_prompts,
+    held_out_attributes,
     train_attributes,
 )
 
@@ -32,7 +32,7 @@ from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.vae import encode_video, load_vae
 
 MAX_TOKENS = 64
-NUM_HELD_OUT_PROMPTS = 96
+PROMPT_REPEATS = 4
 CLIPS_A_BATCH = 8
 FLOW_SHIFT = 3.0
 
@@ -43,8 +43,8 @@ def write_data(assets: Path, pipeline: Path, local: Path, *, num_shipped: int, n
     text = TextEncoder(pipeline)
     write_rows(assets / "latents.parquet", _latent_rows(vae, text, num_shipped, seed))
     write_rows(assets / "prompts.parquet", _prompt_rows(text))
-    prompts = [caption for caption, _ in held_out_prompts(NUM_HELD_OUT_PROMPTS)]
-    (assets / "held_out_prompts.txt").write_text("\n".join(prompts) + "\n")
+    prompts = [f"{clip.caption()}\n" for clip in held_out_attributes()] * PROMPT_REPEATS
+    (assets / "held_out_prompts.txt").write_text("".join(prompts))
     write_rows(local / "latents.parquet", _latent_rows(vae, text, num_local, seed + 1))
 
 
@@ -68,13 +68,12 @@ def write_pipeline_index(pipeline: Path) -> None:
 
 def _latent_rows(vae: AutoencoderKLWan, text: TextEncoder, num_rows: int, seed: int) -> Iterator[LatentRow]:
     rng = np.random.default_rng(seed)
-    order = _shuffled_forever(rng)
+    order = _shuffled(rng)
     for first in range(0, num_rows, CLIPS_A_BATCH):
         pairs = list(itertools.islice(order, min(CLIPS_A_BATCH, num_rows - first)))
-        frames_BTHW3 = np.stack([draw_clip(clip, rng) for clip, _ in pairs])
+        frames_BTHW3 = np.stack([draw_clip(clip, rng) for _, clip in pairs])
         latents_BCFHW = encode_video(vae, torch.from_numpy(frames_BTHW3))
-        for i, ((clip, template), latent_CFHW) in enumerate(zip(pairs, latents_BCFHW, strict=True), first):
-            caption = clip.caption(template)
+        for i, ((caption, _), latent_CFHW) in enumerate(zip(pairs, latents_BCFHW, strict=True), first):
             yield LatentRow(
                 id=f"shapes-{seed}-{i:05d}",
                 caption=caption,
@@ -90,17 +89,13 @@ def _latent_rows(vae: AutoencoderKLWan, text: TextEncoder, num_rows: int, seed: 
 
 
 def _prompt_rows(text: TextEncoder) -> Iterator[LatentRow]:
-    for i, (clip, template) in enumerate(_captioned_clips()):
-        caption = clip.caption(template)
+    for i, (caption, _) in enumerate(captioned(train_attributes())):
         embedding = text.embed(caption, MAX_TOKENS).half()
         yield LatentRow(id=f"prompt-{i:03d}", caption=caption, text_embedding=embedding, media_type="text")
 
 
-def _captioned_clips() -> list[tuple[ShapesClip, int]]:
-    return list(itertools.product(train_attributes(), range(len(CAPTION_TEMPLATES))))
-
-
-def _shuffled_forever(rng: np.random.Generator) -> Iterator[tuple[ShapesClip, int]]:
+def _shuffled(rng: np.random.Generator) -> Iterator[tuple[str, ShapesClip]]:
+    """All training captions with their clips, in a new order each time, without end."""
+    pairs = captioned(train_attributes())
     while True:
-        pairs = _captioned_clips()
         yield from (pairs[i] for i in rng.permutation(len(pairs)))

@@ -7,22 +7,12 @@ held out here too. UMT5's last layer norm keeps the embeddings near unit scale, 
 Legend: B captions, L bytes, D width.
 """
 
-import itertools
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tiny_world.shapes import (
-    CAPTION_TEMPLATES,
-    COLOURS,
-    DIRECTIONS,
-    PIXELS_PER_FRAME,
-    SHAPES,
-    ShapesClip,
-    held_out_attributes,
-    train_attributes,
-)
+from tiny_world.shapes import WORDS, ShapesClip, captioned, held_out_attributes, train_attributes
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
@@ -30,12 +20,6 @@ WIDTH = 64
 MAX_TOKENS = 64
 NUM_STEPS = 600
 BATCH_SIZE = 32
-ATTRIBUTES: dict[str, list[str]] = {
-    "colour": list(COLOURS),
-    "shape": list(SHAPES),
-    "direction": list(DIRECTIONS),
-    "speed": list(PIXELS_PER_FRAME),
-}
 
 
 def train_text_encoder(folder: Path, *, seed: int) -> None:
@@ -44,21 +28,21 @@ def train_text_encoder(folder: Path, *, seed: int) -> None:
     rng = np.random.default_rng(seed)
     tokenizer = ByT5Tokenizer(model_max_length=MAX_TOKENS)
     encoder = _build_encoder(len(tokenizer))
-    heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(values)) for name, values in ATTRIBUTES.items()})
+    heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(values)) for name, values in WORDS.items()})
     optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
-    captions = _captions(train_attributes())
+    captions = captioned(train_attributes())
     for step in range(1, NUM_STEPS + 1):
         batch = [captions[i] for i in rng.integers(len(captions), size=BATCH_SIZE)]
         logits, labels = _predict(encoder, heads, tokenizer, batch)
-        loss = sum((F.cross_entropy(logits[name], labels[name]) for name in ATTRIBUTES), torch.zeros(()))
+        loss = sum((F.cross_entropy(logits[name], labels[name]) for name in WORDS), torch.zeros(()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
             print(f"text encoder step {step}: loss {loss.item():.4f}", flush=True)
-    accuracy = _accuracy(encoder, heads, tokenizer, _captions(held_out_attributes()))
+    accuracy = _accuracy(encoder, heads, tokenizer, captioned(held_out_attributes()))
     print(f"text encoder: {accuracy:.1%} of attributes read from held-out captions", flush=True)
     encoder.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -79,10 +63,6 @@ def _build_encoder(vocabulary_size: int) -> UMT5EncoderModel:
     return UMT5EncoderModel(config)
 
 
-def _captions(clips: list[ShapesClip]) -> list[tuple[str, ShapesClip]]:
-    return [(clip.caption(i), clip) for clip, i in itertools.product(clips, range(len(CAPTION_TEMPLATES)))]
-
-
 def _predict(
     encoder: UMT5EncoderModel, heads: nn.ModuleDict, tokenizer: ByT5Tokenizer, batch: list[tuple[str, ShapesClip]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -91,10 +71,9 @@ def _predict(
     hidden_BLD = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
     mask_BL1 = tokens.attention_mask[..., None]
     mean_BD = (hidden_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
-    logits = {name: heads[name](mean_BD) for name in ATTRIBUTES}
+    logits = {name: heads[name](mean_BD) for name in WORDS}
     labels = {
-        name: torch.tensor([values.index(getattr(clip, name)) for _, clip in batch])
-        for name, values in ATTRIBUTES.items()
+        name: torch.tensor([values.index(getattr(clip, name)) for _, clip in batch]) for name, values in WORDS.items()
     }
     return logits, labels
 
@@ -104,4 +83,4 @@ def _accuracy(
     encoder: UMT5EncoderModel, heads: nn.ModuleDict, tokenizer: ByT5Tokenizer, batch: list[tuple[str, ShapesClip]]
 ) -> float:
     logits, labels = _predict(encoder, heads, tokenizer, batch)
-    return float(torch.stack([(logits[name].argmax(dim=-1) == labels[name]).float() for name in ATTRIBUTES]).mean())
+    return float(torch.stack([(logits[name].argmax(dim=-1) == labels[name]).float() for name in WORDS]).mean())

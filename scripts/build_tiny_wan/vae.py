@@ -25,7 +25,7 @@ from tiny_world.shapes import draw_clip, train_attributes
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-# (frames, pixels, films a batch), and how likely each is while progress is below the given share of the budget. Never
+# (frames, pixels, films per batch), and how likely each is while progress is below the given share of the budget. Never
 # one film alone: PyTorch's 3D convolution of a batch of one is five times as slow on a CPU as that of two.
 CROPS = ((1, 48, 8), (5, 48, 3), (9, 48, 2), (17, 48, 2), (17, 96, 2))
 # Single frames teach shape and colour, then longer and longer crops teach time: colours drift in untrained frames.

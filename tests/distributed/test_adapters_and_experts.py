@@ -1,6 +1,6 @@
 """Low-rank adapters and two experts train the same curve on any layout, and across a checkpoint in the middle.
 
-Samples of a batch are for different experts, and with two ranks and micro-batches of one sample a rank often has none
+Samples of a batch are for different experts. With two ranks and one sample in each micro-batch, a rank often has none
 for one of them; the last micro-batch may have none on any rank. The layout matrix asks this of two experts in the
 ordinary tier; here each is alone, too, and saved by one layout for another.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from resume_worker import run_jobs
-from runs import REPOSITORY, read_metrics, run_worker, tiny_argv
+from runs import HELPERS, REPOSITORY, read_metrics, run_worker, tiny_argv
 from safetensors.torch import load_file
 
 from titan_distill.parallelisms.mesh import World
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_jobs(World(0, 1, torch.device("cpu")), alone, folder)
     table = folder / "jobs.json"
     table.write_text(json.dumps([job for variant in VARIANTS for job in jobs_of(variant, folder)]))
-    run_worker(2, Path(__file__).with_name("resume_worker.py"), table, folder, timeout=550)
+    run_worker(2, HELPERS / "resume_worker.py", table, folder, timeout=550)
     return folder
 
 

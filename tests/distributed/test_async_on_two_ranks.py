@@ -10,11 +10,11 @@ import torch.distributed as dist
 from small_disk import fill, small_disk
 from test_checkpoint_reshard import PROGRESS, assert_identical, full_state, make_roles, on_two_ranks, train
 
-from titan_distill.checkpoint import hashing
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import read_manifest
-from titan_distill.checkpoint.ranks import RankFailure
 from titan_distill.checkpoint.state import TrainState
+from titan_distill.fault_tolerance import files
+from titan_distill.fault_tolerance.ranks import RankFailure
 from titan_distill.roles import RoleManager
 
 RUN = RunInfo(family="toy", config_digest="d")
@@ -57,7 +57,7 @@ def _fail_on_both(manager: CheckpointManager, roles: RoleManager, step: int) -> 
 
 def _fill_the_disk(folder: Path) -> None:
     roles, manager = make_roles(seed=0), CheckpointManager(folder / "checkpoints", 2, RUN, mode="async")
-    write, filler, is_first = hashing.HashedFile.write, folder / "filler", dist.get_rank() == 0
+    write, filler, is_first = files.HashedFile.write, folder / "filler", dist.get_rank() == 0
     train(roles, 1)
     manager.save(roles, TrainState(step=1))
     manager.wait()
@@ -66,27 +66,27 @@ def _fill_the_disk(folder: Path) -> None:
         fill(folder)
     dist.barrier()
     message = _fail_on_both(manager, roles, 2)
-    assert re.match(r"the checkpoint needs 0.\d MiB, but the disk of .* has 0.0 MiB left;", message), message
+    assert re.match(r"the checkpoint needs \d+\.\d KiB, but the disk of .* has 0 B left;", message), message
 
-    def fill_and_write(file: hashing.HashedFile, data: bytes) -> int:
+    def fill_and_write(file: files.HashedFile, data: bytes) -> int:
         fill(folder)
         return write(file, data)
 
     if is_first:
         filler.unlink()
     else:
-        hashing.HashedFile.write = fill_and_write
+        files.HashedFile.write = fill_and_write
     dist.barrier()
     message = _fail_on_both(manager, roles, 2)
     assert re.match(r"writing .* failed on .*rank 1: OSError: .*No space left on device", message), message
 
-    hashing.HashedFile.write = write
+    files.HashedFile.write = write
     if is_first:
         filler.unlink()
     dist.barrier()
     manager.save(roles, TrainState(step=2))
     manager.wait()
-    assert manager.find_latest() == manager.folder / "step-00000002"
+    assert manager.find("latest") == manager.folder / "step-00000002"
 
 
 def _do_all(folder: Path) -> None:

@@ -112,7 +112,7 @@ def test_one_rank_to_two_and_back(tmp_path: Path) -> None:
     on_two_ranks(_load_compare_save_again, tmp_path, source, expected)
 
     manager = make_manager(tmp_path)
-    resharded = manager.find_latest()
+    resharded = manager.find("latest")
     manifest = read_manifest(resharded)
     assert (manifest.world_size, manifest.trained["student"].mesh) == (2, {"dp_shard": 2})
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} == manifest.files.keys()

@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 from forked import train_forked
 from golden_mutants import PLANTED, Planted
-from planting import planted
+from mutants import is_caught, planted
 
 from benchmarks import golden
 from titan_distill.parallelisms.mesh import start_world
@@ -52,6 +52,11 @@ def first(curves: golden.Curves, steps: int) -> golden.Curves:
     return {metric: values[:steps] for metric, values in curves.items() if any(v is not None for v in values[:steps])}
 
 
+def check(expected: golden.Curves, found: golden.Curves, bound: float) -> None:
+    differences = golden.compare(expected, found)
+    assert golden.largest(differences) <= bound, differences
+
+
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_the_curve_is_the_files(recorded: Callable[[str], golden.Recording], name: str) -> None:
     rows = golden.judge(name, recorded(name), "cpu")
@@ -71,16 +76,14 @@ def test_two_ranks_with_micro_batches_make_the_same_curves(
 ) -> None:
     """Micro-batches of one sample: two a rank in the jobs of four samples, one in the others."""
     for name, curves in on_two_ranks(names, tmp_path, steps, *MICRO_BATCHES).items():
-        differences = golden.compare(first(recorded(name).curves, steps), curves)
-        assert golden.largest(differences) <= golden.SAME_MACHINE, (name, differences)
+        check(first(recorded(name).curves, steps), curves, golden.SAME_MACHINE)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_accumulation_makes_the_same_curve(recorded: Callable[[str], golden.Recording], name: str) -> None:
     found = golden.record(name, "cpu", *MICRO_BATCHES)
-    differences = golden.compare(recorded(name).curves, found.curves)
-    assert golden.largest(differences) <= golden.SAME_MACHINE, differences
+    check(recorded(name).curves, found.curves, golden.SAME_MACHINE)
 
 
 @pytest.mark.parametrize("case", PLANTED, ids=lambda case: case.mutant.__name__)
@@ -88,7 +91,7 @@ def test_the_curves_catch(case: Planted) -> None:
     expected = first(golden.read(case.job)["curves"], case.steps)
     with planted(case.mutant):
         found = golden.record(case.job, until=case.steps)
-    assert not golden.largest(golden.compare(expected, found.curves)) <= 10 * golden.AGAINST_FILE
+    assert is_caught(lambda: check(expected, found.curves, 10 * golden.AGAINST_FILE))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def check_timeouts(_: Sequence[str]) -> int:
     manager = CheckpointManager(
         Path(os.devnull), 1, RunInfo("toy", ""), mode="async", timeout_seconds=world.timeout_seconds
     )
-    of_checkpoints = [manager.ranks.group, manager._protocol.ranks.group]
+    of_checkpoints = [manager.ranks.group, manager._saving_ranks.group]
     assert {timeout_seconds(group) for group in groups + of_checkpoints} == {START_SECONDS}
     tighten_timeout(TRAIN_SECONDS, layouts)
     assert {timeout_seconds(group) for group in groups} == {TRAIN_SECONDS}

@@ -14,7 +14,7 @@ import pytest
 import tiny_ti2v
 import torch
 from resume_worker import run_jobs
-from runs import largest, read_metrics, run_worker
+from runs import HELPERS, largest, read_metrics, run_worker
 from safetensors.torch import load_file
 from tiny_media import write_video
 
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]  # fmt: skip
     run_jobs(World(rank=0, size=1, device=torch.device("cpu")), [asdict(job) for job in one], folder)
     (folder / "two.json").write_text(json.dumps([asdict(job) for job in two]))
-    run_worker(2, Path(__file__).parent / "resume_worker.py", folder / "two.json", folder, timeout=200)
+    run_worker(2, HELPERS / "resume_worker.py", folder / "two.json", folder, timeout=200)
     return folder
 
 

@@ -1,6 +1,7 @@
-"""What the layout matrix has no data for: timesteps per frame and per token, image tokens, and lists that two tiles
-share, on shared tokens and shared weights. One forward and backward of the transformer, and one derivative in forward
-mode, against one process.
+"""Layouts of the transformer for inputs that the layout matrix lacks.
+
+Timesteps per frame and per token, image tokens, and lists that two tiles share, on shared tokens and shared weights:
+one forward and backward, and one derivative in forward mode, against one process.
 """
 
 from __future__ import annotations
@@ -18,18 +19,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from wan_config import wan_config
 
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config.degrees import Degrees
+from titan_distill.config.role_sections import ParallelismConfig
 from titan_distill.config.sections import (
-    ActivationCheckpointConfig,
     CompileConfig,
-    Float8Config,
-    ParallelismConfig,
     SparseAttentionConfig,
 )
 from titan_distill.models.wan.config import FLAVORS, WanConfig
-from titan_distill.models.wan.parallelize import Layout, apply_sequence_parallel, build_transformer
+from titan_distill.models.wan.parallelize import apply_sequence_parallel, build_transformer
 from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.compile import compile_blocks
@@ -70,7 +70,7 @@ def inputs(config: WanConfig) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor |
 
 
 def whole_model(config: WanConfig, sparse: SparseAttentionConfig | None) -> WanTransformer:
-    model = WanTransformer.from_config(config, None if sparse is None else SparseAttention(sparse))
+    model = WanTransformer(config, None if sparse is None else SparseAttention(sparse))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():  # gates start at zero and would hide everything behind them
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -110,11 +110,12 @@ def check(rank: int, store: str, name: str) -> None:
     parallelism = LAYOUTS[name]
     mesh = RoleMesh(Degrees(sequence=parallelism.sequence, tensor=parallelism.tensor), 2, "cpu")
     for config, sparse in MODELS:
-        layout = Layout(
-            mesh, parallelism, CPU, True, torch.float32, torch.float32,
-            ActivationCheckpointConfig(), CompileConfig(), Float8Config(), sparse,
-        )  # fmt: skip
-        whole, shared = whole_model(config, sparse), build_transformer(config, None, layout, seed=0)
+        run = (
+            wan_config(parallelism=parallelism)
+            if sparse is None
+            else wan_config(parallelism=parallelism, attention="sparse", sparse_attention=sparse)
+        )
+        whole, shared = whole_model(config, sparse), build_transformer(run, "student", config, None, mesh, CPU, seed=0)
         for parameter, value in zip(shared.parameters(), whole.parameters(), strict=True):
             copy_full_tensor(parameter, value.detach())
         _expect_empty_padding(shared)
@@ -174,7 +175,7 @@ def check_one_graph(rank: int, store: str, by_tokens: bool) -> None:
     assert mesh.tensor is not None
     for num_models, (config, sparse) in enumerate((MODELS[0], MODELS[2]), start=1):
         with torch.device("meta"):
-            model = WanTransformer.from_config(config, None if sparse is None else SparseAttention(sparse))
+            model = WanTransformer(config, None if sparse is None else SparseAttention(sparse))
         if model.sparse_attention is not None:
             model.sparse_attention.start_step(1)
         apply_tensor_parallel(model, mesh.tensor, by_tokens=by_tokens)

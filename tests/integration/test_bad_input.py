@@ -1,4 +1,4 @@
-"""What a user gets wrong is told in one sentence with exit code 2, before anything is built."""
+"""A user's mistakes are told in one sentence with exit code 2, before anything is built."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ CASES = {
     "wrong type": (("--training.steps", "many"), ("training.steps", "many")),
     "wrong literal": (("--training.dtype", "float8"), ("training.dtype", "bfloat16")),
     "unknown method": (("--recipe.method", "dmd3"), ("dmd3", "dmd2")),
+    "a base class for a method": (
+        ("--recipe.method", "adversarial"),
+        ("recipe.method = 'adversarial'", "one of ", "dmd2"),
+    ),
+    "a file that is no family": (("--recipe.family", "head"), ("recipe.family = 'head' is not known", "one of wan")),
+    "another file that is no family": (("--recipe.family", "streaming"), ("recipe.family = 'streaming'", "one of wan")),
+    "a family with a typo": (("--recipe.family", "wam"), ("did you mean 'wan'?",)),
+    "unknown scorer": (("--validation.scorer", "shape"), ("validation.scorer = 'shape' is not known", "none")),
     "trainable teacher": (("--roles.teacher.trainable", "true"), ("roles.teacher.trainable", "false")),
     "missing weights": (("--roles.student.path", "no/such/folder"), ("roles.student.path", "no/such/folder")),
     "missing data": (("--data.path", "no/such.parquet"), ("data.path", "no/such.parquet")),
@@ -43,6 +51,7 @@ def test_one_sentence(
     assert shown.startswith("error: ")
     assert "\n" not in shown
     assert all(part in shown for part in expected), shown
+    assert "did you mean 'adversarial'" not in shown
 
 
 LAYOUT_CASES = {

@@ -58,7 +58,7 @@ def transformer(
     torch.manual_seed(0)
     config = replace(config or FLAVORS["tiny"], sparse_attention=sparse is not None)
     with torch.device("meta"):
-        model = WanTransformer.from_config(config, None if sparse is None else SparseAttention(sparse))
+        model = WanTransformer(config, None if sparse is None else SparseAttention(sparse))
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -165,7 +165,7 @@ def test_blocks_of_another_shape_get_a_graph_of_their_own() -> None:
 def test_float8_under_fsdp_shares_one_graph(all_gather: bool) -> None:
     counting = Counting()
     with torch.device("meta"):
-        model = WanTransformer.from_config(FLAVORS["tiny"])
+        model = WanTransformer(FLAVORS["tiny"])
     float8 = Float8Config(enabled=True, emulate=True, min_features=16, all_gather=all_gather)
     apply_float8(model, float8, high_precision=HIGH_PRECISION, device=CPU)
     apply_activation_checkpointing(model.blocks, FULL)

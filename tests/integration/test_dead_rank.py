@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import toy_family
-from runs import REPOSITORY, read_metrics
+from runs import HELPERS, REPOSITORY, read_metrics
 
 from titan_distill.fault_tolerance.watchdog import Beat, Silence
 
-TESTS = REPOSITORY / "tests"
+TOY = REPOSITORY / "tests" / "assets" / "toy_finetune.toml"
 TIMEOUT_SECONDS = 8
 MARGIN_SECONDS = 15  # for processes to end on a busy machine; a stopped rank would cost torchrun's 30 without us
 
@@ -28,7 +28,7 @@ def job(folder: Path, *overrides: str) -> list[str]:
     """Command line of an endless toy finetune."""
     data = toy_family.write_data(folder / "toy.parquet")
     return [
-        "-m", "titan_distill.train", "--job.config_file", str(TESTS / "assets" / "toy_finetune.toml"),
+        "-m", "titan_distill.train", "--job.config_file", str(TOY),
         "--job.output_dir", str(folder / "run"), "--data.path", str(data),
         "--training.steps", "1000000", "--training.local_batch_size", "4",
         "--comm.train_timeout_seconds", str(TIMEOUT_SECONDS), *overrides,
@@ -39,7 +39,7 @@ def job(folder: Path, *overrides: str) -> list[str]:
 def torchrun(folder: Path, name: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """A running torchrun and the file of its output; nothing of it outlives the block."""
     shown = folder / f"{name}.log"
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "PYTHONPATH": str(HELPERS)}
     command = [sys.executable, "-m", "torch.distributed.run", *arguments]
     with shown.open("wb") as log:
         agent = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)

@@ -13,7 +13,7 @@ from runs import REPOSITORY, TINY_SHAPES, TINY_WAN, tiny_argv
 from tiny_media import write_video
 
 from titan_distill import train
-from titan_distill.checkpoint.tools.export import BOUNDARY, PIPELINE_INDEX
+from titan_distill.checkpoint.diffusers_folder import PIPELINE_INDEX
 from titan_distill.commands.generate import generate
 from titan_distill.commands.ode_pairs import OdePairsOptions, ode_pairs
 from titan_distill.commands.preprocess import PreprocessConfig, preprocess
@@ -22,6 +22,7 @@ from titan_distill.diffusion.schedule import NUM_TRAIN_TIMESTEPS, few_step_sigma
 from titan_distill.fault_tolerance.signals import Stop
 from titan_distill.methods.knowledge_distillation import STATES, TIMESTEPS
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.pipeline_index import BOUNDARY
 from titan_distill.models.wan.state_dict import save_folder
 from titan_distill.models.wan.transformer import WanTransformer
 
@@ -156,7 +157,8 @@ def test_tools_do_not_mix_devices(tmp_path: Path) -> None:
         ode_pairs(pairs)
         preprocess(
             PreprocessConfig(
-                tmp_path / "videos", tmp_path / "captions.csv", TINY_WAN, TINY_WAN, tmp_path / "clips",
+                folder=tmp_path / "videos", captions=tmp_path / "captions.csv", vae=TINY_WAN, text_encoder=TINY_WAN,
+                out=tmp_path / "clips",
                 height=32, width=32, num_frames=9, device="cuda",
             )
         )  # fmt: skip

@@ -42,7 +42,7 @@ def trained(folder: Path, *overrides: str) -> Trainer:
 
 @torch.no_grad()
 def samples_by_exit(trainer: Trainer, num_samples: int = 1024) -> torch.Tensor:
-    """What the student makes at each of its exits, [exits, samples, values]."""
+    """The student's samples at each of its exits, [exits, samples, values]."""
     generator = torch.Generator().manual_seed(1)
     method, condition = trainer.method, trainer.adapter.encode_prompts(["a sample"] * num_samples)
     assert isinstance(method, Dmd2)

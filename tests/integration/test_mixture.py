@@ -30,6 +30,7 @@ from titan_distill.methods.dmd2 import Dmd2
 from titan_distill.methods.knowledge_distillation import KnowledgeDistillation
 from titan_distill.models.base import Adapter
 from titan_distill.parallelisms.mesh import World
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 
@@ -105,7 +106,7 @@ def train(folder: Path, method: str, *overrides: str) -> Trainer:
         "--training.global_batch_size", "8", "--training.local_batch_size", "8", "--optimizer.betas", "[0.9, 0.99]",
         "--lr_scheduler.decay", "cosine", "--metrics.log_interval", "1000",
     ]  # fmt: skip
-    trainer = assemble(load_config([*arguments, *common, *overrides]), World(0, 1, torch.device("cpu")))
+    trainer = assemble(resolve(load_config([*arguments, *common, *overrides]), 1), World(0, 1, torch.device("cpu")))
     trainer.run()
     return trainer
 

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import tomllib
 import torch
-from runs import REPOSITORY, read_metrics, tiny_argv
+from runs import REPOSITORY, TINY_WAN, read_metrics, tiny_argv
+from small_checkpoints import write_weights_only
 
-from titan_distill import cli
-from titan_distill.checkpoint.tools.export import role_tensors
+from titan_distill.checkpoint.diffusers_folder import open_folder
+from titan_distill.checkpoint.tools.contents import role_tensors
 from titan_distill.config.loading import load_config
 from titan_distill.parallelisms.mesh import World
-from titan_distill.train import assemble, main, spell_out_references
+from titan_distill.resolve import resolve
+from titan_distill.train import assemble, main
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +43,10 @@ def next_stage(first: Path, output: Path, weights: str, *overrides: str) -> list
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_the_next_stage_starts_from_what_was_named(weights: str, first_stage: Path, tmp_path: Path) -> None:
-    config = spell_out_references(load_config(next_stage(first_stage, tmp_path, f":{weights}")))
+    run = resolve(load_config(next_stage(first_stage, tmp_path, f":{weights}")), 1)
     step = first_stage / "checkpoints" / "step-00000002"
-    assert config.roles["student"].init_from == f"{step}#student:{weights}"
-    trainer = assemble(config, World(rank=0, size=1, device=torch.device("cpu")))
+    assert run.config.roles["student"].init_from == f"{step}#student:{weights}"
+    trainer = assemble(run, World(rank=0, size=1, device=torch.device("cpu")))
     expected = dict(role_tensors(step, "student", use_ema=weights == "ema"))
     found = dict(trainer.roles["student"].transformer.named_parameters())
     assert found.keys() == expected.keys() and any("to_gate_compress" in name for name in found)
@@ -80,9 +82,10 @@ def test_what_does_not_fit_is_one_sentence(
     assert sentence in capsys.readouterr().err
 
 
-def test_an_imported_folder_is_a_start_too(first_stage: Path, tmp_path: Path) -> None:
-    imported = tmp_path / "imported"
-    cli.main(["checkpoint", "import", "tests/assets/tiny_wan", "--out", str(imported), "--family", "wan"])
+def test_weights_that_were_imported_before_are_a_start_too(first_stage: Path, tmp_path: Path) -> None:
+    source = open_folder(TINY_WAN)
+    tensors = {name: source.read(name) for name in source.shapes}
+    imported = write_weights_only(tmp_path / "imported", {"transformer": tensors}, source.architecture)
     overrides = ("--roles.teacher.path", "", "--roles.teacher.init_from", f"{imported}#student")
     argv = next_stage(first_stage, tmp_path / "run", ":raw", *overrides, "--training.steps", "1")
     assert main(argv) == 0

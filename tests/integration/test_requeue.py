@@ -16,7 +16,7 @@ import pytest
 import slurm_stand_ins
 import toy_family
 from forked import train_forked
-from runs import REPOSITORY, read_metrics
+from runs import HELPERS, REPOSITORY, read_metrics
 
 from titan_distill.checkpoint.discovery import complete_steps
 
@@ -35,7 +35,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     toy_data = folder / "toy.parquet"
     if not toy_data.exists():
         toy_family.write_data(toy_data)
-    python_path = f"{REPOSITORY / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
+    python_path = f"{HELPERS}:{os.environ.get('PYTHONPATH', '')}"
     return {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": python_path, **more}
 
 

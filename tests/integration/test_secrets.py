@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import toy_family
-from runs import REPOSITORY
+from runs import HELPERS, REPOSITORY
 
 SECRETS = {
     name: f"s3cr3t-{index}-{'f' * 31}"
@@ -33,7 +33,7 @@ def test_secrets_of_the_environment_stay_there(fails: bool, tmp_path: Path) -> N
         cwd=REPOSITORY,
         env={
             **os.environ, **SECRETS, "PYTHON": sys.executable, "NGPU": "1", "WANDB_MODE": "offline",
-            "PYTHONPATH": f"{REPOSITORY / 'tests'}", "NETRC": str(tmp_path / "netrc"),
+            "PYTHONPATH": str(HELPERS), "NETRC": str(tmp_path / "netrc"),
         },
         capture_output=True, check=False,
     )  # fmt: skip

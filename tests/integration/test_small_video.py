@@ -18,10 +18,11 @@ from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest
 from titan_distill.parallelisms.mesh import World
+from titan_distill.resolve import resolve
 from titan_distill.roles import RoleHandle
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
-from titan_distill.validation.distances import sliced_wasserstein_excess
+from titan_distill.validation.distances import project, sliced_wasserstein_excess
 from titan_distill.validation.sampling import Sampling
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3600)]
@@ -102,7 +103,7 @@ def train(folder: Path, name: str, method: str, roles: str, steps: int, batch: i
         write_rows(data, rows)
     job.write_text(JOB.format(name=name, method=method, roles=roles, data=data, steps=steps, batch=batch))
     arguments = ["--job.config_file", str(job), "--job.output_dir", str(folder / name)]
-    return assemble(load_config(arguments), World(0, 1, CPU))
+    return assemble(resolve(load_config(arguments), 1), World(0, 1, CPU))
 
 
 def sample(trainer: Trainer, role: RoleHandle, request: SampleRequest) -> Tensor:
@@ -112,6 +113,10 @@ def sample(trainer: Trainer, role: RoleHandle, request: SampleRequest) -> Tensor
         text = torch.stack([torch.cat([embedding(i % 4), torch.zeros(1, 64)]) for i in ids])
         made.append(Sampling(trainer.adapter, KeyedNoise(1), CPU).run(request, role, {"text": text}, ids))
     return torch.cat(made)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return sliced_wasserstein_excess(project([*a]), project([*b]))
 
 
 def distances(folder: Path, teacher_steps: int, student_steps: int) -> tuple[float, float]:
@@ -133,10 +138,10 @@ def distances(folder: Path, teacher_steps: int, student_steps: int) -> tuple[flo
     trainer = train(folder, "student", "dmd2", roles, student_steps, 8)
     few = SampleRequest("student", "student", "sde", len(SIGMAS), SIGMAS)
     reference = sample(trainer, trainer.roles["teacher"], SampleRequest("teacher", "teacher", "euler", 48))
-    found = [sliced_wasserstein_excess(sample(trainer, trainer.roles["student"], few), reference)]
+    found = [distance(sample(trainer, trainer.roles["student"], few), reference)]
     trainer.run()
     with trainer.roles["student"].evaluation():
-        found.append(sliced_wasserstein_excess(sample(trainer, trainer.roles["student"], few), reference))
+        found.append(distance(sample(trainer, trainer.roles["student"], few), reference))
     return found[0], found[1]
 
 

@@ -9,14 +9,14 @@ from collections import defaultdict
 
 import pytest
 import torch
-from runs import REPOSITORY
+from runs import HELPERS
 from titan_kernels import ops, tile_layout, video_sparse_attention
 from vsa_oracle import random_inputs, run
 
 
 def test_kernels_in_tritons_interpreter():
     """In a process of its own: at import Triton decides for good whether it interprets or compiles."""
-    cases = REPOSITORY / "tests" / "kernels_in_interpreter.py"
+    cases = HELPERS / "kernels_in_interpreter.py"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", str(cases)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -12,6 +12,7 @@ from titan_distill.config.loading import load_config
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest
 from titan_distill.parallelisms.mesh import World
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.validation.sampling import Sampling
 
@@ -22,7 +23,7 @@ def test_sparsity_zero_is_the_dense_model(crossover: str, tmp_path: Path, monkey
     overrides = ("sparsity", "0.0"), ("schedule_rate", "0.0"), ("schedule_interval", "1"), ("crossover", crossover)
     argv = [text for key, value in overrides for text in (f"--sparse_attention.{key}", value)]
     trainer = assemble(
-        load_config(tiny_argv("sparse", tmp_path, *argv)), World(rank=0, size=1, device=torch.device("cpu"))
+        resolve(load_config(tiny_argv("sparse", tmp_path, *argv)), 1), World(rank=0, size=1, device=torch.device("cpu"))
     )
     adapter = trainer.adapter
     adapter.start_step(trainer.roles, 0)

@@ -1,4 +1,7 @@
-"""The throughput benchmark: a real run at configured sizes without files, whose FLOPs are those of algorithms.md §5."""
+"""The throughput benchmark: a real run at configured sizes without files.
+
+Its FLOPs are those of docs/algorithms.md, "FLOPs of a forward".
+"""
 
 from __future__ import annotations
 

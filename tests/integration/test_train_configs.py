@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from runs import REPOSITORY
 
-from titan_distill.config.loading import load_config
-from titan_distill.config.text import to_toml
+from titan_distill.config.loading import load_config, to_toml
 from titan_distill.train import main
 
 CONFIGS = sorted((REPOSITORY / "train_configs").glob("*.toml"))

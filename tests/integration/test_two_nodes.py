@@ -1,6 +1,6 @@
 """scripts/slurm/train.sbatch on two "nodes" of one rank each, over loopback.
 
-Only SLURM is a stand-in (tests/slurm_stand_ins.py); the script, its torchrun line and the training are real.
+Only SLURM is a stand-in (tests/helpers/slurm_stand_ins.py); the script, its torchrun line and the training are real.
 test_real_slurm.py runs the script under a real SLURM.
 """
 
@@ -28,7 +28,7 @@ SMALL = (
 
 @contextmanager
 def started(folder: Path, *overrides: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """The script as SLURM would start it, for a short finetune of the tiny Wan that writes to ``folder/run``."""
+    """The script as SLURM would start it, for a short finetune of the tiny Wan that writes to `folder/run`."""
     stand_ins = slurm_stand_ins.install(folder)
     environment = {
         **os.environ,

@@ -1,4 +1,4 @@
-"""What version 0.1 wrote keeps its meaning: a run folder (configuration, checkpoint) and an exported network.
+"""Files of version 0.1 keep their meaning: a run folder (configuration, checkpoint) and an exported network.
 
 `tests/assets/version_0_1` holds a run of two steps and `continued.json`, the metrics of steps 3 and 4 as version 0.1
 continued it.

@@ -11,12 +11,12 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import HELPERS
 
-WORKER = Path(__file__).with_name("vsa_kernel_worker.py")
+WORKER = HELPERS / "vsa_kernel_worker.py"
 
 CASES: dict[str, dict[str, Any]] = {
     "whole tiles": {"grid": (4, 8, 8), "heads": 2, "dim": 16, "topk": 2},

@@ -1,6 +1,6 @@
 """Ten thousand broken configurations and hundreds of broken data files: never a traceback, a hang, or memory for all.
 
-One command: ``pytest -m soak tests/soak/test_bad_input_at_length.py``; about a quarter of an hour on one core.
+One command: `pytest -m soak tests/soak/test_bad_input_at_length.py`; about a quarter of an hour on one core.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from runs import REPOSITORY
 from tiny_media import write_video
 
 from titan_distill.config.config import Config
-from titan_distill.data.footage import read_clips
+from titan_distill.data.footage import VideoSize, read_clips
 from titan_distill.train import CHECK
 
 pytestmark = pytest.mark.timeout(3600)
@@ -88,7 +88,7 @@ def test_mutated_videos(tmp_path: Path) -> None:
         print(f"seed {seed}: {name}")
         try:
             with bounded():
-                for clip in read_clips(path, num_frames=5, stride=5, height=32, width=48, fps=draw.choice([8.0, None])):
+                for clip in read_clips(path, VideoSize(5, 32, 48, draw.choice([8.0, None]))):
                     assert clip.pixels.shape == (5, 3, 32, 48)
         except ValueError as error:
             assert str(path) in str(error) and str(error).isprintable()

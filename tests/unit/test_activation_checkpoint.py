@@ -44,7 +44,7 @@ def tiny(config: ActivationCheckpointConfig) -> WanTransformer:
     """A tiny Wan whose gates and head are open, so that every parameter has a gradient."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = WanTransformer.from_config(FLAVORS["tiny"])
+        model = WanTransformer(FLAVORS["tiny"])
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -166,7 +166,7 @@ def sparse_tiny(config: ActivationCheckpointConfig) -> WanTransformer:
     torch.manual_seed(0)
     core = SparseAttention(SparseAttentionConfig(sparsity=0.75))
     with torch.device("meta"):
-        model = WanTransformer.from_config(replace(FLAVORS["tiny"], num_layers=3, sparse_attention=True), core)
+        model = WanTransformer(replace(FLAVORS["tiny"], num_layers=3, sparse_attention=True), core)
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -237,12 +237,12 @@ def test_peak_memory_falls_from_none_over_selective_to_full() -> None:
 
 def test_descriptions() -> None:
     assert describe(NONE) == "no activation recomputed"
-    assert describe(CONFIGS["full"]) == "full: keeps each block's input"
-    assert describe(CONFIGS["selective 1"]) == "selective: keeps attention outputs and every matmul"
-    assert describe(CONFIGS["selective 2"]) == "selective: keeps attention outputs and every 2nd matmul"
-    assert describe(CONFIGS["selective with skip"]).endswith("every 2nd matmul, all of every 4th block")
+    assert describe(CONFIGS["full"]) == "full: saves each block's input"
+    assert describe(CONFIGS["selective 1"]) == "selective: saves attention outputs and every matmul"
+    assert describe(CONFIGS["selective 2"]) == "selective: saves attention outputs and 1 of 2 matmuls"
+    assert describe(CONFIGS["selective with skip"]).endswith("1 of 2 matmuls, all of 1 of 4 blocks")
     eleven = ActivationCheckpointConfig(mode="selective", selective_interval=11, skip_interval=23)
-    assert describe(eleven).endswith("every 11th matmul, all of every 23rd block")
+    assert describe(eleven).endswith("1 of 11 matmuls, all of 1 of 23 blocks")
 
 
 @pytest.mark.parametrize(

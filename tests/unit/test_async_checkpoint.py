@@ -17,11 +17,11 @@ from test_checkpoint import RUN, assert_identical, make_roles, snapshot, train
 
 from titan_distill.checkpoint import manager as manager_module
 from titan_distill.checkpoint import storage
+from titan_distill.checkpoint.asynchronous import Stage, Stager
 from titan_distill.checkpoint.manager import CheckpointManager
 from titan_distill.checkpoint.manifest import read_manifest
-from titan_distill.checkpoint.ranks import RankFailure
-from titan_distill.checkpoint.staging import Stage, Stager
 from titan_distill.checkpoint.state import TrainState
+from titan_distill.fault_tolerance.ranks import RankFailure
 from titan_distill.roles import RoleManager
 
 MOMENT_SECONDS = 0.2  # what a call that waits is given to return by mistake
@@ -70,7 +70,7 @@ def trained_roles() -> RoleManager:
 
 
 def returns(work: Any) -> threading.Thread:
-    """Runs ``work`` beside the test; join the result."""
+    """Runs `work` beside the test; join the result."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
@@ -83,7 +83,7 @@ def test_writes_what_was_there_while_training_goes_on(manager: CheckpointManager
     manager.before_change()
     for name in ("student", "critic"):
         train(roles[name], 2)
-    assert manager.find_latest() is None
+    assert manager.find("latest") is None
     writing.opened.set()
     manager.wait()
     assert manager.load(path, resumed) == TrainState(step=3, samples_seen=12, seed=7)
@@ -150,7 +150,7 @@ def test_change_that_did_not_wait_is_found_out(manager: CheckpointManager, copyi
     copying.opened.set()
     with pytest.raises(RankFailure, match=r"critic.* was changed while it was copied"):
         manager.wait()
-    assert manager.find_latest() is None
+    assert manager.find("latest") is None
 
 
 def test_only_one_save_is_under_way(manager: CheckpointManager, writing: Gate) -> None:
@@ -175,14 +175,14 @@ def test_failure_is_raised_once_at_the_next_step_boundary(
         patched.setattr(storage, "write", fail)
         manager.save(roles, TrainState(step=2))
         manager.before_change()
-        manager._background._thread.join()
+        manager._saving.exception()
         with pytest.raises(RankFailure, match=r"^rank 0 failed with OSError: disk on fire$"):
             manager.poll()
     manager.poll()
     assert os.listdir(manager.folder) == ["step-00000001"]
     manager.save(roles, TrainState(step=2))
     manager.wait()
-    assert manager.find_latest() == manager.folder / "step-00000002"
+    assert manager.find("latest") == manager.folder / "step-00000002"
 
 
 def fail(*_: Any) -> None:
@@ -208,7 +208,7 @@ def test_save_under_way_survives_the_end_of_training(tmp_path: Path, writing: Ga
         manager.save(roles, TrainState(step=1))
         threading.Timer(MOMENT_SECONDS, writing.opened.set).start()
         raise error
-    assert manager.find_latest() == tmp_path / "step-00000001"
+    assert manager.find("latest") == tmp_path / "step-00000001"
 
 
 def test_save_that_hangs_is_given_up_when_training_fails(
@@ -224,7 +224,7 @@ def test_save_that_hangs_is_given_up_when_training_fails(
         manager.save(roles, TrainState(step=2))
         raise ZeroDivisionError
     assert "step-00000002 is not saved" in caplog.text
-    assert manager.find_latest() == tmp_path / "step-00000001"
+    assert manager.find("latest") == tmp_path / "step-00000001"
 
 
 def test_four_steps_and_four_are_eight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""The causal transformer: block by block with a memory it computes what one masked forward over all blocks computes.
+"""The causal transformer: block by block with a KV cache it computes what one masked forward over all blocks computes.
 
 Two oracles. The whole forward (each block with a timestep of its own) is itself checked against bidirectional
-attention under a boolean mask by the frame of each token. What a stream then makes, block after block, must equal the
+attention under a boolean mask by the frame of each token. The outputs of a stream, block after block, must equal the
 whole forward on the same clean past, in values and in gradients.
 """
 
@@ -18,10 +18,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from causal_oracle import DetachedPast
+from mutants import is_caught
+from titan_kernels import tile_layout
 from torch import Tensor
 
-from titan_distill.attention.causal import CausalAttention, KeysAndValues, Memory, Piece, Segmentation, TextMemory
-from titan_distill.attention.dense import dense_attention
+from titan_distill.attention import causal
+from titan_distill.attention.causal import CausalAttention, KeysAndValues, KVCache, Segmentation, TextCache
+from titan_distill.attention.dense import AttentionCall, dense_attention
 from titan_distill.config.sections import ActivationCheckpointConfig, CompileConfig
 from titan_distill.models.wan import transformer as transformer_module
 from titan_distill.models.wan.config import FLAVORS
@@ -43,7 +46,7 @@ SEGMENTATIONS = {
 
 
 def causal_model(segmentation: Segmentation, dtype: torch.dtype = torch.float32) -> WanTransformer:
-    model = WanTransformer.from_config(CONFIG, segmentation=segmentation)
+    model = WanTransformer(CONFIG, segmentation=segmentation)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():  # gates start at zero and would hide everything behind them
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -63,7 +66,7 @@ class Inputs:
 
 
 def timesteps(start: int, length: int, noisy: tuple[float, float], dtype: torch.dtype) -> Tensor:
-    """Per frame: 0 for what is finished, a sample's own level for the block at ``start``."""
+    """Per frame: 0 for what is finished, a sample's own level for the block at `start`."""
     t = torch.zeros(2, start + length, dtype=torch.float64)
     t[:, start:] = torch.tensor(noisy, dtype=torch.float64)[:, None]
     return t.to(torch.promote_types(dtype, torch.float32))
@@ -83,15 +86,15 @@ NOISY = (750.0, 333.0)
 def by_stream(model: WanTransformer, inputs: Inputs, writes_graph: bool = False) -> list[Tensor]:
     """Each block's velocity at NOISY, given the clean blocks before it, whose context is written block after block."""
     assert model.segmentation is not None
-    memory, velocities = Memory.empty(model.segmentation, CONFIG.num_layers), []
+    cache, velocities = KVCache.empty(model.segmentation, CONFIG.num_layers), []
     for start, length in blocks_of(model.segmentation):
         block, text = inputs.latents[:, :, start : start + length], inputs.text
         t = torch.tensor(NOISY, dtype=torch.promote_types(block.dtype, torch.float32))
-        velocities.append(model(block, t, text, memory=memory))
-        kept: list[KeysAndValues] = []
+        velocities.append(model(block, t, text, cache=cache))
+        cache = cache.writable()
         with nullcontext() if writes_graph else torch.no_grad():
-            model(block, torch.zeros_like(t), text, memory=memory, kept=kept)
-        memory = memory.extended(kept, length)
+            model(block, torch.zeros_like(t), text, cache=cache)
+        cache = cache.extended()
     return velocities
 
 
@@ -110,7 +113,7 @@ def largest_difference(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", SEGMENTATIONS)
-def test_blocks_with_memory_equal_the_whole_forward(name: str) -> None:
+def test_blocks_with_a_cache_equal_the_whole_forward(name: str) -> None:
     inputs = Inputs.make()
     with torch.no_grad():
         model = causal_model(SEGMENTATIONS[name])
@@ -135,8 +138,8 @@ def masked_core(segmentation: Segmentation) -> type[CausalAttention]:
     mask_LL = allowed[frame_L[:, None], frame_L]
 
     class Masked(CausalAttention):
-        def mix(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-            heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        def mix(self, call: AttentionCall) -> tuple[Tensor, None]:
+            heads_first = (x.transpose(1, 2) for x in (call.q_BLHD, call.k_BSHD, call.v_BSHD))
             return F.scaled_dot_product_attention(*heads_first, attn_mask=mask_LL).transpose(1, 2), None
 
     return Masked
@@ -162,7 +165,7 @@ def test_the_whole_forward_equals_masked_attention(name: str) -> None:
 
 def test_a_causal_model_of_one_block_is_the_bidirectional_model() -> None:
     inputs, model = Inputs.make(), causal_model(Segmentation(FRAMES))
-    dense = WanTransformer.from_config(replace(CONFIG, causal_attention=False))
+    dense = WanTransformer(replace(CONFIG, causal_attention=False))
     dense.load_state_dict(model.state_dict())
     t = torch.tensor(NOISY)
     with torch.no_grad():
@@ -182,7 +185,7 @@ def all_gradients(model: WanTransformer, velocities: list[Tensor]) -> list[Tenso
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_gradients_are_those_of_the_whole_forward(checkpointing: Any) -> None:
     """With the past's graph kept they equal those of a plain forward; without it (as training has it) those of a
-    forward whose past is detached. A memory that was extended in the meantime does not disturb what a checkpointed
+    forward whose past is detached. A cache that was extended in the meantime does not disturb what a checkpointed
     block recomputes."""
     segmentation, inputs = SEGMENTATIONS["window with a sink"], Inputs.make()
     model = causal_model(segmentation)
@@ -200,7 +203,7 @@ def test_gradients_are_those_of_the_whole_forward(checkpointing: Any) -> None:
 
 @pytest.mark.nightly
 def test_compiled_blocks_compute_the_same() -> None:
-    """One graph without a break for each number of segments in memory, with gradient and without, writing or not."""
+    """One graph without a break for each number of cached segments, with gradient and without, writing or not."""
     inputs, graphs = Inputs.make(), []
 
     def count(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
@@ -214,27 +217,27 @@ def test_compiled_blocks_compute_the_same() -> None:
     assert 4 <= len(graphs) <= 6 * 2
 
 
-# --- memory
+# --- cache
 
 
-def test_memory_is_bounded_over_200_blocks() -> None:
+def test_the_cache_is_bounded_over_200_blocks() -> None:
     """Bytes as they are stored: views of what is no longer needed would keep it alive."""
     segmentation = Segmentation(2, window=6, sink=1)
     model, inputs = causal_model(segmentation), Inputs.make()
-    memory, sizes = Memory.empty(segmentation, CONFIG.num_layers), []
+    cache, sizes = KVCache.empty(segmentation, CONFIG.num_layers), []
     with torch.no_grad():
         for _ in range(200):
-            kept: list[KeysAndValues] = []
-            model(inputs.latents[:, :, :2, :4, :4], torch.zeros(2), inputs.text, memory=memory, kept=kept)
-            memory = memory.extended(kept, 2)
-            sizes.append(memory.num_bytes)
+            cache = cache.writable()
+            model(inputs.latents[:, :, :2, :4, :4], torch.zeros(2), inputs.text, cache=cache)
+            cache = cache.extended()
+            sizes.append(cache.num_bytes)
     frame = CONFIG.num_layers * 2 * 2 * 4 * CONFIG.inner_dim * 4  # keys and values, samples, tokens, width, fp32
     text = CONFIG.num_layers * 2 * 2 * 9 * CONFIG.inner_dim * 4
     assert sizes[0] == 2 * frame + text
     assert all(size == 6 * frame + text for size in sizes[2:])
-    assert memory.num_positions == 400 and memory.num_remembered == 6
+    assert cache.num_positions == 400 and cache.num_cached == 6
     with pytest.raises(ValueError, match=r"latent frames 1023 to 1025 exceed the model's rotary range of 1024"):
-        model(inputs.latents[:, :, :2], torch.zeros(2), inputs.text, memory=replace(memory, num_positions=1023))
+        model(inputs.latents[:, :, :2], torch.zeros(2), inputs.text, cache=replace(cache, num_positions=1023))
 
 
 def test_text_is_computed_once_without_gradient_and_always_with_it() -> None:
@@ -277,17 +280,15 @@ def test_how_much_is_read_on_average() -> None:
 
 
 class SeesTheFuture(CausalAttention):
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, None]:
-        return (dense_attention(q, k, v), None) if self.runs else super().mix(q, k, v, *rest)
+    def mix(self, call: AttentionCall) -> tuple[Tensor, None]:
+        return (dense_attention(*call[:3]), None) if self.runs else super().mix(call)
 
 
-CONTEXT, REMEMBERED = transformer_module.token_context, Segmentation.remembered
+CONTEXT, CACHED = transformer_module.token_context, Segmentation.cached
 
 
-def _views(self: Piece, start: int, stop: int) -> Piece:
-    tokens = self.layers[0][0].shape[1] // self.num_positions
-    cut = slice(start * tokens, stop * tokens)
-    return Piece(stop - start, tuple((k[:, cut], v[:, cut]) for k, v in self.layers))
+def _views(k: Tensor, v: Tensor, num_positions: int) -> tuple[KeysAndValues, ...]:
+    return tuple(zip(k.chunk(num_positions, 1), v.chunk(num_positions, 1), strict=True))
 
 
 def _relative_positions(*args: Any) -> Any:
@@ -295,36 +296,36 @@ def _relative_positions(*args: Any) -> Any:
 
 
 def _one_frame_more(self: Segmentation, num_before: int) -> tuple[int, int]:
-    sink, first = REMEMBERED(self, num_before)
+    sink, first = CACHED(self, num_before)
     return sink, max(sink, first - 1)
 
 
-def _always_kept(self: CrossAttention, text: Tensor, kept: TextMemory | None) -> KeysAndValues:
-    assert kept is not None
-    kept.keys_and_values = kept.keys_and_values or TEXT(self, text, None)
-    return kept.keys_and_values
+def _always_cached(self: CrossAttention, text: Tensor, cache: TextCache | None) -> KeysAndValues:
+    assert cache is not None
+    cache.keys_and_values = cache.keys_and_values or TEXT(self, text, None)
+    return cache.keys_and_values
 
 
 TEXT = CrossAttention._text_keys_and_values
 MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[], None]]] = {
     "blocks see the future": (
         lambda: patch.object(transformer_module, "CausalAttention", SeesTheFuture),
-        lambda: test_blocks_with_memory_equal_the_whole_forward("blocks of 2"),
+        lambda: test_blocks_with_a_cache_equal_the_whole_forward("blocks of 2"),
     ),
     "positions start anew in every block": (
         lambda: patch.object(transformer_module, "token_context", _relative_positions),
-        lambda: test_blocks_with_memory_equal_the_whole_forward("blocks of 2"),
+        lambda: test_blocks_with_a_cache_equal_the_whole_forward("blocks of 2"),
     ),
     "the window is a frame too long": (
-        lambda: patch.object(Segmentation, "remembered", _one_frame_more),
+        lambda: patch.object(Segmentation, "cached", _one_frame_more),
         lambda: test_the_whole_forward_equals_masked_attention("window"),
     ),
-    "memory keeps views": (
-        lambda: patch.object(Piece, "part", _views),
-        lambda: test_memory_is_bounded_over_200_blocks(),
+    "the cache holds views": (
+        lambda: patch.object(causal, "by_position", _views),
+        lambda: test_the_cache_is_bounded_over_200_blocks(),
     ),
-    "text is kept with its first gradient": (
-        lambda: patch.object(CrossAttention, "_text_keys_and_values", _always_kept),
+    "text is cached with its first gradient": (
+        lambda: patch.object(CrossAttention, "_text_keys_and_values", _always_cached),
         lambda: test_text_is_computed_once_without_gradient_and_always_with_it(),
     ),
 }
@@ -333,16 +334,20 @@ MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[],
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str) -> None:
     plant, check = MUTANTS[name]
-    with plant(), pytest.raises(AssertionError):
-        check()
+    assert is_caught(check, plant())
 
 
 def test_a_core_of_one_layer_is_a_value() -> None:
-    """What a forward was given does not change when the memory grows."""
-    memory = Memory.empty(Segmentation(1), 1)
-    kept = [(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))]
-    first = memory.extended(kept, 1)
+    """The cached positions of a core do not change when the cache is extended."""
+
+    def extended(cache: KVCache) -> KVCache:
+        cache = cache.writable()
+        cache.cores()[0].mix(AttentionCall(*torch.ones(3, 1, 2, 1, 4), tile_layout((1, 1, 2))))
+        return cache.extended()
+
+    empty = KVCache.empty(Segmentation(1), 1)
+    first = extended(empty)
     (core,) = first.cores()
-    second = first.extended(kept, 1)
-    assert [len(core.prefix), first.num_remembered, second.num_remembered, memory.num_remembered] == [1, 1, 2, 0]
-    assert second.pieces[0] is first.pieces[0], "memories share what they have in common"
+    second = extended(first)
+    assert [len(core.cached), first.num_cached, second.num_cached, empty.num_cached] == [1, 1, 2, 0]
+    assert second.layers[0][0] is first.layers[0][0], "caches share what they have in common"

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 from small_disk import fill, small_disk
 from test_checkpoint import RUN, make_roles, train
+from torch.distributed.checkpoint.planner import SavePlan
 
-from titan_distill.checkpoint import hashing, writer
+from titan_distill.checkpoint import storage
 from titan_distill.checkpoint.discovery import PIN_NAME
 from titan_distill.checkpoint.manager import CheckpointManager
-from titan_distill.checkpoint.manifest import FileRecord, read_manifest, verify_hashes
-from titan_distill.checkpoint.ranks import RankFailure
+from titan_distill.checkpoint.manifest import read_manifest, verify_hashes
 from titan_distill.checkpoint.state import TrainState
+from titan_distill.fault_tolerance import files
+from titan_distill.fault_tolerance.files import FileRecord
+from titan_distill.fault_tolerance.ranks import RankFailure
 from titan_distill.roles import RoleManager
 
 NUM_KIB = 1024
@@ -30,8 +33,8 @@ def trained_roles(width: int = 5) -> RoleManager:
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 1000])
 def test_hash_is_of_what_is_in_the_file(tmp_path: Path, piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small and large writes mixed, and a kernel that takes a large one in pieces."""
-    monkeypatch.setattr(hashing, "_PIECE_BYTES", piece_bytes)
-    with hashing.HashedFile(tmp_path / "file") as file:
+    monkeypatch.setattr(files, "_PIECE_BYTES", piece_bytes)
+    with files.HashedFile(tmp_path / "file") as file:
         for num_bytes in (0, 1, 17, 300_000, 5, 200_001):
             assert file.write(os.urandom(num_bytes)) == num_bytes
         assert file.tell() == 500_024
@@ -54,8 +57,8 @@ def test_disk_that_is_too_small_is_refused_before_writing(
         manager = CheckpointManager(disk, 2, RUN, mode=mode)
         manager.save(trained_roles(), TrainState(step=1))
         manager.wait()
-        monkeypatch.setattr(hashing.HashedFile, "write", lambda *_: pytest.fail("nothing may be written"))
-        with pytest.raises(writer.NotEnoughSpace, match=r"needs \d+\.\d MiB, but the disk of .* has 0\.\d MiB left"):
+        monkeypatch.setattr(files.HashedFile, "write", lambda *_: pytest.fail("nothing may be written"))
+        with pytest.raises(storage.NotEnoughSpace, match=r"needs \d+\.\d MiB, but the disk of .* has \d+\.\d KiB left"):
             manager.save(trained_roles(width=20_000), TrainState(step=2))
             manager.wait()
         assert os.listdir(disk) == ["step-00000001"]
@@ -63,8 +66,13 @@ def test_disk_that_is_too_small_is_refused_before_writing(
 
 @pytest.mark.parametrize("width", [5, 2000, 50_000])
 def test_foreseen_size_is_enough_and_not_much_more(tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    foreseen = []
-    monkeypatch.setattr(writer, "check_space", lambda _, num_bytes: foreseen.append(num_bytes))
+    foreseen, planned_bytes = [], storage.planned_bytes
+
+    def foresee(plans: list[SavePlan]) -> int:
+        foreseen.append(planned_bytes(plans))
+        return foreseen[0]
+
+    monkeypatch.setattr(storage, "planned_bytes", foresee)
     path = CheckpointManager(tmp_path, 1, RUN).save(trained_roles(width), TrainState(step=1))
     needed = sum(-(-file.stat().st_size // 4096) * 4096 for file in path.iterdir())
     num_values = 100
@@ -74,18 +82,18 @@ def test_foreseen_size_is_enough_and_not_much_more(tmp_path: Path, width: int, m
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_disk_that_fills_up_meanwhile_harms_nothing(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with small_disk(tmp_path / "disk", NUM_KIB) as disk:
-        manager, write = CheckpointManager(disk, 2, RUN, mode=mode), hashing.HashedFile.write
+        manager, write = CheckpointManager(disk, 2, RUN, mode=mode), files.HashedFile.write
         first = manager.save(trained_roles(), TrainState(step=1))
         manager.wait()
 
-        def write_then_fill(file: hashing.HashedFile, data: bytes) -> int:
+        def write_then_fill(file: files.HashedFile, data: bytes) -> int:
             written = write(file, data)
             if file.tell() > 50_000:
                 fill(disk)
             return written
 
         with monkeypatch.context() as patched:
-            patched.setattr(hashing.HashedFile, "write", write_then_fill)
+            patched.setattr(files.HashedFile, "write", write_then_fill)
             with pytest.raises(RankFailure, match=r"writing .* failed on rank 0: .*No space left on device"):
                 manager.save(trained_roles(), TrainState(step=2))
                 manager.wait()
@@ -94,7 +102,7 @@ def test_disk_that_fills_up_meanwhile_harms_nothing(tmp_path: Path, mode: str, m
         verify_hashes(first, read_manifest(first))
         manager.save(trained_roles(), TrainState(step=2))
         manager.wait()
-        assert manager.find_latest() == disk / "step-00000002"
+        assert manager.find("latest") == disk / "step-00000002"
 
 
 def steps(manager: CheckpointManager) -> list[int]:

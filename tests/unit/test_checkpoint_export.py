@@ -18,9 +18,9 @@ from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import CheckpointDamaged, FrozenRole
 from titan_distill.checkpoint.state import TrainState
-from titan_distill.checkpoint.tools.export import export, role_tensors
-from titan_distill.models.wan.config import WanConfig
-from titan_distill.models.wan.state_dict import save_folder
+from titan_distill.checkpoint.tools.contents import role_tensors
+from titan_distill.commands.export import export
+from titan_distill.models.wan.plugin import WanFamily
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 
 VIDEO = {
@@ -31,12 +31,6 @@ VIDEO = {
     "num_inference_steps": 2,
     "output_type": "pt",
 }
-
-
-def write_weights(
-    tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path, dtype: torch.dtype | None
-) -> None:
-    save_folder(tensors, WanConfig.from_diffusers(architecture), folder, dtype)
 
 
 def make_transformer(seed: int) -> WanTransformer3DModel:
@@ -85,14 +79,8 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_diffusers_makes_the_same_video(
     roles: RoleManager, checkpoint: Path, pipeline_folder: Path, tmp_path: Path, use_ema: bool
 ) -> None:
-    out = export(
-        checkpoint.with_name("latest"),
-        "student",
-        tmp_path / "exported",
-        write_weights=write_weights,
-        use_ema=use_ema,
-        pipeline_folder=pipeline_folder,
-    )
+    out, weights = tmp_path / "exported", "ema" if use_ema else "raw"
+    export(checkpoint.with_name("latest"), out, weights=weights, pipeline=pipeline_folder)
     exported, expected = WanPipeline.from_pretrained(out), WanPipeline.from_pretrained(pipeline_folder)
     student = roles["student"]
     expected.transformer.load_state_dict(student.ema.shadow if use_ema else student.transformer.state_dict())
@@ -103,7 +91,8 @@ def test_diffusers_makes_the_same_video(
 
 
 def test_model_card_says_where_the_weights_are_from(checkpoint: Path, tmp_path: Path) -> None:
-    out = export(checkpoint, "student", tmp_path / "out", write_weights=write_weights, use_ema=True)
+    out = tmp_path / "out"
+    export(checkpoint, out)
     assert sorted(os.listdir(out)) == ["README.md", "transformer"]
     card = (out / "README.md").read_text()
     for line in ("| role | student |", "| weights | exponential moving average |", "| step | 30 |", 'name = "my_run"'):
@@ -111,7 +100,7 @@ def test_model_card_says_where_the_weights_are_from(checkpoint: Path, tmp_path: 
 
 
 def test_dtype_is_that_of_the_file(checkpoint: Path, tmp_path: Path) -> None:
-    export(checkpoint, "critic", tmp_path / "out", write_weights=write_weights, use_ema=False, dtype="bfloat16")
+    export(checkpoint, tmp_path / "out", "critic", dtype="bfloat16")
     (weights,) = (tmp_path / "out" / "transformer").glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
 
@@ -121,39 +110,38 @@ def test_dtype_is_that_of_the_file(checkpoint: Path, tmp_path: Path) -> None:
     [
         ({"role": "studnet"}, "has no role 'studnet'; it has student, critic"),
         ({"role": "teacher"}, "role 'teacher' is frozen.*weights/teacher"),
-        ({"role": "critic", "use_ema": True}, "has no EMA of 'critic'"),
-        ({"dtype": "fp8"}, "dtype 'fp8' is not known; it must be one of float32, bfloat16, float16"),
-        ({"pipeline_folder": Path("nowhere")}, "nowhere is not a diffusers pipeline"),
+        ({"role": "critic", "weights": "ema"}, "has no EMA of 'critic'"),
+        ({"pipeline": Path("nowhere")}, "nowhere is not a diffusers pipeline"),
     ],
 )
 def test_wrong_requests_are_one_sentence_and_leave_nothing(
     checkpoint: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    request = {"role": "student", "use_ema": False, **changes}
     with pytest.raises(ValueError, match=message):
-        export(checkpoint, out=tmp_path / "out", write_weights=write_weights, **request)
+        export(checkpoint, tmp_path / "out", **changes)
     assert os.listdir(tmp_path) == []
 
 
 def test_nothing_is_overwritten(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists already"):
-        export(checkpoint, "student", tmp_path, write_weights=write_weights, use_ema=False)
+        export(checkpoint, tmp_path)
 
 
 def test_missing_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> None:
     missing = checkpoint.with_name("step-00000031")
     with pytest.raises(ValueError, match=r"no checkpoint .*step-00000031; .* has step-00000030"):
-        export(missing, "student", tmp_path / "out", write_weights=write_weights, use_ema=False)
+        export(missing, tmp_path / "out")
 
 
-def test_writer_that_fails_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+def test_writer_that_fails_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(tensors: Iterable[tuple[str, Tensor]], architecture: Any, folder: Path, dtype: Any) -> None:
         folder.mkdir()
         next(iter(tensors))
         raise OSError("No space left on device")
 
+    monkeypatch.setattr(WanFamily, "write_weights", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        export(checkpoint, "student", tmp_path / "out", write_weights=full_disk, use_ema=False)
+        export(checkpoint, tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 

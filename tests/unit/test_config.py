@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from titan_distill.config.config import Config
-from titan_distill.config.degrees import Degrees
-from titan_distill.config.layouts import check_world
-from titan_distill.config.loading import check_paths, help_text, load_config
+from titan_distill.config.degrees import Degrees, resolve_layout
+from titan_distill.config.loading import check_paths, help_text, load_config, to_toml
 from titan_distill.config.parsing import ConfigError
-from titan_distill.config.sections import RoleConfig, SparseAttentionConfig
-from titan_distill.config.text import field_docs, field_types, to_dict, to_toml
+from titan_distill.config.role_sections import ParallelismConfig, RoleConfig
+from titan_distill.config.sections import SparseAttentionConfig
+from titan_distill.config.text import field_docs, field_types, to_dict
 from titan_distill.methods.base import TrainingMethod
 from titan_distill.models.base import ModelFamily
 from titan_distill.registry import register_method, register_model
@@ -170,8 +170,70 @@ def test_overrides_are_read_by_type(
 
 def test_role_optimizer_is_laid_over_the_default(load: Callable[..., Config]) -> None:
     config = load("--optimizer.weight_decay", "0.5")
-    student = config.optimizer_for("student")
+    student = config.roles["student"].optimizer
     assert (student.lr, student.weight_decay, student.betas) == (1e-4, 0.5, (0.0, 0.9))
+
+
+def test_role_parallelism_is_laid_over_the_default(load: Callable[..., Config]) -> None:
+    """A role that sets a degree has a layout of its own; the other keys are those of [parallelism]."""
+    run = ("--compile.enabled", "--parallelism.tensor", "2", "--parallelism.token_region", "--parallelism.async_tensor")
+    config = load(*run, "--parallelism.cpu_offload", "--roles.teacher.parallelism.sequence", "2")
+    assert config.roles["student"].parallelism == config.parallelism
+    assert config.roles["teacher"].parallelism == ParallelismConfig(sequence=2, cpu_offload=True)
+    config = load(*run, "--roles.teacher.parallelism.tensor", "4", "--roles.student.parallelism.cpu_offload")
+    assert config.roles["teacher"].parallelism == replace(config.parallelism, tensor=4)
+    assert config.roles["student"].parallelism == replace(config.parallelism, cpu_offload=True)
+
+
+OLD_ROLE_TABLES = """
+[roles.student.optimizer]
+lr = 0.0001
+betas = "none"
+weight_decay = "none"
+eps = "none"
+
+[roles.teacher.optimizer]
+lr = "none"
+betas = "none"
+weight_decay = "none"
+eps = "none"
+
+[roles.teacher.parallelism]
+dp_replicate = "none"
+dp_shard = "none"
+sequence = "none"
+tensor = 2
+sequence_method = "none"
+token_region = true
+reshard_after_forward = "none"
+cpu_offload = "none"
+"""
+"""Tables as version 0.1 wrote them to config.toml."""
+
+
+def test_role_tables_of_version_0_1_mean_the_same(load: Callable[..., Config]) -> None:
+    old = load(replace={"optimizer = { lr = 1e-4 }\n": ""}, append=OLD_ROLE_TABLES)
+    assert old == load("--roles.teacher.parallelism.tensor", "2", "--roles.teacher.parallelism.token_region")
+
+
+ROLE_TABLES = [
+    (),
+    ("--roles.teacher.parallelism.tensor", "2"),
+    ("--roles.teacher.parallelism.tensor", "2", "--roles.teacher.parallelism.token_region"),
+    ("--parallelism.dp_shard", "4", "--roles.teacher.parallelism.sequence", "1"),
+    ("--parallelism.dp_replicate", "2", "--roles.student.parallelism.dp_replicate", "2"),
+    ("--parallelism.tensor", "2", "--parallelism.async_tensor", "--compile.enabled", "--parallelism.token_region",
+     "--roles.student.parallelism.sequence", "4", "--roles.teacher.parallelism.token_region", "false"),
+    ("--roles.student.optimizer.betas", "0.5,0.6", "--roles.student.parallelism.cpu_offload"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", ROLE_TABLES)
+def test_role_tables_read_back(load: Callable[..., Config], tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    config = load(*overrides)
+    resolved = tmp_path / "config.toml"
+    resolved.write_text(to_toml(config))
+    assert load_config(["--job.config_file", str(resolved)]) == config
 
 
 SPARSE = ("--roles.student.attention", "sparse")
@@ -240,7 +302,12 @@ ERRORS = [
     (["--parallelism.tensor", "2", "--parallelism.async_tensor"], {}, ["async_tensor = true", "compile.enabled"]),
     (["--parallelism.token_region"], {}, ["token_region = true has no effect with tensor = 1"]),
     (["--roles.student.parallelism.tensor", "0"], {}, ["roles.student.parallelism.tensor = 0 is out of range"]),
-    (["--roles.student.parallelism.tensors", "2"], {}, ["tensors", "tensor"]),
+    (["--roles.student.parallelism.tensors", "2"], {}, ["did you mean roles.student.parallelism.tensor?"]),
+    (["--roles.student.parallelism.async_tensor"], {}, ["command line: ", "async_tensor is not known; the keys of"]),
+    (["--roles.student.optimizer.name", "adamw"], {}, ["roles.student.optimizer.name", "are lr, betas, eps"]),
+    (["--roles.student.parallelism.tensor", "x"], {}, ['roles.student.parallelism.tensor = "x" must be an integer']),
+    (["--roles.student.parallelism.token_region"], {}, ["roles.student.parallelism.token_region = true has no effect"]),
+    ([], {"lr = 1\n": "lr = -1\n"}, ["x.toml: optimizer.lr = -1.0 is out of range"]),
     (["--parallelism.dp_shard", "0"], {}, ["parallelism.dp_shard = 0 is out of range"]),
     (["--lr_scheduler.min_lr_ratio", "0.1"], {}, ["lr_scheduler.min_lr_ratio = 0.1 has no effect"]),
     (["--ema.decay", "0.9", "--ema.role", "teacher"], {}, ["'teacher' is not a trained role; choose one of student"]),
@@ -360,7 +427,7 @@ def test_secrets_are_redacted_everywhere(load: Callable[..., Config]) -> None:
         (
             ["--parallelism.sequence", "4", "--roles.teacher.parallelism.tensor", "2"],
             8,
-            "roles.teacher.parallelism: sequence × tensor = 2 ranks is no multiple of the 4 ranks that share a sample",
+            "roles.teacher.parallelism: sequence × tensor = 2 ranks is not a multiple of the 4 ranks that share",
         ),
         (["--parallelism.dp_replicate", "3"], 8, "3 does not divide the number of ranks, 8; set it to 2 or 4"),
         (["--parallelism.dp_shard", "3"], 4, "run has 4; set dp_shard to 4 or -1, or start 3 ranks"),
@@ -368,22 +435,22 @@ def test_secrets_are_redacted_everywhere(load: Callable[..., Config]) -> None:
         ([], 3, "= 2 × 3 = 6; set it to 6 or 12"),
     ],
 )
-def test_check_world(
+def test_resolve_layout(
     load: Callable[..., Config], overrides: list[str], world_size: int, expected: tuple[Degrees, int] | str
 ) -> None:
     config = load(*overrides)
     if isinstance(expected, tuple):
-        resolved = check_world(config, world_size)
+        resolved = resolve_layout(config, world_size)
         assert (resolved.default, resolved.num_micro_batches) == expected
         assert resolved.default.world_size == world_size
     else:
-        with pytest.raises(ConfigError, match=re.escape(expected)):
-            check_world(config, world_size)
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            resolve_layout(config, world_size)
 
 
 def test_a_role_has_a_layout_of_its_own(load: Callable[..., Config]) -> None:
     config = load("--parallelism.dp_shard", "4", "--roles.teacher.parallelism.tensor", "4")
-    assert check_world(config, 4).roles == {"teacher": Degrees(tensor=4), "student": Degrees(dp_shard=4)}
+    assert resolve_layout(config, 4).roles == {"teacher": Degrees(tensor=4), "student": Degrees(dp_shard=4)}
 
 
 def test_check_paths_names_the_first_missing_one(
@@ -392,7 +459,7 @@ def test_check_paths_names_the_first_missing_one(
     monkeypatch.chdir(tmp_path)
 
     def missing(*overrides: str) -> str:
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ValueError) as caught:
             check_paths(load(*overrides))
         return str(caught.value)
 
@@ -413,7 +480,7 @@ def test_check_paths_names_the_first_missing_one(
 
 def test_every_key_is_documented_and_in_the_help(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text(VALID)
-    text = help_text(str(tmp_path / "x.toml"))
+    text = help_text(["--job.config_file", str(tmp_path / "x.toml")])
     sections = {**field_types(Config), "roles.<name>": RoleConfig}
     sections |= {"method_config": ProbeMethodConfig, "pipeline_config": ProbePipelineConfig}
     for section, kind in sections.items():
@@ -423,10 +490,11 @@ def test_every_key_is_documented_and_in_the_help(tmp_path: Path) -> None:
             assert set(field_docs(kind)) == set(field_types(kind))
     assert '--roles.<name>.dtype: one of "auto", "float32", "bfloat16" (default "auto")' in text
     assert "--training.steps: an integer (required)" in text
-    assert "--method_config.ratio" not in help_text(None) and "--training.steps" in help_text(None)
+    assert "[roles.<name>.optimizer] Keys of [optimizer]" in text and "--roles.<name>.optimizer.lr" not in text
+    assert "--method_config.ratio" not in help_text([]) and "--training.steps" in help_text([])
     (tmp_path / "x.toml").write_text(VALID.replace("config_probe", "nothing"))
     with pytest.raises(ConfigError, match=r"recipe\.method = 'nothing'"):
-        help_text(str(tmp_path / "x.toml"))
+        help_text(["--job.config_file", str(tmp_path / "x.toml")])
 
 
 def test_loading_does_not_need_a_process_group_or_a_gpu() -> None:

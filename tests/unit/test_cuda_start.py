@@ -1,4 +1,4 @@
-"""What is decided where CUDA starts. No GPU is needed: where there is none, torch is told that there is."""
+"""Decisions at the start of CUDA. No GPU is needed: where there is none, torch is told that there is."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from runs import REPOSITORY, tiny_argv
 
 from titan_distill.commands import preprocess
-from titan_distill.config.layouts import needs_group
+from titan_distill.config.degrees import needs_group
 from titan_distill.config.loading import load_config
 from titan_distill.fault_tolerance.watchdog import record_collectives
 from titan_distill.models.base import model_family
+from titan_distill.models.wan import plugin
 from titan_distill.models.wan.config import FLAVORS
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.mesh import ALLOCATOR_VARIABLES, default_device
@@ -94,7 +95,12 @@ def test_preprocessing_runs_on_the_gpu_where_there_is_one(
 
     def device(**given: str) -> torch.device:
         config = preprocess.PreprocessConfig(
-            tmp_path, tmp_path / "c.csv", tmp_path, tmp_path, tmp_path / "out", **given
+            folder=tmp_path,
+            captions=tmp_path / "c.csv",
+            vae=tmp_path,
+            text_encoder=tmp_path,
+            out=tmp_path / "out",
+            **given,
         )
         with pytest.raises(Reached) as reached:
             preprocess.preprocess(config)
@@ -102,7 +108,7 @@ def test_preprocessing_runs_on_the_gpu_where_there_is_one(
 
     (tmp_path / "c.csv").write_text("file_name,caption\na.mp4,a grey ramp\n")
     (tmp_path / "a.mp4").touch()
-    monkeypatch.setattr(preprocess, "TextEncoder", text_encoder)
+    monkeypatch.setattr(plugin, "TextEncoder", text_encoder)
     assert device() == torch.device("cuda", 0)
     assert device(device="cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -112,7 +118,7 @@ def test_preprocessing_runs_on_the_gpu_where_there_is_one(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_generate_computes_as_the_run_does(dtype: torch.dtype, tmp_path: Path) -> None:
     """In fp32 with the trained numbers, else with what a validation of the run has gathered of them."""
-    trained = WanTransformer.from_config(FLAVORS["tiny"])
+    trained = WanTransformer(FLAVORS["tiny"])
     config = load_config(tiny_argv("dmd2", tmp_path, "--training.dtype", str(dtype).removeprefix("torch.")))
     tensors = trained.state_dict().items()
     restored = model_family("wan")(config).restore_module(FLAVORS["tiny"].to_diffusers(), tensors, torch.device("cpu"))

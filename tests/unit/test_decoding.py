@@ -1,4 +1,4 @@
-"""What the planner says of decoding, against what a decode allocates."""
+"""The planner's memory of decoding, against the memory that a decode allocates."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from runs import TINY_WAN, allocated_peak
 
+from titan_distill.models.wan.encoder_memory import PUBLISHED, Decoder, decoding_bytes
 from titan_distill.models.wan.vae import decode_latents, num_decoded_at_once, vae_dtype
-from titan_distill.planner.decoding import PUBLISHED, Decoder, decoding_bytes
 
 WAN22: dict[str, Any] = {
     "base_dim": 8, "decoder_base_dim": 16, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
@@ -49,6 +49,6 @@ def test_defaults_are_those_of_diffusers(tmp_path: Path) -> None:
 
 
 def test_a_gpu_decodes_one_clip_at_once() -> None:
-    """Four on a CPU. In which dtype: test_wan_latents.py."""
+    """Four on a CPU; test_wan_latents.py tests the dtype."""
     assert [num_decoded_at_once(torch.device(name)) for name in ("cuda", "cpu")] == [1, 4]
     assert vae_dtype(torch.device("cpu"), torch.bfloat16) == torch.float32

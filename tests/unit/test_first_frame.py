@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_ti2v
 import torch
+import toy_run
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from torch import Tensor
 
@@ -19,10 +20,12 @@ from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest
+from titan_distill.methods.base import method_class
 from titan_distill.models.base import Guidance
 from titan_distill.models.wan import first_frame
 from titan_distill.models.wan.first_frame import IMAGE, MASK, ImageMixing
 from titan_distill.parallelisms.mesh import World
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 from titan_distill.validation.sampling import Sampling
@@ -30,7 +33,7 @@ from titan_distill.validation.sampling import Sampling
 CPU = torch.device("cpu")
 CLEAN = ("--pipeline_config.image_noise_mean", "-inf")
 ALL_IMAGES = ("--pipeline_config.image_probability", "1.0")
-METHODS = ("finetune", "dmd2", "consistency")
+METHODS = [name for name in toy_run.METHODS if method_class(name).uses_loss_mask]
 SETTINGS = {"consistency": ("--ema.decay", "0.9"), "rcm": ("--method_config.tangent_warmup", "2")}
 
 MakeTrainer = Callable[..., Trainer]
@@ -46,7 +49,7 @@ def make(pipeline: Path, tmp_path: Path) -> MakeTrainer:
     def make(method: str, *overrides: str) -> Trainer:
         data = tiny_ti2v.write_data(tmp_path / "data.parquet")
         argv = tiny_ti2v.arguments(method, pipeline, data, tmp_path / "run", *SETTINGS.get(method, ()), *overrides)
-        return assemble(load_config(argv), World(rank=0, size=1, device=CPU))
+        return assemble(resolve(load_config(argv), 1), World(rank=0, size=1, device=CPU))
 
     return make
 
@@ -333,9 +336,17 @@ def sample_from(trainer: Trainer, noise: Tensor, condition: Any, scale: float, n
 @pytest.mark.parametrize(
     ("method", "overrides", "message"),
     [
-        ("finetune", ("--pipeline_config.image_probability", "1.5"), "image_probability = 1.5 must be between 0 and 1"),
+        (
+            "finetune",
+            ("--pipeline_config.image_probability", "1.5"),
+            "image_probability = 1.5 is out of range",
+        ),
         ("finetune", ("--pipeline_config.image_noise_mean", "0.5"), "image_noise_mean = 0.5 must be at most -1"),
-        ("finetune", ("--pipeline_config.image_noise_std", "2"), "image_noise_std = 2.0 must be between 0 and 1"),
+        (
+            "finetune",
+            ("--pipeline_config.image_noise_std", "2"),
+            "image_noise_std = 2.0 is out of range",
+        ),
         ("finetune", (*CLEAN, "--pipeline_config.image_noise_std", "0.1"), "image_noise_std = 0.1 has no effect"),
         ("finetune", ("--pipeline_config.num_frames", "1"), "num_frames = 1 leaves nothing to make"),
         (

@@ -40,7 +40,7 @@ def emulated(**values: Any) -> Float8Config:
 def tiny(config: Float8Config, mesh: DeviceMesh | None = None) -> WanTransformer:
     """The small teacher, laid out in the order of parallelize.py."""
     with torch.device("meta"):
-        model = WanTransformer.from_config(FLAVORS["tiny"])
+        model = WanTransformer(FLAVORS["tiny"])
     apply_float8(model, config, high_precision=HIGH_PRECISION, device=CPU)
     if mesh is not None:
         apply_fsdp(model, list(model.blocks), mesh, FsdpOptions(torch.float32))
@@ -193,7 +193,7 @@ def test_transformer_engine_is_refused_where_it_cannot_be_imported(
     ("values", "match"),
     [
         ({"recipe": "rowwise"}, "recipe has no effect with enabled = false"),
-        ({"enabled": True, "recipe": "rowwise", "all_gather": True}, "all_gather = true needs one scale a tensor"),
+        ({"enabled": True, "recipe": "rowwise", "all_gather": True}, "all_gather = true needs one scale per tensor"),
         ({"enabled": True, "backend": "transformer_engine", "emulate": True}, "emulate = True is only for backend"),
         ({"enabled": True, "min_features": 8}, "min_features = 8 is out of range"),
     ],

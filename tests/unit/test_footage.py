@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_media import brightness, write_video
 
-from titan_distill.data.footage import decode, read_clips
+from titan_distill.data.footage import VideoSize, decode, read_clips
 
 av = pytest.importorskip("av")
 
@@ -19,19 +19,19 @@ av = pytest.importorskip("av")
 def test_resampling_picks_the_nearest_frame(tmp_path: Path, suffix: str) -> None:
     """Matroska rounds timestamps to milliseconds, which must not repeat or drop frames at the video's own rate."""
     path = write_video(tmp_path / f"a.{suffix}", num_frames=30, fps=30)
-    own_rate = next(iter(read_clips(path, num_frames=30, stride=30, height=64, width=96, fps=30)))
+    own_rate = next(iter(read_clips(path, VideoSize(30, 64, 96, 30))))
     assert brightness(own_rate.pixels) == list(range(30))
-    clip = next(iter(read_clips(path, num_frames=10, stride=10, height=64, width=96, fps=10)))
+    clip = next(iter(read_clips(path, VideoSize(10, 64, 96, 10))))
     assert brightness(clip.pixels) == list(range(0, 30, 3))
     assert clip.duration_seconds == pytest.approx(1.0)
-    tripled = next(iter(read_clips(path, num_frames=8, stride=8, height=64, width=96, fps=90)))
+    tripled = next(iter(read_clips(path, VideoSize(8, 64, 96, 90))))
     assert brightness(tripled.pixels) == [0, 0, 1, 1, 1, 2, 2, 2]
 
 
 @pytest.mark.parametrize(("stride", "starts"), [(5, [0, 5]), (2, [0, 2, 4, 6]), (7, [0, 7])])
 def test_clips_start_every_stride_frames(tmp_path: Path, stride: int, starts: list[int]) -> None:
     path = write_video(tmp_path / "a.mp4", num_frames=12)
-    clips = list(read_clips(path, num_frames=5, stride=stride, height=64, width=96, fps=None))
+    clips = list(read_clips(path, VideoSize(5, 64, 96), stride))
     assert [brightness(clip.pixels) for clip in clips] == [list(range(start, start + 5)) for start in starts]
     assert all(clip.duration_seconds == pytest.approx(5 / 8) for clip in clips)
 
@@ -59,7 +59,7 @@ def write_quadrants(path: Path) -> Path:
 
 
 def first_frame(path: Path, height: int, width: int) -> torch.Tensor:
-    return next(iter(read_clips(path, num_frames=1, stride=1, height=height, width=width, fps=None))).pixels[0]
+    return next(iter(read_clips(path, VideoSize(1, height, width)))).pixels[0]
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (96, 16), (16, 96)])
@@ -117,7 +117,7 @@ def test_a_timestamp_that_jumps_by_years_is_named(tmp_path: Path) -> None:
             frame.pts = index if index < 8 else index + 8 * 10**9
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    clips = read_clips(tmp_path / "a.mkv", num_frames=5, stride=5, height=32, width=48, fps=8)
+    clips = read_clips(tmp_path / "a.mkv", VideoSize(5, 32, 48, 8))
     with pytest.raises(ValueError, match=r"a\.mkv stands still for over 600 seconds"):
         for _ in zip(clips, range(100)):
             pass
@@ -136,7 +136,7 @@ def test_a_forked_process_reads_what_its_parent_has_read(tmp_path: Path) -> None
     path = write_video(tmp_path / "a.mp4", num_frames=9)
 
     def read() -> None:
-        assert len(list(read_clips(path, num_frames=9, stride=9, height=32, width=48, fps=None))) == 1
+        assert len(list(read_clips(path, VideoSize(9, 32, 48)))) == 1
 
     read()
     worker = multiprocessing.get_context("fork").Process(target=read, daemon=True)

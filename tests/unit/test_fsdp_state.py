@@ -18,7 +18,7 @@ from titan_distill.roles import Ema, RoleHandle
 def check_after_a_rollout(_: int) -> None:
     """In a process of its own, for its process group."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    whole = WanTransformer.from_config(FLAVORS["tiny"])
+    whole = WanTransformer(FLAVORS["tiny"])
     model = copy.deepcopy(whole)
     apply_fsdp(model, list(model.blocks), init_device_mesh("cpu", (1,)), FsdpOptions(torch.float32))
     ema = Ema(model, 0.5, start_step=0)

@@ -1,4 +1,4 @@
-"""What the GPU suite asks its machine, asked of this one; and that tests see no GPU."""
+"""Checks that the GPU suite makes of its machine, asked of this one; and that tests see no GPU."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_every_prediction_is_about_a_case_of_the_suite(context):
 
 @pytest.fixture
 def context(tmp_path) -> worker.Context:
-    """What the parts are told on a GPU; listing cases computes nothing."""
+    """The context of the parts on a GPU; listing cases computes nothing."""
     return worker.Context("cuda", False, tmp_path, tmp_path, None, 60.0)
 
 
@@ -98,7 +98,7 @@ def test_configurations_of_real_size_load_with_their_overrides(part, context, mo
 def test_kernel_parts_import_nothing_of_the_trainer():
     imports = "import benchmarks.gpu_suite.kernel_cases"
     program = f"{imports}; print([m for m in sys.modules if m.split('.')[0] == 'titan_distill'])"
-    paths = [str(REPOSITORY / name) for name in ("kernels", "tests", "")]
+    paths = [str(REPOSITORY / name) for name in ("kernels", "tests/helpers", "")]
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}; {program}"],
         capture_output=True, text=True, check=True, cwd=REPOSITORY,

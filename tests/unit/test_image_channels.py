@@ -26,6 +26,7 @@ from titan_distill.models.wan.state_dict import save_folder
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import load_vae
 from titan_distill.parallelisms.mesh import World
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer
 
@@ -38,7 +39,7 @@ VIDEO = f"--pipeline_config.num_frames {NUM_FRAMES} --pipeline_config.height {SI
 
 
 def save_random(config: WanConfig, folder: Path, seed: int) -> None:
-    model = WanTransformer.from_config(config)
+    model = WanTransformer(config)
     generator = torch.Generator().manual_seed(seed)
     values = {name: 0.2 * torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
     save_folder(values, config, folder)
@@ -97,7 +98,7 @@ def trainer(pipeline: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
         # Diffusers finds the image tokens by counting text tokens, of which there must be 512.
         words = ("--data.max_text_tokens", str(NUM_TEXT_TOKENS))
         config = load_config(arguments("dmd2", pipeline, data, tmp_path_factory.mktemp("run"), *words))
-        return assemble(config, World(0, 1, torch.device("cpu")))
+        return assemble(resolve(config, 1), World(0, 1, torch.device("cpu")))
 
 
 def picture() -> Tensor:
@@ -177,7 +178,7 @@ def test_training_from_videos(pipeline: Path, data: Path, tmp_path: Path) -> Non
     footage = data.parent / "videos"
     videos.write_text(f"video,prompt\n{footage}/a.mp4,a disc\n{footage}/b.mp4,a square\n")
     config = load_config(arguments("finetune", pipeline, videos, tmp_path / "run", "--method_config.cfg_dropout", "0"))
-    trainer = assemble(config, World(0, 1, torch.device("cpu")))
+    trainer = assemble(resolve(config, 1), World(0, 1, torch.device("cpu")))
     batch = trainer.adapter.prepare_batch(next(trainer.loader))
     condition = trainer.adapter.text_condition(batch)
     assert condition[LATENT].shape == (4, 16, 2, 4, 4) and condition[EMBEDDING].shape == (4, 5, 24)

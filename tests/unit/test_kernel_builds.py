@@ -3,18 +3,21 @@ schedule of sparsities compiles."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
+from runs import REPOSITORY
 from titan_kernels.tuning import KEPT, Candidate
 from titan_kernels.vsa_forward import forward_kernel
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
-from benchmarks.kernel_builds import Build, build
+from benchmarks.kernel_builds import Build, build, versions, write_table
 
 SIXTEEN_BIT = [
     (kernel, rows, candidate) for (kernel, rows, bits), kept in KEPT.items() for candidate in kept if bits == 16
@@ -65,6 +68,35 @@ def test_kept_candidates_compile_everywhere(arch: int) -> None:
                 build(kernel, candidate, arch, rows, dtype)
 
 
+RESULTS = REPOSITORY / "benchmarks" / "results" / "kernel-builds-2026-11-21.tsv"
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1"])
+def test_the_table_has_every_kept_candidate_without_spills(version: str) -> None:
+    of_version = {"triton": version, "arch": "90", "dtype": "bf16"}.items()
+    rows = [row for row in read_table(RESULTS) if of_version <= row.items()]
+    spilled = {(row["kernel"], int(row["rows"]), row["candidate"]): int(row["local_bytes"]) for row in rows}
+    assert spilled == {(kernel, rows, str(candidate)): 0 for kernel, rows, candidate in SIXTEEN_BIT}
+
+
+def test_a_table_keeps_the_lines_of_other_versions(tmp_path: Path) -> None:
+    path = tmp_path / "builds.tsv"
+    path.write_text(RESULTS.read_text())
+    mix = dict.fromkeys(("wgmma", "mma", "exp2", "float", "shared", "local", "barrier", "tma", "async_copy", "wait"), 0)
+    built = Build("forward", 64, "bf16", 128, 90, Candidate(4, 2, True, persistent=2), 255, 0, 98336, 2, 1, mix, 1, "a")
+    write_table(path, [built, built])
+    old, new = read_table(RESULTS), read_table(path)
+    assert new[0].keys() == old[0].keys()
+    ours = {"triton": versions()["triton"], "ptxas": versions()["ptxas"]}
+    assert new[:-2] == [row for row in old if not ours.items() <= row.items()]
+    assert new[-1]["candidate"] == "4 warps, 2 stages, TMA, 2 resident"
+
+
 class Hopper:
     """Stands in for a driver: says what to compile for, and has nothing to launch on."""
 
@@ -87,7 +119,7 @@ def hopper() -> Iterator[None]:
 
 
 def num_compiled(kernel: Any, listed: list[int]) -> int:
-    """How many binaries the forward needs for these numbers of listed tiles."""
+    """Binaries of the forward for these numbers of listed tiles."""
     kernel.device_caches.clear()
     tensors = [MockTensor(torch.bfloat16)] * 4 + [MockTensor(torch.float32)] + [MockTensor(torch.int32)] * 5
     constants = {"HEAD_DIM": 16, "BLOCK_D": 16, "BLOCK_M": 64, "BLOCK_N": 64, "Q_CHUNKS": 1, "KV_CHUNKS": 1}

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from titan_distill.checkpoint.diffusers_folder import open_folder
 from titan_distill.checkpoint.initial_weights import resolve_reference
 from titan_distill.checkpoint.manifest import read_manifest
-from titan_distill.checkpoint.tools.contents import open_checkpoint
-from titan_distill.checkpoint.tools.export import export, role_tensors
+from titan_distill.checkpoint.tools.contents import open_checkpoint, role_tensors
+from titan_distill.commands.export import export
 from titan_distill.config.loading import load_config
-from titan_distill.config.lora import LoraConfig
+from titan_distill.config.role_sections import LoraConfig
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.parallelize import HIGH_PRECISION
 from titan_distill.models.wan.plugin import WanFamily
@@ -28,6 +28,7 @@ from titan_distill.parallelisms.compile import compile_blocks
 from titan_distill.parallelisms.lora import apply_lora, initial_adapters, is_adapter, merge
 from titan_distill.parallelisms.mesh import World
 from titan_distill.planner import memory
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer
 
@@ -44,7 +45,7 @@ def arguments(output: Path, *more: str) -> list[str]:
 
 def make_trainer(output: Path, *more: str) -> Trainer:
     os.chdir(TINY_WAN.parents[2])
-    return assemble(load_config(arguments(output, *more)), World(0, 1, torch.device("cpu")))
+    return assemble(resolve(load_config(arguments(output, *more)), 1), World(0, 1, torch.device("cpu")))
 
 
 def train(trainer: Trainer, steps: int) -> Trainer:
@@ -70,7 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
 
 def test_an_adapted_model_starts_as_its_base_bit_for_bit(tmp_path: Path) -> None:
     roles = make_trainer(tmp_path, "--roles.teacher.dtype", "float32").roles
-    base = WanTransformer.from_config(roles["student"].transformer.config)
+    base = WanTransformer(roles["student"].transformer.config)
     load_weights(base, TINY_WAN / "transformer")
     assert torch.equal(forward(roles["student"].transformer), forward(base))
     a = [p for name, p in roles["student"].transformer.named_parameters() if "lora_A" in name]
@@ -80,7 +81,7 @@ def test_an_adapted_model_starts_as_its_base_bit_for_bit(tmp_path: Path) -> None
 def test_first_values_depend_on_the_name_alone() -> None:
     def values(targets: tuple[str, ...]) -> dict[str, Tensor]:
         with torch.device("meta"):
-            model = WanTransformer.from_config(WanConfig(num_layers=2, num_attention_heads=2, attention_head_dim=6))
+            model = WanTransformer(WanConfig(num_layers=2, num_attention_heads=2, attention_head_dim=6))
         apply_lora(model, LoraConfig(rank=2, target_modules=targets), excluded=HIGH_PRECISION)
         by_identity = {id(p): name for name, p in model.named_parameters()}
         torch.manual_seed(len(targets))
@@ -114,7 +115,7 @@ def test_nothing_but_adapters_is_trained_averaged_and_saved(trained: tuple[Train
 
 
 def load_weights_of(config: WanConfig) -> dict[str, Tensor]:
-    base = WanTransformer.from_config(config)
+    base = WanTransformer(config)
     load_weights(base, TINY_WAN / "transformer")
     return dict(base.named_parameters())
 
@@ -123,7 +124,7 @@ def load_weights_of(config: WanConfig) -> dict[str, Tensor]:
 def test_what_is_exported_is_the_adapted_model(trained: tuple[Trainer, Path], tmp_path: Path, use_ema: bool) -> None:
     trainer, path = trained
     student = trainer.roles["student"]
-    export(path, "student", tmp_path / "out", write_weights=WanFamily.write_weights, use_ema=use_ema)
+    export(path, tmp_path / "out", weights="ema" if use_ema else "raw")
     with student.evaluation() if use_ema else torch.no_grad():
         expected = forward(student.transformer)
     exported = WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer")
@@ -132,7 +133,7 @@ def test_what_is_exported_is_the_adapted_model(trained: tuple[Trainer, Path], tm
     with torch.no_grad():
         found = exported(x, torch.tensor([900.0, 300.0]), text, return_dict=False)[0]
     assert bool(((found - expected).abs() <= 1e-5).all())
-    base = WanTransformer.from_config(student.transformer.config)
+    base = WanTransformer(student.transformer.config)
     load_weights(base, TINY_WAN / "transformer")
     assert float((forward(base) - expected).abs().max()) > 1e-4, "nothing was learned, so nothing was compared"
     assert "merged into tests/assets/tiny_wan" in (tmp_path / "out" / "README.md").read_text()
@@ -183,7 +184,8 @@ def test_tensor_ranks_are_refused(
 
 
 def test_adapters_are_no_weights_to_start_from(trained: tuple[Trainer, Path]) -> None:
-    with pytest.raises(ValueError, match="holds only adapters of 'student', for the weights in tests/assets/tiny_wan"):
+    found = "holds only a LoRA adapter of 'student', for the weights in tests/assets/tiny_wan"
+    with pytest.raises(ValueError, match=found):
         resolve_reference(f"{trained[1]}#student:ema")
 
 
@@ -192,7 +194,7 @@ def test_a_run_goes_on_with_its_own_base_and_scale(
     trained: tuple[Trainer, Path], tmp_path: Path, change: Callable[[Path], tuple[str, ...]]
 ) -> None:
     folder = other_weights(tmp_path / "other")
-    with pytest.raises(ValueError, match="has adapters of 'student' for tests/assets/tiny_wan, counted 2 times"):
+    with pytest.raises(ValueError, match="has a LoRA adapter of 'student' for tests/assets/tiny_wan with scaling 2,"):
         make_trainer(tmp_path / "run", "--checkpoint.resume_from", str(trained[1]), *change(folder))
 
 
@@ -216,7 +218,7 @@ def test_a_changed_base_is_not_merged(tmp_path: Path) -> None:
     assert base is not None and (base.path, base.scale) == (str(folder), 2.0)
     assert sum(1 for _ in role_tensors(path, "student", use_ema=False)) == len(load_weights_of(TINY))
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
-    with pytest.raises(ValueError, match="are not those that the adapters were trained on"):
+    with pytest.raises(ValueError, match="are not those that the LoRA adapter was trained on"):
         role_tensors(path, "student", use_ema=False)
 
 
@@ -235,8 +237,8 @@ def test_published_keys_that_no_network_has_are_left_out(tmp_path: Path) -> None
     tensors = {name: p.detach() for name, p in load_weights_of(TINY).items()}
     tensors[f"blocks.0.attn2.{UNUSED_KEY}.weight"] = torch.ones(3)
     WanFamily.write_weights(tensors.items(), TINY.to_diffusers(), tmp_path, None)
-    load_weights(WanTransformer.from_config(TINY), tmp_path)
-    assert UNUSED_KEY not in "".join(open_folder(tmp_path).kinds)
+    load_weights(WanTransformer(TINY), tmp_path)
+    assert UNUSED_KEY not in "".join(open_folder(tmp_path).shapes)
 
 
 @pytest.mark.nightly

@@ -15,9 +15,8 @@ import torch
 
 from titan_distill.config.sections import JobConfig, MetricsConfig, ProfilingConfig, TrainingConfig
 from titan_distill.observability.flops import WorkCounter
-from titan_distill.observability.metrics import MetricsLogger, memory_gib
-from titan_distill.observability.metrics_file import MetricsFile
-from titan_distill.observability.profiling import Profiler
+from titan_distill.observability.metrics import MetricsFile, MetricsLogger, memory_gib
+from titan_distill.observability.profiling import build_profiler
 from titan_distill.observability.progress import duration
 from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.mesh import World
@@ -226,7 +225,7 @@ def test_durations_read_like_durations() -> None:
 @pytest.mark.parametrize("first_step", [0, 3])
 def test_profile_covers_the_steps_it_was_asked_for(tmp_path: Path, first_step: int) -> None:
     config = ProfilingConfig(enabled=True, start_step=4, num_steps=2)
-    with Profiler(config, tmp_path, World(0, 1, CPU), first_step) as profiler:
+    with build_profiler(config, tmp_path, World(0, 1, CPU), first_step) as profiler:
         for step in range(first_step, 8):
             torch.ones(step + 2, 7).sum()
             profiler.step()
@@ -239,7 +238,7 @@ def test_profile_covers_the_steps_it_was_asked_for(tmp_path: Path, first_step: i
 
 def test_no_profile_when_off_or_when_resumed_behind_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for config, first_step in ((ProfilingConfig(), 0), (ProfilingConfig(enabled=True, start_step=4), 5)):
-        with Profiler(config, tmp_path / "profile", World(0, 1, CPU), first_step) as profiler:
+        with build_profiler(config, tmp_path / "profile", World(0, 1, CPU), first_step) as profiler:
             for _ in range(10):
                 profiler.step()
     assert not (tmp_path / "profile").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_run import toy_trainer
+from toy_run import JOBS, toy_trainer
 
 import titan_distill.train
 from titan_distill.diffusion.noise import KeyedNoise
@@ -166,10 +166,7 @@ def check_keys_are_used_once(monkeypatch: pytest.MonkeyPatch, folder: Path, meth
     assert not again, again
 
 
-METHODS = [path.stem.removeprefix("toy_") for path in sorted((Path(__file__).parents[1] / "assets").glob("toy_*.toml"))]
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", JOBS)
 def test_no_key_is_used_twice(method, monkeypatch, tmp_path):
     # By default all segments of a rollout share their exit, on purpose.
     overrides = ["--method_config.same_step_across_blocks", "false"] if method == "self_forcing" else []

@@ -94,7 +94,7 @@ def test_a_gradient_that_overflows_is_told_apart(tmp_path: Path) -> None:
 
 
 def see_nan_in_sample_13() -> None:
-    """Which is rank 1's in step 1."""
+    """The sample of rank 1 in step 1."""
     real = Finetune.student_loss
 
     def student_loss(self: Finetune, batch: Any, step: int) -> Any:

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from titan_distill.config.dtypes import DTYPES
 from titan_distill.data import parquet
-from titan_distill.data.parquet import DTYPES, BadRowError, LatentRow, ParquetDataset, write_rows
+from titan_distill.data.parquet import BadRowError, LatentRow, ParquetDataset, write_rows
 from titan_distill.data.summary import inspect
 
 

@@ -11,7 +11,7 @@ import torch
 from slab_checks import assert_exact_slabs
 from torch import nn
 
-from titan_distill.checkpoint.staging import Stager
+from titan_distill.checkpoint.asynchronous import Stager
 from titan_distill.parallelisms.pinned import slabs
 
 WANTED = {

@@ -54,7 +54,7 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_flops_equal_torchs_own_count(mode: str) -> None:
     """Forward, backward and recomputation of the small Wan, to the last one."""
     config, checkpointing = FLAVORS["tiny"], MODES[mode]
-    model = WanTransformer.from_config(config)
+    model = WanTransformer(config)
     apply_activation_checkpointing(model.blocks, checkpointing)
     latents, text = torch.zeros(1, 16, 5, 12, 12), torch.zeros(1, TINY_TEXT, config.text_dim)
     # torch counts attention where it is plain matrix products, which `selective` does not know as attention.
@@ -79,9 +79,9 @@ def _text_products() -> float:
 def test_dmd2_declares_what_its_updates_cost(
     mode: str, student: tuple[float, float, float], critic: tuple[float, float]
 ) -> None:
-    """algorithms.md §5, in forwards of (student, critic, teacher)."""
+    """In forwards of (student, critic, teacher), as docs/algorithms.md, "FLOPs of an update", lists them."""
     forwards: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for passes in Dmd2.work(Dmd2Config()):
+    for passes in Dmd2.passes(Dmd2Config()):
         cost = passes.num_conditions * (1 + passes.backward * (2 + (mode == "full")))
         forwards[passes.update][passes.role] += passes.num_forwards * cost
     assert tuple(forwards["student"][role] for role in ("student", "critic", "teacher")) == student
@@ -90,16 +90,16 @@ def test_dmd2_declares_what_its_updates_cost(
 
 def test_cadence_is_the_methods() -> None:
     def often(config: Dmd2Config) -> dict[str, float]:
-        return {passes.update: passes.updates_per_step for passes in Dmd2.work(config)}
+        return {passes.update: passes.updates_per_step for passes in Dmd2.passes(config)}
 
     assert often(Dmd2Config()) == {"student": 0.2, "critic": 1.0}
     assert often(Dmd2Config(exclusive=True)) == {"student": 0.2, "critic": 0.8}
-    (finetune,) = Finetune.work(FinetuneConfig())
+    (finetune,) = Finetune.passes(FinetuneConfig())
     assert (finetune.num_forwards, finetune.backward, finetune.updates_per_step) == (1, True, 1.0)
 
 
 def test_step_flops_are_the_closed_form() -> None:
-    """1.3B with a 14B teacher at 480p: 1 G + 5 C = 14,394 TFLOP a sample in five steps (algorithms.md §5)."""
+    """1.3B with a 14B teacher at 480p: docs/algorithms.md, "FLOPs of an update", for five steps."""
     with planner(64, GPUS["H100"]) as planned:
         plan = planned.plan(load_config(["--job.config_file", str(SIXTY_FOUR_GPUS)]))
     executed = sum(phase.executed_flops for phase in plan.phases)
@@ -114,7 +114,7 @@ def test_step_flops_are_the_closed_form() -> None:
 def test_peak_of_a_training_step_is_what_was_planned(mode: str, dtype: torch.dtype) -> None:
     """Allocated bytes, as torch's profiler sees them: not more than planned (but for 2 %), and at most a sixth less."""
     config, checkpointing = FLAVORS["tiny"], MODES[mode]
-    model = WanTransformer.from_config(config).to(dtype)
+    model = WanTransformer(config).to(dtype)
     apply_activation_checkpointing(model.blocks, checkpointing)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -185,14 +185,14 @@ def test_one_gpu_job_fits_one_h100_and_says_how() -> None:
 
 def test_remedies_are_planned_when_it_does_not_fit() -> None:
     """Without checkpointing the 8-GPU job does not fit; both kinds of it are found, the cheaper one first."""
-    config = load_config(["--job.config_file", str(EIGHT_GPUS), "--activation_checkpoint.mode", "none"])
+    argv = ["--job.config_file", str(EIGHT_GPUS), "--activation_checkpoint.mode", "none"]
     with planner(8, GPUS["H100"]) as planned:
-        first = planned.plan(config)
-        remedies = planned.remedies(config, first)
+        first = planned.plan(load_config(argv))
+        remedies = planned.remedies(argv, first)
     assert not first.fits
     fitting = [line.strip() for line in remedies.splitlines() if line.endswith("fits")]
-    assert fitting[0].startswith("activation_checkpoint.mode = 'selective'")
-    assert any(line.startswith("activation_checkpoint.mode = 'full'") for line in fitting)
+    assert fitting[0].startswith('activation_checkpoint.mode = "selective"')
+    assert any(line.startswith('activation_checkpoint.mode = "full"') for line in fitting)
 
 
 def test_512_ranks_in_20_seconds_and_4_gb() -> None:
@@ -233,7 +233,7 @@ WRONG_LAYOUTS = {
     "a teacher that splits a sample's ranks": (
         8,
         ("--parallelism.sequence", "4", "--parallelism.dp_shard", "-1", "--roles.teacher.parallelism.tensor", "2"),
-        ("roles.teacher.parallelism", "no multiple of the 4", "choose 4"),
+        ("roles.teacher.parallelism", "not a multiple of the 4", "choose 4"),
     ),
     "a batch that does not split": (
         8, ("--training.global_batch_size", "12"), ("training.global_batch_size = 12", "8 or 16"),
@@ -277,3 +277,20 @@ def test_dry_run_shows_the_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     shown = capsys.readouterr().out
     assert "MEMORY" in shown
     assert "51.4 GiB" in shown
+
+
+@pytest.mark.parametrize(
+    ("job", "change"),
+    [
+        ("tiny_wan_dmd2_gan", ("--activation_checkpoint.mode", "full")),
+        ("tiny_wan_dmd2_sparse", ("--roles.teacher.parallelism.sequence", "2")),
+    ],
+)
+def test_roles_are_built_once_whatever_else_changes(job: str, change: tuple[str, ...]) -> None:
+    """A second plan builds no role again: neither a head and the role that it reads, nor the only sparse role."""
+    argv = ["--job.config_file", f"train_configs/{job}.toml", "--training.local_batch_size", "1"]
+    with planner(2, GPUS["H100"]) as planned:
+        first = planned.plan(load_config(argv))
+        second = planned.plan(load_config([*argv, *change]))
+    assert second.roles.keys() == first.roles.keys()
+    assert second.roles["student"].states == first.roles["student"].states

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import toy_family
 import tyro
 from diffusers import AutoencoderKLWan
-from tiny_media import write_pipeline, write_video
+from tiny_media import write_film, write_pipeline, write_video
 
 from titan_distill.commands.preprocess import OUTPUT_NAME, PreprocessConfig, preprocess, read_captions
-from titan_distill.data.loader import build_loader
+from titan_distill.data.loader import SampleLoader
 from titan_distill.data.parquet import ParquetDataset
 
-SHARED_CLIPS = Path(__file__).resolve().parents[3] / "shared" / "clips"
 CAPTION = "a grey ramp"
 
 
@@ -34,7 +34,7 @@ def write_captions(path: Path, captions: dict[str, str]) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, pipeline_folder: Path) -> PreprocessConfig:
-    """Two videos: 12 frames a second for 2 seconds, and 8 frames a second for 1.25."""
+    """Two videos: 12 frames per second for 2 seconds, and 8 for 1.25 seconds."""
     write_video(tmp_path / "videos" / "a.mp4", num_frames=24, fps=12)
     write_video(tmp_path / "videos" / "more" / "b.mp4", num_frames=10, fps=8, size=(96, 48))
     return PreprocessConfig(
@@ -69,7 +69,7 @@ BAD_CAPTIONS = {
     "short.csv": ("file_name,caption\na.mp4\n", "line 2: expected a non-empty file_name and caption"),
     "twice.csv": ("file_name,caption\na.mp4,x\na.mp4,y\n", r"line 3: a\.mp4 has a caption already"),
     "broken.jsonl": ('\n{"file_name": "a.mp4",\n', "line 2: not JSON"),
-    "list.jsonl": ('["a.mp4", "x"]', "line 1: expected an object"),
+    "list.jsonl": ('["a.mp4", "x"]', "line 1: expected a JSON object with file_name and caption"),
     "deep.jsonl": ("[" * 100_000, "line 1: not JSON"),
     "blank.jsonl": ('\n{"file_name": "a.mp4", "caption": " "}', "line 2: expected a non-empty file_name and caption"),
     "long.csv": (f"file_name,caption\na.mp4,{'x' * 200_000}\n", "after line 1: not CSV"),
@@ -124,7 +124,7 @@ def test_folder_to_parquet(config: PreprocessConfig, pipeline_folder: Path) -> N
 def test_output_feeds_the_loader(config: PreprocessConfig) -> None:
     preprocess(dataclasses.replace(config, dtype="bfloat16", clips_per_video=1))
     dataset = ParquetDataset(config.out)
-    batches = build_loader(dataset, global_batch_size=2, data_rank=0, data_world_size=1, seed=0, max_text_tokens=64)
+    batches = SampleLoader(dataset, global_batch_size=2, data_rank=0, data_world_size=1, seed=0, max_text_tokens=64)
     batch = next(batches)
     assert batch.latents is not None
     assert batch.latents.shape == (2, 16, 2, 4, 6)
@@ -138,12 +138,12 @@ def test_keeping_every_frame_records_the_videos_own_rate(config: PreprocessConfi
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "frames": ({"num_frames": 8}, r"--num-frames 8 is not 4 n \+ 1: try 9"),
-    "height": ({"height": 40}, r"--height 40 is not a multiple of 16 pixels .*: try 32"),
-    "width": ({"width": 0}, r"--width 0 is not a multiple of 16 pixels .*: try 16"),
+    "frames": ({"num_frames": 8}, r"--num-frames = 8 must be 4 n \+ 1 for this VAE; set it to 5 or 9"),
+    "height": ({"height": 40}, r"--height = 40 must be a multiple of 16 .*; set it to 32 or 48"),
+    "width": ({"width": 0}, r"--width = 0 must be a multiple of 16 .*; set it to 16"),
     "fps": ({"fps": 0.0}, "--fps 0 is not positive"),
     "stride": ({"stride": -1}, "--stride -1 is not positive"),
-    "too short": ({"num_frames": 13}, r"b\.mp4 has 10 frames at 8 frames a second, a clip takes 13"),
+    "too short": ({"num_frames": 13}, r"b\.mp4 has 10 frames at 8 frames per second, a clip takes 13"),
     "folder": ({"folder": Path("/nowhere")}, "no folder /nowhere"),
     "vae": ({"vae": Path("/nowhere")}, "no VAE in /nowhere"),
     "text encoder": ({"text_encoder": Path("/nowhere")}, "no text encoder in /nowhere"),
@@ -182,18 +182,30 @@ def test_existing_output_is_not_replaced(config: PreprocessConfig) -> None:
     assert (config.out / OUTPUT_NAME).read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("toy", "ToyFamily encodes no footage; choose another --family"), ("wam", r"'wam' is not known; .* 'wan'")],
+)
+def test_the_family_brings_the_encoder(config: PreprocessConfig, family: str, message: str) -> None:
+    assert toy_family.ToyFamily.__name__ == "ToyFamily", "registered by its import"
+    with pytest.raises(ValueError, match=message):
+        preprocess(dataclasses.replace(config, family=family))
+    assert not config.out.exists()
+
+
 def test_command_line() -> None:
     arguments = "videos --captions c.csv --vae v --text-encoder t --out o --fps None --height 64 --dtype bfloat16"
     config = tyro.cli(PreprocessConfig, args=arguments.split())
     assert (config.folder, config.fps, config.height, config.dtype) == (Path("videos"), None, 64, "bfloat16")
 
 
-@pytest.mark.skipif(not SHARED_CLIPS.is_dir(), reason=f"no real footage at {SHARED_CLIPS}")
-def test_shared_clips(tmp_path: Path, pipeline_folder: Path) -> None:
-    (tmp_path / "captions.csv").write_text("file_name,caption\nbikes.mp4,cyclists\nbigbuckbunny.mp4,a rabbit\n")
+def test_wide_films_with_all_defaults(tmp_path: Path, pipeline_folder: Path) -> None:
+    for seed, name in enumerate(("clouds.mp4", "meadow.mp4")):
+        write_film(tmp_path / "films" / name, seed, num_frames=60)
+    (tmp_path / "captions.csv").write_text("file_name,caption\nclouds.mp4,clouds\nmeadow.mp4,a meadow\n")
     summary = preprocess(
         PreprocessConfig(
-            folder=SHARED_CLIPS,
+            folder=tmp_path / "films",
             captions=tmp_path / "captions.csv",
             vae=pipeline_folder,
             text_encoder=pipeline_folder,
@@ -202,4 +214,4 @@ def test_shared_clips(tmp_path: Path, pipeline_folder: Path) -> None:
         )
     )
     assert summary.latents == {"[16, 5, 12, 12] float16": 2}
-    assert set(summary.captions) == {"cyclists", "a rabbit"}
+    assert set(summary.captions) == {"clouds", "a meadow"}

@@ -24,9 +24,9 @@ BAD = {
     "absent.txt": (None, "cannot be read: No such file"),
     "broken.jsonl": (b'\n\n{"caption": ', "line 3: not JSON"),
     "deep.jsonl": (b"[" * 100_000, "line 1: not JSON"),
-    "list.jsonl": (b'["a cat"]', 'line 1: expected a JSON object with a non-empty "caption"'),
-    "null.jsonl": (b'{"caption": "x"}\n{"caption": null}', 'line 2: expected a JSON object with a non-empty "caption"'),
-    "blank.jsonl": (b'{"caption": " "}', 'line 1: expected a JSON object with a non-empty "caption"'),
+    "list.jsonl": (b'["a cat"]', "line 1: expected a JSON object with caption, found"),
+    "null.jsonl": (b'{"caption": "x"}\n{"caption": null}', "line 2: expected a non-empty caption"),
+    "blank.jsonl": (b'{"caption": " "}', "line 1: expected a non-empty caption"),
     "empty.parquet": (b"", "is not a complete parquet file"),
     "text.parquet": (b"a cat\n", "is not a complete parquet file"),
 }

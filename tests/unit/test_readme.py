@@ -10,7 +10,7 @@ import pytest
 from runs import REPOSITORY
 
 from titan_distill import cli
-from titan_distill.config.layouts import check_world
+from titan_distill.config.degrees import resolve_layout
 from titan_distill.config.loading import load_config
 
 README = (REPOSITORY / "README.md").read_text()
@@ -40,7 +40,7 @@ def test_training_command(line: str) -> None:
     ranks, arguments = words(line)
     if "--job.config_file" not in arguments:
         arguments = ["--job.config_file", "train_configs/tiny_wan_dmd2.toml", *arguments]
-    check_world(load_config(arguments), ranks)
+    resolve_layout(load_config(arguments), ranks)
 
 
 @pytest.mark.parametrize("line", TOOLS)

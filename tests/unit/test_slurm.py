@@ -1,6 +1,6 @@
 """The batch script is sound shell, names no cluster, says how it is used, and requeues when it should.
 
-The lines of the script are real; SLURM (tests/slurm_stand_ins.py) and the run are stand-ins.
+The lines of the script are real; SLURM (tests/helpers/slurm_stand_ins.py) and the run are stand-ins.
 """
 
 from __future__ import annotations

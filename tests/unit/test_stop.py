@@ -33,7 +33,7 @@ def _handlers_are_put_back() -> Any:
 
 
 def signal_in_step(trainer: Trainer, step: int, *numbers: signal.Signals) -> None:
-    """Sends the signals to this process while ``step`` (0-based) computes its loss."""
+    """Sends the signals to this process while `step` (0-based) computes its loss."""
     real = trainer.method.updates
 
     def updates(at: int) -> list:
@@ -110,6 +110,9 @@ class LongValidator(Validator):
     """Asks for a stop in its second forward pass."""
 
     forwards = 0
+
+    def __init__(self) -> None:
+        """It samples nothing, so it needs neither prompts nor a folder."""
 
     def validate(self, step: int, request: Any, roles: Any) -> dict[str, float]:
         role = roles["student"]

@@ -1,9 +1,13 @@
 """The shapes world: what is drawn is what was asked for, and held-out combinations stay held out."""
 
+import ast
 import itertools
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_world
 from tiny_world.shapes import (
     CAPTION_TEMPLATES,
     COLOURS,
@@ -14,10 +18,11 @@ from tiny_world.shapes import (
     all_attributes,
     draw_clip,
     held_out_attributes,
-    held_out_prompts,
     parse_caption,
     train_attributes,
 )
+
+HELD_OUT_PROMPTS = Path(__file__).parents[1] / "assets/tiny_shapes/held_out_prompts.txt"
 
 
 def _foreground(clip: ShapesClip, seed: int) -> np.ndarray:
@@ -70,11 +75,10 @@ def test_training_and_held_out_clips_share_nothing_and_leave_nothing_out() -> No
     assert not train & held_out and train | held_out == set(all_attributes())
 
 
-def test_held_out_prompts_are_balanced_and_describe_their_clips() -> None:
-    prompts = held_out_prompts(96)
-    assert len(prompts) == 96
-    assert all(clip.combination in HELD_OUT and caption == clip.caption() for caption, clip in prompts)
-    assert {sum(other == clip for _, other in prompts) for _, clip in prompts} == {4}
+def test_the_shipped_held_out_prompts_are_balanced() -> None:
+    clips = [parse_caption(line) for line in HELD_OUT_PROMPTS.read_text().splitlines()]
+    assert {clip.combination for clip in clips} == HELD_OUT
+    assert set(Counter(clips).values()) == {4} and len(clips) == 96
 
 
 def test_captions_can_be_told_apart_and_fit_the_text_length() -> None:
@@ -93,5 +97,14 @@ def test_errors_name_the_value_and_what_is_allowed() -> None:
         ShapesClip("purple", "circle", "left", "slow")
     with pytest.raises(ValueError, match="'a cat' does not describe"):
         parse_caption("a cat")
-    with pytest.raises(ValueError, match="num_prompts is 0"):
-        held_out_prompts(0)
+
+
+def test_the_package_imports_only_the_registry_of_titan_distill() -> None:
+    """As a user's own package would."""
+    imported = {
+        node.module
+        for file in Path(tiny_world.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("titan_distill")
+    }
+    assert imported == {"titan_distill.registry"}

@@ -1,4 +1,4 @@
-"""How tokens are spread over sequence ranks: whole tiles, near-even runs, padding that comes and goes."""
+"""Shards of tokens over sequence ranks: whole tiles, near-even runs, padding that comes and goes."""
 
 from __future__ import annotations
 

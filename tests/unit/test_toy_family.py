@@ -9,12 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 from runs import REPOSITORY
-from toy_run import toy_trainer
+from toy_run import JOBS, METHODS, toy_trainer
 
+from titan_distill.models.base import model_family
+from titan_distill.registry import FAMILIES, names
 from titan_distill.trainer import NonFiniteError
 
 SOURCES = sorted((REPOSITORY / "titan_distill" / "methods").glob("*.py"))
-METHODS = ("dmd2", "finetune", "knowledge_distillation", "consistency", "scm", "rcm", "self_forcing")
+
+
+def test_every_method_has_a_job() -> None:
+    missing = [f"tests/assets/toy_{method}.toml" for method in METHODS if method not in JOBS]
+    assert not missing, "write them: the tests of every method train on them"
+
+
+@pytest.mark.parametrize("name", names(FAMILIES))
+def test_every_family_has_all_operations(name: str) -> None:
+    """Its classes can be built: no operation of the interface is missing, and every key has a default."""
+    family = model_family(name)
+    assert not family.__abstractmethods__
+    family.pipeline_config_class()
 
 
 @pytest.mark.parametrize("method", METHODS)

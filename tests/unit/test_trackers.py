@@ -35,8 +35,8 @@ def folder(tmp_path: Path) -> Path:
 def log_everything(tracker: Tracker, folder: Path, start_step: int = 0) -> None:
     for step in range(start_step + 1, start_step + 4):
         tracker.log_scalars(step, {"loss/student": 0.5 * step})
-    tracker.log_image(start_step + 3, "validation/sheet", folder / "sheet.png")
-    tracker.log_video(start_step + 3, "validation/clip", folder / "clip.mp4")
+    tracker.log_media(start_step + 3, "validation/sheet", folder / "sheet.png")
+    tracker.log_media(start_step + 3, "validation/clip", folder / "clip.mp4")
     tracker.close()
 
 

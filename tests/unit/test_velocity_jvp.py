@@ -13,11 +13,13 @@ import torch
 import toy_family
 from runs import REPOSITORY
 from torch import Tensor
+from wan_config import wan_config
 
 from titan_distill.config.sections import ActivationCheckpointConfig
 from titan_distill.diffusion import schedule
 from titan_distill.models.base import Adapter, Condition
 from titan_distill.models.wan.adapter import WanAdapter
+from titan_distill.models.wan.encoders import Encoders
 from titan_distill.models.wan.state_dict import load_weights, read_config
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.activation_checkpoint import apply_activation_checkpointing
@@ -40,21 +42,12 @@ def toy() -> Case:
 
 def wan(dtype: torch.dtype = FP64, checkpointing: ActivationCheckpointConfig | None = None) -> Case:
     config = read_config(WEIGHTS)
-    model = WanTransformer.from_config(config)
+    model = WanTransformer(config)
     load_weights(model, WEIGHTS)
     checkpointing = checkpointing or ActivationCheckpointConfig()
     apply_activation_checkpointing(model.blocks, checkpointing)
-    adapter = WanAdapter(
-        latent_shape=(config.in_channels, 2, 6, 6),
-        flow_shift=3.0,
-        max_text_tokens=5,
-        negative_embedding_LD=None,
-        vae=None,
-        text_encoder=None,
-        device=CPU,
-        layouts=Layouts.alone(CPU),
-        checkpointing=checkpointing,
-    )
+    run = wan_config(activation_checkpoint=checkpointing)
+    adapter = WanAdapter(run, (config.in_channels, 2, 6, 6), Encoders(), CPU, Layouts.alone(CPU))
     text = torch.randn(2, 5, config.text_dim, dtype=FP64, generator=torch.Generator().manual_seed(3)).to(dtype)
     return adapter, RoleHandle("student", {"transformer": model.to(dtype)}, trainable=True), {"text": text}
 

@@ -19,13 +19,14 @@ from tiny_media import brightness, write_video
 from titan_distill.cli import main as cli
 from titan_distill.commands.preprocess import PreprocessConfig, preprocess
 from titan_distill.config.loading import load_config
-from titan_distill.data.footage import read_picture
+from titan_distill.data.footage import VideoSize, read_picture
 from titan_distill.data.loader import Batch
 from titan_distill.data.prompts import read_prompts
-from titan_distill.data.videos import VideoDataset, VideoSize
+from titan_distill.data.videos import VideoDataset
 from titan_distill.models.wan.latents import find_latent_space
 from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.parallelisms.mesh import World
+from titan_distill.resolve import resolve
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer
 
@@ -60,7 +61,7 @@ MakeTrainer = Callable[..., Trainer]
 def make(pipeline: Path, tmp_path: Path) -> MakeTrainer:
     def make(data: Path, *overrides: str, method: str = "finetune") -> Trainer:
         argv = tiny_ti2v.arguments(method, pipeline, data, tmp_path / "run", *overrides)
-        return assemble(load_config(argv), World(rank=0, size=1, device=CPU))
+        return assemble(resolve(load_config(argv), 1), World(rank=0, size=1, device=CPU))
 
     return make
 
@@ -93,7 +94,8 @@ def test_samples_are_those_of_preprocessed_parquet(
     """In the same order, over the end of an epoch, with workers, and after a resume; to the last bit."""
     preprocess(
         PreprocessConfig(
-            footage / "clips", footage / "captions.csv", pipeline, pipeline, tmp_path / "parquet", height=64, width=96,
+            folder=footage / "clips", captions=footage / "captions.csv", vae=pipeline, text_encoder=pipeline,
+            out=tmp_path / "parquet", height=64, width=96,
             num_frames=9, fps=None, clips_per_video=1, max_text_tokens=tiny_ti2v.MAX_TEXT_TOKENS, dtype="float32",
         )
     )  # fmt: skip

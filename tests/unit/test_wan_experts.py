@@ -13,21 +13,24 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from runs import REPOSITORY, TINY_WAN, tiny_argv
 from safetensors.torch import load_file
+from small_checkpoints import write_weights_only
 from torch import Tensor
 
 from titan_distill import cli
+from titan_distill.checkpoint.diffusers_folder import PIPELINE_INDEX
 from titan_distill.checkpoint.manifest import read_manifest
-from titan_distill.checkpoint.tools.export import BOUNDARY, PIPELINE_INDEX
 from titan_distill.commands.plan import planner
 from titan_distill.config.loading import load_config
 from titan_distill.diffusion import sampler
 from titan_distill.models.base import Guidance
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.pipeline_index import BOUNDARY
 from titan_distill.models.wan.state_dict import save_folder
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.observability.flops import forward_flops
 from titan_distill.parallelisms.mesh import World
 from titan_distill.planner.hardware import GPUS
+from titan_distill.resolve import resolve
 from titan_distill.roles import RoleHandle
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer
@@ -41,7 +44,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 def write_experts(folder: Path, *, seed: int = 0) -> Path:
     """A pipeline's two transformers, of random weights, and its index."""
     for offset, name in enumerate(("transformer", "transformer_2")):
-        model = WanTransformer.from_config(CONFIG)
+        model = WanTransformer(CONFIG)
         generator = torch.Generator().manual_seed(seed + offset)
         values = {key: 0.2 * torch.randn(p.shape, generator=generator) for key, p in model.named_parameters()}
         save_folder(values, CONFIG, folder / name)
@@ -67,7 +70,7 @@ def arguments(weights: Path, output: Path, *more: str) -> list[str]:
 
 
 def make_trainer(weights: Path, output: Path, *more: str) -> Trainer:
-    return assemble(load_config(arguments(weights, output, *more)), World(0, 1, torch.device("cpu")))
+    return assemble(resolve(load_config(arguments(weights, output, *more)), 1), World(0, 1, torch.device("cpu")))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +165,7 @@ def test_guidance_of_an_offset_form_is_the_same_guidance(trainer: Trainer) -> No
     assert trainer.adapter.guidance_scale(one_expert, arguments[2], Guidance(4.0)) == 4.0
 
 
-def test_a_run_is_exported_imported_and_sampled_with_both(
+def test_a_run_is_exported_read_again_and_sampled_with_both(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The boundary is in model_index.json alone; it goes into config.toml, the manifest and what is exported."""
@@ -177,11 +180,17 @@ def test_a_run_is_exported_imported_and_sampled_with_both(
     assert manifest.trained["critic"].modules == ["transformer"]
     shutil.rmtree(moved)
 
-    exported, imported, again = tmp_path / "exported", tmp_path / "imported", tmp_path / "again"
+    exported, again = tmp_path / "exported", tmp_path / "again"
     cli.main(["checkpoint", "export", "--checkpoint", str(path), "--out", str(exported), "--weights", "raw"])
     index = json.loads((exported / PIPELINE_INDEX).read_text())
     assert index[BOUNDARY] == BOUNDARY_RATIO and index["transformer_2"] == ["diffusers", "WanTransformer3DModel"]
-    cli.main(["checkpoint", "import", str(exported), "--out", str(imported)])
+    imported = write_weights_only(
+        tmp_path / "imported",
+        {name: load_file(exported / name / FILE) for name in ("transformer", "transformer_2")},
+        manifest.trained["student"].architecture,
+    )
+    cli.main(["checkpoint", "import", str(exported)])
+    assert f'path = "{exported}"' in capsys.readouterr().out
     started = make_trainer(
         exported, tmp_path / "next", *(f"--roles.student.path= --roles.student.init_from {imported}#student").split()
     )
@@ -280,7 +289,7 @@ def set_index(folder: Path, **values: object) -> None:
     ("spoil", "message"),
     [
         (lambda folder: set_index(folder, boundary_ratio=None), "no model_index.json says where the second one"),
-        (lambda folder: set_index(folder, boundary_ratio="x"), "boundary_ratio = 'x', which is no share"),
+        (lambda folder: set_index(folder, boundary_ratio="x"), "boundary_ratio = 'x', which is not a share"),
         (lambda folder: set_index(folder, boundary_ratio=0.9), "boundaries differ (0.9 in "),
         (lambda folder: save_other(folder / "transformer_2"), "have different shapes"),
     ],
@@ -298,12 +307,12 @@ def test_folders_that_do_not_fit_are_one_sentence(
 
 def save_other(folder: Path) -> None:
     config = replace(CONFIG, ffn_dim=32)
-    save_folder(dict(WanTransformer.from_config(config).named_parameters()), config, folder)
+    save_folder(dict(WanTransformer(config).named_parameters()), config, folder)
 
 
 @pytest.mark.nightly
 def test_the_plan_counts_all_parameters_and_the_work_of_one_expert() -> None:
-    """Of the shipped job: 14,288,491,584 numbers an expert, and on each linear layer of its blocks an adapter."""
+    """The shipped job has 14,288,491,584 numbers per expert, and a LoRA adapter on each linear layer of its blocks."""
     config = load_config(["--job.config_file", "train_configs/wan2.2_a14b_dmd2.toml"])
     with planner(64, GPUS["H100"]) as replan:
         plan = replan.plan(config)
@@ -325,6 +334,8 @@ def test_the_plan_counts_all_parameters_and_the_work_of_one_expert() -> None:
 
 def test_experts_drawn_at_random_are_not_alike(tmp_path: Path) -> None:
     flavor = ["--roles.student.path=", "--roles.student.flavor", "tiny-A14B", "--pipeline_config.boundary_ratio", "0.5"]
-    trainer = assemble(load_config([*tiny_argv("dmd2", tmp_path), *flavor]), World(0, 1, torch.device("cpu")))
+    trainer = assemble(
+        resolve(load_config([*tiny_argv("dmd2", tmp_path), *flavor]), 1), World(0, 1, torch.device("cpu"))
+    )
     first, second = (module.patch_embedding.weight for module in trainer.roles["student"].modules.values())
     assert not torch.equal(first, second)

@@ -1,4 +1,4 @@
-"""Which VAE a run has, and what follows: shapes, token grids, sizes that a video may have, for both published ones."""
+"""The VAE of a run and what follows from it: shapes, token grids and possible video sizes, for both published VAEs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tiny_ti2v import write_pipeline
 
 from titan_distill.commands.plan import Planner
 from titan_distill.config.config import Config
-from titan_distill.config.layouts import check_world
+from titan_distill.config.degrees import resolve_layout
 from titan_distill.config.loading import load_config
 from titan_distill.models.base import model_family
+from titan_distill.models.wan.encoder_memory import PUBLISHED, decoding_bytes
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.vae import decode_latents, encode_video, load_vae, vae_dtype
-from titan_distill.planner.decoding import PUBLISHED, decoding_bytes
 from titan_distill.planner.hardware import GPUS
 from titan_distill.planner.plan import fake_world
 
@@ -38,11 +38,11 @@ def ti2v_config(*overrides: str) -> Config:
 
 
 def check(config: Config) -> None:
-    model_family("wan")(config).check_layouts(check_world(config, 1).roles)
+    model_family("wan")(config).check_layouts(resolve_layout(config, 1).roles)
 
 
 def test_published_sizes_give_the_published_grids() -> None:
-    """The token counts of algorithms.md, section 5."""
+    """The token counts of docs/algorithms.md, "Sizes of Wan"."""
     assert WAN21.token_grid(81, 480, 832) == (21, 30, 52)
     assert WAN21.token_grid(81, 720, 1280) == (21, 45, 80)
     assert WAN22.shape(121, 704, 1280) == (48, 31, 44, 80)
@@ -72,7 +72,7 @@ def test_the_vae_of_wan_22_makes_such_latents(tmp_path: Path) -> None:
 
 
 def test_encoding_in_bf16_is_encoding(tmp_path: Path) -> None:
-    """What a run does with its videos on a GPU that has bf16; a CPU keeps fp32."""
+    """A GPU with bf16 encodes and decodes in it; a CPU keeps fp32."""
     folder = write_pipeline(tmp_path)
     video = torch.randint(0, 256, (1, 9, 64, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     latents, rounded = (

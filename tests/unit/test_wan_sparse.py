@@ -14,6 +14,7 @@ from titan_kernels import reference, tile_layout
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from titan_distill.attention.dense import AttentionCall
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config.sections import SparseAttentionConfig
 from titan_distill.models.wan.config import FLAVORS, WanConfig
@@ -31,7 +32,7 @@ def core(sparsity: float, crossover: float = 0.0, tiles_per_list: int = 1) -> Sp
 
 def model_of(config: WanConfig, sparse: SparseAttention | None, gate: float = 0.0) -> WanTransformer:
     """A small model with open modulation and head, and gates of the given size."""
-    model = WanTransformer.from_config(config, sparse)
+    model = WanTransformer(config, sparse)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -55,7 +56,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def dense_velocity() -> Tensor:
-    model = WanTransformer.from_config(read_config(FOLDER))
+    model = WanTransformer(read_config(FOLDER))
     load_weights(model, FOLDER)
     with torch.no_grad():
         return model(*inputs())
@@ -65,7 +66,7 @@ def dense_velocity() -> Tensor:
 def test_a_dense_checkpoint_gives_its_own_velocity(
     dense_velocity: Tensor, sparsity: float, crossover: float, bitwise: bool
 ) -> None:
-    model = WanTransformer.from_config(replace(read_config(FOLDER), sparse_attention=True), core(sparsity, crossover))
+    model = WanTransformer(replace(read_config(FOLDER), sparse_attention=True), core(sparsity, crossover))
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, torch.nan)  # what `to_empty` may leave
     load_weights(model, FOLDER)
@@ -84,14 +85,14 @@ def test_sparsity_and_gates_change_the_velocity() -> None:
 def test_the_first_block_attends_as_the_twin_says(tiles_per_list: int) -> None:
     model = model_of(SPARSE, core(0.5, tiles_per_list=tiles_per_list), gate=0.1)
     attention, seen = model.blocks[0].attn1, {}
-    placement = attention.placement
+    attend = attention.attention
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, layout: object, gate: Tensor | None, num_selected: int | None) -> Tensor:
-        out = placement(q, k, v, layout, gate, num_selected)
-        seen.update(q=q, k=k, v=v, gate=gate, out=out, num_selected=num_selected)
-        return out
+    def spy(call: AttentionCall) -> Tensor:
+        seen.update(q=call.q_BLHD, k=call.k_BSHD, v=call.v_BSHD, gate=call.gate_BLHD, num_selected=call.num_selected)
+        seen["out"] = attend(call)
+        return seen["out"]
 
-    attention.placement = spy
+    attention.attention = spy
     attention.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     model(*inputs())
     layout = tile_layout((5, 6, 7))
@@ -117,7 +118,7 @@ def test_the_schedule_reaches_all_blocks() -> None:
 
 
 def test_a_new_model_has_closed_gates_and_trains_them() -> None:
-    model = WanTransformer.from_config(SPARSE, core(0.5))
+    model = WanTransformer(SPARSE, core(0.5))
     gates = {name: parameter for name, parameter in model.named_parameters() if "gate" in name}
     assert sorted(gates) == [f"blocks.{i}.to_gate_compress.{leaf}" for i in range(2) for leaf in ("bias", "weight")]
     assert not any(gate.any() for gate in gates.values())
@@ -129,16 +130,19 @@ def test_a_new_model_has_closed_gates_and_trains_them() -> None:
 
 def test_runs_under_fake_tensors_and_on_meta() -> None:
     with torch.device("meta"):
-        model = WanTransformer.from_config(SPARSE, core(0.5))
+        model = WanTransformer(SPARSE, core(0.5))
     assert model(*(x.to("meta") for x in inputs())).shape == inputs()[0].shape
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert WanTransformer.from_config(SPARSE, core(0.5))(*inputs()).shape == inputs()[0].shape
+        assert WanTransformer(SPARSE, core(0.5))(*inputs()).shape == inputs()[0].shape
 
 
 def test_config_and_core_must_agree() -> None:
     for config, sparse in ((SPARSE, None), (DENSE, core(0.5))):
-        with pytest.raises(ValueError, match="give a SparseAttention to sparse models, and only to them"):
-            WanTransformer.from_config(config, sparse)
+        with pytest.raises(
+            ValueError,
+            match="contradict each other; give a SparseAttention to sparse models",
+        ):
+            WanTransformer(config, sparse)
 
 
 def test_only_sparse_models_say_so_in_their_config() -> None:
@@ -159,11 +163,11 @@ def test_a_sparse_checkpoint_keeps_its_gates(sparse_folder: Path, says_so: bool)
     if not says_so:
         save_folder(expected.state_dict(), DENSE, sparse_folder)
     assert read_config(sparse_folder).sparse_attention == says_so
-    model = WanTransformer.from_config(SPARSE, core(0.5))
+    model = WanTransformer(SPARSE, core(0.5))
     load_weights(model, sparse_folder)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
     with pytest.raises(ValueError, match="set the role's attention to 'sparse' or choose other weights"):
-        load_weights(WanTransformer.from_config(DENSE), sparse_folder)
+        load_weights(WanTransformer(DENSE), sparse_folder)
 
 
 def test_some_gates_missing_is_an_error(sparse_folder: Path) -> None:
@@ -173,7 +177,7 @@ def test_some_gates_missing_is_an_error(sparse_folder: Path) -> None:
     for missing in (gates[:1], gates):
         save_file({name: tensor for name, tensor in tensors.items() if name not in missing}, file)
         with pytest.raises(ValueError, match=rf"lack {gates[0]} \({len(missing)} of"):
-            load_weights(WanTransformer.from_config(SPARSE, core(0.5)), sparse_folder)
+            load_weights(WanTransformer(SPARSE, core(0.5)), sparse_folder)
 
 
 def test_other_keys_missing_is_an_error_for_a_sparse_model_too(tmp_path: Path) -> None:
@@ -181,11 +185,11 @@ def test_other_keys_missing_is_an_error_for_a_sparse_model_too(tmp_path: Path) -
     del tensors["proj_out.bias"]
     save_folder(tensors, DENSE, tmp_path)
     with pytest.raises(ValueError, match=r"lack proj_out\.bias"):
-        load_weights(WanTransformer.from_config(SPARSE, core(0.5)), tmp_path)
+        load_weights(WanTransformer(SPARSE, core(0.5)), tmp_path)
 
 
 def test_diffusers_loads_all_but_the_gates(sparse_folder: Path) -> None:
     oracle = WanTransformer3DModel.from_pretrained(sparse_folder)
-    dense = WanTransformer.from_config(DENSE)
+    dense = WanTransformer(DENSE)
     dense.load_state_dict(oracle.state_dict())
     torch.testing.assert_close(oracle(*inputs()).sample, model_of(DENSE, None)(*inputs()), atol=1e-5, rtol=1e-4)

@@ -31,7 +31,7 @@ SHARD_BYTES = 200_000
 
 
 def random_model(config: WanConfig = CONFIG) -> WanTransformer:
-    model = WanTransformer.from_config(config)
+    model = WanTransformer(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,14 +62,14 @@ def assert_same_weights(model: nn.Module, expected: nn.Module) -> None:
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_keys_and_shapes_are_diffusers(flavor):
     with torch.device("meta"):
-        model = WanTransformer.from_config(FLAVORS[flavor])
+        model = WanTransformer(FLAVORS[flavor])
         oracle = WanTransformer3DModel.from_config(FLAVORS[flavor].to_diffusers())
     shapes, expected = ({name: x.shape for name, x in m.state_dict().items()} for m in (model, oracle))
     assert shapes == expected
 
 
 def test_round_trip_is_bitwise(folder):
-    model = WanTransformer.from_config(read_config(folder))
+    model = WanTransformer(read_config(folder))
     load_weights(model, folder)
     assert_same_weights(model, random_model())
     assert [path.name for path in sorted(folder.iterdir())] == ["config.json", WEIGHTS_NAME]
@@ -83,7 +83,7 @@ def test_sharded_round_trip_is_bitwise(sharded_folder):
     index = json.loads((sharded_folder / INDEX_NAME).read_text())
     assert index["weight_map"] == {name: file.name for file, shard in zip(files, tensors) for name in shard}
     assert index["metadata"]["total_size"] == sum(x.nbytes for shard in tensors for x in shard.values())
-    model = WanTransformer.from_config(CONFIG)
+    model = WanTransformer(CONFIG)
     load_weights(model, sharded_folder)
     assert_same_weights(model, random_model())
 
@@ -102,13 +102,13 @@ def test_diffusers_loads_what_we_save(tmp_path, max_shard_bytes):
 def test_we_load_what_diffusers_saves(tmp_path, max_shard_size):
     oracle = WanTransformer3DModel.from_config(CONFIG.to_diffusers())
     oracle.save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    model = WanTransformer.from_config(read_config(tmp_path))
+    model = WanTransformer(read_config(tmp_path))
     load_weights(model, tmp_path)
     assert_same_weights(model, oracle)
 
 
 def test_saving_again_leaves_nothing_of_the_earlier_save(sharded_folder):
-    model = WanTransformer.from_config(CONFIG)
+    model = WanTransformer(CONFIG)
     save_folder(((name, x) for name, x in model.state_dict().items()), CONFIG, sharded_folder)
     assert [path.name for path in sorted(sharded_folder.iterdir())] == ["config.json", WEIGHTS_NAME]
     other = random_model()
@@ -119,7 +119,7 @@ def test_saving_again_leaves_nothing_of_the_earlier_save(sharded_folder):
 def test_dtype_of_the_file_and_of_the_model_are_independent(tmp_path):
     save_folder(random_model().state_dict(), CONFIG, tmp_path, dtype=torch.bfloat16)
     assert {x.dtype for x in load_file(tmp_path / WEIGHTS_NAME).values()} == {torch.bfloat16}
-    model = WanTransformer.from_config(CONFIG)
+    model = WanTransformer(CONFIG)
     load_weights(model, tmp_path)
     assert {x.dtype for x in model.parameters()} == {torch.float32}
     assert_same_weights(model, random_model().bfloat16().float())
@@ -130,14 +130,14 @@ def test_the_unused_query_norm_of_published_image_models_is_skipped(tmp_path):
     model = random_model(config)
     unused = {"blocks.0.attn2.norm_added_q.weight": torch.ones(128)}
     save_folder(model.state_dict() | unused, config, tmp_path)
-    loaded = WanTransformer.from_config(config)
+    loaded = WanTransformer(config)
     load_weights(loaded, tmp_path)
     assert_same_weights(loaded, model)
 
 
 def test_loading_holds_one_tensor_at_a_time(sharded_folder, monkeypatch):
     """Every tensor that was read must be gone before the next one is."""
-    fill = state_dict._fill
+    fill = state_dict.fill
     read: list[weakref.ref] = []
     alive: list[int] = []
 
@@ -146,8 +146,8 @@ def test_loading_holds_one_tensor_at_a_time(sharded_folder, monkeypatch):
         alive.append(sum(reference() is not None for reference in read))
         fill(parameter, part)
 
-    model = WanTransformer.from_config(CONFIG)
-    monkeypatch.setattr(state_dict, "_fill", fill_and_count)
+    model = WanTransformer(CONFIG)
+    monkeypatch.setattr(state_dict, "fill", fill_and_count)
     load_weights(model, sharded_folder)
     assert alive == [1] * len(model.state_dict())
 
@@ -161,11 +161,11 @@ def become_rank_two(world_size: int) -> None:
 
 def check_uneven_shards(config: WanConfig, fill: Callable[[WanTransformer], None]) -> None:
     """Three ranks divide ffn_dim 98 into 33, 33 and 32 rows; the third compares its part with the whole."""
-    whole = WanTransformer.from_config(config)
+    whole = WanTransformer(config)
     fill(whole)
     become_rank_two(world_size=3)
     with torch.device("meta"):
-        model = WanTransformer.from_config(config)
+        model = WanTransformer(config)
     fully_shard(model, mesh=init_device_mesh("cpu", (3,)))
     fill(model.to_empty(device="cpu"))
     for name, parameter in model.named_parameters():
@@ -176,12 +176,12 @@ def check_uneven_shards(config: WanConfig, fill: Callable[[WanTransformer], None
 
 def check_tensor_parallel_shards(config: WanConfig, fill: Callable[[WanTransformer], None]) -> None:
     """FSDP over tensor parallelism shards rows twice: rank 2 of data 2 x tensor 2 has the second quarter of them."""
-    whole = WanTransformer.from_config(config)
+    whole = WanTransformer(config)
     fill(whole)
     become_rank_two(world_size=4)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     with torch.device("meta"):
-        model = WanTransformer.from_config(config)
+        model = WanTransformer(config)
     plan = {"attn1.to_q": ColwiseParallel(), "attn1.to_out.0": RowwiseParallel()}
     for block in model.blocks:
         parallelize_module(block, mesh["tensor"], plan)
@@ -241,11 +241,11 @@ DAMAGES = {
 def test_damage_is_reported_in_one_sentence_before_anything_is_loaded(folder, damage):
     inflict, message = DAMAGES[damage]
     inflict(folder)
-    model = WanTransformer.from_config(CONFIG)
+    model = WanTransformer(CONFIG)
     with pytest.raises(ValueError, match=message) as error:
         load_weights(model, folder)
     assert "\n" not in str(error.value)
-    assert_same_weights(model, WanTransformer.from_config(CONFIG))
+    assert_same_weights(model, WanTransformer(CONFIG))
 
 
 def test_missing_folder_is_reported(tmp_path):
@@ -257,13 +257,13 @@ def test_missing_folder_is_reported(tmp_path):
 def test_an_index_may_not_lead_out_of_its_folder(sharded_folder, name):
     edit_json(sharded_folder / INDEX_NAME, weight_map={"proj_out.bias": name})
     with pytest.raises(ValueError, match="is not a bare file name"):
-        load_weights(WanTransformer.from_config(CONFIG), sharded_folder)
+        load_weights(WanTransformer(CONFIG), sharded_folder)
 
 
 def test_missing_shard_is_reported(sharded_folder):
     next(sharded_folder.glob("*-00002-of-*")).unlink()
     with pytest.raises(ValueError, match=r"-00002-of-.* does not exist"):
-        load_weights(WanTransformer.from_config(CONFIG), sharded_folder)
+        load_weights(WanTransformer(CONFIG), sharded_folder)
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from titan_distill.attention.placement import LocalAttention
+from titan_distill.attention.sharded import ShardedAttention
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.embeddings import timestep_features
 from titan_distill.models.wan.layers import add_gated
@@ -47,7 +47,7 @@ def randomise(model: nn.Module, seed: int = 1) -> None:
 
 
 def random_model(structure: str) -> WanTransformer:
-    model = WanTransformer.from_config(STRUCTURES[structure])
+    model = WanTransformer(STRUCTURES[structure])
     randomise(model)
     return model
 
@@ -109,7 +109,7 @@ def test_forward_and_gradients_equal_diffusers(structure, grid):
     config = STRUCTURES[structure]
     oracle = WanTransformer3DModel.from_config(config.to_diffusers())
     randomise(oracle)
-    model = WanTransformer.from_config(config)
+    model = WanTransformer.from_config(config.to_diffusers())
     model.load_state_dict(oracle.state_dict())
     inputs = random_inputs(config, grid)
     if structure == "5B":
@@ -137,16 +137,16 @@ def test_attention_of_all_blocks_is_exchangeable():
     inputs = random_inputs(model.config)
     layouts = []
 
-    def attend_to_own_value(q, k, v, layout, gate, num_selected):
-        layouts.append(layout)
-        return v
+    def attend_to_own_value(call):
+        layouts.append(call.layout)
+        return call.v_BSHD
 
     dense = model(**inputs)
-    model.set_placement(attend_to_own_value)
+    model.set_attention(attend_to_own_value)
     replaced = model(**inputs)
     assert layouts == [tile_layout(ODD_GRID)] * model.config.num_layers
     assert (replaced - dense).abs().max() > 0.1
-    model.set_placement(LocalAttention(model.attention_core))
+    model.set_attention(ShardedAttention(model.attention_core))
     assert torch.equal(model(**inputs), dense)
 
 
@@ -260,26 +260,26 @@ def test_runs_under_fake_tensors_and_on_meta():
     config = STRUCTURES["tiny"]
     inputs = random_inputs(config, (2, 3, 15))
     with torch.device("meta"):
-        model = WanTransformer.from_config(config)
+        model = WanTransformer(config)
     assert model(**{key: x.to("meta") for key, x in inputs.items()}).shape == inputs["hidden_states"].shape
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert WanTransformer.from_config(config)(**inputs).shape == inputs["hidden_states"].shape
-    assert type(WanTransformer.from_config(config)(**inputs)) is Tensor
+        assert WanTransformer(config)(**inputs).shape == inputs["hidden_states"].shape
+    assert type(WanTransformer(config)(**inputs)) is Tensor
 
 
 @pytest.mark.parametrize("flavor, count", [("1.3B", 1_418_996_800), ("14B", 14_288_491_584), ("5B", 4_999_787_712)])
 def test_parameter_counts_are_the_published_ones(flavor, count):
     with torch.device("meta"):
-        model = WanTransformer.from_config(FLAVORS[flavor])
+        model = WanTransformer(FLAVORS[flavor])
     assert sum(parameter.numel() for parameter in model.parameters()) == count
     assert not list(model.buffers())  # to_empty would leave them undefined
 
 
 def test_initial_values_depend_on_seed_and_name_only():
     with torch.device("meta"):
-        shallow = WanTransformer.from_config(replace(FLAVORS["tiny"], num_layers=1))
+        shallow = WanTransformer(replace(FLAVORS["tiny"], num_layers=1))
     shallow.to_empty(device="cpu").reset_parameters(seed=0)
-    deep = WanTransformer.from_config(FLAVORS["tiny"]).state_dict()
+    deep = WanTransformer(FLAVORS["tiny"]).state_dict()
     assert all(torch.equal(value, deep[name]) for name, value in shallow.state_dict().items())
     shallow.reset_parameters(seed=1)
     weight = "blocks.0.attn1.to_q.weight"
@@ -288,7 +288,7 @@ def test_initial_values_depend_on_seed_and_name_only():
 
 
 def test_initial_model_predicts_zero_and_trains():
-    model = WanTransformer.from_config(FLAVORS["tiny"])
+    model = WanTransformer(FLAVORS["tiny"])
     inputs = random_inputs(model.config)
     assert not model(**inputs).any()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -316,7 +316,7 @@ def test_initial_model_predicts_zero_and_trains():
     ],
 )
 def test_wrong_inputs_are_refused_in_one_sentence(change, message):
-    model = WanTransformer.from_config(FLAVORS["tiny"])
+    model = WanTransformer(FLAVORS["tiny"])
     with pytest.raises(ValueError, match=message):
         model(**random_inputs(model.config) | change)
 

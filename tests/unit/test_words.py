@@ -1,7 +1,7 @@
 """Plain English wherever a person reads: docstrings, `--help`, error messages, documents.
 
-The rules are few and mechanical; the rest is for readers. The first sentence of a docstring names the thing by its noun,
-so no sentence opens with a question word; units are written with "per"; code stands between single backticks.
+The rules are few and mechanical; the rest is for readers. The first sentence of a docstring names the thing by its
+noun, so no sentence opens with a question word; units are written with "per"; code stands between single backticks.
 """
 
 from __future__ import annotations

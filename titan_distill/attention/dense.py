@@ -1,8 +1,8 @@
 """The attention interface, and its dense form.
 
 A transformer block owns projections, norms and rotary phases; an *attention core* only mixes tokens. That cut is what
-lets a role choose: the student sparse, teacher and critic dense, without the block knowing. Where the tokens of a
-sample are, all on this rank or shared with others, is a second choice, which `placement` makes.
+lets each role choose dense, sparse or causal attention without the block knowing. Whether the tokens of a sample are
+all on this rank or shared with others is a second choice, made by `sharded`.
 
 A core has two outputs because sparse attention has: a *fine* one for each token and, where the model has a gate for it,
 a *coarse* one for each tile. The gate stays where its tokens are; only outputs travel.
@@ -20,7 +20,7 @@ Shape suffixes: B batch, L query tokens, S key tokens, H heads, D head dim, N qu
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,27 +40,33 @@ _OLDEST_CUDNN = 91501
 """Before 9.15.1 results are wrong where 128 does not divide the tokens (pytorch/pytorch#169849), as in Wan's videos."""
 
 
+class AttentionCall(NamedTuple):
+    """The arguments of one self-attention.
+
+    Attributes:
+        q_BLHD: queries, of the tokens in the tiles `queries`.
+        k_BSHD, v_BSHD: keys and values.
+        layout: the tile layout of the tokens.
+        gate_BLHD: weight of the coarse output in each query token's result; None for a core without a coarse output.
+        num_selected: key tiles that each query tile reads; None reads all, by dense attention.
+        queries: a run of query tiles; None is all tiles.
+    """
+
+    q_BLHD: Tensor
+    k_BSHD: Tensor
+    v_BSHD: Tensor
+    layout: TileLayout
+    gate_BLHD: Tensor | None = None
+    num_selected: int | None = None
+    queries: range | None = None
+
+
 class AttentionCore(Protocol):
     """Mixes values by query-key similarity, scaled by 1/sqrt(D)."""
 
-    def mix(
-        self,
-        q_BLHD: Tensor,
-        k_BSHD: Tensor,
-        v_BSHD: Tensor,
-        layout: TileLayout,
-        num_selected: int | None,
-        queries: range | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the fine output [B, L, H, D] and the coarse one [B, N, H, D], or None, both in the dtype of `q`.
-
-        Args:
-            q_BLHD: the tokens of the tiles `queries`.
-            k_BSHD, v_BSHD: all tokens of the layout.
-            layout: where the tiles of video tokens lie.
-            num_selected: tiles that each query tile reads; None reads all, by dense attention.
-            queries: a run of query tiles; all by default.
-        """
+    def mix(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Return the fine output [B, L, H, D] and the coarse one [B, N, H, D], or None, both in the dtype of the
+        queries. The gate is left to the caller."""
         ...
 
 
@@ -99,13 +105,5 @@ def dense_backend(num_heads: int, head_dim: int, dtype: torch.dtype, device: tor
 class DenseAttention:
     """The core of a dense role: every token reads every other."""
 
-    def mix(
-        self,
-        q_BLHD: Tensor,
-        k_BSHD: Tensor,
-        v_BSHD: Tensor,
-        layout: TileLayout,
-        num_selected: int | None,
-        queries: range | None = None,
-    ) -> tuple[Tensor, None]:
-        return dense_attention(q_BLHD, k_BSHD, v_BSHD), None
+    def mix(self, call: AttentionCall) -> tuple[Tensor, None]:
+        return dense_attention(call.q_BLHD, call.k_BSHD, call.v_BSHD), None

@@ -1,14 +1,15 @@
-"""Video sparse attention as a role's attention core, and the schedule by which it becomes sparse.
+"""Video sparse attention: the attention core of a sparse role, and its sparsity schedule.
 
-A model trained with dense attention is led to sparsity step by step: every `schedule_interval` steps the sparsity grows
+A model trained with dense attention becomes sparse step by step: every `schedule_interval` steps the sparsity grows
 by `schedule_rate` until it reaches its target. All arithmetic is exact, in fractions of the decimals that the user
 wrote. In floats 0.95 by 0.05 stops at 0.90, and one tile too many is selected wherever (1 - sparsity) x tiles should
 have been whole.
 
-At low sparsity the kernels' irregular work costs more than it saves. Below `crossover` the fine branch therefore runs
-dense, which is the mathematics of sparsity 0; the coarse branch and its gate stay, so nothing jumps but the selection.
+At low sparsity the kernels' irregular access costs more than the skipped tiles save. Below `crossover` the fine branch
+therefore runs dense, which is the mathematics of sparsity 0; the coarse branch and its gate stay, so nothing jumps but
+the selection.
 
-The core is one object shared by all blocks of a role. What a step of the schedule changes, the number of tiles to read,
+The core is one object shared by all blocks of a role. The number of tiles to read, which the schedule changes,
 reaches the blocks as an argument of their forward: the compiler makes such a number a variable of one graph, where it
 would make an attribute of a module a constant, and a graph for each of its values.
 
@@ -20,19 +21,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import titan_kernels
 import torch
-from titan_kernels import TileLayout
 from torch import Tensor
 
-from titan_distill.attention.dense import dense_attention
+from titan_distill.attention.dense import AttentionCall, dense_attention
+from titan_distill.config.sections import SparseAttentionConfig
 from titan_distill.parallelisms.activation_checkpoint import register_attention, register_selection
-
-if TYPE_CHECKING:
-    from titan_distill.config.sections import SparseAttentionConfig
-
 
 register_attention(torch.ops.titan_kernels.vsa_forward.default)
 register_selection(torch.ops.titan_kernels.block_topk.default)
@@ -48,9 +44,9 @@ class SparsitySchedule:
     """Sparsity over training steps.
 
     Attributes:
-        target: sparsity in the end, the share of key tiles that a query tile does not attend to.
-        rate: what is added every `interval` steps; 0 starts at the target.
-        interval: steps.
+        target: final sparsity: fraction of key tiles that a query tile skips.
+        rate: sparsity added every `interval` steps; 0 starts at the target.
+        interval: training steps.
     """
 
     target: Fraction
@@ -70,11 +66,11 @@ class SparsitySchedule:
 
 @dataclass(frozen=True)
 class TilesRead:
-    """What one forward of a sparse core reads: all that its cost depends on.
+    """The numbers of tiles that one forward of a sparse core reads; its cost depends on nothing else.
 
     Attributes:
-        num_tiles: of the whole grid.
-        num_selected: key tiles of each query tile's fine branch; all of them while it runs dense.
+        num_tiles: tiles of the whole grid.
+        num_selected: key tiles that the fine branch reads per query tile; all of them while it runs dense.
         num_lists: query blocks that choose their tiles; 0 while the fine branch runs dense.
     """
 
@@ -98,35 +94,28 @@ class SparseAttention:
         self.is_dense = self.sparsity < self.crossover
 
     def num_selected(self, num_tiles: int) -> int:
-        """Key tiles that the fine branch of each query tile reads now: (1 - sparsity) of all, rounded up, at least
-        one."""
+        """Key tiles that the fine branch reads per query tile: (1 - sparsity) of all, rounded up, at least one."""
         return num_tiles if self.is_dense else max(1, math.ceil((1 - self.sparsity) * num_tiles))
 
     def selection(self, num_tiles: int) -> int | None:
-        """What blocks are told: `num_selected`, or None while the fine branch runs dense."""
+        """`AttentionCall.num_selected` for a grid of `num_tiles`: None while the fine branch runs dense."""
         return None if self.is_dense else self.num_selected(num_tiles)
 
     def tiles_read(self, num_tiles: int) -> TilesRead:
-        """The work of one forward on a grid of `num_tiles`."""
+        """The tiles read by one forward on a grid of `num_tiles`."""
         num_lists = 0 if self.is_dense else -(-num_tiles // self.tiles_per_list)
         return TilesRead(num_tiles, self.num_selected(num_tiles), num_lists)
 
-    def mix(
-        self,
-        q_BLHD: Tensor,
-        k_BSHD: Tensor,
-        v_BSHD: Tensor,
-        layout: TileLayout,
-        num_selected: int | None,
-        queries: range | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The fine output [B, L, H, D] and the coarse one [B, N, H, D], one row a query tile; see `AttentionCore`."""
-        if num_selected is None:
+    def mix(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """The fine output [B, L, H, D] and the coarse one [B, N, H, D], one row per query tile; see `AttentionCore`."""
+        q_BLHD, k_BSHD, v_BSHD = call.q_BLHD, call.k_BSHD, call.v_BSHD
+        if call.num_selected is None:
             fine_BLHD = dense_attention(q_BLHD, k_BSHD, v_BSHD)
-            coarse_BNHD = titan_kernels.coarse_branch(q_BLHD, k_BSHD, v_BSHD, layout, queries)
+            coarse_BNHD = titan_kernels.coarse_branch(q_BLHD, k_BSHD, v_BSHD, call.layout, call.queries)
         else:
             fine_BLHD, coarse_BNHD = titan_kernels.branches(
-                q_BLHD, k_BSHD, v_BSHD, layout, num_selected, queries=queries, tiles_per_list=self.tiles_per_list
-            )
+                q_BLHD, k_BSHD, v_BSHD, call.layout, call.num_selected,
+                queries=call.queries, tiles_per_list=self.tiles_per_list,
+            )  # fmt: skip
         # Rounded like the fine output also where it need not travel: the same numbers in every layout.
         return fine_BLHD, coarse_BNHD.to(q_BLHD.dtype)

@@ -1,11 +1,9 @@
-"""Checkpoints: what a run can be continued from, and what it hands on.
+"""Checkpoints: saves from which a run resumes, and weights from which a role starts.
 
-``manager.py`` publishes, finds and retains; ``state.py`` says which state a role has; ``convert.py`` turns a
-checkpoint into a diffusers folder. Below them: ``manifest.py`` (what a folder must contain), ``discovery.py`` (which
-folders are usable), ``storage.py`` (torch.distributed.checkpoint, read without trusting it), ``ranks.py`` (acting as
-one over several ranks).
+A save passes `manager.py` (when, and what of it is kept), `state.py` (names of a run's state), `commit.py` (publishes
+it in one instant), `storage.py` (torch.distributed.checkpoint, read without trusting it) and `manifest.py` (sizes,
+hashes and description of the folder); an asynchronous one also `asynchronous.py`. `discovery.py` finds usable
+checkpoints. `initial_weights.py` starts a role from a role of a checkpoint, `diffusers_folder.py` reads other weights.
 
-What one process does to a checkpoint, a tensor at a time: ``contents.py`` (open and read), ``inspect.py`` (list and
-verify), ``rewrite.py`` (reshard; also writes for ``imports.py``), ``diff.py``. They publish as a run does, with
-``publish.py``. ``initial_weights.py`` starts a role, on any layout, from a role of a checkpoint.
+`tools/` has the tools that one process runs on a checkpoint, a tensor at a time.
 """

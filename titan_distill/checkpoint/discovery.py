@@ -1,8 +1,7 @@
-"""Which checkpoints in a folder are usable, and which one a name means.
+"""Discovery of usable checkpoints in a folder, and of the checkpoint that a name means.
 
-A name alone proves nothing: a killed save leaves a folder behind. A step counts only when its name is anchored
-(``step-00000100``, no suffix) and its manifest is intact and every file has its size. Content hashes are left to
-loading.
+A name alone proves nothing: a killed save leaves a folder behind. A step counts only when its name is exact
+(`step-00000100`, no suffix), its manifest is intact and every file has its size. Loading compares the hashes.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from titan_distill.checkpoint.manifest import CheckpointDamaged, read_manifest, 
 
 LATEST = "latest"
 PIN_NAME = "pin"
-"""An empty file of this name in a step's folder keeps the step for ever: ``touch .../step-00000100/pin``."""
+"""File name of a pin: retention never removes a step whose folder holds it (`touch .../step-00000100/pin`)."""
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY_NAME = re.compile(r"step-\d{8,}\.tmp-.+")
 
@@ -24,31 +23,31 @@ logger = logging.getLogger(__name__)
 
 
 def step_name(step: int) -> str:
-    """Folder name of a step."""
+    """Returns the folder name of a step."""
     return f"step-{step:08d}"
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Everything in ``folder`` that is named like a checkpoint, newest first, complete or not."""
+    """Returns all folders in `folder` that are named like a checkpoint, newest first, complete or not."""
     found = [path for path in _children(folder) if _STEP_NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def is_pinned(path: Path) -> bool:
-    """Whether somebody wants to keep this step: retention neither removes nor counts it."""
+    """Whether the step is pinned: retention neither removes nor counts it."""
     return (path / PIN_NAME).exists()
 
 
 def temporary_folders(folder: Path) -> list[Path]:
-    """What saves that are under way, or that died, have left in ``folder``."""
+    """Returns the temporary folders in `folder`, of saves in progress or of saves that died."""
     return [path for path in _children(folder) if _TEMPORARY_NAME.fullmatch(path.name)]
 
 
 def complete_steps(folder: Path) -> Iterator[Path]:
-    """The complete checkpoints in ``folder``, newest first; warns about each incomplete one that it passes."""
+    """Yields the complete checkpoints in `folder`, newest first; warns about each incomplete one that it passes."""
     for path in step_folders(folder):
         try:
-            verify_sizes(path, read_manifest(path))
+            verify_sizes(path, read_manifest(path).files)
         except CheckpointDamaged as damage:
             logger.warning("Skipping an incomplete checkpoint: %s", damage)
         else:
@@ -56,7 +55,7 @@ def complete_steps(folder: Path) -> Iterator[Path]:
 
 
 def find_latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None when there has never been one.
+    """Returns the newest complete checkpoint, or None when there has never been one.
 
     Raises ValueError when there are checkpoints but none is complete: starting again at step 0 must be someone's
     decision.
@@ -71,9 +70,9 @@ def find_latest(folder: Path) -> Path | None:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that ``path`` means: ``.../checkpoints/latest``, or one step's folder. Raises ValueError.
+    """Returns the checkpoint that `path` means: `.../checkpoints/latest`, or one step's folder. Raises ValueError.
 
-    ``latest`` is an alias that is looked up here, not a link on disk, so it can't point to something incomplete.
+    `latest` is an alias that is looked up here, not a link on disk, so it can't point to something incomplete.
     """
     if path.name == LATEST and not path.exists():
         newest = find_latest(path.parent)
@@ -83,7 +82,7 @@ def resolve(path: Path) -> Path:
     if not path.is_dir():
         known = ", ".join(step.name for step in step_folders(path.parent)) or "no checkpoints"
         raise ValueError(f"there is no checkpoint {path}; {path.parent} has {known}")
-    verify_sizes(path, read_manifest(path))
+    verify_sizes(path, read_manifest(path).files)
     return path
 
 

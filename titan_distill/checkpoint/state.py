@@ -1,6 +1,6 @@
-"""Which state a run has: the names under which it stands in a checkpoint, and how it gets back into the roles.
+"""The state of a run: its keys in a checkpoint, and its way from the roles and back.
 
-    models/{role}/{module}        parameters and buffers; of a role with adapters, these alone
+    models/{role}/{module}        parameters and buffers; of a role with a LoRA adapter, only that
     optimizers/{role}/{name}      moments and hyperparameters, by parameter name
     schedulers/{role}/{name}      position and last learning rates
     ema/{role}                    averaged weights, sharded like the weights; by module where there are several
@@ -18,7 +18,7 @@ gradients, which also counts as a step: saving a checkpoint would change Adam's 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ _RANDOM = "random/torch"
 
 @dataclass
 class TrainState:
-    """Where a run is."""
+    """The position of a run."""
 
     step: int = 0
     """Steps completed."""
@@ -54,18 +54,18 @@ class TrainState:
     """Keys every random draw."""
 
 
-def model_prefix(role: str, module: str = "transformer") -> str:
-    """What the names of a module's tensors begin with."""
-    return f"models/{role}/{module}."
+def model_key(role: str, module: str) -> str:
+    """Returns the key of a module's state; a dot and the tensor's name follow it."""
+    return f"models/{role}/{module}"
 
 
-def ema_prefix(role: str) -> str:
-    """What the names of a role's averaged weights begin with."""
-    return f"ema/{role}."
+def ema_key(role: str) -> str:
+    """Returns the key of a role's averaged weights; a dot and the tensor's name follow it."""
+    return f"ema/{role}"
 
 
 def mesh_of(handle: RoleHandle) -> dict[str, int]:
-    """Mesh axis -> degree of the role's layout; empty when its parameters are plain tensors."""
+    """Returns the degrees of a role's layout by mesh axis; empty when its parameters are plain tensors."""
     for parameter in handle.parameters():
         if isinstance(parameter, DTensor):
             mesh = parameter.device_mesh
@@ -75,51 +75,53 @@ def mesh_of(handle: RoleHandle) -> dict[str, int]:
 
 
 def collect(roles: RoleManager, train_state: TrainState) -> dict[str, Any]:
-    """The state of all trainable roles, for DCP. Tensors are the live ones, not copies."""
+    """Returns the state of all trainable roles, for DCP. Tensors are the live ones, not copies."""
     state = _without_optimizers(roles, train_state)
-    for handle in roles.trainable:
-        for name, optimizer in handle.optimizers.items():
-            if handle.num_updates:
-                state[_optimizer_key(handle, name)] = get_optimizer_state_dict(_network(handle), optimizer)
-            else:
-                assert not optimizer.state, f"{handle.name} has optimizer state but num_updates is 0"
+    for key, handle, optimizer in _optimizers(roles):
+        if handle.num_updates:
+            state[key] = get_optimizer_state_dict(_network(handle), optimizer)
+        else:
+            assert not optimizer.state, f"{handle.name} has optimizer state but num_updates is 0"
     return state
 
 
 def template(roles: RoleManager, saved_names: Collection[str]) -> dict[str, Any]:
-    """State to read a checkpoint into, given the names it has: like ``collect``, with room for the optimizer state."""
+    """Returns state to read a checkpoint of these names into: as `collect`, with room for the optimizer state."""
     state = _without_optimizers(roles, TrainState())
     if not any(saved.startswith(f"{_PROGRESS}.num_skips.") for saved in saved_names):
         del state[_PROGRESS]["num_skips"]  # the checkpoint is older than the count
-    for handle in roles.trainable:
-        for name, optimizer in handle.optimizers.items():
-            key = _optimizer_key(handle, name)
-            if any(saved.startswith(f"{key}.") for saved in saved_names):
-                state[key] = _optimizer_template(handle, optimizer, f"{key}.state.", saved_names)
-            else:
-                assert not optimizer.state, "a checkpoint from before a role's first update needs fresh roles"
+    for key, handle, optimizer in _optimizers(roles):
+        if any(saved.startswith(f"{key}.") for saved in saved_names):
+            state[key] = get_optimizer_state_dict(_network(handle), optimizer)
+            state[key]["state"] = {
+                parameter: entries
+                for parameter, entries in state[key]["state"].items()
+                if any(f"{key}.state.{parameter}.{entry}" in saved_names for entry in entries)
+            }
+        else:
+            assert not optimizer.state, "a checkpoint from before a role's first update needs fresh roles"
     return state
 
 
 def restore(state: dict[str, Any], roles: RoleManager) -> TrainState:
-    """Puts a ``template`` that has been read back into the roles. Returns where the run was."""
+    """Puts a `template` that was read back into the roles. Returns the position of the run."""
+    progress = state[_PROGRESS]
+    for key, handle, optimizer in _optimizers(roles):
+        if (saved := state.get(key)) is not None:
+            _warn_of_kept_settings(handle, optimizer, saved["param_groups"])
+            # Not strict: a parameter that never had a gradient has no state, and must stay so.
+            options = StateDictOptions(strict=False)
+            set_optimizer_state_dict(_network(handle), optimizer, saved, options=options)
     for handle in roles.trainable:
         for name, module in handle.modules.items():
-            # Not strict where only adapters are saved. All names have been compared before anything was read.
-            strict = StateDictOptions(strict=not handle.adapters_only)
-            set_model_state_dict(module, state[model_prefix(handle.name, name)[:-1]], options=strict)
-        for name, optimizer in handle.optimizers.items():
-            if (saved := state.get(_optimizer_key(handle, name))) is not None:
-                _warn_of_kept_settings(handle, optimizer, saved["param_groups"])
-                # Not strict: a parameter that never had a gradient has no state, and must stay so.
-                options = StateDictOptions(strict=False)
-                set_optimizer_state_dict(_network(handle), optimizer, saved, options=options)
+            # Not strict where only LoRA adapters are saved. All names have been compared before anything was read.
+            options = StateDictOptions(strict=not handle.adapters_only)
+            set_model_state_dict(module, state[model_key(handle.name, name)], options=options)
         for name, scheduler in handle.schedulers.items():
             scheduler.load_state_dict(state[_scheduler_key(handle, name)])
-        handle.num_updates = state[_PROGRESS]["num_updates"][handle.name]
-        handle.num_skips = state[_PROGRESS].get("num_skips", {}).get(handle.name, 0)
+        handle.num_updates = progress["num_updates"][handle.name]
+        handle.num_skips = progress.get("num_skips", {}).get(handle.name, 0)
     torch.set_rng_state(state[_RANDOM])
-    progress = state[_PROGRESS]
     return TrainState(progress["step"], progress["samples_seen"], progress["seed"])
 
 
@@ -136,43 +138,29 @@ def _without_optimizers(roles: RoleManager, train_state: TrainState) -> dict[str
     }
     for handle in roles.trainable:
         for name, module in handle.modules.items():
-            saved = StateDictOptions(ignore_frozen_params=handle.adapters_only)
-            state[model_prefix(handle.name, name)[:-1]] = get_model_state_dict(module, options=saved)
+            options = StateDictOptions(ignore_frozen_params=handle.adapters_only)
+            state[model_key(handle.name, name)] = get_model_state_dict(module, options=options)
         for name, scheduler in handle.schedulers.items():
             state[_scheduler_key(handle, name)] = scheduler.state_dict()
         if handle.ema is not None:
-            state[ema_prefix(handle.name)[:-1]] = handle.ema.shadow
+            state[ema_key(handle.name)] = handle.ema.shadow
     return state
 
 
-def _optimizer_template(
-    handle: RoleHandle, optimizer: Optimizer, prefix: str, saved_names: Collection[str]
-) -> dict[str, Any]:
-    full: dict[str, Any] = get_optimizer_state_dict(_network(handle), optimizer)
-    full["state"] = {
-        parameter: entries
-        for parameter, entries in full["state"].items()
-        if any(f"{prefix}{parameter}.{entry}" in saved_names for entry in entries)
-    }
-    return full
+def _optimizers(roles: RoleManager) -> Iterator[tuple[str, RoleHandle, Optimizer]]:
+    """Yields key, role and optimizer of all optimizers."""
+    for handle in roles.trainable:
+        for name, optimizer in handle.optimizers.items():
+            yield f"optimizers/{handle.name}/{name}", handle, optimizer
 
 
 def _warn_of_kept_settings(handle: RoleHandle, optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> None:
-    """Says so when the checkpoint overrides an optimizer setting that was changed in the configuration."""
+    """Warns of every optimizer setting of the configuration that the checkpoint overrides."""
+    warning = "The optimizer of %s keeps %s = %s from the checkpoint; %s, as configured now, has no effect"
     for group, saved in zip(optimizer.param_groups, saved_groups):
         for name in sorted(group.keys() & saved.keys() - {"params", "lr"}):
             if group[name] != saved[name]:
-                logger.warning(
-                    "The optimizer of %s keeps %s = %s from the checkpoint; %s, as configured now, has no effect",
-                    handle.name,
-                    name,
-                    saved[name],
-                    group[name],
-                )
-
-
-def _optimizer_key(handle: RoleHandle, name: str) -> str:
-    return f"optimizers/{handle.name}/{name}"
+                logger.warning(warning, handle.name, name, saved[name], group[name])
 
 
 def _scheduler_key(handle: RoleHandle, name: str) -> str:
@@ -180,5 +168,6 @@ def _scheduler_key(handle: RoleHandle, name: str) -> str:
 
 
 def _network(handle: RoleHandle) -> nn.ModuleDict:
-    """All modules of a role as one, so that an optimizer over several of them names its parameters without clashes."""
+    """Returns all modules of a role as one, so an optimizer over several of them names its parameters without
+    clashes."""
     return nn.ModuleDict(handle.modules)

@@ -1,22 +1,31 @@
-"""torch.distributed.checkpoint (DCP) on a folder, without trusting what the folder says.
+"""Reads and writes a checkpoint folder with torch.distributed.checkpoint (DCP), without trusting the folder.
 
-DCP stores tensors that any layout can load back, but two of its habits are unsafe. It unpickles ``.metadata`` and
-every value that is not a tensor, so that a checkpoint from elsewhere could run code: here ``.metadata`` goes through
-an unpickler that knows only DCP's own plain records, and values through ``torch.load(weights_only=True)``. And its
-writer threads can swallow an OSError and report success (https://github.com/pytorch/pytorch/issues/191391): so after
-a save ``written_files`` checks that everything which was planned has been stored, and the sizes that files must have
-are compared with the disk. What else is different in writing stands in ``writer.py``.
+DCP stores tensors that any layout can load back. Reading differs from its defaults in this: DCP unpickles `.metadata`
+and every value that is not a tensor, so a checkpoint from elsewhere could run code. Here `.metadata` goes through an
+unpickler that knows only DCP's own plain records, and values through `torch.load(weights_only=True)`.
+
+Writing differs in this:
+
+- Files are hashed on their way to the disk (`HashedFile`).
+- Rank 0 knows every rank's plan before a byte is written, and so the size of the checkpoint: a disk that is too full is
+  refused there, on all ranks at once, instead of failing some of them minutes later.
+- Tensors may be taken from copies in host memory (`asynchronous.py`) instead of the live ones. The plan is always made
+  from the live ones, whose layouts it needs; so asynchronous and synchronous saves write the same files.
+- DCP's writer threads can swallow an OSError and report success (https://github.com/pytorch/pytorch/issues/191391).
+  So one thread writes, and `commit.py` compares what `written_files` returns with the disk.
 """
 
 from __future__ import annotations
 
 import io
+import math
+import os
 import pickle
+import shutil
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +33,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.utils.serialization import config as serialization
 
-from titan_distill.checkpoint.manifest import CheckpointDamaged, FileRecord
-from titan_distill.checkpoint.ranks import RankFailure
-from titan_distill.checkpoint.writer import Planner, Writer
+from titan_distill.checkpoint.manifest import CheckpointDamaged, Manifest, verify_hashes
+from titan_distill.fault_tolerance.files import FileRecord, HashedFile, format_bytes
+from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 
 METADATA_NAME = ".metadata"
+_ITEM_BYTES = 4096
+"""Bytes of a value on top of its numbers: header, alignment, index entry. All bytes of one that is no tensor."""
+_MARGIN = 1.01
 
 # DCP says it to whoever has no process group on purpose. For good, because warnings.catch_warnings is not for threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -60,26 +75,28 @@ def write(
     group: dist.ProcessGroup | None,
     copies: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, FileRecord]:
-    """Writes ``state`` to ``folder`` from all ranks of ``group``, tensors from ``copies`` by flat name where it has
-    them. Returns the records of the files that this rank wrote.
+    """Writes `state` to `folder` from all ranks of `group`; returns the records of the files that this rank wrote.
 
-    Raises NotEnoughSpace before anything is written, and RankFailure when any rank fails, on every rank.
+    `copies` holds tensors to write instead of those in `state`, by flat name. Raises NotEnoughSpace before anything is
+    written, and RankFailure when any rank fails, on every rank.
     """
-    writer, planner = Writer(folder), Planner(copies or {})
-    with _dcp_errors("writing", folder), _without_checksums():
+    writer, planner = Writer(folder), _SavePlanner(copies or {})
+    # Files need no CRC-32 of each tensor: nobody reads it, the manifest has SHA-256, and it takes a core as long as
+    # writing to a fast disk.
+    with _dcp_errors("writing", folder), serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         dcp.save(state, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
     return writer.files.records
 
 
 def read(state: dict[str, Any], folder: Path, metadata: Metadata, group: dist.ProcessGroup | None = None) -> None:
-    """Reads into the tensors of ``state`` in place, whatever layout they have, and replaces its other values."""
+    """Reads into the tensors of `state` in place, in any layout, and replaces its other values."""
     reader = _Reader(folder, metadata)
     with _dcp_errors("reading", folder):
-        dcp.load(state, storage_reader=reader, planner=_Planner(), process_group=group, no_dist=group is None)
+        dcp.load(state, storage_reader=reader, planner=_LoadPlanner(), process_group=group, no_dist=group is None)
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """DCP's index of the checkpoint.
+    """Returns DCP's index of the checkpoint.
 
     Raises CheckpointDamaged when it is no index, refers to other code or to files outside the folder, or when the parts
     of a value that it lists do not make the whole.
@@ -102,8 +119,28 @@ def read_metadata(folder: Path) -> Metadata:
     return metadata
 
 
+def read_index(folder: Path, files: Mapping[str, FileRecord]) -> Metadata:
+    """Returns `read_metadata` after comparing it with the sizes of the files. Raises CheckpointDamaged."""
+    metadata = read_metadata(folder)
+    for name, num_bytes in written_files(folder, metadata).items():
+        found = files[name].num_bytes if name in files else 0
+        if found != num_bytes:
+            raise CheckpointDamaged(f"{folder / name} has {found} bytes on disk instead of {num_bytes}; is it cut off?")
+    return metadata
+
+
+def open_together(folder: Path, manifest: Manifest, ranks: Ranks) -> Metadata:
+    """Returns `read_metadata` after comparing the hashes of all files, of which each rank reads its share.
+
+    Raises CheckpointDamaged on every rank.
+    """
+    own = sorted(manifest.files)[ranks.rank :: ranks.size]
+    ranks.together(lambda: verify_hashes(folder, manifest, own))
+    return ranks.together(lambda: read_metadata(folder))
+
+
 def written_files(folder: Path, metadata: Metadata) -> dict[str, int]:
-    """Name -> bytes that each data file must have. Raises CheckpointDamaged as ``read_metadata`` does."""
+    """Returns the bytes that each data file must have, by name. Raises CheckpointDamaged as `read_metadata` does."""
     num_bytes: dict[str, int] = {}
     for info in metadata.storage_data.values():
         if Path(info.relative_path).name != info.relative_path:
@@ -123,7 +160,7 @@ def written_files(folder: Path, metadata: Metadata) -> dict[str, int]:
 
 
 def check_matches(state: dict[str, Any], folder: Path, metadata: Metadata) -> None:
-    """Checks names, shapes and dtypes, both ways. Raises ValueError naming the first difference."""
+    """Compares names, shapes and dtypes, both ways. Raises ValueError naming the first difference."""
     saved, wanted = metadata.state_dict_metadata, flatten(state)
     if missing := sorted(wanted.keys() - saved.keys()):
         raise ValueError(f"{folder} has no {missing[0]}{_more(missing)}, which this run needs; {_SAME_RUN}")
@@ -139,7 +176,7 @@ _SAME_RUN = "resume with the same roles, models, EMA and precision, or start a n
 
 
 class _Untrusted(Exception):
-    """The pickle asks for something that no index needs, or is none."""
+    """The pickle is no index, or refers to something that no index needs."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -151,8 +188,83 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise _Untrusted(f"refers to {module}.{name}, which an index never needs; do not trust this checkpoint")
 
 
+class NotEnoughSpace(RankFailure):
+    """The disk has less room than the checkpoint needs; nothing was written."""
+
+
+class _HashedFiles(FileSystem):
+    """DCP's access to a folder, which records every file that it writes."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, FileRecord] = {}
+        """By file name."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        assert mode == "wb", "a save does not read"
+        with HashedFile(Path(path)) as file:
+            try:
+                yield file
+            except RuntimeError as error:
+                if file.failure is not None:  # torch.save loses it, and complains of positions in its archive
+                    raise file.failure from error
+                raise
+        self.records[Path(path).name] = file.record()
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
+
+
+class Writer(dcp.FileSystemWriter):
+    """Writes one checkpoint: one file per rank, flushed to disk."""
+
+    def __init__(self, folder: Path) -> None:
+        # One thread: further ones are where DCP loses an OSError (https://github.com/pytorch/pytorch/issues/191391).
+        super().__init__(folder, thread_count=1, sync_files=True)
+        self.fs = self.files = _HashedFiles()
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Runs on rank 0 only. Raises NotEnoughSpace, which DCP tells the others."""
+        check_space(Path(self.path), plans)
+        return super().prepare_global_plan(plans)
+
+
+class _SavePlanner(dcp.DefaultSavePlanner):
+    """Plans by the state that it is given, and takes data from `copies` (by flat name) where there are any."""
+
+    def __init__(self, copies: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self._copies[index.fqn] if index.fqn in self._copies else super().lookup_object(index)
+
+
+def check_space(folder: Path, plans: list[SavePlan]) -> None:
+    """Raises NotEnoughSpace when the shards that all ranks plan to write don't fit on the disk of `folder`."""
+    needed = planned_bytes(plans)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise NotEnoughSpace(
+            f"the checkpoint needs {format_bytes(needed)}, but the disk of {folder.parent} has {format_bytes(free)} "
+            "left; free some, or write elsewhere (a run: lower checkpoint.keep, or choose another job.output_dir)"
+        )
+
+
+def planned_bytes(plans: list[SavePlan]) -> int:
+    """Returns the bytes that a checkpoint needs: the shards of all ranks, each once, and a little more."""
+    return math.ceil(_MARGIN * sum(_item_bytes(item) for plan in plans for item in plan.items))
+
+
+def _item_bytes(item: WriteItem) -> int:
+    if item.tensor_data is None:
+        return _ITEM_BYTES
+    return _ITEM_BYTES + math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
 class _Reader(dcp.FileSystemReader):
-    """Reads data files by an index that has been read safely before."""
+    """Reads data files by an index that was read safely before."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
@@ -162,18 +274,18 @@ class _Reader(dcp.FileSystemReader):
         return self._metadata
 
 
-class _Planner(dcp.DefaultLoadPlanner):
-    """DCP's planner, but values that are not tensors are loaded without executing anything."""
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    """Loads values that are not tensors without executing anything."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        safe = io.BytesIO()  # what DCP's own load, which is not safe, gets to see
+        safe = io.BytesIO()  # for DCP's own load, which is not safe
         torch.save(torch.load(value, weights_only=True), safe)
         safe.seek(0)
         super().load_bytes(read_item, safe)
 
 
 def flatten(state: dict[str, Any]) -> dict[str, Any]:
-    """Nested values by the flat names that they have in a checkpoint."""
+    """Returns nested values by the flat names that they have in a checkpoint."""
     planner = dcp.DefaultLoadPlanner()
     planner.set_up_planner(state)
     return planner.state_dict
@@ -188,15 +300,15 @@ def _planned(metadata: Metadata) -> Iterator[MetadataIndex]:
 
 
 def _check_covered(path: Path, metadata: Metadata, name: str, entry: TensorStorageMetadata) -> None:
-    """Chunks must lie within the tensor and make all of it, and their bytes must suffice for its elements."""
+    """Checks that chunks lie within the tensor and make all of it, and that their bytes suffice for its elements."""
     within = all(
         len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
         and all(min(o, s) >= 0 and o + s <= n for o, s, n in zip(chunk.offsets, chunk.sizes, entry.size))
         for chunk in entry.chunks
     )
     stored = sum(metadata.storage_data[MetadataIndex(name, chunk.offsets)].length for chunk in entry.chunks)
-    num_elements = sum(prod(chunk.sizes) for chunk in entry.chunks)
-    if not within or num_elements != prod(entry.size) or stored < num_elements * entry.properties.dtype.itemsize:
+    num_elements = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+    if not within or num_elements != math.prod(entry.size) or stored < num_elements * entry.properties.dtype.itemsize:
         raise CheckpointDamaged(f"{path} is damaged: its parts of {name} do not make a tensor {list(entry.size)}")
 
 
@@ -212,22 +324,10 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-@contextmanager
-def _without_checksums() -> Iterator[None]:
-    """Files without zip's CRC-32 of each tensor: nobody reads it, the manifest has SHA-256, and it costs a core as much
-    time as writing to a fast disk does."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
-
-
 def _let_go(failure: BaseException) -> None:
-    """Empties the frames that a failure remembers of what they held: shards on their way to the disk.
+    """Clears the local variables in a failure's frames: they hold shards on their way to the disk.
 
-    A traceback keeps them for as long as anybody keeps the failure. Worse, views of DCP's buffers that are garbage in a
+    A traceback keeps them as long as anybody keeps the failure. Worse, views of DCP's buffers that are garbage in a
     cycle crash Python 3.12.0 and 3.12.1 (https://github.com/python/cpython/issues/111049).
     """
     known: list[BaseException] = []
@@ -249,7 +349,7 @@ def _dcp_errors(doing: str, folder: Path) -> Iterator[None]:
             _let_go(failure)
         for cause in causes.values():
             if isinstance(cause, KeyboardInterrupt):
-                raise KeyboardInterrupt from error  # DCP wraps Ctrl-C like any failure, but it is somebody's wish
+                raise KeyboardInterrupt from error  # DCP wraps Ctrl-C like a failure, but somebody asked for it
             if isinstance(cause, RankFailure):
                 raise cause from error
         described = "; ".join(f"rank {rank}: {type(cause).__name__}: {cause}" for rank, cause in causes.items())

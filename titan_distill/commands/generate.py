@@ -1,4 +1,4 @@
-"""``titan-distill generate``: one video from a checkpoint, sampled exactly as validation samples it."""
+"""`titan-distill generate` makes one video from a checkpoint, sampled exactly as validation samples it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from titan_distill.attention.dense import order_backends
 from titan_distill.checkpoint.discovery import resolve
+from titan_distill.checkpoint.initial_weights import trained_role
 from titan_distill.checkpoint.manifest import read_manifest
-from titan_distill.checkpoint.tools import export as convert
+from titan_distill.checkpoint.tools.contents import role_tensors
 from titan_distill.config.config import Config
 from titan_distill.config.loading import load_config
 from titan_distill.data.footage import read_picture
@@ -21,7 +22,7 @@ from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest
 from titan_distill.methods.base import method_class
 from titan_distill.models.base import Adapter, model_family
-from titan_distill.observability.metrics import PhaseTimer
+from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.mesh import Layouts, default_device
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.sampling import Sampling
@@ -45,16 +46,17 @@ def generate(
     """Make a video from a prompt, or from a prompt and a first picture, with a trained role.
 
     Args:
-        checkpoint: A step folder, or ``outputs/<name>/checkpoints/latest``.
+        checkpoint: A step folder, or `outputs/<name>/checkpoints/latest`.
         prompt: What the video should show.
         out: mp4 file to write.
         role: Trained role to sample from.
         seed: Seed of the noise.
-        num_steps: Sampling steps; the method's own if not given. A few-step student has a fixed schedule.
-        guidance_scale: Classifier-free guidance, standard form; the method's own if not given.
+        num_steps: Sampling steps. Default: the method's. A few-step student has a fixed schedule.
+        guidance_scale: Classifier-free guidance, standard form. Default: the method's.
         num_frames: Length of the video. Only a causal role can make it longer or shorter than it was trained.
-        cache_window_frames: Latent frames that a causal role remembers at most; the run's own number if not given.
-        sink_frames: Of these, how many are the video's first; the run's own number if not given.
+        cache_window_frames: Size of a causal role's KV cache in latent frames. Default: the run's.
+        sink_frames: Attention sink in latent frames: the first frames, never evicted from the KV cache. Default: the
+            run's.
         raw_weights: Sample from the trained weights even where there is an average of them.
         image: Picture (or video, of which the first frame) that the video starts from, scaled to cover its size and
             cropped; for models that take one.
@@ -62,18 +64,16 @@ def generate(
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the video should show")
     device = default_device()
-    overrides = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}
-    pipeline = {name: value for name, value in overrides.items() if value is not None}
+    pipeline = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}
     config, adapter, handle, request = load_role(resolve(checkpoint), role, device, pipeline, raw_weights=raw_weights)
     if num_steps is not None and request.sigmas is not None:
         raise ValueError(
             f"--num-steps {num_steps} contradicts the {role}'s own {len(request.sigmas)} steps; leave it out"
         )
-    request = dataclasses.replace(
-        request,
-        num_steps=request.num_steps if num_steps is None else num_steps,
-        guidance_scale=request.guidance_scale if guidance_scale is None else guidance_scale,
-    )
+    if num_steps is not None:
+        request = dataclasses.replace(request, num_steps=num_steps)
+    if guidance_scale is not None:
+        request = dataclasses.replace(request, guidance_scale=guidance_scale)
     length = None if num_frames is None else adapter.num_latents(handle, num_frames)
     condition = adapter.encode_prompts([prompt])
     if image is not None:
@@ -100,9 +100,9 @@ def load_role(
     raw_weights: bool,
 ) -> tuple[Config, Adapter, RoleHandle, SampleRequest]:
     """A trained role of a checkpoint as one module, its run's configuration, and how its method samples from it.
-    ``pipeline`` replaces values of the run's [pipeline_config].
+    `pipeline` replaces values of the run's [pipeline_config], except where it has None.
 
-    Raises ValueError when the run's ``config.toml`` is not beside the checkpoints, or for what ``role_tensors``
+    Raises ValueError when the run's `config.toml` is not beside the checkpoints, or for what `role_tensors`
     refuses.
     """
     config_file = checkpoint.parent.parent / "config.toml"
@@ -110,16 +110,16 @@ def load_role(
         raise ValueError(
             f"{checkpoint} lies in no run folder: {config_file} is missing; keep checkpoints below their run"
         )
-    overrides = [word for name, value in pipeline.items() for word in (f"--pipeline_config.{name}", str(value))]
+    overrides = [f"--pipeline_config.{name}={value}" for name, value in pipeline.items() if value is not None]
     config = load_config(["--job.config_file", str(config_file), *overrides])
     manifest = read_manifest(checkpoint)
-    trained = convert.trained_role(checkpoint, manifest, role)
+    trained = trained_role(checkpoint, manifest, role)
     use_ema = trained.has_ema and not raw_weights
     family = model_family(config.recipe.family)(config)
     order_backends(device)
     modules = {}
     for name in trained.modules:
-        tensors = convert.role_tensors(checkpoint, role, use_ema=use_ema, module=name)
+        tensors = role_tensors(checkpoint, role, use_ema=use_ema, module=name)
         modules[name] = family.restore_module(trained.architecture, tensors, device)
     handle = RoleHandle(role, modules, trainable=False)
     roles, adapter = RoleManager([handle]), family.build_adapter(device, Layouts.alone(device))
@@ -130,5 +130,4 @@ def load_role(
     requests = [x for x in method.validation_request().samples if x.role == role and not x.baseline]
     if not requests:
         raise ValueError(f"recipe.method = {config.recipe.method!r} does not say how to sample from its {role}")
-    request = requests[0]
-    return config, adapter, handle, request
+    return config, adapter, handle, requests[0]

@@ -1,16 +1,16 @@
-"""``titan-distill data ode-pairs``: a frozen teacher's sampling trajectories, written for a student to learn.
+"""`titan-distill data ode-pairs` records a frozen teacher's sampling trajectories, for a student to learn.
 
-Each pair starts from noise of its own and follows the teacher's guided ODE. Kept are the states at a few levels, the
-end, the caption and its embedding. The initial noise is kept by its key, the row's id (`initial_noise` draws it again,
-on the CPU and so the same everywhere), and as a state where level 1 is asked for.
+Each pair starts from noise of its own and follows the teacher's guided ODE. A row stores the states at a few levels,
+the end, the caption and its embedding. Its id is the key of the initial noise (`initial_noise` draws it again, on the
+CPU and so the same everywhere), which is also stored as a state where level 1 is asked for.
 
-A parquet file is what one batch makes. That is the unit of everything: data groups of ranks take files in turn, a file
-appears whole or not at all, and a job that was stopped goes on with the ids that no file has. A file depends on the
-ids in it and on nothing else, so any number of ranks writes the same ones. The teacher is laid out as the job's
-configuration says, which makes each of its forwards a collective: all data groups run equally many, and the last ones
-may repeat a batch that they do not write.
+One batch makes one parquet file. Data groups of ranks take files in turn, a file appears whole or not at all, and a job
+that was stopped goes on with the ids that no file has. A file depends on the ids in it and on nothing else, so any
+number of ranks writes the same ones. The teacher is laid out as the job's configuration says, which makes each of its
+forwards a collective: all data groups run equally many, and the last ones may repeat a batch that they do not write.
 
-Beside the files lies ``ode_pairs.json`` with what they were made by: other pairs in the same folder are refused.
+Beside the files, `ode_pairs.json` stores the settings that they were made with: pairs with other settings are refused
+in the same folder.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,16 +32,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titan_distill.config.config import Config
-from titan_distill.config.layouts import needs_group, role_degrees
+from titan_distill.config.degrees import needs_group, role_degrees
+from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.loading import load_config
-from titan_distill.config.sections import RoleConfig
+from titan_distill.config.role_sections import RoleConfig
 from titan_distill.data.loader import collate
-from titan_distill.data.parquet import DTYPES, LatentRow, ParquetDataset, read_ids, write_rows
+from titan_distill.data.parquet import LatentRow, ParquetDataset, read_ids, write_rows
 from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import TrajectoryRequest
 from titan_distill.diffusion.schedule import few_step_sigmas, timestep
 from titan_distill.diffusion.trajectory import grid_indices, sample_trajectory
+from titan_distill.fault_tolerance.files import atomic
+from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.methods.base import method_class
 from titan_distill.models.base import Adapter, Guidance, model_family
 from titan_distill.parallelisms.mesh import Layouts, World, num_ranks, start_world
@@ -53,36 +56,37 @@ _ROW_DIMS = 4  # of a dataset's latents
 
 @dataclass(frozen=True)
 class OdePairsOptions:
-    """What `titan-distill data ode-pairs` runs and writes. Start it with torchrun to share the work among ranks."""
+    """Options of `titan-distill data ode-pairs`. Start it with torchrun to share the pairs among ranks."""
 
     config: tyro.conf.Positional[Path]
     """TOML of a job with the role `teacher`: its weights, layout, numbers and pipeline are used."""
     prompts: Path
-    """Prompts: parquet with text embeddings, or .txt (one a line) or .jsonl (key caption), which are encoded."""
+    """Prompts: parquet with text embeddings, or .txt (one per line) or .jsonl (key caption), which are encoded."""
     out: Path
-    """Folder of the parquet files; what is there already is kept, and what is missing is added."""
+    """Folder of the parquet files; files that are there stay, and missing ones are added."""
     teacher: Path | None = None
     """Diffusers folder of the teacher, instead of the job's or where the job has none."""
     num_pairs: int | None = None
-    """Pairs to make; one a prompt if not given. More than prompts: these are repeated, from other noise."""
+    """Pairs to make. Default: one per prompt. With more pairs than prompts, prompts are repeated from other noise."""
     times: tuple[float, ...] = ()
-    """Timesteps of the kept states, final (not warped), each on the solver's grid; the job's method's if not given."""
+    """Timesteps of the stored states, final (not warped), each on the solver's grid. Default: those of the job's
+    method."""
     num_steps: int | None = None
-    """Steps of the solver; the job's method's if not given."""
+    """Steps of the solver. Default: those of the job's method."""
     solver: Literal["euler", "unipc"] | None = None
-    """ODE solver; the job's method's if not given."""
+    """ODE solver. Default: that of the job's method."""
     guidance_scale: float | None = None
-    """Classifier-free guidance, standard form u + w (c - u); the job's method's if not given."""
+    """Classifier-free guidance, standard form u + w (c - u). Default: that of the job's method."""
     batch_size: int = 8
-    """Pairs made at once on a rank, and rows of a file."""
+    """Pairs per batch of a rank, and rows per file."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
-    """How latents are stored; sampling runs in float32 around the teacher's own numbers."""
+    """Data type of the stored latents; sampling runs in float32 around the teacher's own numbers."""
     seed: int = 0
-    """Of the initial noise."""
+    """Seed of the initial noise."""
 
 
 def ode_pairs(options: OdePairsOptions) -> str:
-    """Make the pairs that are missing in ``options.out``, and say what is there now.
+    """Make the pairs that are missing in `options.out`. Returns a sentence about the folder.
 
     Raises:
         ValueError: a timestep that is not on the solver's grid (before anything is built or computed), a job that says
@@ -91,11 +95,12 @@ def ode_pairs(options: OdePairsOptions) -> str:
     config = with_teacher(load_config(["--job.config_file", str(options.config)]), options.teacher)
     shift = config.pipeline_config.flow_shift
     request = trajectory_request(config, options)
-    # Also a check: a level that the solver does not visit is told before any weight is read.
+    # Before any weight is read: raises for a level that the solver does not visit.
     indices = grid_indices(request.sigmas, num_steps=request.num_steps, shift=shift, solver=request.solver)
     if options.batch_size < 1 or (options.num_pairs is not None and options.num_pairs < 1):
         raise ValueError(f"--batch-size {options.batch_size} and --num-pairs {options.num_pairs} must be at least 1")
-    prompts = Prompts(options.prompts, DTYPES[options.dtype])
+    is_list = options.prompts.suffix in (".txt", ".jsonl")
+    prompts = read_prompts(options.prompts, None) if is_list else ParquetDataset(options.prompts)
     num_pairs = options.num_pairs or len(prompts)
     settings = _settings(config, options, request)
     batches = missing_batches(options.out, settings, num_pairs, options)
@@ -125,50 +130,46 @@ def _world(config: Config) -> Iterator[World]:
     """All ranks, from when each has seen what is there until each has written its last file."""
     world = start_world(config.comm.init_timeout_seconds, force_group=needs_group(config))
     try:
-        _wait_for_all()
+        ranks = Ranks()
+        ranks.wait()
         yield world
-        _wait_for_all()
+        ranks.wait()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def with_teacher(config: Config, teacher: Path | None) -> Config:
-    """The configuration with ``teacher`` in the role of that name. Raises ValueError where neither has one."""
+    """The configuration with `teacher` in the role of that name. Raises ValueError where neither has one."""
     if teacher is None and "teacher" not in config.roles:
         raise ValueError(f"{config.job.config_file} has no [roles.teacher]; add it, or name its folder by --teacher")
     roles = dict(config.roles)
     if teacher is not None:
-        roles["teacher"] = RoleConfig(trainable=False, path=str(teacher))
+        roles["teacher"] = RoleConfig(
+            trainable=False, path=str(teacher), optimizer=config.optimizer, parallelism=config.parallelism
+        )
     return dataclasses.replace(config, roles=roles)
 
 
 def trajectory_request(config: Config, options: OdePairsOptions) -> TrajectoryRequest:
-    """What to run: the options, and where they are silent what the job's method trains on. Raises ValueError."""
+    """The sampling that the options ask for; settings that they leave out are those of the job's method. Raises
+    ValueError."""
     shift = config.pipeline_config.flow_shift
     own = method_class(config.recipe.method).teacher_trajectory(config.method_config, shift)
-    given: dict[str, Any] = {
-        name: getattr(options, name)
-        for name in ("num_steps", "solver", "guidance_scale")
-        if getattr(options, name) is not None
+    given = {
+        "sigmas": tuple(few_step_sigmas(options.times, shift, warp=False).tolist()) if options.times else None,
+        "num_steps": options.num_steps,
+        "solver": options.solver,
+        "guidance_scale": options.guidance_scale,
     }
-    if options.times:
-        given["sigmas"] = tuple(few_step_sigmas(options.times, shift, warp=False).tolist())
-    if own is not None:
-        return dataclasses.replace(own, **given)
-    missing = [field.name for field in dataclasses.fields(TrajectoryRequest) if field.name not in given]
-    if missing:
+    settings = (dataclasses.asdict(own) if own else {}) | {name: x for name, x in given.items() if x is not None}
+    if missing := [name for name in given if name not in settings]:
         names = ", ".join("--" + {"sigmas": "times"}.get(name, name).replace("_", "-") for name in missing)
         raise ValueError(
             f"recipe.method = {config.recipe.method!r} of {options.config} does not train on trajectories and says "
             f"nothing about them; give {names}"
         )
-    return TrajectoryRequest(**given)
+    return TrajectoryRequest(**settings)
 
 
 def pair_id(seed: int, index: int) -> str:
@@ -183,19 +184,19 @@ def initial_noise(row_id: str, shape: Sequence[int]) -> Tensor:
 
 
 def missing_batches(out: Path, settings: dict[str, Any], num_pairs: int, options: OdePairsOptions) -> list[list[int]]:
-    """Indices of the pairs that no file in ``out`` has, a list a file. Raises ValueError where others lie there."""
+    """Indices of the pairs that no file in `out` has, one list per file. Raises ValueError where other data lies
+    there."""
     _check_settings(out, settings)
     found = set(read_ids(out)) if list(out.glob("*.parquet")) else set()
-    batches = []
-    for start in range(0, num_pairs, options.batch_size):
-        indices = range(start, min(start + options.batch_size, num_pairs))
-        batches.append([index for index in indices if pair_id(options.seed, index) not in found])
+    starts = range(0, num_pairs, options.batch_size)
+    files = (range(start, min(start + options.batch_size, num_pairs)) for start in starts)
+    batches = ([index for index in indices if pair_id(options.seed, index) not in found] for indices in files)
     return [batch for batch in batches if batch]
 
 
 @dataclass(frozen=True)
 class PairMaker:
-    """From the indices of pairs to their file."""
+    """Samples the pairs of a batch and writes their file."""
 
     config: Config
     options: OdePairsOptions
@@ -203,11 +204,12 @@ class PairMaker:
     grid_indices: list[int]
     adapter: Adapter
     teacher: RoleHandle
-    prompts: Prompts
+    prompts: list[str] | ParquetDataset
+    """Prompts, which are encoded, or rows with their embeddings. They repeat where there are more pairs."""
 
     def make(self, indices: list[int], *, write: bool) -> None:
         """Samples the pairs of one batch. Every rank of a data group computes, one of them writes."""
-        rows = [self.prompts.row(index, self.adapter) for index in indices]
+        rows = [self._text_row(index) for index in indices]
         ids = [pair_id(self.options.seed, index) for index in indices]
         states_BK, x0 = self._sample(indices, ids, rows)
         if not write:
@@ -225,15 +227,19 @@ class PairMaker:
         ]
         write_rows(self.options.out / f"pairs-{indices[0]:06d}-{indices[-1]:06d}.parquet", pairs)
 
+    def _text_row(self, index: int) -> LatentRow:
+        prompt = self.prompts[index % len(self.prompts)]
+        if isinstance(prompt, LatentRow):
+            return LatentRow("", prompt.caption, prompt.text_embedding)
+        (embedding_LD,) = self.adapter.embed_prompts([prompt])
+        return LatentRow("", prompt, embedding_LD.to(DTYPES[self.options.dtype]))
+
     def _sample(self, indices: list[int], ids: list[str], rows: list[LatentRow]) -> tuple[Tensor, Tensor]:
         adapter, request = self.adapter, self.request
         batch = adapter.prepare_batch(collate(indices, rows, self.config.data.max_text_tokens))
         condition, guidance = adapter.text_condition(batch), Guidance(request.guidance_scale)
+        velocity = partial(adapter.guided_velocity, self.teacher, condition=condition, guidance=guidance)
         noise = torch.stack([initial_noise(row_id, adapter.latent_shape) for row_id in ids])
-
-        def velocity(x: Tensor, sigma_B: Tensor) -> Tensor:
-            return adapter.guided_velocity(self.teacher, x, sigma_B, condition, guidance)
-
         return sample_trajectory(
             velocity,
             noise.to(batch.text_embeddings.device),
@@ -245,34 +251,12 @@ class PairMaker:
 
 
 def _run(batches: list[list[int]], layouts: Layouts, make: Callable[[list[int], bool], None]) -> None:
-    """Hands out batches to data groups in rounds; in the last round some repeat a batch, which is then not theirs."""
+    """Hands out batches to data groups in rounds. In the last round some groups repeat a batch, which another one
+    writes."""
     group, num_groups = layouts.data_rank, layouts.num_data_groups
     for first in tqdm(range(0, len(batches), num_groups), unit="round", disable=None if group == 0 else True):
         mine = first + group
         make(batches[min(mine, len(batches) - 1)], mine < len(batches))
-
-
-class Prompts:
-    """Captions and their embeddings from a dataset's rows as they are, or from a list of prompts that is encoded.
-
-    Raises ValueError for a file without prompts, or that can't be read.
-    """
-
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        is_list = path.suffix in (".txt", ".jsonl")
-        self._source: list[str] | ParquetDataset = read_prompts(path, None) if is_list else ParquetDataset(path)
-        self._dtype = dtype
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def row(self, index: int, adapter: Adapter) -> LatentRow:
-        """A text-only row for the pair ``index``; prompts repeat where there are more pairs."""
-        prompt = self._source[index % len(self)]
-        if isinstance(prompt, LatentRow):
-            return LatentRow("", prompt.caption, prompt.text_embedding)
-        (embedding_LD,) = adapter.embed_prompts([prompt])
-        return LatentRow("", prompt, embedding_LD.to(self._dtype))
 
 
 def _in_row_dims(latent: Tensor) -> Tensor:
@@ -281,7 +265,7 @@ def _in_row_dims(latent: Tensor) -> Tensor:
 
 
 def _settings(config: Config, options: OdePairsOptions, request: TrajectoryRequest) -> dict[str, Any]:
-    """What a pair depends on beside its index, as JSON keeps it."""
+    """The settings that a pair depends on beside its index, as JSON stores them."""
     role = config.roles["teacher"]
     return {
         "teacher": role.path or role.init_from,
@@ -303,19 +287,18 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
             )
         return
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file} can't be read ({error}); remove the folder, or choose another --out") from error
     for name, value in settings.items():
-        if not isinstance(found, dict) or found.get(name) != value:
-            was = found.get(name) if isinstance(found, dict) else found
+        if found.get(name) != value:
             raise ValueError(
-                f"{out} holds pairs made with {name} = {was}, not {value}; choose another --out or the same settings"
+                f"{out} holds pairs made with {name} = {found.get(name)}, not {value}; choose another --out or the "
+                "same settings"
             )
 
 
 def _publish_settings(out: Path, settings: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f"{SETTINGS}.tmp-{os.getpid()}"
-    temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(out / SETTINGS)
+    with atomic(out / SETTINGS) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

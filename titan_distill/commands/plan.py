@@ -1,7 +1,7 @@
-"""``titan-distill plan``: what a job will need, before anybody waits for GPUs.
+"""`titan-distill plan`: the memory, FLOPs and traffic of a job, before anybody waits for GPUs.
 
-Roles are built on the meta device with the layouts of the run, by the code that the run will use, and nothing is
-allocated. Where the plan does not fit, every change that might help is planned, too, and the cheapest come first.
+It builds the roles on the meta device, with the layouts and the code of the run, and allocates nothing. When the job
+does not fit, it plans every change that may help and lists the cheapest first.
 """
 
 from __future__ import annotations
@@ -9,31 +9,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import tyro
 
 from titan_distill.config.config import Config
-from titan_distill.config.layouts import check_world, role_parallelism
 from titan_distill.config.loading import load_config
 from titan_distill.config.parsing import ConfigError
-from titan_distill.config.sections import EmaConfig, ParallelismConfig
-from titan_distill.models.base import model_family
+from titan_distill.config.role_sections import ParallelismConfig
+from titan_distill.parallelisms.mesh import World
 from titan_distill.planner.hardware import GPUS, Gpu
 from titan_distill.planner.memory import GIB
 from titan_distill.planner.plan import Plan, fake_world, make_plan
 from titan_distill.planner.report import report, table
-from titan_distill.planner.suggestions import Change, changes
+from titan_distill.planner.suggestions import Change, arguments, changes, describe
+from titan_distill.resolve import resolve
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.train import build_layouts, build_roles
 
-if TYPE_CHECKING:
-    from titan_distill.parallelisms.mesh import World
-
 MAX_COMBINED = 4
-"""Changes to combine where none is enough alone."""
+"""Changes to combine when no single one is enough."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +42,27 @@ class PlanOptions:
     """
 
     config: tyro.conf.Positional[Path]
-    """The job's TOML file."""
+    """TOML file of the job."""
     gpu: Literal["H100", "H200", "A100", "B200"] = "H100"
-    """The GPU to plan for."""
+    """GPU to plan for."""
 
 
 def plan(options: PlanOptions, overrides: Sequence[str]) -> None:
-    """Plan a job's memory, work and traffic without a GPU."""
-    config = load_config(["--job.config_file", str(options.config), *overrides])
+    """Plan a job's memory, FLOPs and traffic without a GPU."""
+    argv = ["--job.config_file", str(options.config), *overrides]
+    config = load_config(argv)
     num_ranks = _num_ranks(config)
-    with planner(num_ranks, GPUS[options.gpu]) as replan:
-        first = replan.plan(config)
+    with planner(num_ranks, GPUS[options.gpu]) as planned:
+        first = planned.plan(config)
         print(f"{config.job.name}: {config.recipe.method} on {num_ranks} × {first.gpu.name}\n")
         print(report(first))
         if not first.fits:
-            print(f"\n{replan.remedies(config, first)}")
+            print(f"\n{planned.remedies(argv, first)}")
 
 
 @contextmanager
 def planner(num_ranks: int, gpu: Gpu) -> Iterator[Planner]:
-    """A planner for runs of ``num_ranks``; the process must have no process group."""
+    """A planner for runs of `num_ranks` ranks. The process must have no process group."""
     with fake_world(num_ranks) as world:
         yield Planner(world, gpu)
 
@@ -78,29 +76,21 @@ class Planner:
     _built: dict[tuple[str, ParallelismConfig], RoleHandle] = field(default_factory=dict)
 
     def plan(self, config: Config) -> Plan:
-        """Raises ConfigError for a layout that can't be."""
-        layout = check_world(config, self.world.size)
-        family = model_family(config.recipe.family)(config)
-        try:
-            family.check_layouts(layout.roles)
-        except ValueError as error:
-            raise ConfigError(f"{config.job.config_file}: {error}") from error
-        keys = {name: (name, role_parallelism(config, name)) for name in config.roles}
-        missing = {name: role for name, role in config.roles.items() if keys[name] not in self._built}
-        layouts = build_layouts(config, self.world)
-        few = replace(config, roles=missing, ema=EmaConfig())  # the averaged role may not be among them
-        for handle in build_roles(few, family, layouts, self.world.device):
+        """Plans a run. Raises ConfigError for a layout that its models or the number of ranks rule out."""
+        run = resolve(config, self.world.size, without_files=True)
+        keys = {name: (name, role.parallelism) for name, role in config.roles.items()}
+        missing = [name for name, key in keys.items() if key not in self._built]
+        for handle in build_roles(run, build_layouts(run, self.world), self.world.device, missing):
             self._built[keys[handle.name]] = handle
-        return make_plan(config, layout, RoleManager([self._built[key] for key in keys.values()]), self.gpu)
+        return make_plan(run, RoleManager([self._built[key] for key in keys.values()]), self.gpu)
 
-    def remedies(self, config: Config, first: Plan) -> str:
-        """A table of what helps, cheapest first; where nothing is enough alone, what is enough together."""
-        options = self._options(config, first)
-        helpful = [option for option in options if option[1].peak < first.peak]
+    def remedies(self, argv: Sequence[str], first: Plan) -> str:
+        """A table of the changes that help, cheapest first. When no single one is enough, changes that are together."""
+        helpful = self._helpful(argv, first)
         helpful.sort(key=lambda option: (not option[1].fits, option[1].seconds))
         rows = [
             (
-                change.text,
+                describe(change),
                 f"{(first.peak - other.peak) / GIB:.1f}",
                 f"{other.peak / GIB:.1f}",
                 f"{other.seconds - first.seconds:+.1f}",
@@ -108,35 +98,37 @@ class Planner:
             )
             for change, other in helpful
         ]
-        names = ("change", "saves GiB", "peak", "s a step", "")
+        names = ("change", "saves GiB", "peak", "s per step", "")
         shown = table("REMEDIES  planned one by one, cheapest first", names, rows)
-        return shown if any(other.fits for _, other in helpful) else f"{shown}\n\n{self._combined(config, first)}"
+        return shown if any(other.fits for _, other in helpful) else f"{shown}\n\n{self._combined(argv, first)}"
 
-    def _combined(self, config: Config, plan: Plan) -> str:
+    def _combined(self, argv: Sequence[str], plan: Plan) -> str:
         lines = []
         for _ in range(MAX_COMBINED):
-            options = [option for option in self._options(config, plan) if option[1].peak < plan.peak]
-            if plan.fits or not options:
+            options = [] if plan.fits else self._helpful(argv, plan)
+            if not options:
                 break
             change, plan = min(options, key=lambda option: (not option[1].fits, _regret(option[1], plan)))
-            config = change.config
-            lines.append(f"  {change.text}: {plan.peak / GIB:.1f} GiB, {plan.seconds:.1f} s a step")
+            argv = [*argv, *arguments(change)]
+            lines.append(f"  {describe(change)}: {plan.peak / GIB:.1f} GiB, {plan.seconds:.1f} s per step")
         verdict = "together enough:" if plan.fits else "not even together enough; start more ranks:"
         return "\n".join([verdict, *lines])
 
-    def _options(self, config: Config, plan: Plan) -> list[tuple[Change, Plan]]:
-        return [(change, other) for change in changes(config, plan) if (other := self._if_valid(change.config))]
-
-    def _if_valid(self, config: Config) -> Plan | None:
-        """None for a candidate that its models or the number of ranks rule out: that is no remedy."""
-        try:
-            return self.plan(config)
-        except ConfigError:
-            return None
+    def _helpful(self, argv: Sequence[str], plan: Plan) -> list[tuple[Change, Plan]]:
+        """Valid changes that lower the peak, each with its plan."""
+        found = []
+        for change in changes(load_config(argv), plan):
+            try:
+                other = self.plan(load_config([*argv, *arguments(change)]))
+            except ConfigError:  # the job's models or the number of ranks rule it out
+                continue
+            if other.peak < plan.peak:
+                found.append((change, other))
+        return found
 
 
 def _regret(other: Plan, plan: Plan) -> float:
-    """Added seconds for each byte saved; among changes that cost nothing, the larger saving."""
+    """Added seconds per byte saved. Among changes that cost no time, the larger saving."""
     saved = plan.peak - other.peak
     return (other.seconds - plan.seconds) / saved if other.seconds > plan.seconds else -saved
 
@@ -149,5 +141,5 @@ def _num_ranks(config: Config) -> int:
             raise ConfigError("the number of ranks is not known: set NGPU, or parallelism.dp_shard in place of -1")
         return layout.dp_replicate * layout.dp_shard * layout.sequence * layout.tensor
     if not asked.isdecimal() or int(asked) < 1:
-        raise ConfigError(f"NGPU = {asked!r} is no number of ranks; set it to a positive integer")
+        raise ConfigError(f"NGPU = {asked!r} is not a number of ranks; set it to a positive integer")
     return int(asked)

@@ -1,84 +1,68 @@
 """The whole configuration: all sections, and the checks between them.
 
-Checks sit where their facts are: within a section in its `__post_init__`, between sections here, a method's and a
-family's own in their `validate`. Those that need the number of ranks are in `layouts.check_world`, those that need the
-file system in `loading.check_paths`.
+A check stands where its facts are: within a section in its `__post_init__`, between sections here, for a method or a
+family in its `validate`. `resolve.py` makes the checks that need the number of ranks or the file system.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from titan_distill.config.data import DataConfig
-from titan_distill.config.sections import (
-    ActivationCheckpointConfig,
-    CheckpointConfig,
-    CommConfig,
-    CompileConfig,
-    EmaConfig,
-    Float8Config,
-    JobConfig,
-    LrSchedulerConfig,
-    MetricsConfig,
-    OptimizerConfig,
-    ParallelismConfig,
-    ProfilingConfig,
-    RecipeConfig,
-    RoleConfig,
-    SparseAttentionConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
+from titan_distill.config import sections
+from titan_distill.config.role_sections import OptimizerConfig, ParallelismConfig, RoleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. ``method_config`` and ``pipeline_config`` are typed by the chosen method and family."""
+    """The configuration of a run. The method types `method_config`, the model family types `pipeline_config`."""
 
-    job: JobConfig
-    """The run itself."""
-    recipe: RecipeConfig
-    """What is trained, and how."""
+    job: sections.JobConfig
+    """The run: name, output folder, seed, imports."""
+    recipe: sections.RecipeConfig
+    """Training method and model family."""
     roles: dict[str, RoleConfig]
-    """The models of the run by name; the method says which it needs."""
+    """The models of the run by name. The method says which roles it needs."""
     method_config: Any
-    """The method's own knobs."""
+    """Keys of the training method."""
     pipeline_config: Any
-    """The model family's own knobs."""
+    """Keys of the model family."""
     pipeline_config_path: str = field(default="", compare=False)
-    """TOML file with the keys of [pipeline_config], instead of that table; relative to the working directory."""
-    data: DataConfig
-    """What is trained on."""
-    training: TrainingConfig
-    """Length, batch and numbers."""
+    """TOML file with the keys of [pipeline_config], in place of that table. Relative to the working directory."""
+    data: sections.DataConfig
+    """Training data."""
+    training: sections.TrainingConfig
+    """Steps, batch size, compute type, gradient clipping."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Default of all trained roles; [roles.<name>.optimizer] overrides it."""
-    lr_scheduler: LrSchedulerConfig = field(default_factory=LrSchedulerConfig)
-    """Learning rate over the updates of a role."""
+    """Optimizer of all trained roles. [roles.<name>.optimizer] overrides it."""
+    lr_scheduler: sections.LrSchedulerConfig = field(default_factory=sections.LrSchedulerConfig)
+    """Learning-rate schedule over the updates of a role."""
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
-    """How the ranks are used; the product of the four degrees is the number of ranks."""
-    activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
-    """Memory for work."""
-    compile: CompileConfig = field(default_factory=CompileConfig)
+    """Layout of the ranks. The product of the four degrees (dp_replicate, dp_shard, sequence, tensor) is the number of
+    ranks. [roles.<name>.parallelism] overrides it."""
+    activation_checkpoint: sections.ActivationCheckpointConfig = field(
+        default_factory=sections.ActivationCheckpointConfig
+    )
+    """Activation checkpointing: recompute activations in the backward to save memory."""
+    compile: sections.CompileConfig = field(default_factory=sections.CompileConfig)
     """torch.compile."""
-    float8: Float8Config = field(default_factory=Float8Config)
-    """Matrix products in 8 bits."""
-    sparse_attention: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
-    """Video sparse attention of the roles that have attention = "sparse"."""
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    """Moving average of one role's weights, used in validation and export."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Saving and resuming."""
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """Videos and scores during the run."""
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    """Where numbers go; metrics.jsonl is always written."""
-    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
-    """Traces of a few steps."""
-    comm: CommConfig = field(default_factory=CommConfig)
-    """Timeouts between ranks."""
+    float8: sections.Float8Config = field(default_factory=sections.Float8Config)
+    """Matrix products in float8."""
+    sparse_attention: sections.SparseAttentionConfig = field(default_factory=sections.SparseAttentionConfig)
+    """Video sparse attention of the roles with attention = "sparse"."""
+    ema: sections.EmaConfig = field(default_factory=sections.EmaConfig)
+    """Exponential moving average of one role's weights, for validation and export."""
+    checkpoint: sections.CheckpointConfig = field(default_factory=sections.CheckpointConfig)
+    """Checkpoints and resume."""
+    validation: sections.ValidationConfig = field(default_factory=sections.ValidationConfig)
+    """Sampled videos and their scores during the run."""
+    metrics: sections.MetricsConfig = field(default_factory=sections.MetricsConfig)
+    """Trackers. The run always writes metrics.jsonl."""
+    profiling: sections.ProfilingConfig = field(default_factory=sections.ProfilingConfig)
+    """Profiler traces of a few steps."""
+    comm: sections.CommConfig = field(default_factory=sections.CommConfig)
+    """Time limits for communication between ranks."""
 
     def __post_init__(self) -> None:
         for name in self.roles:
@@ -86,7 +70,7 @@ class Config:
                 raise ValueError(f"[roles.{name!r}] becomes part of keys and file names; use letters, digits, _ and -")
         if self.parallelism.async_tensor and not self.compile.enabled:
             raise ValueError(
-                "parallelism.async_tensor = true is the compiler's work, but compile.enabled = false; set it to true"
+                "parallelism.async_tensor = true needs the compiler, but compile.enabled = false; set it to true"
             )
         self._check_ema()
         self._check_float8()
@@ -111,8 +95,8 @@ class Config:
             if name not in self.roles:
                 raise ValueError(f"float8.roles names {name!r}; the roles of this run are {', '.join(self.roles)}")
         if self.float8.enabled and self.float8.backend == "transformer_engine":
-            # Its layers are opaque to torch: they break graphs, hide their products, cut weights in their own way.
-            tensor = max(role.parallelism.applied_to(self.parallelism).tensor for role in self.roles.values())
+            # torch cannot see into its layers: they break graphs, hide their matrix products, shard in their own way.
+            tensor = max(role.parallelism.tensor for role in self.roles.values())
             for key, value, other in (
                 ("compile.enabled", "true", self.compile.enabled),
                 ("activation_checkpoint.mode", "'selective'", self.activation_checkpoint.mode == "selective"),
@@ -134,9 +118,3 @@ class Config:
                     f"sparse_attention.{f.name} = {value} has no effect, because no role has attention = 'sparse'; set "
                     "it for a role or remove the section"
                 )
-
-    def optimizer_for(self, role: str) -> OptimizerConfig:
-        """[optimizer] with the role's own table laid over it."""
-        override = self.roles[role].optimizer
-        changed = {f.name: getattr(override, f.name) for f in fields(override)}
-        return replace(self.optimizer, **{name: value for name, value in changed.items() if value is not None})

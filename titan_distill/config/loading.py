@@ -1,15 +1,15 @@
-"""From a command line to the checked configuration of a run.
+"""Loading: from a command line to the checked configuration of a run, and from that to its `config.toml`.
 
-Three layers, each overriding the one before: the defaults in `sections.py`, one TOML file (`--job.config_file`), dotted
-overrides (`--training.steps 20`). The result is frozen and checked before any process group exists, so a run either
-starts with exactly what its `config.toml` says or ends in one sentence.
+Three layers override each other in this order: the defaults of the sections, one TOML file (`--job.config_file`), and
+dotted overrides (`--training.steps 20`). The configuration is frozen and checked before any process group exists. A run
+either starts with what its `config.toml` says or ends in one sentence.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,28 +23,38 @@ from titan_distill.config.parsing import (
     apply_overrides,
     convert,
     parse_overrides,
+    plain_text,
     read_toml,
     reject_unknown_keys,
 )
+from titan_distill.config.role_sections import OptimizerConfig, ParallelismConfig
 from titan_distill.config.sections import JobConfig, RecipeConfig
-from titan_distill.config.text import field_types, schema_help
+from titan_distill.config.text import NO_VALUE, field_types, schema_help, to_dict, toml_text
 from titan_distill.registry import FAMILIES, METHODS, SCORERS, FamilyClass, MethodClass, import_user_modules, lookup
 
 logger = logging.getLogger(__name__)
 
+OWN_DEGREES = {"dp_replicate": 1, "dp_shard": -1, "sequence": 1, "tensor": 1}
+"""Defaults of the degrees of a role that sets one of them."""
+ROLE_KEYS = {
+    "optimizer": [key for key in field_types(OptimizerConfig) if key != "name"],
+    "parallelism": [key for key in field_types(ParallelismConfig) if key != "async_tensor"],
+}
+"""Sections that a role may override, each with the keys that it may set."""
+
 
 def load_config(argv: Sequence[str]) -> Config:
-    """The checked configuration of a command line, e.g. ``["--job.config_file", "x.toml", "--training.steps", "20"]``.
+    """Loads the configuration of a command line, e.g. `["--job.config_file", "x.toml", "--training.steps", "20"]`.
 
-    Without a file, all keys come from the command line. Raises ConfigError: one sentence that names the file (or the
-    command line), key, value, what is allowed and the nearest key.
+    Without a file, all keys come from the command line. Raises ConfigError: one sentence with the file (or the command
+    line), the key, the value, the allowed values and the nearest known key.
     """
     overrides = parse_overrides(argv)
     source, raw = _read_config_file(overrides)
     has_pipeline_table = "pipeline_config" in raw
     apply_overrides(raw, overrides)
     root = Place(source, "", Config)
-    reject_unknown_keys(Config, raw, root)
+    reject_unknown_keys(list(field_types(Config)), raw, root)
     places = {name: root.child(name, raw.get(name)) for name in field_types(Config)}
 
     pipeline_file = convert(str, raw.get("pipeline_config_path", ""), places["pipeline_config_path"])
@@ -57,11 +67,13 @@ def load_config(argv: Sequence[str]) -> Config:
         places["pipeline_config"] = Place(pipeline_file, "pipeline_config", Config)
 
     kinds = _section_kinds(raw, places)
-    values = {name: convert(kind, raw.get(name, {}), places[name]) for name, kind in kinds.items()}
-    with _in_one_sentence(source):
+    raw["roles"] = _complete_roles(raw, places["roles"])
+    order = sorted(kinds, key=lambda name: name == "roles")  # last: a fault in [optimizer] is not a role's
+    values = {name: convert(kinds[name], raw.get(name, {}), places[name]) for name in order}
+    with in_one_sentence(source):
         config = Config(**values, pipeline_config_path=pipeline_file)
         method, family = lookup(METHODS, config.recipe.method), lookup(FAMILIES, config.recipe.family)
-        _import_scorer(config)
+        _import_scorer(config.validation.scorer)
         method.validate(config)
         family.validate(config)
         if (given := family.given_parts(config)) and not method.uses_loss_mask:
@@ -73,29 +85,41 @@ def load_config(argv: Sequence[str]) -> Config:
     return config
 
 
-def _import_scorer(config: Config) -> None:
-    """Raises ValueError for a scorer that nothing registers."""
-    name = config.validation.scorer
-    if name == "shapes" and name not in SCORERS.entries:
-        logger.warning('validation.scorer = "shapes" needs job.imports = ["tiny_world"] from version 0.3 on')
-        import_user_modules(["tiny_world"])
-    lookup(SCORERS, name)
+def to_toml(config: Config) -> str:
+    """The text of `config.toml`: every key, secrets redacted. `load_config` reads an equal configuration from it.
 
-
-def help_text(config_file: str | None) -> str:
-    """Every key with its type, default and meaning.
-
-    With a file, also the keys of its method and family. Raises ConfigError when the file cannot say which those are.
+    A role's own tables hold the keys that differ from [optimizer] and [parallelism]. Fields that say where a
+    configuration came from (`compare=False`) are left out, because they do not hold for another file.
     """
-    kinds = field_types(Config)
-    if config_file is not None:
-        raw, root = read_toml(config_file), Place(config_file, "", Config)
+    tables = to_dict(config, skip_origins=True)
+    for role in tables["roles"].values():
+        for section, keys in ROLE_KEYS.items():
+            own, run = role.pop(section), tables[section]
+            different = {key for key in keys if own[key] != run[key]}
+            if different & OWN_DEGREES.keys():
+                different |= OWN_DEGREES.keys()
+            if different:
+                role[section] = {key: own[key] for key in keys if key in different}
+    return toml_text(tables)
+
+
+def help_text(argv: Sequence[str]) -> str:
+    """The text of `--help`: every key with its type, default and meaning.
+
+    With a `--job.config_file`, it has the keys of the file's method and family, too. Raises ConfigError when the file
+    does not name them.
+    """
+    overrides = parse_overrides(argv)
+    source, raw = _read_config_file(overrides)
+    apply_overrides(raw, overrides)
+    kinds, root = field_types(Config), Place(source, "", Config)
+    if source != COMMAND_LINE:
         kinds = kinds | _section_kinds(raw, {name: root.child(name, raw.get(name)) for name in kinds})
     return "\n".join(["Each key of a configuration file is also an option:", "", *schema_help(Config, kinds)]) + "\n"
 
 
 def check_paths(config: Config) -> None:
-    """Raises ConfigError for the first file or folder that the configuration names and that does not exist."""
+    """Raises ValueError for the first file or folder that the configuration names and that does not exist."""
     folders: dict[str, str] = {}
     for name, role in config.roles.items():
         folders |= {f"roles.{name}.path": role.path, f"roles.{name}.init_from": role.init_from}
@@ -106,20 +130,67 @@ def check_paths(config: Config) -> None:
         either["checkpoint.resume_from"] = config.checkpoint.resume_from
     for key, path in (folders | either).items():
         if key.endswith(".init_from") and "#" in path:
-            continue  # a role in a checkpoint, which is looked up with more care
-        # Not pathlib's: before Python 3.14 they raise OSError for a name that is too long to exist.
+            continue  # a role in a checkpoint: `resolve` finds it
+        # os.path, because pathlib before Python 3.14 raises OSError for a name that is too long to exist.
         exists = os.path.isdir(path) if key in folders else os.path.exists(path)
         if path and not exists:
             what = "folder" if key in folders else "file or folder"
-            raise ConfigError(
-                f"{_source(config)}: {key} = {path!r} is no existing {what} (seen from {Path.cwd()}); correct the path"
-            )
+            raise ValueError(f"{key} = {path!r} is no existing {what} (seen from {Path.cwd()}); correct the path")
+
+
+@contextmanager
+def in_one_sentence(source: str) -> Iterator[None]:
+    """Turns the ValueErrors of checks, which know keys but no file, into ConfigErrors that name `source`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _complete_roles(raw: dict[str, Any], at: Place) -> Any:
+    """Returns the raw [roles.<name>] tables with [optimizer] and [parallelism] filled in below each role's own keys."""
+    roles = raw.get("roles", {})
+    if not isinstance(roles, Mapping):
+        return roles  # `convert` refuses it
+    return {name: _complete_role(role, raw, at.child(name, role)) for name, role in roles.items()}
+
+
+def _complete_role(role: Any, raw: dict[str, Any], at: Place) -> Any:
+    if not isinstance(role, Mapping):
+        return role
+    completed = dict(role)
+    for section, keys in ROLE_KEYS.items():
+        own, run, place = role.get(section, {}), raw.get(section, {}), at.child(section, role.get(section))
+        if not (isinstance(own, Mapping) and isinstance(run, Mapping)):
+            continue
+        reject_unknown_keys(keys, own, place)
+        own = {key: value for key, value in own.items() if plain_text(value) != NO_VALUE}
+        if section == "optimizer" and own:
+            trainable = role.get("trainable", True)
+            if not convert(bool, trainable, at.child("trainable", trainable)):
+                at.child("trainable", None).fail(False, f"leaves [{place.key}] without effect; remove the table")
+        if own.keys() & OWN_DEGREES.keys():
+            own = OWN_DEGREES | own
+            if convert(int, own["tensor"], place.child("tensor", own["tensor"])) == 1:  # what needs tensor > 1
+                run = {key: value for key, value in run.items() if key not in ("token_region", "async_tensor")}
+        completed[section] = {**run, **own}
+    return completed
+
+
+def _import_scorer(name: str) -> None:
+    """Raises ValueError for a scorer that nothing registers."""
+    if name == "shapes" and name not in SCORERS.entries:
+        logger.warning('validation.scorer = "shapes" needs job.imports = ["tiny_world"] from version 0.3 on')
+        import_user_modules(["tiny_world"])
+    lookup(SCORERS, name)
 
 
 def _read_config_file(overrides: Sequence[tuple[str, Text]]) -> tuple[str, dict[str, Any]]:
-    """Name and tables of the chosen file; the command line and no tables when none is chosen."""
+    """Name and tables of the chosen file. Without a file: the command line, and no tables."""
     chosen = dict(overrides).get("job.config_file")
-    if chosen is None or chosen.text is None:  # an option without its value is refused when it is converted
+    if chosen is None or chosen.text is None:  # `convert` refuses an option without its value
         return COMMAND_LINE, {}
     raw = read_toml(chosen.text)
     job = raw.get("job")
@@ -130,26 +201,13 @@ def _read_config_file(overrides: Sequence[tuple[str, Text]]) -> tuple[str, dict[
 
 
 def _section_kinds(raw: dict[str, Any], places: dict[str, Place]) -> dict[str, Any]:
-    """Section -> type, with those that the chosen method and family bring; imports the user's modules first."""
+    """Types of the sections by name, including those of the method and the family. Imports the user's modules first."""
     job = convert(JobConfig, raw.get("job", {}), places["job"])
-    with _in_one_sentence(places["job"].source):
+    with in_one_sentence(places["job"].source):
         import_user_modules(job.imports)
     recipe = convert(RecipeConfig, raw.get("recipe", {}), places["recipe"])
-    with _in_one_sentence(places["recipe"].source):
+    with in_one_sentence(places["recipe"].source):
         method: type[MethodClass] = lookup(METHODS, recipe.method)
         family: type[FamilyClass] = lookup(FAMILIES, recipe.family)
     chosen = {"method_config": method.config_class, "pipeline_config": family.pipeline_config_class}
     return {name: kind for name, kind in (field_types(Config) | chosen).items() if name != "pipeline_config_path"}
-
-
-@contextmanager
-def _in_one_sentence(source: str) -> Iterator[None]:
-    """Turns the ValueErrors of checks, which know keys but no file, into ConfigErrors."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"{source}: {error}") from error
-
-
-def _source(config: Config) -> str:
-    return config.job.config_file or COMMAND_LINE

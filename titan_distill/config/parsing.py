@@ -1,13 +1,13 @@
-"""From TOML and dotted overrides to frozen, typed dataclasses: the machinery behind ``config.py``, which knows no key.
+"""Parsing: from TOML and dotted overrides to frozen, typed dataclasses. It knows no key of the configuration.
 
-The annotations of the dataclasses are the schema. ``convert`` walks them beside the parsed TOML and is strict: true is
-no integer, 3 is a number, "3" is neither. A command-line value is still text when it arrives; it is laid into the same
-tree as a ``Text`` leaf and read by the type that it meets there, so ``--job.name 12`` stays a string and both sources
-share one set of rules and errors. Every problem is a ConfigError of one sentence, and the first one ends the parse.
+The annotations of the dataclasses are the schema. `convert` walks them beside the parsed TOML and is strict: true is
+not an integer, 3 is a number, "3" is neither. A command-line value arrives as text. It enters the same tree as a `Text`
+leaf, and the type of its field reads it, so `--job.name 12` stays a string, and both sources share one set of rules and
+errors. Every problem is a ConfigError of one sentence, and the first one ends the parse.
 
-tyro builds the subcommands of ``cli.py``, but not this: it wants the whole schema as one type before it reads a word,
-while here ``[roles.<name>]`` tables come and go with the file, ``[method_config]`` is typed by a value inside it, and
-an error has to say which file, key and neighbour it means.
+tyro builds the subcommands of `cli.py`, but not this: it needs the whole schema as one type before it reads a word.
+Here the file decides about `[roles.<name>]` tables, a value in it types `[method_config]`, and an error says which
+file, key and nearest key it means.
 """
 
 from __future__ import annotations
@@ -42,39 +42,42 @@ _LIMITS = {
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message is one sentence for the user, on one printable line."""
+    """A configuration that cannot be used. The message is one sentence for the user, on one printable line."""
 
     def __init__(self, message: str) -> None:
-        # Here, because values and file names reach messages by many ways: a terminal obeys control characters, and
-        # nobody finds a fault behind a screenful of one value.
+        # A terminal obeys control characters, and nobody finds a fault behind a screenful of one value.
         line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
         super().__init__(line if len(line) <= _LONGEST_MESSAGE else f"{line[:700]} ... {line[-250:]}")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A command-line value whose type is not known yet; None for an option that stood alone."""
+    """A command-line value before its type is known. None for an option without a value."""
 
     text: str | None
 
 
+class CommandLineTable(dict[str, Any]):
+    """A table of which every key comes from the command line."""
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands: file (or command line) and dotted key. Nearest keys are sought in the schema ``root``."""
+    """The position of a value: file (or command line) and dotted key. `root` is the schema to search for near keys."""
 
     source: str
     key: str
     root: type
 
     def child(self, name: str, value: Any) -> Place:
-        """The place of ``value``, found here under ``name``."""
+        """The place of `value` under the key `name` of this table."""
         name = name if BARE_KEY.fullmatch(name) else json.dumps(name, ensure_ascii=False)
-        source = COMMAND_LINE if isinstance(value, Text) else self.source
+        source = COMMAND_LINE if isinstance(value, (Text, CommandLineTable)) else self.source
         return Place(source, f"{self.key}.{name}" if self.key else name, self.root)
 
     def fail(self, value: Any, problem: str) -> NoReturn:
-        """Raises ConfigError: source, key, value, problem."""
-        shown = f"--{self.key}" if value == Text(None) else show(self.key, _plain_text(value))
+        """Raises ConfigError with source, key, value and problem."""
+        shown = f"--{self.key}" if value == Text(None) else show(self.key, plain_text(value))
         raise ConfigError(f"{self.source}: {shown} {problem}")
 
 
@@ -82,7 +85,7 @@ class Place:
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """The parsed file. Raises ConfigError when it is missing, unreadable or no TOML (with the line)."""
+    """Parses a TOML file. Raises ConfigError when it is missing, unreadable or not TOML (with the line)."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -92,7 +95,7 @@ def read_toml(path: str) -> dict[str, Any]:
 
 
 def parse_overrides(argv: Sequence[str]) -> list[tuple[str, Text]]:
-    """Splits ``--key value``, ``--key=value`` and the lone ``--key`` of a switch into pairs, in order."""
+    """Splits `--key value`, `--key=value` and the lone `--key` of a switch into pairs, in order."""
     overrides: list[tuple[str, Text]] = []
     words = list(argv)
     while words:
@@ -100,22 +103,21 @@ def parse_overrides(argv: Sequence[str]) -> list[tuple[str, Text]]:
         key, has_value, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not all(key.split(".")):
             raise ConfigError(f"{COMMAND_LINE}: {word!r} is not expected here; write overrides as --section.key VALUE")
-        if has_value:
-            overrides.append((key, Text(value)))
-        else:
-            overrides.append((key, Text(words.pop(0) if words and not words[0].startswith("--") else None)))
-        if any("\ud800" <= character <= "\udfff" for character in f"{key}{overrides[-1][1].text}"):
+        is_switch = not has_value and (not words or words[0].startswith("--"))
+        text = None if is_switch else value if has_value else words.pop(0)
+        if any("\ud800" <= character <= "\udfff" for character in f"{key}{text}"):
             raise ConfigError(f"{COMMAND_LINE}: {word!r} or its value is not valid UTF-8")
+        overrides.append((key, Text(text)))
     return overrides
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[tuple[str, Text]]) -> None:
-    """Lays overrides into the parsed TOML, in place; a later one wins."""
+    """Lays overrides into the parsed TOML, in place. A later override wins."""
     for key, text in overrides:
         *names, last = key.split(".")
         table = raw
         for depth, name in enumerate(names):
-            table = table.setdefault(name, {})
+            table = table.setdefault(name, CommandLineTable())
             if not isinstance(table, dict):
                 path = ".".join(names[: depth + 1])
                 raise ConfigError(f"{COMMAND_LINE}: --{key} goes through {path}, which is a value; give it as --{path}")
@@ -126,10 +128,8 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[tuple[str, Text]]) 
 
 
 def convert(kind: Any, value: Any, at: Place) -> Any:
-    """``value`` (parsed TOML or Text) as ``kind``: a dataclass, scalar, Literal, X | None, tuple, list, dict[str, X].
-
-    Raises ConfigError naming place, value and what is allowed.
-    """
+    """Converts `value` (parsed TOML or Text) to `kind`: a dataclass, scalar, Literal, X | None, tuple, list or
+    dict[str, X]. Raises ConfigError with place, value and allowed values."""
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         return _convert_optional(kind, value, at)
@@ -146,24 +146,21 @@ def convert(kind: Any, value: Any, at: Place) -> Any:
     return _convert_scalar(kind, value, at)
 
 
-def reject_unknown_keys(kind: Any, raw: Mapping[str, Any], at: Place) -> None:
-    """Raises ConfigError for the first key that is no field of ``kind``, naming the nearest one."""
-    names = list(field_types(kind))
+def reject_unknown_keys(names: Sequence[str], raw: Mapping[str, Any], at: Place) -> None:
+    """Raises ConfigError for the first key that is not among `names`, with the nearest key."""
     for name, value in raw.items():
         if name not in names:
             known = f"keys of [{at.key}]" if at.key else "sections"
             nearest = _nearest_key(name, names, at)
             hint = f"; did you mean {nearest}?" if nearest else ""
-            source = COMMAND_LINE if _is_from_command_line(value) else at.source
-            place = dataclasses.replace(at.child(name, value), source=source)
-            place.fail(value, f"is not known; the {known} are {', '.join(names) or '(none)'}{hint}")
+            at.child(name, value).fail(value, f"is not known; the {known} are {', '.join(names) or '(none)'}{hint}")
 
 
 def _convert_table(kind: Any, value: Any, at: Place) -> Any:
     if not isinstance(value, Mapping):
         at.fail(value, f"must be {describe(kind)}; set one of {', '.join(field_types(kind))} in it")
-    reject_unknown_keys(kind, value, at)
     hints = field_types(kind)
+    reject_unknown_keys(list(hints), value, at)
     values = {name: convert(hints[name], item, at.child(name, item)) for name, item in value.items()}
     for field in fields_of(kind):
         if field.name in values or not is_required(field):
@@ -179,7 +176,7 @@ def _convert_table(kind: Any, value: Any, at: Place) -> Any:
 
 
 def _located(message: str, kind: Any, table: Mapping[str, Any], at: Place) -> str:
-    """A dataclass's own complaint with file and key before it; by custom it starts with the name of a field."""
+    """A section's own error, which starts with the name of a field, with file and key before it."""
     name = message.partition(" ")[0]
     if name in field_types(kind):
         place = at.child(name, table.get(name))
@@ -190,7 +187,7 @@ def _located(message: str, kind: Any, table: Mapping[str, Any], at: Place) -> st
 def _convert_optional(kind: Any, value: Any, at: Place) -> Any:
     inner = [option for option in get_args(kind) if option is not types.NoneType]
     assert len(inner) == 1, f"{at.key}: of unions, only X | None is supported, not {kind}"
-    if NO_VALUE in (value, getattr(value, "text", None)):
+    if plain_text(value) == NO_VALUE:
         return None
     return convert(inner[0], value, at)
 
@@ -199,7 +196,7 @@ def _convert_literal(kind: Any, value: Any, at: Place) -> Any:
     for option in get_args(kind):
         if value == Text(str(option)) or (value == option and type(value) is type(option)):
             return option
-    text, words = _plain_text(value), [str(option) for option in get_args(kind)]
+    text, words = plain_text(value), [str(option) for option in get_args(kind)]
     near = difflib.get_close_matches(text, words, n=1) if isinstance(text, str) else []
     at.fail(value, f"must be {describe(kind)}" + (f"; did you mean {json.dumps(near[0])}?" if near else ""))
 
@@ -218,7 +215,7 @@ def _convert_sequence(kind: Any, value: Any, at: Place) -> Any:
 
 
 def _items_from_text(text: str) -> Any:
-    """Items of ``0.0,0.999`` as Text, of ``[0.0, 0.999]`` as TOML reads them; None where neither works."""
+    """Items of `0.0,0.999` as Text, items of `[0.0, 0.999]` as TOML reads them. None for any other text."""
     if not text.startswith("["):
         return [Text(item.strip()) for item in text.split(",")] if text.strip() else []
     try:
@@ -247,7 +244,7 @@ def _convert_scalar(kind: Any, value: Any, at: Place) -> Any:
 
 
 def _scalar_from_text(kind: Any, text: str | None) -> Any:
-    """What TOML would have read for this kind, or the text itself where it is none."""
+    """The value that TOML would have read for this kind, or the text itself."""
     if kind is bool:
         return {None: True, "true": True, "false": False}.get(text and text.lower(), text)
     try:
@@ -276,20 +273,8 @@ def _nearest_key(name: str, siblings: Sequence[str], at: Place) -> str | None:
     return near[0] if near else None
 
 
-def _is_from_command_line(value: Any) -> bool:
-    pending, found = [value], False
-    while pending:  # a loop, because dotted TOML keys can nest deeper than Python recurses
-        item = pending.pop()
-        if isinstance(item, dict):
-            pending.extend(item.values())
-        elif isinstance(item, Text):
-            found = True
-        else:
-            return False
-    return found
-
-
-def _plain_text(value: Any) -> Any:
+def plain_text(value: Any) -> Any:
+    """The text of a command-line value; any other value as it is."""
     return value.text if isinstance(value, Text) else value
 
 
@@ -297,9 +282,9 @@ def _plain_text(value: Any) -> Any:
 
 
 def check_range(section: Any, *names: str, **limits: float) -> None:
-    """Raises ValueError unless each named field keeps the limits given as ``least``, ``most``, ``above`` or ``below``.
+    """Raises ValueError unless each named field keeps the limits `least`, `most`, `above` and `below` that are given.
 
-    A tuple keeps them in every item; None passes.
+    A tuple keeps them in every item. None passes.
     """
     allowed = " and ".join(f"{_LIMITS[limit][1]} {bound}" for limit, bound in limits.items())
     for name in names:
@@ -309,14 +294,24 @@ def check_range(section: Any, *names: str, **limits: float) -> None:
             raise ValueError(f"{name} = {value} is out of range; choose {allowed}")
 
 
+def check_no_effect(section: Any, *names: str, given: str) -> None:
+    """Raises ValueError for the first named field that is not at its default, although it has no effect with the
+    present value of the field `given`."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if field.name in names and value != field.default:
+            present = show(given, getattr(section, given))
+            raise ValueError(f"{show(field.name, value)} has no effect with {present}; remove it or change {given}")
+
+
 def nearest_multiples(value: int, unit: int) -> str:
-    """The multiples of ``unit`` around ``value``, for an error: "8 or 12"."""
+    """The multiples of `unit` around `value`, for an error: "8 or 12"."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else str(unit)
 
 
 def nearest_divisors(value: int, whole: int) -> str:
-    """The divisors of ``whole`` around ``value``, for an error: "2 or 4"."""
+    """The divisors of `whole` around `value`, for an error: "2 or 4"."""
     divisors = [number for number in range(1, whole + 1) if whole % number == 0]
     below = [number for number in divisors if number <= value]
     above = [number for number in divisors if number > value]

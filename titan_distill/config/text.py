@@ -1,8 +1,8 @@
-"""What the configuration looks like to people: types in words, ``--help``, the resolved file, values in errors.
+"""Configuration as text: types in words, `--help`, values in errors, TOML.
 
-Everything here reads the same two things: the annotations of the config dataclasses and the string literal under each
-field. Secrets never belong in a configuration (they come from the environment), but someone will write one there;
-whatever leaves the process is therefore redacted by the name of the key, here and nowhere else.
+All of it comes from the annotations of the config dataclasses and the string literal under each field. Secrets do not
+belong in a configuration (they come from the environment), but someone will write one there. Text that leaves the
+process therefore redacts values by the name of their key, here and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import json
 import re
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 NO_VALUE = "none"
-"""How None is written: TOML has no null."""
+"""Text for None, because TOML has no null."""
 
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
@@ -31,7 +31,7 @@ _REDACTED = "<redacted>"
 
 
 def field_types(kind: Any) -> dict[str, Any]:
-    """Name and resolved type of each field that a configuration can set."""
+    """Names and types of the fields that a configuration can set."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields_of(kind)}
 
@@ -47,7 +47,7 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def field_docs(kind: Any) -> dict[str, str]:
-    """The string literal under each field of a dataclass, read from its source."""
+    """Field docstrings: the string literal under each field of a dataclass, read from its source."""
     docs: dict[str, str] = {}
     for cls in [base for base in reversed(kind.__mro__) if "__dataclass_fields__" in vars(base)]:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
@@ -60,11 +60,11 @@ def field_docs(kind: Any) -> dict[str, str]:
     return docs
 
 
-# Words --------------------------------------------------------------------------------------------
+# Descriptions -------------------------------------------------------------------------------------
 
 
 def describe(kind: Any) -> str:
-    """A type in words, for errors and help."""
+    """Describes a type in words, for errors and help."""
     if kind in SCALARS:
         return SCALARS[kind]
     if dataclasses.is_dataclass(kind) or get_origin(kind) is dict:
@@ -79,29 +79,30 @@ def describe(kind: Any) -> str:
     return f"a list, each item {describe(options[0])}"
 
 
-def schema_help(kind: Any, hints: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Lines of --help for all keys of ``kind``, single keys before tables: name, type, default, docstring of the field.
+def schema_help(kind: Any, hints: dict[str, Any], prefix: str = "", sections: Collection[Any] = ()) -> Iterator[str]:
+    """Lines of `--help` for all keys of `kind`, single keys before tables: name, type, default, field docstring.
 
-    ``hints`` are its field types, where the caller may have put a dataclass in the place of Any.
+    `hints` are its field types, in which the caller may have replaced Any by a dataclass. A table whose type is in
+    `sections` is not spelled out again.
     """
     docs = field_docs(kind)
     for field in sorted(fields_of(kind), key=lambda field: _table_type(hints[field.name]) is not None):
         key, table = f"{prefix}{field.name}", _table_type(hints[field.name])
         if table is None:
-            default = "required" if is_required(field) else f"default {toml_value(_plain(_default(field), ''))}"
+            default = "required" if is_required(field) else f"default {toml_value(_plain(_default(field), '', False))}"
             yield f"  --{key}: {describe(hints[field.name])} ({default})"
             yield textwrap.indent(docs.get(field.name, ""), " " * 8)
             continue
         key = key if table is hints[field.name] else f"{key}.<name>"
         yield from ("", f"[{key}] {docs.get(field.name, '')}")
-        if dataclasses.is_dataclass(table):
-            yield from schema_help(table, field_types(table), f"{key}.")
-        else:
+        if table is Any:
             yield "  Its keys follow from [recipe]; --help with --job.config_file FILE lists them."
+        elif table not in sections:
+            yield from schema_help(table, field_types(table), f"{key}.", sections or tuple(hints.values()))
 
 
 def _table_type(hint: Any) -> Any:
-    """The dataclass (or Any) behind a field that is a table or a table of such tables, else None."""
+    """The dataclass (or Any) of a field that is a table or a table of tables. None for other fields."""
     table = get_args(hint)[1] if get_origin(hint) is dict else hint
     return table if dataclasses.is_dataclass(table) or table is Any else None
 
@@ -111,7 +112,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def show(key: str, value: Any) -> str:
-    """``key = value`` on one line, short, and without secrets."""
+    """Formats `key = value` on one short line, without secrets."""
     if isinstance(value, dict):
         return f"[{key}]"
     if _SECRET_KEY.search(key.rpartition(".")[2].partition("[")[0]):
@@ -127,22 +128,22 @@ def show(key: str, value: Any) -> str:
 # Files --------------------------------------------------------------------------------------------
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as nested dicts and lists of scalars; strings under secret-looking keys are redacted."""
-    plain: dict[str, Any] = _plain(config, "")
+def to_dict(config: Any, *, skip_origins: bool = False) -> dict[str, Any]:
+    """The configuration as nested dicts and lists of scalars. Strings under secret-looking keys are redacted.
+
+    `skip_origins` leaves out the fields that say where a configuration came from (`compare=False`).
+    """
+    plain: dict[str, Any] = _plain(config, "", skip_origins)
     return plain
 
 
-def to_toml(config: Any) -> str:
-    """The resolved file: every key, secrets redacted. ``load_config`` reads an equal configuration back from it.
-
-    Fields that say where a configuration came from (``compare=False``) are left out: another file cannot repeat them.
-    """
-    return "\n".join(_toml_lines(_plain(config, "", skip_origins=True))).lstrip("\n") + "\n"
+def toml_text(tables: dict[str, Any]) -> str:
+    """Writes nested dicts and lists of scalars as TOML."""
+    return "\n".join(_toml_lines(tables)).lstrip("\n") + "\n"
 
 
 def toml_value(value: Any) -> str:
-    """A plain value as TOML, on one line; None becomes the string "none"."""
+    """Writes a plain value as TOML on one line. None becomes the string "none"."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
@@ -170,7 +171,7 @@ def _toml_lines(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
         yield from _toml_lines(value, f"{prefix}.{_toml_key(name)}" if prefix else _toml_key(name))
 
 
-def _plain(value: Any, key: str, skip_origins: bool = False) -> Any:
+def _plain(value: Any, key: str, skip_origins: bool) -> Any:
     if dataclasses.is_dataclass(value):
         kept = [field.name for field in fields_of(value) if field.compare or not skip_origins]
         return {name: _plain(getattr(value, name), _secret_or(key, name), skip_origins) for name in kept}
@@ -182,5 +183,5 @@ def _plain(value: Any, key: str, skip_origins: bool = False) -> Any:
 
 
 def _secret_or(key: str, name: str) -> str:
-    """The key that decides about redaction: everything inside a secret table is secret."""
+    """The key that decides about redaction. Everything inside a secret table is secret."""
     return key if _SECRET_KEY.search(key) else name

@@ -1,7 +1,7 @@
-"""Video files to clips: decode, resample in time, resize and crop, cut.
+"""Reader of video files: decodes, resamples in time, resizes and crops, and cuts into clips.
 
-Everything streams: a frame is decoded, resized at once and kept only until its clips are cut, so that an hour of 4K
-costs no more memory than a clip. Time is taken from the frames' timestamps, not from their count, which makes variable
+A frame is decoded, resized at once and held only until its clips are cut, so that an hour of 4K costs no more memory
+than a clip. Time is taken from the frames' timestamps, not from their count, which makes variable
 frame rates come out right. Pixels are taken to be square, and rotation metadata is honoured.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,36 +44,44 @@ class Clip(NamedTuple):
     duration_seconds: float
 
 
-def read_clips(
-    path: Path, *, num_frames: int, stride: int, height: int, width: int, fps: float | None
-) -> Iterator[Clip]:
-    """Clips of `num_frames` frames that start every `stride` frames of the resampled video.
+@dataclass(frozen=True)
+class VideoSize:
+    """Size of a clip: frames and pixels; `fps` frames per second, or every frame of the video where it is None."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float | None = None
+
+
+def read_clips(path: Path, size: VideoSize, stride: int | None = None) -> Iterator[Clip]:
+    """The clips of a video.
 
     Args:
         path: anything FFmpeg decodes.
-        num_frames: frames a clip, after resampling.
-        stride: frames between the starts of two clips; `num_frames` cuts without overlap.
-        height: pixels; the frame is scaled to cover height × width and its centre is cropped.
-        width: pixels.
-        fps: frames a second after resampling, by nearest timestamp; None keeps every frame.
+        size: frames after resampling, by nearest timestamp; each is scaled to cover height × width and its centre is
+            cropped.
+        stride: frames between the starts of two clips, counted after resampling. Default: `size.num_frames`, which
+            cuts without overlap.
 
     Raises:
         ValueError: the file can't be decoded, ends before its stated duration or is shorter than one clip.
     """
     from av.video.reformatter import VideoReformatter
 
-    frames = decode(path) if fps is None else resample(decode(path), fps)
+    num_frames, stride = size.num_frames, stride or size.num_frames
+    frames = decode(path) if size.fps is None else resample(decode(path), size.fps)
     # PyAV 19 shares one among all frames, even in a forked data worker, where it waits for threads that are not there.
     reformatter = VideoReformatter()
     window: deque[tuple[float, float, Tensor]] = deque(maxlen=num_frames)
     count = 0
     for count, (start, end, frame) in enumerate(frames, start=1):
-        window.append((start, end, _fit(reformatter.reformat(frame, format="rgb24"), height, width)))
+        window.append((start, end, _fit(reformatter.reformat(frame, format="rgb24"), size.height, size.width)))
         if count >= num_frames and (count - num_frames) % stride == 0:
             duration = window[-1][1] - window[0][0]
             yield Clip(torch.stack([pixels for _, _, pixels in window]), duration)
     if count < num_frames:
-        rate = "" if fps is None else f" at {fps:g} frames a second"
+        rate = "" if size.fps is None else f" at {size.fps:g} frames per second"
         raise ValueError(f"{path} has {count} frames{rate}, a clip takes {num_frames}: remove it or ask for less")
 
 
@@ -83,8 +93,7 @@ def read_picture(path: Path, height: int, width: int) -> Tensor:
     """
     if not path.is_file():
         raise ValueError(f"there is no picture {path}; correct the path")
-    clips = read_clips(path, num_frames=1, stride=1, height=height, width=width, fps=None)
-    return next(clips).pixels[0].permute(1, 2, 0)
+    return next(read_clips(path, VideoSize(1, height, width))).pixels[0].permute(1, 2, 0)
 
 
 def decode(path: Path) -> Iterator[TimedFrame]:
@@ -108,7 +117,7 @@ def decode(path: Path) -> Iterator[TimedFrame]:
                 start = frame.time if frame.time is not None else (last.end if last else 0.0)
                 duration = float(frame.duration * frame.time_base) if frame.duration else interval
                 if start + duration - (last.start if last else start) > _MAX_STANDSTILL_SECONDS:
-                    # A damaged timestamp; resampled, the frame before it would be repeated for hours or for ever.
+                    # A damaged timestamp; resampled, the frame before it would be repeated for hours, or without end.
                     raise ValueError(
                         f"{path} stands still for over {_MAX_STANDSTILL_SECONDS:g} seconds: its "
                         "timestamps are damaged, encode it again or remove it"
@@ -144,26 +153,17 @@ def resample(frames: Iterable[TimedFrame], fps: float) -> Iterator[TimedFrame]:
     """
     tick = 0
     origin: float | None = None
-    for frame, next_start in _with_next_start(frames):
+    for frame, following in pairwise(chain(frames, [None])):
+        assert frame is not None, "only the last one is"
+        next_start = following.start if following else frame.end
         origin = frame.start if origin is None else origin
         while (instant := origin + tick / fps) < (frame.start + next_start) / 2:
             yield TimedFrame(instant, instant + 1 / fps, frame.frame)
             tick += 1
 
 
-def _with_next_start(frames: Iterable[TimedFrame]) -> Iterator[tuple[TimedFrame, float]]:
-    """Each frame with the start of its successor; the last one gives way to its own end."""
-    previous: TimedFrame | None = None
-    for frame in frames:
-        if previous:
-            yield previous, frame.start
-        previous = frame
-    if previous:
-        yield previous, previous.end
-
-
 def _fit(frame: av.VideoFrame, height: int, width: int) -> Tensor:
-    """Scale an RGB frame to cover height × width and crop its centre: ``[3, height, width]`` uint8."""
+    """Scale an RGB frame to cover height × width and crop its centre: `[3, height, width]` uint8."""
     upright = np.rot90(frame.to_ndarray(), k=round(frame.rotation / 90))
     pixels_HWC = torch.from_numpy(np.ascontiguousarray(upright))
     scale = max(height / pixels_HWC.shape[0], width / pixels_HWC.shape[1])
@@ -174,7 +174,7 @@ def _fit(frame: av.VideoFrame, height: int, width: int) -> Tensor:
 
 
 def read_mp4(path: Path | str) -> tuple[npt.NDArray[np.uint8], float]:
-    """All frames ``[T, H, W, 3]`` of a video that ``write_mp4`` wrote, and its frames per second."""
+    """All frames `[T, H, W, 3]` of a video that `write_mp4` wrote, and its frames per second."""
     import av
 
     with av.open(str(path)) as container:

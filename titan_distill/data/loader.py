@@ -1,7 +1,7 @@
-"""A loader whose whole state is one number: how many samples the run has seen.
+"""The loader makes batches; its whole state is one number, the samples that the run has seen.
 
-Sample ``g`` of a run, counted over all ranks from 0, is row ``permutation(seed, g // len)[g % len]`` of the dataset.
-Nothing else decides what is trained on. A global batch is the next ``global_batch_size`` ids, and a rank takes its
+Sample `g` of a run, counted over all ranks from 0, is row `permutation(seed, g // len)[g % len]` of the dataset.
+Nothing else decides what is trained on. A global batch is the next `global_batch_size` ids, and a rank takes its
 contiguous slice of them, so any number of ranks sees the same samples under the same ids, an epoch may end inside a
 batch, and resuming on another cluster is exact: the counter is all there is to save.
 
@@ -18,16 +18,17 @@ import functools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_distill.data.parquet import LatentRow
+from titan_distill.config.sections import DataConfig
+from titan_distill.data.footage import VideoSize
+from titan_distill.data.parquet import LatentRow, ParquetDataset
 from titan_distill.data.rows import RowDataset
-from titan_distill.data.videos import ClipRow
+from titan_distill.data.videos import ClipRow, VideoDataset
 from titan_distill.diffusion.noise import keyed_generator
 from titan_distill.diffusion.transfer import to_device
 
@@ -72,9 +73,39 @@ class Batch:
         )
 
 
+def open_dataset(
+    data: DataConfig, *, tensors: Sequence[str], video_size: tuple[int, int, int] | None, needs_latents: bool
+) -> RowDataset[LatentRow] | RowDataset[ClipRow]:
+    """The rows to train on.
+
+    Args:
+        data: where they are.
+        tensors: further tensors that each row must have.
+        video_size: (frames, height, width) of a sample in pixels; None for families whose samples are no videos.
+        needs_latents: whether rows without a latent, or a video, can't be trained on.
+
+    Raises:
+        ValueError: data that can't be read, or that lacks what is needed.
+    """
+    dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
+    if data.holds_videos:
+        if video_size is None or tensors:
+            lacking = f"the tensors {', '.join(tensors)}" if tensors else "samples of a family without videos"
+            raise ValueError(f"data.path = {data.path!r} is a .csv, which can't hold {lacking}; use parquet")
+        size = VideoSize(*video_size, data.fps) if needs_latents else None
+        return VideoDataset(data.path, size, data.max_bad_rows)
+    dataset = ParquetDataset(data.path, tensors=tensors, max_bad_rows=data.max_bad_rows)
+    if needs_latents and not dataset.has_latents:
+        raise ValueError(
+            f"data.path = {data.path!r} holds only text, but this job trains on latents; make them with "
+            "`titan-distill data preprocess`"
+        )
+    return dataset
+
+
 @dataclass(frozen=True)
 class SampleOrder:
-    """Which dataset row each sample id of the run is."""
+    """Maps each sample id of the run to a dataset row."""
 
     num_rows: int
     seed: int
@@ -85,22 +116,12 @@ class SampleOrder:
         return int(_permutation(self.num_rows, self.seed, epoch)[position])
 
 
-def build_loader(
-    dataset: RowDataset[LatentRow] | RowDataset[ClipRow],
-    *,
-    global_batch_size: int,
-    data_rank: int,
-    data_world_size: int,
-    seed: int,
-    max_text_tokens: int,
-    samples_seen: int = 0,
-    num_workers: int = 0,
-) -> SampleLoader:
-    """Endless loader of this rank's slices of the global batches, starting after `samples_seen` samples.
+class SampleLoader(Iterator[Batch]):
+    """Endless iterator over this rank's slices of the global batches.
 
     Args:
         dataset: its rows all have latents of one shape, or all none.
-        global_batch_size: samples a step over all data ranks; a multiple of `data_world_size`.
+        global_batch_size: samples per step over all data ranks; a multiple of `data_world_size`.
         data_rank: index of this rank's data group, in [0, data_world_size).
         data_world_size: number of data groups.
         seed: of the epoch permutations.
@@ -109,43 +130,38 @@ def build_loader(
         num_workers: reader processes; 0 reads in this process. It changes when rows are read, not which.
 
     Raises:
-        ValueError: the global batch does not divide over the ranks.
         RuntimeError: from iterating, with the path and the fault, whatever went wrong in whichever process.
     """
-    if global_batch_size < 1 or global_batch_size % data_world_size:
-        nearest = max(1, round(global_batch_size / data_world_size)) * data_world_size
-        raise ValueError(
-            f"training.global_batch_size = {global_batch_size} does not divide over {data_world_size} data ranks: "
-            f"use a multiple of {data_world_size}, such as {nearest}"
-        )
-    assert 0 <= data_rank < data_world_size
-    order = SampleOrder(len(dataset), seed)
-    ids = _RankSampleIds(global_batch_size, data_rank, data_world_size)
-    loader: StatefulDataLoader[Batch | _Failure] = StatefulDataLoader(
-        _BatchReader(dataset, order, max_text_tokens),
-        sampler=ids,
-        batch_size=None,  # one index, a list of sample ids, is one batch
-        num_workers=num_workers,
-        # Without a generator of its own, each new iterator would draw from torch's global one.
-        generator=torch.Generator().manual_seed(seed),
-    )
-    stream = SampleLoader(loader, ids, order, dataset.path)
-    stream.load_state_dict({"samples_seen": samples_seen})
-    return stream
-
-
-class SampleLoader(Iterator[Batch]):
-    """Endless iterator over one rank's batches; made by `build_loader`."""
 
     def __init__(
-        self, loader: StatefulDataLoader[Batch | _Failure], ids: _RankSampleIds, order: SampleOrder, path: Path
+        self,
+        dataset: RowDataset[LatentRow] | RowDataset[ClipRow],
+        *,
+        global_batch_size: int,
+        data_rank: int,
+        data_world_size: int,
+        seed: int,
+        max_text_tokens: int,
+        samples_seen: int = 0,
+        num_workers: int = 0,
     ) -> None:
-        self.order = order
-        self._path = path
-        self._loader = loader
-        self._ids = ids
-        self._samples_seen = 0
+        assert global_batch_size % data_world_size == 0, (
+            f"{global_batch_size} samples over {data_world_size} data ranks"
+        )
+        assert 0 <= data_rank < data_world_size
+        self._path = dataset.path
+        self.order = SampleOrder(len(dataset), seed)
+        self._ids = _RankSampleIds(global_batch_size, data_rank, data_world_size)
+        self._loader: StatefulDataLoader[Batch | _Failure] = StatefulDataLoader(
+            _BatchReader(dataset, self.order, max_text_tokens),
+            sampler=self._ids,
+            batch_size=None,  # one index, a list of sample ids, is one batch
+            num_workers=num_workers,
+            # Without a generator of its own, each new iterator would draw from torch's global one.
+            generator=torch.Generator().manual_seed(seed),
+        )
         self._batches: Iterator[Batch | _Failure] | None = None
+        self.load_state_dict({"samples_seen": samples_seen})
 
     def __next__(self) -> Batch:
         if self._batches is None:
@@ -162,11 +178,11 @@ class SampleLoader(Iterator[Batch]):
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """``{"samples_seen": n}``: what all ranks together were handed, not what was read ahead."""
+        """`{"samples_seen": n}`: what all ranks together were handed, not what was read ahead."""
         return {"samples_seen": self._samples_seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after ``state["samples_seen"]`` samples, saved with any number of ranks and workers."""
+        """Continue after `state["samples_seen"]` samples, saved with any number of ranks and workers."""
         self._samples_seen = self._ids.first = state["samples_seen"]
         # StatefulDataLoader takes an empty state as "start anew": it drops its iterator and what workers read ahead.
         self._loader.load_state_dict({})
@@ -175,7 +191,7 @@ class SampleLoader(Iterator[Batch]):
 
 @dataclass
 class _RankSampleIds:
-    """Sampler: the sample ids of one rank, a list a step, from global sample number `first` on."""
+    """Sampler: the sample ids of one rank, one list per step, from global sample number `first` on."""
 
     global_batch_size: int
     data_rank: int
@@ -251,14 +267,12 @@ def collate_clips(sample_ids: list[int], rows: Sequence[ClipRow]) -> Batch:
 
 def _stack_latents(rows: Sequence[LatentRow]) -> Tensor | None:
     latents = [row.vae_latent.float() for row in rows if row.vae_latent is not None]
-    if not latents:
-        return None
-    if len(latents) < len(rows):
+    if 0 < len(latents) < len(rows):
         text_only = next(row for row in rows if row.vae_latent is None)
         raise ValueError(
             f"row {text_only.id!r} has no latent, others have: keep text-only rows in a folder of their own"
         )
-    return _stack(rows, latents, "latent")
+    return _stack(rows, latents, "latent") if latents else None
 
 
 def _stack(rows: Sequence[LatentRow], tensors: Sequence[Tensor], what: str) -> Tensor:

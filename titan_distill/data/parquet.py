@@ -1,13 +1,13 @@
-"""Latents and text embeddings in parquet files, in FastVideo's column scheme.
+"""Reader and writer of parquet files of latents and text embeddings, in FastVideo's column scheme.
 
-A tensor is three columns: ``<name>_bytes`` (raw little-endian values), ``<name>_shape`` (list of int64) and
-``<name>_dtype`` (``"float32"``, ``"float16"`` or ``"bfloat16"``), for ``vae_latent`` and ``text_embedding``. Beside
-them stand the caption and facts about the clip. A text-only row, for data-free distillation, leaves ``vae_latent`` out.
+A tensor is three columns: `<name>_bytes` (raw little-endian values), `<name>_shape` (list of int64) and
+`<name>_dtype` (`"float32"`, `"float16"` or `"bfloat16"`), for `vae_latent` and `text_embedding`. Beside
+them stand the caption and facts about the clip. A text-only row, for data-free distillation, leaves `vae_latent` out.
 Further tensors, of any shape, are three columns under their own name; a reader gets those that it asks for by name.
 
 Trade-offs. Training reads rows in random order, and parquet's smallest readable piece is a row group. So the writer
 keeps groups small (`MAX_GROUP_ROWS`, `MAX_GROUP_BYTES`), at the price of a little compression, and the reader keeps the
-groups it used last, up to ``cache_bytes``: a small dataset ends up in memory whole, a large one costs one group a row.
+groups it used last, up to `cache_bytes`: a small dataset ends up in memory whole, a large one costs one group per row.
 Opening a folder reads only the footers. Every row is checked when it is read, not when the folder is opened, because
 checking means reading everything; `titan_distill.data.summary.inspect` does that in advance. The writer adds parquet's
 own checksum to each page: a byte that changed on disk is then noticed, not trained on.
@@ -18,10 +18,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-import os
 import textwrap
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,39 +31,45 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from titan_distill.config.dtypes import DTYPES
 from titan_distill.data.rows import BadRowError, RowDataset
+from titan_distill.fault_tolerance.files import atomic
 
 MAX_GROUP_ROWS = 32
 MAX_GROUP_BYTES = 16 * 2**20
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("vae_latent_bytes", pa.binary()),
-        ("vae_latent_shape", pa.list_(pa.int64())),
-        ("vae_latent_dtype", pa.string()),
-        ("text_embedding_bytes", pa.binary()),
-        ("text_embedding_shape", pa.list_(pa.int64())),
-        ("text_embedding_dtype", pa.string()),
-        ("file_name", pa.string()),
-        ("caption", pa.string()),
-        ("media_type", pa.string()),
-        ("width", pa.int64()),
-        ("height", pa.int64()),
-        ("num_frames", pa.int64()),
-        ("duration_sec", pa.float64()),
-        ("fps", pa.float64()),
-    ]
-)
-REQUIRED_COLUMNS = ("caption", "text_embedding_bytes", "text_embedding_shape", "text_embedding_dtype")
-LATENT_COLUMNS = ("vae_latent_bytes", "vae_latent_shape", "vae_latent_dtype")
 _TENSOR_TYPES = {"bytes": pa.binary(), "shape": pa.list_(pa.int64()), "dtype": pa.string()}
 
+
+def _columns(name: str) -> dict[str, pa.DataType]:
+    """The three columns of a tensor."""
+    return {f"{name}_{part}": kind for part, kind in _TENSOR_TYPES.items()}
+
+
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        **_columns("vae_latent"),
+        **_columns("text_embedding"),
+        "file_name": pa.string(),
+        "caption": pa.string(),
+        "media_type": pa.string(),
+        "width": pa.int64(),
+        "height": pa.int64(),
+        "num_frames": pa.int64(),
+        "duration_sec": pa.float64(),
+        "fps": pa.float64(),
+    }
+)
+REQUIRED_COLUMNS = ("caption", *_columns("text_embedding"))
+LATENT_COLUMNS = tuple(_columns("vae_latent"))
+
 _READ_ERRORS = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)
-"""What pyarrow raises for a damaged file; a damaged length makes it ask for any amount of memory."""
+"""Errors that pyarrow raises for a damaged file; a damaged length makes it ask for any amount of memory."""
+
+_REMEDY = "remove it or write it again"
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,6 @@ def write_rows(path: str | Path, rows: Iterable[LatentRow]) -> int:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     num_rows = 0
     remaining = iter(rows)
     first = next(remaining, None)
@@ -103,21 +108,19 @@ def write_rows(path: str | Path, rows: Iterable[LatentRow]) -> int:
         raise ValueError(f"no rows to write to {path}: a dataset needs at least one")
     schema = schema_with(first.extra)
     records = (_to_record(row, first.extra) for row in itertools.chain([first], remaining))
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer:
-            for group in _row_groups(records):
-                writer.write_table(pa.Table.from_pylist(group, schema))
-                num_rows += len(group)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        atomic(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        for group in _row_groups(records):
+            writer.write_table(pa.Table.from_pylist(group, schema))
+            num_rows += len(group)
     return num_rows
 
 
 def schema_with(names: Iterable[str]) -> pa.Schema:
     """`SCHEMA` and the columns of further tensors."""
-    columns = [(f"{name}_{part}", kind) for name in names for part, kind in _TENSOR_TYPES.items()]
-    return pa.schema([*SCHEMA, *(pa.field(*column) for column in columns)])
+    return pa.schema([*SCHEMA, *(pa.field(*column) for name in names for column in _columns(name).items())])
 
 
 def read_ids(path: str | Path) -> list[str]:
@@ -128,11 +131,8 @@ def read_ids(path: str | Path) -> list[str]:
     """
     ids: list[str] = []
     for file in _list_files(Path(path)):
-        try:
-            with pq.ParquetFile(file) as parquet:
-                ids += parquet.read(columns=["id"], use_threads=False).column("id").to_pylist()
-        except (*_READ_ERRORS, KeyError) as error:
-            raise ValueError(f"{file} has no readable ids ({_brief(error)}): {_REMEDY}") from error
+        with _reading(f"{file} has no readable ids"), pq.ParquetFile(file) as parquet:
+            ids += parquet.read(columns=["id"], use_threads=False).column("id").to_pylist()
     return ids
 
 
@@ -143,16 +143,23 @@ def extra_names(path: str | Path) -> tuple[str, ...]:
         ValueError: as `ParquetDataset`.
     """
     file = _list_files(Path(path))[0]
-    try:
+    with _reading(f"{file} is not a complete parquet file"):
         columns = set(pq.read_schema(file).names) - set(SCHEMA.names)
-    except _READ_ERRORS as error:
-        raise ValueError(f"{file} is not a complete parquet file ({_brief(error)}): {_REMEDY}") from error
     names = {column.removesuffix("_bytes") for column in columns if column.endswith("_bytes")}
-    return tuple(sorted(name for name in names if {f"{name}_{part}" for part in _TENSOR_TYPES} <= columns))
+    return tuple(sorted(name for name in names if _columns(name).keys() <= columns))
+
+
+@contextmanager
+def _reading(fault: str) -> Iterator[None]:
+    """Turns the errors of a damaged file into one ValueError that begins with `fault`."""
+    try:
+        yield
+    except (*_READ_ERRORS, KeyError) as error:
+        raise ValueError(f"{fault} ({_brief(error)}): {_REMEDY}") from error
 
 
 class ParquetDataset(RowDataset[LatentRow]):
-    """Map-style view of one parquet file, or of all ``*.parquet`` files of a folder sorted by name.
+    """Map-style view of one parquet file, or of all `*.parquet` files of a folder sorted by name.
 
     Args:
         path: file or folder.
@@ -188,7 +195,11 @@ class ParquetDataset(RowDataset[LatentRow]):
         return self[0].vae_latent is not None
 
     def read(self, index: int) -> LatentRow:
-        group, offset = self._locate(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a dataset of {len(self)} rows")
+        number = bisect.bisect_right(self._group_ends, index)
+        group = self._groups[number]
+        offset = index - (self._group_ends[number] - group.num_rows)
         table = self._table(group)
         record = {name: table.column(name)[offset] for name in table.column_names}
         return _from_record(record, self._tensors, f"{group.file}, row {group.first_row + offset}")
@@ -196,13 +207,6 @@ class ParquetDataset(RowDataset[LatentRow]):
     def __getstate__(self) -> dict[str, Any]:
         # A worker started by spawn fills a cache of its own.
         return {**self.__dict__, "_cache": OrderedDict()}
-
-    def _locate(self, index: int) -> tuple[_Group, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of a dataset of {len(self)} rows")
-        number = bisect.bisect_right(self._group_ends, index)
-        group = self._groups[number]
-        return group, index - (self._group_ends[number] - group.num_rows)
 
     def _table(self, group: _Group) -> pa.Table:
         if group not in self._cache:
@@ -234,21 +238,15 @@ def _list_files(path: Path) -> list[Path]:
 
 
 def _index_file(file: Path, expected: pa.Schema) -> list[_Group]:
-    try:
-        with pq.ParquetFile(file) as parquet:
-            schema, metadata = parquet.schema_arrow, parquet.metadata
-            sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-            columns = list(zip(schema.names, schema.types))
-    except _READ_ERRORS as error:
-        raise ValueError(f"{file} is not a complete parquet file ({_brief(error)}): {_REMEDY}") from error
+    with _reading(f"{file} is not a complete parquet file"), pq.ParquetFile(file) as parquet:
+        schema, metadata = parquet.schema_arrow, parquet.metadata
+        sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        columns = list(zip(schema.names, schema.types))
     if min(sizes, default=0) < 0 or sum(sizes) != metadata.num_rows:
         raise ValueError(f"{file} is damaged: its row groups do not add up to {metadata.num_rows} rows: {_REMEDY}")
     _check_columns(file, columns, expected)
     first_rows = itertools.accumulate(sizes, initial=0)
     return [_Group(file, number, first, size) for number, (first, size) in enumerate(zip(first_rows, sizes))]
-
-
-_REMEDY = "remove it or write it again"
 
 
 def _check_columns(file: Path, columns: list[tuple[str, pa.DataType]], expected: pa.Schema) -> None:
@@ -347,12 +345,9 @@ def _from_record(record: Mapping[str, pa.Scalar], tensors: Iterable[str], where:
     if not caption.strip():
         raise BadRowError(f"{where}: caption is empty")
     latent = _tensor(record, "vae_latent", 4, where)
-    extra = {}
-    for name in tensors:
-        tensor = _tensor(record, name, None, where)
-        if tensor is None:
-            raise BadRowError(f"{where}: no {name}")
-        extra[name] = tensor
+    extra = {name: _tensor(record, name, None, where) for name in tensors}
+    if absent := [name for name, tensor in extra.items() if tensor is None]:
+        raise BadRowError(f"{where}: no {absent[0]}")
     return LatentRow(**{"id": where, **known, "text_embedding": embedding, "vae_latent": latent, "extra": extra})
 
 

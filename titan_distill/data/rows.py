@@ -1,4 +1,4 @@
-"""Datasets by row, some of whose rows may turn out to be bad.
+"""Base of datasets, some of whose rows may turn out to be bad.
 
 A bad row is found when it is read. Up to `max_bad_rows` of them are named in the log, and each is replaced by the next
 good one. That depends on the files alone, so every layout and every resumed run trains on the same data.
@@ -23,7 +23,7 @@ class BadRowError(ValueError):
 
 
 class RowDataset(torch.utils.data.Dataset[Row]):
-    """Map-style dataset of the rows of ``path``.
+    """Map-style dataset of the rows of `path`.
 
     Args:
         path: file or folder, for messages.

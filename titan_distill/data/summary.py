@@ -1,7 +1,7 @@
-"""What a dataset holds, found by reading all of it: sizes, statistics and every bad row.
+"""Summary of a dataset from reading all of it: sizes, statistics and every bad row.
 
 Training checks rows as it meets them, hours into a run; this is the same check in advance. The latents' mean and
-standard deviation tell at a glance whether they were normalised: Wan's are near 0 and 1.
+standard deviation tell at a glance whether they were normalised: then they are near 0 and 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from titan_distill.data.parquet import DTYPE_NAMES, BadRowError, LatentRow, Parq
 
 @dataclass
 class DatasetSummary:
-    """Contents of a dataset; ``str()`` is what `titan-distill data inspect` prints."""
+    """Contents of a dataset; `str()` is what `titan-distill data inspect` prints."""
 
     path: Path
     num_files: int

@@ -1,16 +1,17 @@
-"""Text files, and CSV files with a header row by row, with the place of each row for messages."""
+"""Readers of text, CSV and JSON-lines files: row by row, with each row's place for messages."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def read_text(path: Path) -> str:
-    """The whole file, with any line ends as ``\\n``. Raises ValueError naming it when it is not there or no UTF-8."""
+    """The whole file, with any line ends as `\\n`. Raises ValueError naming it when it is not there or no UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -35,6 +36,33 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str
             yield f"{path}, line {reader.line_num}", entry
     except csv.Error as error:
         raise ValueError(f"{path}, after line {reader.line_num}: not CSV ({error})") from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Each line that is not blank as ("<path>, line n", line). Raises ValueError as `read_text`."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path}, line {number}", line
+
+
+def read_jsonl(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line of a file of JSON objects as ("<path>, line n", values by key).
+
+    Raises:
+        ValueError: a file that can't be read, or a line that is no JSON object; `keys` are named in the message.
+    """
+    for where, line in read_lines(path):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON ({error})") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}: expected a JSON object with {' and '.join(keys)}, found {line[:80]!r}")
+        yield where, entry
+
+
+READERS = {".csv": read_csv, ".jsonl": read_jsonl}
+"""Reader of a table by its file's suffix: (path, columns) -> rows."""
 
 
 def non_empty(where: str, entry: Mapping[str, Any], columns: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """A CSV of videos and prompts as a training set, without a preprocessing run before it.
 
-The file has the columns ``video`` (a path, relative to the CSV) and ``prompt``. A row is the first clip of its video:
+The file has the columns `video` (a path, relative to the CSV) and `prompt`. A row is the first clip of its video:
 loader processes decode, resample, scale and crop it, and the rank that trains on it encodes it (`Batch.clips`), each
 clip and each prompt alone, so that a sample's latents and text depend on nothing else in its batch.
 
@@ -19,21 +19,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from titan_distill.data.footage import read_clips
+from titan_distill.data.footage import VideoSize, read_clips
 from titan_distill.data.rows import BadRowError, RowDataset
 from titan_distill.data.tables import non_empty, read_csv
 
 VIDEO, PROMPT = "video", "prompt"
-
-
-@dataclass(frozen=True)
-class VideoSize:
-    """What is cut from a video: frames, and pixels; `fps` frames a second, or every frame where it is None."""
-
-    num_frames: int
-    height: int
-    width: int
-    fps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +52,7 @@ class VideoDataset(RowDataset[ClipRow]):
             prompt, *video = non_empty(where, entry, columns)
             self._rows.append((where, prompt, self._existing(where, video[0]) if video else None))
         if not self._rows:
-            raise ValueError(f"{self.path} has a header and no rows: write one a video")
+            raise ValueError(f"{self.path} has a header and no rows: write one per video")
 
     @property
     def has_latents(self) -> bool:
@@ -75,13 +65,8 @@ class VideoDataset(RowDataset[ClipRow]):
         where, prompt, video = self._rows[index]
         if video is None or self._size is None:
             return ClipRow(where, prompt, None)
-        size = self._size
-        clips = read_clips(
-            video, num_frames=size.num_frames, stride=size.num_frames, height=size.height, width=size.width,
-            fps=size.fps,
-        )  # fmt: skip
         try:
-            return ClipRow(where, prompt, next(clips).pixels.permute(0, 2, 3, 1))
+            return ClipRow(where, prompt, next(read_clips(video, self._size)).pixels.permute(0, 2, 3, 1))
         except ValueError as error:
             raise BadRowError(f"{where}: {error}") from error
 

@@ -56,19 +56,21 @@ def sample_ode(
     "euler" walks `ode_sigmas(num_steps, shift)`, or `sigmas`: num_steps levels, descending and already shifted, to
     which 0 is appended. "unipc" does what diffusers' WanPipeline does, see `_sample_unipc`; it needs [B, C, ...].
     Either calls the predictor num_steps times.
-    Raises ValueError for an unknown solver, for `sigmas` with "unipc", or when `sigmas` is not `num_steps` long.
+    Raises ValueError for an unknown solver, for `sigmas` with another than "euler", or when `sigmas` is not `num_steps`
+    long.
     """
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    if sigmas is not None and solver != "euler":
+        raise ValueError(f"solver {solver!r} makes its own grid; use solver 'euler' with an explicit list of sigmas")
     if solver == "unipc":
-        if sigmas is not None:
-            raise ValueError("solver 'unipc' makes its own grid; use solver 'euler' with an explicit list of sigmas")
         return _sample_unipc(predict_velocity, x, num_steps, shift)
-    if solver != "euler":
-        raise ValueError(f"unknown solver {solver!r}; choose 'euler' or 'unipc'")
-    grid = ode_sigmas(num_steps, shift).tolist() if sigmas is None else [*map(float, sigmas), 0.0]
+    grid = grid_sigmas(num_steps, shift, solver).tolist() if sigmas is None else [*map(float, sigmas), 0.0]
     if len(grid) != num_steps + 1:
         raise ValueError(f"num_steps is {num_steps} but sigmas lists {len(grid) - 1} levels; make them agree")
-    return _sample_euler(predict_velocity, x, grid)
+    for sigma, next_sigma in pairwise(grid):
+        v = predict_velocity(x, _per_sample(sigma, x))
+        x = x + (next_sigma - sigma) * v.to(x.dtype)
+    return x
 
 
 @torch.no_grad()
@@ -86,13 +88,6 @@ def sample_few_step(
         x = add_noise(x0.to(x.dtype), renoise(i), sigma_B)
         x0 = predict_x0(x, sigma_B)
     return x0.to(x.dtype)
-
-
-def _sample_euler(predict_velocity: Predictor, x: Tensor, grid: list[float]) -> Tensor:
-    for sigma, next_sigma in pairwise(grid):
-        v = predict_velocity(x, _per_sample(sigma, x))
-        x = x + (next_sigma - sigma) * v.to(x.dtype)
-    return x
 
 
 def _sample_unipc(predict_velocity: Predictor, x: Tensor, num_steps: int, shift: float) -> Tensor:

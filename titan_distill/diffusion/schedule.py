@@ -15,10 +15,11 @@ without an error (5 against 8 is 19 % in σ at t = 20), and so nothing here has 
 code. σ is float64, t is float32, and conversions run in float64 whatever the latents are: x_σ − σ v cancels at small σ.
 
 Noise levels stay on the host, whatever device latents are on: they are drawn there, and a model of two experts chooses
-by them without asking the GPU. What computes with latents brings them over (`broadcast_sigma`); the host does not wait.
+by them without asking the GPU. `broadcast_sigma` copies them to the latents' device, and the host does not wait.
 
 Shapes: `x`, `x0`, `v`, `noise` are [B, ...], for video [B, C, F, H, W]. `sigma` is a scalar tensor, [B] (one noise
-level a sample), or broadcastable to x with as many dims ([B, 1, F, 1, 1]: a level a frame, as image-to-video needs).
+level per sample), or broadcastable to x with as many dims ([B, 1, F, 1, 1]: a level per frame, as image-to-video
+needs).
 """
 
 import math
@@ -186,8 +187,8 @@ def training_sigma(
 ) -> Tensor:
     """Turn uniform draws u in [0, 1) into flow-matching noise levels; float64, shape of u.
 
-    "logit_normal" sends u through the normal quantile and a sigmoid, so that one keyed uniform is all a sample needs
-    under either law; `logit_mean` and `logit_std` belong to it alone. Source: SD3 (2403.03206), §3.1.
+    "logit_normal" sends u through the normal quantile and a sigmoid, so that one keyed uniform is all that a sample
+    needs under either law; `logit_mean` and `logit_std` belong to it alone. Source: SD3 (2403.03206), §3.1.
     """
     u = u.double()
     if distribution == "logit_normal":
@@ -212,15 +213,16 @@ def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor, form: GuidanceFor
     "offset" reads `scale` as CausVid and Self-Forcing write it, c + w' (c − u), which is w = w' + 1. Copying their 3.0
     into the standard form would guide with 3 where they guide with 4.
     """
-    return uncond + _standard_scale(scale, form) * (cond - uncond)
+    return uncond + standard_scale(scale, form) * (cond - uncond)
 
 
 def guidance_is_identity(scale: float, form: GuidanceForm) -> bool:
     """Say whether guidance returns `cond` unchanged, so that the unconditional forward can be spared."""
-    return bool(_standard_scale(scale, form) == 1.0)
+    return bool(standard_scale(scale, form) == 1.0)
 
 
-def _standard_scale(scale: float | Tensor, form: GuidanceForm) -> float | Tensor:
+def standard_scale(scale: float | Tensor, form: GuidanceForm) -> float | Tensor:
+    """Return a guidance scale as the standard form states it."""
     if form == "standard":
         return scale
     if form == "offset":
@@ -230,7 +232,7 @@ def _standard_scale(scale: float | Tensor, form: GuidanceForm) -> float | Tensor
 
 def _check_shift(shift: float) -> None:
     if not shift > 0:
-        raise ValueError(f"flow_shift must be positive, got {shift}; 1 leaves the schedule unshifted, Wan uses 3 to 8")
+        raise ValueError(f"flow_shift must be positive, got {shift}; 1 leaves the schedule unshifted, 3 to 8 are usual")
 
 
 def _bell(t: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""What to do about an update whose loss or gradient is not finite: end the run, or leave the update out.
+"""Updates whose loss or gradient is not finite: they end the run, or are left out.
 
 The flag is reduced with the sums of the update, before the optimizer step, so all ranks do the same: NaN in one rank's
-copy of a gradient must not send ranks different ways. Who saw it is worth a second exchange, because it happens once.
-Nothing is repaired: ``nan_to_num`` on gradients would train on made-up numbers and hide the fault.
+copy of a gradient must not send ranks different ways. A second exchange, which happens once, tells who saw it.
+Nothing is repaired: `nan_to_num` on gradients would train on made-up numbers and hide the fault.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class NonFiniteError(RuntimeError):
 
 
 def count_nonfinite(losses_N: Tensor, grad_norm: float) -> Tensor:
-    """[] fp64 on the losses' device, without waiting for it: how many of this rank's numbers are not finite."""
+    """Returns the count of this rank's numbers that are not finite: [] fp64 on the losses' device, without waiting."""
     return (~losses_N.isfinite()).sum().double() + (not math.isfinite(grad_norm))
 
 
 def describe_nonfinite(role: str, step: int, sample_ids: list[int], losses_N: Tensor, grad_norm: float) -> str:
-    """The same sentence on all ranks, naming role, step and the samples of the ranks that saw it. Collective."""
+    """Returns one sentence, equal on all ranks, with role, step and samples of the ranks that saw it. Collective."""
     bad = [sample for sample, finite in zip(sample_ids, losses_N.isfinite().tolist(), strict=True) if not finite]
     found: list[Any] = [(bad, sample_ids, grad_norm)]
     if dist.is_initialized():
@@ -45,7 +45,7 @@ def describe_nonfinite(role: str, step: int, sample_ids: list[int], losses_N: Te
 
 
 def skip_or_raise(sentence: str, num_skips: int, max_skips: int) -> None:
-    """Returns when the update may be left out, as the role's skip number ``num_skips``. Raises NonFiniteError."""
+    """Returns when the update may be left out, as the role's skip number `num_skips`; else raises NonFiniteError."""
     if num_skips > max_skips:
         allowed = f"; {max_skips} such updates were allowed and skipped" if max_skips else ""
         raise NonFiniteError(

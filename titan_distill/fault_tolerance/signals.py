@@ -1,18 +1,18 @@
-"""Stopping when asked to: SIGTERM and SIGUSR1 end a run after the step at hand, with a checkpoint.
+"""Stop requests: SIGTERM and SIGUSR1 end a run after the current step, with a checkpoint.
 
 A signal reaches some ranks at some line, and ranks that act on it by themselves leave the others waiting in a
 collective. So a handler only sets a flag, and the ranks agree on it where they meet anyway: the trainer adds the flag
-to the sums that every update reduces, which costs nothing. A validation has no such sum; there ``poll`` reduces one
+to the sums that every update reduces, which costs nothing. A validation has no such sum; there `poll` reduces one
 number over gloo before each forward pass, a fraction of a millisecond beside seconds of sampling. A step is always
 finished, because half a step is no state to save; a validation is left at once, at the same pass on all ranks.
 
-Ctrl-C (SIGINT) stays what it is everywhere: stop now and save nothing.
+Ctrl-C (SIGINT) stops at once and saves nothing, as everywhere.
 """
 
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,17 +22,17 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequested(Exception):
-    """All ranks have agreed to stop; leaves a validation."""
+    """Ends a validation when all ranks have agreed to stop."""
 
 
 class Stop:
-    """Whether this run should stop. ``with Stop() as stop:`` installs the handlers; main thread only."""
+    """The stop request of a run. `with Stop() as stop:` installs the signal handlers, in the main thread only."""
 
     def __init__(self) -> None:
         self.is_signalled = False
-        """Whether this rank has had a signal."""
+        """Whether this rank has received a signal."""
         self.is_agreed = False
-        """Whether some rank has had one, as all ranks know."""
+        """Whether some rank has received one, as all ranks know."""
         self.is_interrupted = False
         """Whether somebody pressed Ctrl-C."""
         self._previous: dict[int, Any] = {}
@@ -42,9 +42,7 @@ class Stop:
         self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Puts the old handlers back; after an agreed stop only that of Ctrl-C: launchers signal more than once, and
         that must not turn the exit code of a run that has saved into that of a killed one."""
         for number, handler in self._previous.items():
@@ -63,7 +61,7 @@ class Stop:
         self.is_agreed = self.is_agreed or num_signalled > 0
 
     def poll(self) -> None:
-        """Raises StopRequested on all ranks when any has had a signal. Collective until it has raised once."""
+        """Raises StopRequested on all ranks when any has received a signal. Collective until it has raised once."""
         if not self.is_agreed:
             num_signalled = torch.tensor(float(self.is_signalled))
             if dist.is_initialized():

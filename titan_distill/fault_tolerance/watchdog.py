@@ -1,15 +1,15 @@
-"""Names the rank that died or hangs, and ends the run.
+"""A watchdog that names the rank that died or hangs, and ends the run.
 
 A collective that waits for a lost rank fails after its timeout, on every rank but the lost one, with an error that
 names network addresses at best; torchrun then calls the first *survivor* to fail the root cause. So every rank keeps a
 heartbeat: a thread writes a counter, the step and the line its main thread is at into the store through which the ranks
-found each other. Within ``timeout`` seconds of losing a rank one of three things happens:
+found each other. Within `timeout` seconds of losing a rank one of three things happens:
 
 - *No heartbeat* (killed, stopped, machine down): the other ranks' threads notice after three quarters of the timeout,
   say who it is, kill it where it is a sibling under the same torchrun (a stopped process would otherwise hold the job
   for torchrun's 30 s of grace), and leave. This needs no collective and is the same on gloo and NCCL.
 - *Heartbeat, but the others wait for it* (deadlock, endless loop, dead file system): nothing but the collectives' own
-  timeout can tell this from a long step, so they end the run. gloo raises in the main thread; ``__exit__`` then names
+  timeout can tell this from a long step, so they end the run. gloo raises in the main thread; `__exit__` then names
   the ranks that have not failed. NCCL aborts the process without asking Python; so a rank that has been in one and the
   same call for three quarters of the timeout already says which ranks are elsewhere, and where.
 - *It failed by itself*: it says so in the store on its way out, and the others repeat that instead of their own error.
@@ -17,7 +17,7 @@ found each other. Within ``timeout`` seconds of losing a rank one of three thing
   it leave after two beats.
 
 The store is served by torchrun's agent on the first node, not by a rank, so it outlives any rank; when the agent's
-machine goes, every other rank says that and leaves. The price is one small message a rank every tenth of the timeout.
+machine goes, every other rank says that and leaves. The price is one small message per rank and tenth of the timeout.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Literal, NoReturn
+from types import FrameType
+from typing import Any, Literal, NoReturn
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -47,9 +47,9 @@ BEATS_A_TIMEOUT = 10
 PATIENCE = 0.75
 """Share of the timeout after which a rank without heartbeat is lost: noticing takes up to two beats more."""
 BEATS_AFTER_FAILURE = 2
-"""How long a rank may take to notice by itself that another has failed."""
+"""Beats that a rank has to notice by itself that another has failed."""
 SECONDS_TO_BE_ENDED = 3.0
-"""How long a survivor waits for torchrun to end it, so that torchrun sees the lost rank's death first."""
+"""Seconds that a survivor waits for torchrun to end it, so that torchrun sees the lost rank's death first."""
 
 
 class LostRankError(RuntimeError):
@@ -58,7 +58,7 @@ class LostRankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself."""
+    """The message of a rank about itself."""
 
     host: str
     pid: int
@@ -67,24 +67,24 @@ class Beat:
     count: int = 0
     step: int = 0
     position: str = "start"
-    """Where the main thread is: the innermost line outside of torch."""
+    """Position of the main thread: the innermost line outside of torch."""
     waits: bool = False
     """Whether that line is inside torch.distributed."""
     same_call_seconds: float = 0.0
-    """How long the main thread has been in the same call."""
+    """Seconds that the main thread has been in the same call."""
     state: Literal["running", "failed", "done"] = "running"
     error: str = ""
-    """Of a failed rank: what it raised; "" when that was only a collective's complaint."""
+    """Error of a failed rank; "" when that was only a collective's complaint."""
 
 
 class Silence:
-    """When each rank's counter last moved, by this process's clock: clocks of machines need not agree."""
+    """The time at which each rank's counter last moved, by this process's clock: clocks of machines need not agree."""
 
     def __init__(self) -> None:
         self._last: dict[int, tuple[int, float]] = {}
 
     def update(self, beats: Mapping[int, Beat], now: float) -> dict[int, float]:
-        """Seconds without a new beat, of every rank that still ought to beat."""
+        """Returns the seconds without a new beat of every rank that should still beat."""
         for rank, beat in beats.items():
             if rank not in self._last or self._last[rank][0] != beat.count:
                 self._last[rank] = (beat.count, now)
@@ -92,7 +92,7 @@ class Silence:
 
 
 class Watchdog:
-    """Heartbeat of this rank and eye on the others, around the whole run: ``with watchdog: trainer.run()``."""
+    """The heartbeat of this rank and the watch over the others, for the whole run: `with watchdog: trainer.run()`."""
 
     def __init__(self, rank: int, world_size: int, timeout_seconds: float) -> None:
         """Starts beating. Needs torchrun's environment; with one rank there is nobody to watch and nothing starts."""
@@ -116,7 +116,7 @@ class Watchdog:
             self._thread.start()
 
     def tighten(self, timeout_seconds: float) -> None:
-        """The timeout from now on: start-up, with loading and compiling, is given more."""
+        """Sets the timeout from now on: start-up, with loading and compiling, has a longer one."""
         # The others beat as rarely as before until they come here, too: their silence so far says nothing.
         self._silence = Silence()
         self._timeout = timeout_seconds
@@ -125,9 +125,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Says goodbye. Raises LostRankError in place of a collective's error that another rank caused."""
         if self._thread is None:
             return
@@ -219,8 +217,8 @@ class Watchdog:
         return {rank: Beat(**json.loads(value)) for rank, value in enumerate(values)}
 
     def _find_cause(self) -> str:
-        """Who made a collective fail: a rank that failed by itself, else one that fell silent, else one that neither
-        failed nor waits."""
+        """Names the rank that made a collective fail: one that failed by itself, else one that fell silent, else one
+        that neither failed nor waits."""
         interval = self._timeout / BEATS_A_TIMEOUT
         before, deadline = self._read(), time.monotonic() + 2.5 * interval
         while True:
@@ -242,10 +240,10 @@ class Watchdog:
 
 
 def record_collectives(folder: Path, init_timeout_seconds: int) -> None:
-    """Sets, where the user has not, what NCCL's own watchdog reads; call it before the process group is made.
+    """Sets the variables of NCCL's own watchdog that the user has not set; call it before the process group is made.
 
-    Each rank then keeps its last collectives and writes them to ``folder``, which is made, when one times out:
-    ``torchfrtrace`` reads the files of all ranks and says who never entered which. gloo has nothing of the kind.
+    Each rank then records its last collectives and writes them to `folder`, which is made, when one times out:
+    `torchfrtrace` reads the files of all ranks and says who never entered which. gloo has no such record.
     """
     settings = {
         "TORCH_FR_BUFFER_SIZE": "2000",
@@ -267,8 +265,8 @@ _OLD_NAMES = {
 
 
 def describe_position(frame: FrameType) -> tuple[str, bool]:
-    """The innermost line outside of torch, as ``trainer.py:113 in forward_backward``, and whether torch.distributed is
-    what runs there."""
+    """Returns the innermost line outside of torch, as `trainer.py:113 in forward_backward`, and whether
+    torch.distributed runs there."""
     waits = frame.f_globals.get("__name__", "").startswith("torch.distributed")
     outer: FrameType | None = frame
     while outer is not None and outer.f_globals.get("__name__", "").partition(".")[0] == "torch":
@@ -286,7 +284,7 @@ def _connect(timeout_seconds: float) -> dist.Store:
 
 
 def _is_from_collective(error: BaseException) -> bool:
-    """NCCL's errors have types of their own, gloo's are RuntimeErrors that name its source file."""
+    """Returns whether a collective raised: NCCL's errors have types of their own, gloo's name its source file."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo/" in str(error))
 
 

@@ -5,7 +5,7 @@ to tell them from the student's, and the student learns to deceive it (DMD2, 240
 samples, at the noise levels at which scores are compared, and reads what the critic holds between its parts, which at
 every level knows what a sample should look like.
 
-The discriminator is a role of its own, ``discriminator``, a head (`models.head`) with its own update and learning rate,
+The discriminator is a role of its own, `discriminator`, a head (`models.head`) with its own update and learning rate,
 due whenever the critic's is. Its update leaves the critic as it is: features are made without gradient, so that they
 stay those of the task that the critic is for, the student's score, and cost no activations. The student's term does
 need the gradient through the critic, but with respect to its own samples alone: it is taken on the spot, and what
@@ -37,20 +37,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_distill.config.layouts import role_parallelism
+from titan_distill.config.config import Config
+from titan_distill.config.parsing import check_range
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
-from titan_distill.methods.base import Head, LossResult, Passes, TrainingMethod, Update
+from titan_distill.methods.base import Head, LossResult, Passes, Update
+from titan_distill.methods.few_step import FewStepTraining, GuidedFewStepConfig
 from titan_distill.models.base import Condition
-
-if TYPE_CHECKING:
-    from titan_distill.config.config import Config
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
 
@@ -59,31 +58,29 @@ MAX_RATIO = 10.0
 
 
 @dataclass(frozen=True)
-class AdversarialConfig:
-    """Whether a discriminator is trained, and what its logit is used for."""
+class AdversarialConfig(GuidedFewStepConfig):
+    """Settings of the discriminator and of the uses of its logit."""
 
     adversarial_weight: float = 0.0
-    """Weight of the adversarial term in the student's update; 0 leaves it out; FastGen's is 0.03."""
+    """Weight of the adversarial term in the student's update; 0 leaves it out, FastGen uses 0.03."""
     f_divergence: Divergence = "reverse_kl"
-    """What distribution matching descends; all but reverse_kl weigh the student's samples by the discriminator."""
+    """Divergence that distribution matching descends; all but reverse_kl weigh the student's samples by the
+    discriminator."""
     discriminator_depths: tuple[int, ...] = ()
-    """Blocks of the critic, counted from 0, behind which the discriminator reads; 15, 22, 29 of 30, say."""
+    """Blocks of the critic, counted from 0, whose hidden states the discriminator reads; 15, 22, 29 of 30, say."""
     r1_weight: float = 0.0
     """Weight of the approximate R1 penalty in the discriminator's update; 0 leaves it out."""
     r1_noise: float = 0.1
-    """Standard deviation by which a real sample is moved for it."""
+    """Standard deviation of the noise that moves a real sample for the R1 penalty."""
 
     @property
     def has_discriminator(self) -> bool:
         return self.adversarial_weight > 0 or self.f_divergence != "reverse_kl"
 
-    def check_adversarial(self) -> None:
-        """Raises ValueError for values outside their range, or without effect."""
-        for name in ("adversarial_weight", "r1_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 0")
-        if self.r1_noise <= 0:
-            raise ValueError(f"r1_noise = {self.r1_noise} must be positive; r1_weight = 0 leaves the penalty out")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "adversarial_weight", "r1_weight", least=0)
+        check_range(self, "r1_noise", above=0)
         if self.has_discriminator and not self.discriminator_depths:
             raise ValueError(
                 "discriminator_depths is empty, but adversarial_weight and f_divergence ask for a discriminator; name "
@@ -108,19 +105,21 @@ def deception_loss(z_made_B: Tensor) -> Tensor:
     return F.softplus(-z_made_B)
 
 
+DIVERGENCE_WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.ones_like,
+    "forward_kl": lambda z_B: z_B.exp().clamp(max=MAX_RATIO),
+    "jensen_shannon": torch.sigmoid,
+}
+"""h(r) = r² f″(r) at r = exp(z), as functions of the logits z [B] of made samples; forward_kl's ends at MAX_RATIO."""
+
+
 @torch.no_grad()
 def divergence_weight(divergence: Divergence, z_made_B: Tensor) -> Tensor:
-    """h(r) = r² f″(r) at r = exp(z), [B]; forward_kl's ends at MAX_RATIO. Raises ValueError for another divergence."""
-    if divergence == "reverse_kl":
-        return torch.ones_like(z_made_B)
-    if divergence == "forward_kl":
-        return z_made_B.exp().clamp(max=MAX_RATIO)
-    if divergence == "jensen_shannon":
-        return z_made_B.sigmoid()
-    raise ValueError(f"unknown divergence {divergence!r}; choose 'reverse_kl', 'forward_kl' or 'jensen_shannon'")
+    """The weights [B] of made samples with these logits."""
+    return DIVERGENCE_WEIGHTS[divergence](z_made_B)
 
 
-class AdversarialTraining(TrainingMethod):
+class AdversarialTraining(FewStepTraining):
     """Everything about the discriminator, for methods with a student, a critic and samples of the student."""
 
     @classmethod
@@ -135,15 +134,15 @@ class AdversarialTraining(TrainingMethod):
     def validate(cls, config: Config) -> None:
         super().validate(config)
         for name in ("critic", "discriminator") if cls.heads(config.method_config) else ():
-            if role_parallelism(config, name) != config.parallelism:
+            if config.roles[name].parallelism != config.parallelism:
                 raise ValueError(
                     f"roles.{name}.parallelism differs from [parallelism], but critic and discriminator must be on the "
                     "ranks that share a sample; remove the table"
                 )
 
     @classmethod
-    def adversarial_work(cls, config: Any, rollout: float, students: float, critics: float) -> list[Passes]:
-        """The passes that the discriminator adds, where a rollout makes ``rollout`` forwards."""
+    def adversarial_passes(cls, config: Any, rollout: float, students: float, critics: float) -> list[Passes]:
+        """The passes that the discriminator adds, where a rollout makes `rollout` forwards."""
         if not config.has_discriminator:
             return []
         judged = 3 if config.r1_weight else 2
@@ -154,7 +153,7 @@ class AdversarialTraining(TrainingMethod):
         ]
 
     def discriminator_updates(self) -> list[Update]:
-        """What is due whenever the critic's update is."""
+        """The updates that are due whenever the critic's is."""
         return [Update("discriminator", self.discriminator_loss)] if self.config.has_discriminator else []
 
     def sample_for_discriminator(self, batch: Batch, condition: Condition, step: int) -> tuple[Tensor, Tensor]:
@@ -185,9 +184,9 @@ class AdversarialTraining(TrainingMethod):
     def adversarial_term(
         self, batch: Batch, condition: Condition, step: int, x0: Tensor, sigma_of: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """The weighted deception loss of the student's samples, [B]: its value, and its gradient in ``x0`` alone.
+        """The weighted deception loss of the student's samples, [B]: its value, and its gradient in `x0` alone.
 
-        ``sigma_of`` turns uniform draws into noise levels.
+        `sigma_of` turns uniform draws into noise levels.
         """
         sigma_B = sigma_of(self.noise.uniform("adversarial/student/timestep", step, batch.sample_ids))
         leaf = x0.detach().requires_grad_()
@@ -199,19 +198,18 @@ class AdversarialTraining(TrainingMethod):
 
     @torch.no_grad()
     def weighted(self, direction: Tensor, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """The difference of scores at ``x``, made the direction of another divergence where one is asked for."""
+        """The difference of scores at `x`, made the direction of another divergence where one is asked for."""
         if self.config.f_divergence == "reverse_kl":
             return direction
         h_B = divergence_weight(self.config.f_divergence, self._logits(x, sigma_B, condition, through=False))
         return direction * schedule.broadcast_sigma(h_B, direction)
 
     def _logits(self, x: Tensor, sigma_B: Tensor, condition: Condition, *, through: bool) -> Tensor:
-        """[B], float64. ``through``: whether gradients reach ``x``; those of the head are made in any case."""
+        """[B], float64. `through`: whether gradients reach `x`; those of the head are made in any case."""
         critic, head = self.roles["critic"], self.roles["discriminator"].transformer
         with self.timer("discriminator"), torch.set_grad_enabled(through):
             features = self.adapter.features(critic, x, sigma_B, condition, self.config.discriminator_depths)
         return self.adapter.mean_over_positions(critic, x, head(*features))
 
     def _noise(self, batch: Batch, step: int, whose: str) -> Tensor:
-        device, shape = batch.text_embeddings.device, self.adapter.latent_shape
-        return self.noise.normal(f"adversarial/noise/{whose}", step, batch.sample_ids, shape, device=device)
+        return self.normal(f"adversarial/noise/{whose}", batch, step)

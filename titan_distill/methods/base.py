@@ -1,6 +1,6 @@
-"""What a training method is: a list of updates.
+"""A training method is a list of updates.
 
-At each step the trainer asks ``method.updates(step)`` and runs what it gets, in order: accumulate over micro-batches,
+At each step the trainer runs the updates of `method.updates(step)` in order: accumulate over micro-batches,
 backward, finiteness, clip, optimizer, schedule, EMA. Cadence (the critic five times for one student update) is thus a
 property of the method; the trainer knows neither roles nor losses, and the method knows no model family: it speaks to
 models only through the family's Adapter. That is what makes N methods and M families cost N + M.
@@ -9,23 +9,21 @@ models only through the family's Adapter. That is what makes N methods and M fam
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from titan_distill.config.sections import HEAD_FLAVOR
+from titan_distill.config.config import Config
+from titan_distill.config.role_sections import HEAD_FLAVOR
+from titan_distill.data.loader import Batch
+from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import TrajectoryRequest, ValidationRequest
+from titan_distill.models.base import Adapter
+from titan_distill.observability.timing import PhaseTimer
 from titan_distill.registry import METHODS, lookup
-
-if TYPE_CHECKING:
-    from titan_distill.config.config import Config
-    from titan_distill.data.loader import Batch
-    from titan_distill.diffusion.noise import KeyedNoise
-    from titan_distill.models.base import Adapter
-    from titan_distill.observability.metrics import PhaseTimer
-    from titan_distill.roles import RoleManager
+from titan_distill.roles import RoleManager
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Update:
 
     role: str
     loss: Callable[[Batch, int], LossResult]
-    """Called as ``loss(micro_batch, step)`` once per micro-batch, with gradients enabled."""
+    """Called as `loss(micro_batch, step)` once per micro-batch, with gradients enabled."""
     ema: bool = True
     """Whether this update ticks the role's EMA (when the role has one)."""
 
@@ -53,7 +51,7 @@ class Update:
 class Passes:
     """Forward passes that an update makes through one role: the method's costs, declared, for the planner.
 
-    ``num_forwards`` counts calls for one micro-batch, averaged over random choices; ``num_conditions`` how often a
+    `num_forwards` counts calls for one micro-batch, averaged over random choices; `num_conditions` how often a
     call's batch holds each sample (2 where guidance needs both conditions).
     """
 
@@ -61,20 +59,20 @@ class Passes:
     """Role whose update makes them."""
     role: str
     phase: str
-    """What the passes are for, as the method's timers name it."""
+    """Purpose of the passes, as the method's timers name it."""
     num_forwards: float
     updates_per_step: float
     num_conditions: int = 1
     backward: bool = False
     """Whether they carry gradients; at most one call of an update does."""
     segments: int | None = None
-    """Of a causal role that makes its samples segment by segment: how many segments, each a call; 0 for as many as a
-    sample has, None for calls of whole samples."""
+    """Number of calls where a causal role makes a sample segment by segment, one call per segment; 0 for as many as a
+    sample has, None for calls on whole samples."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a role reads that is no network of the family, but a small head on the features of another role."""
+    """Input of a role that is a small head on the features of another role, not a network of the family."""
 
     of: str
     """Role whose network has the features."""
@@ -83,10 +81,10 @@ class Head:
 
 
 class TrainingMethod(ABC):
-    """Base of all methods; subclasses are registered with ``@register_method``."""
+    """Base of all methods; subclasses are registered with `@register_method`."""
 
     config_class: ClassVar[type]
-    """Frozen dataclass that types ``[method_config]``."""
+    """Frozen dataclass that types `[method_config]`."""
     roles_required: ClassVar[dict[str, bool]]
     """Role name -> whether it must be trainable; `required_roles` refines it."""
     causal_roles: ClassVar[frozenset[str]] = frozenset()
@@ -96,17 +94,17 @@ class TrainingMethod(ABC):
         self.config, self.roles, self.adapter, self.noise, self.timer = config, roles, adapter, noise, timer
 
     uses_loss_mask: ClassVar[bool] = False
-    """Whether every loss leaves out what the condition gives (``Adapter.loss_mask``); families refuse to give parts of
-    a sample to a method that would count them."""
+    """Whether every loss leaves out the parts of a sample that the condition gives (`Adapter.loss_mask`); families
+    refuse to give parts to a method that would count them."""
 
     @classmethod
     def required_roles(cls, config: Any) -> dict[str, bool]:
-        """The roles under this ``method_config``: name -> whether it must be trainable."""
+        """The roles under this `method_config`: name -> whether it must be trainable."""
         return cls.roles_required
 
     @classmethod
     def heads(cls, config: Any) -> dict[str, Head]:
-        """Which of the roles are heads under this ``method_config``; their ``flavor`` is "head"."""
+        """The roles that are heads under this `method_config`; their `flavor` is "head"."""
         return {}
 
     @classmethod
@@ -116,17 +114,18 @@ class TrainingMethod(ABC):
 
     @classmethod
     def extra_tensors(cls, config: Any) -> tuple[str, ...]:
-        """Names of the further tensors that every row of the data must have; they arrive in ``Batch.extra``."""
+        """Names of the further tensors that every row of the data must have; they arrive in `Batch.extra`."""
         return ()
 
     @classmethod
     def teacher_trajectory(cls, config: Any, flow_shift: float) -> TrajectoryRequest | None:
-        """What the data must hold of a teacher's sampling under this ``method_config``; None where that is nothing."""
+        """The sampling of a teacher that the data must hold under this `method_config`, if any."""
         return None
 
     @classmethod
-    def work(cls, config: Any) -> list[Passes]:
-        """The passes of all updates under this ``method_config``, in the order they run; none where it is not known."""
+    def passes(cls, config: Any) -> list[Passes]:
+        """The passes of all updates under this `method_config`, in the order they run, for the planner. Default:
+        unknown, an empty list."""
         return []
 
     @classmethod
@@ -169,11 +168,16 @@ class TrainingMethod(ABC):
 
     @abstractmethod
     def updates(self, step: int) -> list[Update]:
-        """The updates due at ``step`` (0-based), in the order they must run."""
+        """The updates due at `step` (0-based), in the order they must run."""
+
+    def normal(self, purpose: str, batch: Batch, step: int, shape: Sequence[int] | None = None) -> Tensor:
+        """Standard normal noise [B, *shape] keyed by `purpose`, step and sample; in the shape of latents by default."""
+        shape, device = self.adapter.latent_shape if shape is None else shape, batch.text_embeddings.device
+        return self.noise.normal(purpose, step, batch.sample_ids, shape, device=device)
 
     @abstractmethod
     def validation_request(self) -> ValidationRequest:
-        """Which samples show whether this method works."""
+        """The samples that show whether this method works."""
 
 
 def method_class(name: str) -> type[TrainingMethod]:

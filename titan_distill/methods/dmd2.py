@@ -21,76 +21,65 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from titan_distill.config.parsing import check_range
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
-from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
+from titan_distill.diffusion.requests import SampleRequest
 from titan_distill.methods import losses
 from titan_distill.methods.adversarial import AdversarialConfig, AdversarialTraining
 from titan_distill.methods.base import LossResult, Passes, Update
+from titan_distill.methods.few_step import guided_passes
 from titan_distill.models.base import Condition, Guidance
 from titan_distill.registry import register_method
 
 
 @dataclass(frozen=True)
 class Dmd2Config(AdversarialConfig):
-    """[method_config] of ``recipe.method = "dmd2"``."""
+    """[method_config] of `recipe.method = "dmd2"`."""
 
-    denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
-    """The student's few-step schedule, as timesteps."""
-    warp: bool = True
-    """Whether denoising_steps name entries of the shifted schedule (1000, 750, … at shift 5 is 1000, 937.5, …) or are
-    final."""
     rollout: Literal["simulate", "data"] = "simulate"
-    """``simulate``: the student denoises pure noise up to the exit. ``data``: a real latent is noised to the exit's
+    """`simulate`: the student denoises pure noise up to the exit. `data`: a real latent is noised to the exit's
     level."""
     last_step_only: bool = False
-    """Pins the exit to the last step instead of drawing it uniformly."""
+    """True: a rollout always ends at the last step. False: at a step drawn uniformly."""
     update_ratio: int = 5
-    """Critic updates for one student update."""
+    """Critic updates per student update."""
     exclusive: bool = False
-    """True: a step updates either the student or the critic, never both (4 C : 1 G at ratio 5)."""
-    guidance_scale: float = 4.0
-    """Teacher's classifier-free guidance."""
+    """True: a step updates either the student or the critic, never both (four critic steps per student step at ratio
+    5)."""
     fake_guidance_scale: float = 1.0
-    """Critic's guidance, in the standard form; 1 is none."""
-    guidance_form: Literal["standard", "offset"] = "standard"
-    """``standard``: u + w (c - u). ``offset``: c + w (c - u), as Self-Forcing, CausVid and FastVideo write it (3.0
-    there is 4.0 here)."""
+    """Critic's classifier-free guidance, standard form; 1 means without."""
     min_step: float = 20.0
     """Lowest timestep at which scores are compared."""
     max_step: float = 980.0
     """Highest timestep at which scores are compared."""
     ts_schedule: bool = False
-    """Draw the score timestep only between the exit step and the next one, instead of over the whole range."""
+    """True: the score timestep is drawn between the rollout's last step and the next one. False: over the whole
+    range."""
     clamp: Literal["after_shift", "resample"] = "after_shift"
-    """How min_step and max_step are enforced: clamp the shifted timestep, or draw within the bounds."""
+    """Enforcement of min_step and max_step: `after_shift` clamps the shifted timestep, `resample` draws within the
+    bounds."""
     critic_loss: Literal["flow", "x0", "noise", "v"] = "flow"
-    """What the critic regresses."""
+    """Quantity that the critic regresses; all have the same minimum and weigh noise levels differently."""
     normalise: bool = True
-    """Divide the score difference by mean |x - x_real|, sample by sample (DMD eq. 8)."""
+    """True: the score difference is divided by mean |x - x_real|, sample by sample (DMD eq. 8)."""
     student_sampler: Literal["sde", "ode"] = "sde"
-    """How a rollout moves between steps: ``sde`` re-noises the x0 estimate with fresh noise, ``ode`` takes an Euler
+    """Transition between two steps of a rollout: `sde` re-noises the x0 estimate with fresh noise, `ode` takes an Euler
     step."""
-    teacher_steps: int = 48
-    """Sampling steps of the teacher's validation samples."""
-    teacher_solver: Literal["euler", "unipc"] = "unipc"
-    """ODE solver of the teacher's validation samples."""
 
     def __post_init__(self) -> None:
-        if self.update_ratio < 1:
-            raise ValueError(f"update_ratio = {self.update_ratio} must be at least 1")
+        super().__post_init__()
+        check_range(self, "update_ratio", least=1)
         if self.exclusive and self.update_ratio < 2:
             raise ValueError("exclusive = true leaves no step for the critic at update_ratio = 1; use at least 2")
         if not 0.0 <= self.min_step < self.max_step <= schedule.NUM_TRAIN_TIMESTEPS:
             raise ValueError(
                 f"min_step = {self.min_step} and max_step = {self.max_step} must keep 0 <= min_step < max_step <= 1000"
             )
-        schedule.few_step_sigmas(self.denoising_steps, 1.0, self.warp)
-        self.check_adversarial()
 
     @property
-    def teacher_guidance(self) -> Guidance:
-        return Guidance(self.guidance_scale, self.guidance_form)
+    def critic_guidance(self) -> Guidance:
+        return Guidance(self.fake_guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -100,12 +89,12 @@ class Rollout:
     x0: Tensor
     exit_index: int
     mask: Tensor | None = None
-    """Where the scores are compared, broadcasting to ``x0``; None for everywhere."""
+    """Where the scores are compared, broadcasting to `x0`; None for everywhere."""
 
 
 @register_method("dmd2")
 class Dmd2(AdversarialTraining):
-    """Roles ``student`` and ``critic`` are trained, ``teacher`` is frozen; a ``discriminator`` on request."""
+    """Roles `student` and `critic` are trained, `teacher` is frozen; a `discriminator` on request."""
 
     config_class: ClassVar[type] = Dmd2Config
     roles_required: ClassVar[dict[str, bool]] = {"student": True, "teacher": False, "critic": True}
@@ -113,11 +102,8 @@ class Dmd2(AdversarialTraining):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        config: Dmd2Config = self.config
-        self.sigmas = schedule.few_step_sigmas(config.denoising_steps, self.adapter.flow_shift, config.warp).tolist()
-        for exit_index in range(
-            len(self.sigmas)
-        ):  # an exit that leaves no score time is told now, not when it is drawn
+        for exit_index in range(len(self.sigmas)):
+            # An exit that leaves no score time raises its error now, not when it is drawn.
             self._score_sigma(torch.tensor([0.5], dtype=torch.float64), exit_index)
 
     @classmethod
@@ -125,25 +111,19 @@ class Dmd2(AdversarialTraining):
         return config.rollout == "data" or config.has_discriminator
 
     @classmethod
-    def work(cls, config: Dmd2Config) -> list[Passes]:
+    def passes(cls, config: Dmd2Config) -> list[Passes]:
         last = len(config.denoising_steps) - 1
         before_exit = 0.0 if config.rollout == "data" else float(last) if config.last_step_only else last / 2
         students = 1 / config.update_ratio
         critics = 1 - students if config.exclusive else 1.0
-        scores = {
-            "critic": Guidance(config.fake_guidance_scale),
-            "teacher": config.teacher_guidance,
-        }
         return [
             Passes("student", "student", "rollout", before_exit, students),
             Passes("student", "student", "student", 1, students, backward=True),
-            *(
-                Passes("student", role, role, 1, students, num_conditions=1 if guidance.is_identity else 2)
-                for role, guidance in scores.items()
-            ),
+            guided_passes("student", "critic", config.critic_guidance, students),
+            guided_passes("student", "teacher", config.teacher_guidance, students),
             Passes("critic", "student", "rollout", before_exit + 1, critics),
             Passes("critic", "critic", "critic", 1, critics, backward=True),
-            *cls.adversarial_work(config, before_exit + 1, students, critics),
+            *cls.adversarial_passes(config, before_exit + 1, students, critics),
         ]
 
     def updates(self, step: int) -> list[Update]:
@@ -181,7 +161,7 @@ class Dmd2(AdversarialTraining):
             rollout = self.rollout(batch, condition, step, purpose="dmd2/critic")
         u_B = self.noise.uniform("dmd2/critic/timestep", step, batch.sample_ids)
         sigma_B = self._score_sigma(u_B, rollout.exit_index)
-        noise = self._normal(batch, step, "dmd2/critic/noise")
+        noise = self.normal("dmd2/critic/noise", batch, step)
         x = self.adapter.add_noise(rollout.x0, noise, sigma_B)
         with self.timer("critic"):
             velocity = self.adapter.predict_velocity(self.roles["critic"], x, sigma_B, condition)
@@ -204,18 +184,18 @@ class Dmd2(AdversarialTraining):
     def _student_input(self, batch: Batch, condition: Condition, step: int, purpose: str, exit_index: int) -> Tensor:
         if self.config.rollout == "data":
             assert batch.latents is not None
-            noise = self._normal(batch, step, f"{purpose}/noise/0")
+            noise = self.normal(f"{purpose}/noise/0", batch, step)
             return self.adapter.add_noise(batch.latents, noise, self._sigma_B(exit_index, noise))
         return self.denoise(
             lambda x, index: self._student_x0(x, index, condition),
-            lambda index: self._normal(batch, step, f"{purpose}/noise/{index}"),
+            lambda index: self.normal(f"{purpose}/noise/{index}", batch, step),
             exit_index,
         )
 
     def denoise(
         self, predict_x0: Callable[[Tensor, int], Tensor], normal: Callable[[int], Tensor], exit_index: int
     ) -> Tensor:
-        """From the noise ``normal(0)`` to the input of the exit's forward, as at inference."""
+        """From the noise `normal(0)` to the input of the exit's forward, as at inference."""
         x = normal(0)
         for index in range(exit_index):
             x0 = predict_x0(x, index)
@@ -234,11 +214,10 @@ class Dmd2(AdversarialTraining):
         config, x0 = self.config, rollout.x0.detach()
         u_B = self.noise.uniform("dmd2/student/timestep", step, batch.sample_ids)
         sigma_B = self._score_sigma(u_B, rollout.exit_index)
-        x = self.adapter.add_noise(x0, self._normal(batch, step, "dmd2/student/noise"), sigma_B)
+        x = self.adapter.add_noise(x0, self.normal("dmd2/student/noise", batch, step), sigma_B)
         mask = self._mask(rollout, condition)
         with self.timer("critic"):
-            fake_guidance = Guidance(config.fake_guidance_scale)
-            fake = self.adapter.predict_x0(self.roles["critic"], x, sigma_B, condition, fake_guidance)
+            fake = self.adapter.predict_x0(self.roles["critic"], x, sigma_B, condition, config.critic_guidance)
         with self.timer("teacher"):
             real = self.adapter.predict_x0(self.roles["teacher"], x, sigma_B, condition, config.teacher_guidance)
         direction = losses.dmd_direction(fake, real, x0, normalise=config.normalise, mask=mask)
@@ -249,7 +228,7 @@ class Dmd2(AdversarialTraining):
         return self.adapter.loss_mask(condition) if rollout.mask is None else rollout.mask
 
     def _score_sigma(self, u_B: Tensor, exit_index: int) -> Tensor:
-        """Noise levels at which the scores are compared, one a sample, from uniform draws."""
+        """Noise levels at which the scores are compared, one per sample, from uniform draws."""
         low, high = 0.0, 1.0
         if self.config.ts_schedule:
             bounds = [*self.sigmas, 0.0]
@@ -264,29 +243,9 @@ class Dmd2(AdversarialTraining):
             clamp=self.config.clamp,
         )
 
-    def _normal(self, batch: Batch, step: int, purpose: str) -> Tensor:
-        device = batch.text_embeddings.device
-        return self.noise.normal(purpose, step, batch.sample_ids, self.adapter.latent_shape, device=device)
-
     def _sigma_B(self, index: int, x: Tensor) -> Tensor:
         return torch.full((len(x),), self.sigmas[index], dtype=torch.float64)
 
-    def validation_request(self) -> ValidationRequest:
-        """Teacher with many steps (the reference), the teacher with as few steps as the student, the student before and
-        now."""
-        config: Dmd2Config = self.config
-        scale = config.guidance_scale + (1.0 if config.guidance_form == "offset" else 0.0)
-        solver: Literal["sde", "euler"] = "sde" if config.student_sampler == "sde" else "euler"
-        student = SampleRequest("student", "student", solver, len(self.sigmas), tuple(self.sigmas))
-        teacher = SampleRequest(
-            "teacher", "teacher", config.teacher_solver, config.teacher_steps, guidance_scale=scale, baseline=True
-        )
-        return ValidationRequest(
-            samples=(
-                teacher,
-                replace(teacher, label="teacher_few_steps", num_steps=len(self.sigmas), scored=False),
-                replace(student, label="student_before", baseline=True, scored=False),
-                student,
-            ),
-            reference="teacher",
-        )
+    def student_sample(self) -> SampleRequest:
+        sample = super().student_sample()
+        return sample if self.config.student_sampler == "sde" else replace(sample, solver="euler")

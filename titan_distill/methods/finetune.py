@@ -1,12 +1,12 @@
 """Flow-matching finetuning: regress a velocity at a random noise level.
 
-The velocity is that of the data, ``ε - x0``: the teacher of a distillation is made with this, and so is a student that
-should first see new footage. Or it is a frozen teacher's (``target = "teacher"``): a student whose network changes,
+The velocity is that of the data, `ε - x0`: the teacher of a distillation is made with this, and so is a student that
+should first see new footage. Or it is a frozen teacher's (`target = "teacher"`): a student whose network changes,
 from dense to sparse attention above all, then learns to be the model it was, instead of a new one. The teacher's
-velocity is the mean of ``ε - x0`` over all data that could have led to the noisy input, so it is the same target with
+velocity is the mean of `ε - x0` over all data that could have led to the noisy input, so it is the same target with
 far less noise.
 
-Classifier-free guidance needs a model that also knows the negative prompt: with probability ``cfg_dropout`` a sample's
+Classifier-free guidance needs a model that also knows the negative prompt: with probability `cfg_dropout` a sample's
 text is replaced by it. Timestep, noise and dropout are keyed draws, so the loss curve does not depend on the layout.
 """
 
@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from titan_distill.config.parsing import check_range
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
@@ -30,20 +31,20 @@ from titan_distill.registry import register_method
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """[method_config] of ``recipe.method = "finetune"``."""
+    """[method_config] of `recipe.method = "finetune"`."""
 
     target: Literal["data", "teacher"] = "data"
-    """Velocity to regress: of the data, or of the frozen role ``teacher`` for the same input and text."""
+    """Velocity to regress: that of the data, or that of the frozen role `teacher` for the same input and text."""
     cfg_dropout: float = 0.1
     """Probability of training a sample on the negative prompt instead of its caption."""
     timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
-    """Law of the noise level before the shift of pipeline_config.flow_shift."""
+    """Distribution of the noise level before the shift of pipeline_config.flow_shift."""
     logit_mean: float = 0.0
-    """Mean of the logit-normal law."""
+    """Mean of the logit-normal distribution."""
     logit_std: float = 1.0
-    """Standard deviation of the logit-normal law."""
+    """Standard deviation of the logit-normal distribution."""
     weighting: Literal["none", "bell"] = "none"
-    """``bell`` weighs middle noise levels more, mean 1 over the grid (Self-Forcing's code)."""
+    """`bell` weighs middle noise levels more, mean 1 over the grid (Self-Forcing's code)."""
     validation_steps: int = 48
     """Sampling steps of the validation samples."""
     validation_guidance: float = 5.0
@@ -52,17 +53,14 @@ class FinetuneConfig:
     """ODE solver of the validation samples."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.cfg_dropout < 1.0:
-            raise ValueError(f"cfg_dropout = {self.cfg_dropout} must be at least 0 and less than 1")
-        if self.logit_std <= 0:
-            raise ValueError(f"logit_std = {self.logit_std} must be positive")
-        if self.validation_steps < 1:
-            raise ValueError(f"validation_steps = {self.validation_steps} must be at least 1")
+        check_range(self, "cfg_dropout", least=0, below=1)
+        check_range(self, "logit_std", above=0)
+        check_range(self, "validation_steps", least=1)
 
 
 @register_method("finetune")
 class Finetune(TrainingMethod):
-    """Role ``student``, one update a step; with target = "teacher" also the frozen role ``teacher``."""
+    """Role `student`, one update per step; with target = "teacher" also the frozen role `teacher`."""
 
     config_class: ClassVar[type] = FinetuneConfig
     roles_required: ClassVar[dict[str, bool]] = {"student": True}
@@ -73,7 +71,7 @@ class Finetune(TrainingMethod):
         return cls.roles_required | ({"teacher": False} if config.target == "teacher" else {})
 
     @classmethod
-    def work(cls, config: FinetuneConfig) -> list[Passes]:
+    def passes(cls, config: FinetuneConfig) -> list[Passes]:
         student = Passes("student", "student", "student", 1, 1.0, backward=True)
         return [student, Passes("student", "teacher", "teacher", 1, 1.0)] if config.target == "teacher" else [student]
 
@@ -84,25 +82,25 @@ class Finetune(TrainingMethod):
         """Velocity regression on noised real latents, per sample."""
         assert batch.latents is not None
         config, x0 = self.config, batch.latents
-        u = self.noise.uniform("finetune/timestep", step, batch.sample_ids)
         sigma_B = schedule.training_sigma(
-            u,
+            self.noise.uniform("finetune/timestep", step, batch.sample_ids),
             distribution=config.timestep_distribution,
             shift=self.adapter.flow_shift,
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
         )
-        noise = self.noise.normal("finetune/noise", step, batch.sample_ids, x0.shape[1:], device=x0.device)
+        noise = self.normal("finetune/noise", batch, step)
         x = self.adapter.add_noise(x0, noise, sigma_B)
         condition = self._condition(batch, step)
         velocity = self.adapter.predict_velocity(self.roles["student"], x, sigma_B, condition)
         weight_B = schedule.bell_weight(sigma_B, self.adapter.flow_shift) if config.weighting == "bell" else None
         mask = self.adapter.loss_mask(condition)
         if config.target == "data":
-            return LossResult(losses.flow_matching_loss(velocity, x0, noise, weight_B, mask))
-        with torch.no_grad(), self.timer("teacher"):
-            target = self.adapter.predict_velocity(self.roles["teacher"], x, sigma_B, condition)
-        return LossResult(losses.velocity_loss(velocity, target, weight_B, mask))
+            target = schedule.velocity(x0.double(), noise.double())
+        else:
+            with torch.no_grad(), self.timer("teacher"):
+                target = self.adapter.predict_velocity(self.roles["teacher"], x, sigma_B, condition)
+        return LossResult(losses.regression_loss(velocity, target, weight_B, mask))
 
     def _condition(self, batch: Batch, step: int) -> Condition:
         condition = self.adapter.text_condition(batch)

@@ -10,11 +10,11 @@ Pairs of input and target are exact, so that no second network runs and a few hu
 targets, and the student needs none. The price is the regression's: where the student cannot represent the teacher's map
 it answers with a mean, which is blurred. Hence its use as the start of a distribution matching run.
 
-`titan-distill data ode-pairs` records the trajectories: column ``trajectory``, states [S, *latent] at the timesteps of
-column ``trajectory_timesteps`` [S], with the end as the row's latent. A file may hold more states than are trained on.
+`titan-distill data ode-pairs` records the trajectories: column `trajectory`, states [S, *latent] at the timesteps of
+column `trajectory_timesteps` [S], with the end as the row's latent. A file may hold more states than are trained on.
 A level that it lacks is an error: pairs made for another shift would otherwise be learned at wrong times.
 
-A bidirectional student has one time a sample, the same for all its latents. A causal one has a time for each of its
+A bidirectional student has one time per sample, the same for all its latents. A causal one has a time for each of its
 segments, drawn independently, and the end of the trajectory, time 0, is among them: its segments then learn from pasts
 at every level, and from finished ones above all, which is what they will meet when the student is unrolled (the
 initialisation of Self-Forcing). A segment at time 0 is context only: its own prediction is exact whatever the weights.
@@ -30,25 +30,23 @@ from torch import Tensor
 
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
-from titan_distill.diffusion.requests import SampleRequest, TrajectoryRequest, ValidationRequest
+from titan_distill.diffusion.requests import TrajectoryRequest, ValidationRequest
 from titan_distill.diffusion.trajectory import TIMESTEP_TOLERANCE
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.methods import losses
-from titan_distill.methods.base import LossResult, Passes, TrainingMethod, Update
+from titan_distill.methods.base import LossResult, Passes, Update
+from titan_distill.methods.few_step import FewStepConfig, FewStepTraining
 from titan_distill.registry import register_method
 
 STATES, TIMESTEPS = "trajectory", "trajectory_timesteps"
 
 
 @dataclass(frozen=True)
-class KnowledgeDistillationConfig:
-    """[method_config] of ``recipe.method = "knowledge_distillation"``."""
+class KnowledgeDistillationConfig(FewStepConfig):
+    """[method_config] of `recipe.method = "knowledge_distillation"`."""
 
     denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     """The student's few-step schedule, as timesteps; each must be a state of the recorded trajectories."""
-    warp: bool = True
-    """Whether denoising_steps name entries of the shifted schedule (1000, 750, … at shift 5 is 1000, 937.5, …) or are
-    final."""
     guidance_scale: float = 4.0
     """Classifier-free guidance of the teacher's sampling, standard form, when pairs are made and in validation."""
     teacher_steps: int = 48
@@ -56,17 +54,12 @@ class KnowledgeDistillationConfig:
     teacher_solver: Literal["euler", "unipc"] = "euler"
     """ODE solver of the teacher's sampling."""
     teacher_in_validation: bool = True
-    """Whether the run holds the role ``teacher`` to compare with; training needs the recorded trajectories only."""
-
-    def __post_init__(self) -> None:
-        if self.teacher_steps < 1:
-            raise ValueError(f"teacher_steps = {self.teacher_steps} must be at least 1")
-        schedule.few_step_sigmas(self.denoising_steps, 1.0, self.warp)
+    """Whether the run holds the role `teacher` to compare with; training needs the recorded trajectories only."""
 
 
 @register_method("knowledge_distillation")
-class KnowledgeDistillation(TrainingMethod):
-    """Role ``student`` is trained; the frozen ``teacher`` is only sampled from, in validation."""
+class KnowledgeDistillation(FewStepTraining):
+    """Role `student` is trained; the frozen `teacher` is only sampled from, in validation."""
 
     config_class: ClassVar[type] = KnowledgeDistillationConfig
     roles_required: ClassVar[dict[str, bool]] = {"student": True}
@@ -74,7 +67,7 @@ class KnowledgeDistillation(TrainingMethod):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.sigmas_K = _sigmas(self.config, self.adapter.flow_shift)
+        self.sigmas_K = torch.tensor(self.sigmas, dtype=torch.float64)
 
     @classmethod
     def required_roles(cls, config: KnowledgeDistillationConfig) -> dict[str, bool]:
@@ -86,32 +79,31 @@ class KnowledgeDistillation(TrainingMethod):
 
     @classmethod
     def teacher_trajectory(cls, config: KnowledgeDistillationConfig, flow_shift: float) -> TrajectoryRequest:
-        sigmas = tuple(_sigmas(config, flow_shift).tolist())
+        sigmas = config.sigmas(flow_shift)
         return TrajectoryRequest(sigmas, config.teacher_steps, config.teacher_solver, config.guidance_scale)
 
     @classmethod
-    def work(cls, config: KnowledgeDistillationConfig) -> list[Passes]:
+    def passes(cls, config: KnowledgeDistillationConfig) -> list[Passes]:
         return [Passes("student", "student", "student", 1, 1.0, backward=True)]
 
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.student_loss)]
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:
-        """Regression of the end from one state of each sample's trajectory, or of each segment's; the states are keyed
-        draws."""
+        """Regresses the end of each sample's trajectory from one of its states, or from one per segment; the states are
+        keyed draws."""
         assert batch.latents is not None
         lengths = self.adapter.segment_lengths(self.roles["student"])
         x, sigma = self._whole(batch, step) if lengths is None else self._by_segment(batch, step, lengths)
         with self.timer("student"):
             x0 = self.adapter.predict_x0(self.roles["student"], x, sigma, self.adapter.text_condition(batch))
-        return LossResult(losses.x0_loss(x0, batch.latents))
+        return LossResult(losses.regression_loss(x0, batch.latents))
 
     def _whole(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """States at one level a sample, and the levels [B]."""
+        """States at one level per sample, and the levels [B]."""
         u_B = self.noise.uniform("knowledge_distillation/time", step, batch.sample_ids)
         choice_B = (u_B * len(self.sigmas_K)).long()
-        x = self._states(batch, choice_B)
-        return x, self.sigmas_K[choice_B]
+        return self._states(batch, choice_B), self.sigmas_K[choice_B]
 
     def _by_segment(self, batch: Batch, step: int, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """States at a level of its own for every segment, and the levels, which broadcast to the states."""
@@ -151,24 +143,6 @@ class KnowledgeDistillation(TrainingMethod):
         return states_BS[torch.arange(len(index_B), device=states_BS.device), index_B]
 
     def validation_request(self) -> ValidationRequest:
-        """The student before and now, without guidance and re-noised between its steps; the teacher as the pairs were
-        made is what they are compared with."""
-        config: KnowledgeDistillationConfig = self.config
-        sigmas = tuple(self.sigmas_K.tolist())
-        student = SampleRequest("student", "student", "sde", len(sigmas), sigmas)
-        before = replace(student, label="student_before", baseline=True, scored=False)
-        if not config.teacher_in_validation:
-            return ValidationRequest((before, student))
-        teacher = SampleRequest(
-            "teacher",
-            "teacher",
-            config.teacher_solver,
-            config.teacher_steps,
-            guidance_scale=config.guidance_scale,
-            baseline=True,
-        )
-        return ValidationRequest((teacher, before, student), reference="teacher")
-
-
-def _sigmas(config: KnowledgeDistillationConfig, flow_shift: float) -> Tensor:
-    return schedule.few_step_sigmas(config.denoising_steps, flow_shift, config.warp)
+        """The teacher as the pairs were made, the student before training and now."""
+        request = super().validation_request()
+        return replace(request, samples=tuple(x for x in request.samples if x.label != "teacher_few_steps"))

@@ -1,4 +1,4 @@
-"""Loss functions of the distillation methods: pure, tensors in, one number a sample out.
+"""Loss functions of the distillation methods: pure, tensors in, one number per sample out.
 
 Every loss returns [B] and never averages over the batch. The trainer adds up samples of all micro-batches and ranks and
 divides once by the global count, which is what makes a loss independent of how the batch was split. For the same reason
@@ -37,25 +37,16 @@ NORMALISER_FLOOR = 1e-6
 HUBER_WIDTH = 0.00054
 
 
-def velocity_loss(
-    v_pred: Tensor, v_target: Tensor, weight_B: Tensor | None = None, mask: Tensor | None = None
+def regression_loss(
+    predicted: Tensor, target: Tensor, weight_B: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Return mean (v_θ − v)² a sample, [B], times `weight_B` [B] if given. With v = ε − x0 this is flow matching
-    (2210.02747, eq. 23), with another model's v it is distillation of that model's whole flow."""
-    loss_B = _mean_per_sample((v_pred.double() - v_target.double()) ** 2, mask)
+    """Return mean (predicted − target)² of each sample, [B], times `weight_B` [B] if given.
+
+    With velocities and the target ε − x0 this is flow matching (2210.02747, eq. 23); with another model's velocity as
+    the target it distils that model's whole flow. With x0 it regresses a trajectory's end (CausVid 2412.07772).
+    """
+    loss_B = _mean_per_sample((predicted.double() - target.double()) ** 2, mask)
     return loss_B if weight_B is None else loss_B * to_device(weight_B.double(), loss_B.device)
-
-
-def x0_loss(x0_pred: Tensor, x0: Tensor, weight_B: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    """Return mean (x̂0 − x0)² a sample, [B]: the regression of a trajectory's end (CausVid 2412.07772)."""
-    return velocity_loss(x0_pred, x0, weight_B, mask)
-
-
-def flow_matching_loss(
-    v_pred: Tensor, x0: Tensor, noise: Tensor, weight_B: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
-    """`velocity_loss` against the velocity of the data, ε − x0."""
-    return velocity_loss(v_pred, velocity(x0.double(), noise.double()), weight_B, mask)
 
 
 @torch.no_grad()
@@ -70,7 +61,7 @@ def dmd_direction(
 
     g = (x_fake − x_real) / mean |x_g − x_real|, with x_fake and x_real the x0 predictions of critic and teacher for one
     noised copy of x_g (DMD 2311.18828, eq. 7 and 8). The normaliser evens out noise levels, between which predictions
-    differ by orders of magnitude; it belongs to each *sample*, since one scalar a batch would let the noisiest sample
+    differ by orders of magnitude; it belongs to each *sample*, since one scalar per batch would let the noisiest sample
     set the scale of all others. It is floored at NORMALISER_FLOOR. Non-finite scores give non-finite g, for the trainer
     to report. Masked elements are 0.
     """
@@ -85,7 +76,7 @@ def dmd_direction(
 
 
 def dmd_loss(x_generated: Tensor, g: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return ½ mean (x_g − sg(x_g − g))² a sample, [B]: a surrogate whose gradient in x_g is g / num_elements.
+    """Return ½ mean (x_g − sg(x_g − g))² of each sample, [B]: a surrogate whose gradient in x_g is g / num_elements.
 
     Its value, ½ mean g², says nothing about convergence: watch mean |g|, the critic's loss and validation instead.
     """
@@ -103,7 +94,7 @@ def critic_loss(
     sigma: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Return the critic's denoising loss a sample, [B]; sigma [B] or broadcastable, x_noisy = (1 − σ) x0 + σ ε.
+    """Return the critic's denoising loss of each sample, [B]; sigma [B] or broadcastable, x_noisy = (1 − σ) x0 + σ ε.
 
     The network predicts the velocity v in every case. The kinds compare different quantities derived from it, have the
     same minimum, and weigh noise levels differently:
@@ -187,7 +178,7 @@ def normalise_tangent(g: Tensor, floor: float = 0.1) -> Tensor:
 
 
 def tangent_loss(output: Tensor, g: Tensor) -> Tensor:
-    """Return ‖F − sg(F + g)‖² a sample, [B]: a surrogate whose gradient in F is −2 g.
+    """Return ‖F − sg(F + g)‖² of each sample, [B]: a surrogate whose gradient in F is −2 g.
 
     A sum over elements and not their mean: normalised, g has norm one in any sample, large or small, and so has its
     gradient. The value, ‖g‖², says nothing about convergence: watch g before it is normalised.

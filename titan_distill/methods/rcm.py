@@ -15,39 +15,35 @@ Source: rCM (2510.08431).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from titan_distill.config.config import Config
+from titan_distill.config.parsing import check_range
 from titan_distill.data.loader import Batch
 from titan_distill.methods.base import LossResult, Passes, Update
 from titan_distill.methods.dmd2 import Dmd2, Dmd2Config
 from titan_distill.methods.scm import TangentConfig, TangentTraining
 from titan_distill.registry import register_method
 
-if TYPE_CHECKING:
-    from titan_distill.config.config import Config
-
 
 @dataclass(frozen=True)
 class RcmConfig(TangentConfig, Dmd2Config):
-    """[method_config] of ``recipe.method = "rcm"``."""
+    """[method_config] of `recipe.method = "rcm"`."""
 
     exclusive: bool = True
-    """True: after the warm-up a step updates either the student or the critic, never both (4 C : 1 G at ratio 5)."""
+    """True: after the warm-up a step updates either the student or the critic, never both (four critic steps per
+    student step at ratio 5)."""
     consistency_weight: float = 100.0
     """Weight of the consistency term, a mean over elements, against that of distribution matching."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_tangent()
-        if self.consistency_weight <= 0:
-            raise ValueError(
-                f"consistency_weight = {self.consistency_weight} must be positive; recipe.method = 'dmd2' does without"
-            )
+        check_range(self, "consistency_weight", above=0)
 
 
 @register_method("rcm")
 class Rcm(TangentTraining, Dmd2):
-    """Roles ``student`` and ``critic`` are trained, ``teacher`` is frozen."""
+    """Roles `student` and `critic` are trained, `teacher` is frozen."""
 
     form = "rcm"
     config_class: ClassVar[type] = RcmConfig
@@ -67,13 +63,13 @@ class Rcm(TangentTraining, Dmd2):
         return True
 
     @classmethod
-    def work(cls, config: Any) -> list[Passes]:
-        """Of a step after the warm-up. Both forwards of the student are alive in one backward, as two conditions would
-        be."""
+    def passes(cls, config: Any) -> list[Passes]:
+        """The passes of a step after the warm-up. Both forwards of the student are alive in one backward, as two
+        conditions would be."""
         assert isinstance(config, RcmConfig)
-        matching = Dmd2.work(config)
+        matching = Dmd2.passes(config)
         both = [replace(p, num_conditions=2) if p.backward and p.role == p.update == "student" else p for p in matching]
-        return [*cls.tangent_work(config, config.teacher_guidance, 1 / config.update_ratio), *both]
+        return [*cls.tangent_passes(config, 1 / config.update_ratio), *both]
 
     def updates(self, step: int) -> list[Update]:
         """The student alone during the warm-up, then the cadence of DMD2."""

@@ -22,65 +22,54 @@ Sources: sCM (2410.11081), algorithm 1; rCM (2510.08431).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from titan_distill.config.config import Config
+from titan_distill.config.parsing import check_range
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
-from titan_distill.diffusion.requests import ValidationRequest
 from titan_distill.methods import losses
-from titan_distill.methods.base import LossResult, Passes, TrainingMethod, Update
-from titan_distill.methods.consistency import FewStepConfig, few_step_validation
-from titan_distill.models.base import Condition, Guidance
+from titan_distill.methods.base import LossResult, Passes, Update
+from titan_distill.methods.few_step import FewStepTraining, GuidedFewStepConfig, guided_passes
+from titan_distill.models.base import Condition
 from titan_distill.registry import register_method
 
-if TYPE_CHECKING:
-    from titan_distill.config.config import Config
-
 
 @dataclass(frozen=True)
-class TangentConfig:
-    """Where tangents are taken and how they are tamed."""
+class TangentConfig(GuidedFewStepConfig):
+    """Noise levels of tangents, and their normalisation."""
 
     timestep_distribution: Literal["uniform", "logit_normal"] = "logit_normal"
-    """Law of the noise level before the shift of pipeline_config.flow_shift. ``logit_normal`` is the papers' log-normal
-    law of tan t = σ / (1 − σ)."""
+    """Distribution of the noise level before the shift of pipeline_config.flow_shift. With `logit_normal`, tan t =
+    σ / (1 − σ) is log-normal, as in the papers."""
     logit_mean: float = -0.8
-    """Mean of the logit-normal law, to which the shift s adds log s. The default is ours."""
+    """Mean of the logit-normal distribution, to which the shift s adds log s. The default is ours."""
     logit_std: float = 1.6
-    """Standard deviation of the logit-normal law. The default is ours."""
+    """Standard deviation of the logit-normal distribution. The default is ours."""
     tangent_warmup: int = 1000
-    """Training steps over which the student's own derivative is led in."""
+    """Training steps over which the weight of the student's own derivative grows from 0 to 1."""
     tangent_floor: float = 0.1
-    """What is added to a tangent's norm before it is divided by it."""
+    """Constant added to a tangent's norm before the tangent is divided by it."""
     derivative_step: float = 0.0
-    """0: the student's exact derivative, in forward mode. Above: its slope between σ - step and σ + step on the
-    teacher's tangent line, for students that are not smooth in time; needs float32, and no forward mode."""
-
-    def check_tangent(self) -> None:
-        """Raises ValueError for values outside their range."""
-        if self.logit_std <= 0:
-            raise ValueError(f"logit_std = {self.logit_std} must be positive")
-        if self.tangent_warmup < 0:
-            raise ValueError(f"tangent_warmup = {self.tangent_warmup} must be at least 0")
-        if self.tangent_floor <= 0:
-            raise ValueError(f"tangent_floor = {self.tangent_floor} must be positive")
-        if not 0 <= self.derivative_step < 0.5:
-            raise ValueError(f"derivative_step = {self.derivative_step} must be in [0, 0.5); 0 is the exact derivative")
-
-
-@dataclass(frozen=True)
-class ScmConfig(TangentConfig, FewStepConfig):
-    """[method_config] of ``recipe.method = "scm"``."""
+    """0: the student's exact derivative, by forward-mode differentiation. Above 0: its slope between σ - step and σ +
+    step on the teacher's tangent line, for students that are not smooth in time; needs float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_tangent()
+        check_range(self, "logit_std", "tangent_floor", above=0)
+        check_range(self, "tangent_warmup", least=0)
+        check_range(self, "derivative_step", least=0, below=0.5)
 
 
-class TangentTraining(TrainingMethod):
+@dataclass(frozen=True)
+class ScmConfig(TangentConfig):
+    """[method_config] of `recipe.method = "scm"`."""
+
+
+class TangentTraining(FewStepTraining):
     """The continuous-time consistency loss, for the methods that train with it."""
 
     form: ClassVar[losses.TangentForm]
@@ -104,29 +93,26 @@ class TangentTraining(TrainingMethod):
                 )
 
     @classmethod
-    def tangent_work(cls, config: TangentConfig, guidance: Guidance, updates_per_step: float) -> list[Passes]:
-        """The passes that make one tangent. The dual one does the work of two forwards."""
+    def tangent_passes(cls, config: TangentConfig, updates_per_step: float) -> list[Passes]:
+        """The passes that make one tangent. The dual pass counts as two."""
         num_forwards, num_conditions = (3, 1) if config.derivative_step else (1, 2)
         return [
-            Passes(
-                "student", "teacher", "teacher", 1, updates_per_step, num_conditions=1 if guidance.is_identity else 2
-            ),
+            guided_passes("student", "teacher", config.teacher_guidance, updates_per_step),
             Passes("student", "student", "tangent", num_forwards, updates_per_step, num_conditions=num_conditions),
         ]
 
     def tangent_loss(self, batch: Batch, step: int) -> LossResult:
-        """‖F − F⁻ − g‖² a sample, with the size of g before it was normalised."""
+        """‖F − F⁻ − g‖² of each sample, with the size of g before it was normalised."""
         assert batch.latents is not None
-        config, x0, ids = self.config, batch.latents, batch.sample_ids
+        config = self.config
         sigma_B = schedule.training_sigma(
-            self.noise.uniform("scm/timestep", step, ids),
+            self.noise.uniform("scm/timestep", step, batch.sample_ids),
             distribution=config.timestep_distribution,
             shift=self.adapter.flow_shift,
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
         )
-        noise = self.noise.normal("scm/noise", step, ids, x0.shape[1:], device=x0.device)
-        x = self.adapter.add_noise(x0, noise, sigma_B)
+        x = self.adapter.add_noise(batch.latents, self.normal("scm/noise", batch, step), sigma_B)
         g = self.tangent(batch, x, sigma_B, step)
         with self.timer("student"):
             condition = self.adapter.text_condition(batch)
@@ -140,10 +126,7 @@ class TangentTraining(TrainingMethod):
     def tangent(self, batch: Batch, x: Tensor, sigma_B: Tensor, step: int) -> Tensor:
         """g at x_σ, not yet normalised; float64, shape of x."""
         condition = self.adapter.text_condition(batch)
-        with self.timer("teacher"):
-            v_teacher = self.adapter.guided_velocity(
-                self.roles["teacher"], x, sigma_B, condition, self.config.teacher_guidance
-            )
+        v_teacher = self.teacher_velocity(x, sigma_B, condition)
         with self.timer("tangent"):
             v, dv = self._velocity_and_slope(x, sigma_B, v_teacher, condition)
         warmup = self.config.tangent_warmup
@@ -168,19 +151,15 @@ class TangentTraining(TrainingMethod):
 
 @register_method("scm")
 class Scm(TangentTraining):
-    """Role ``student`` is trained, ``teacher`` is frozen; one update a step."""
+    """Role `student` is trained, `teacher` is frozen; one update per step."""
 
     form = "scm"
     config_class: ClassVar[type] = ScmConfig
-    roles_required: ClassVar[dict[str, bool]] = {"student": True, "teacher": False}
 
     @classmethod
-    def work(cls, config: ScmConfig) -> list[Passes]:
+    def passes(cls, config: ScmConfig) -> list[Passes]:
         student = Passes("student", "student", "student", 1, 1.0, backward=True)
-        return [*cls.tangent_work(config, config.teacher_guidance, 1.0), student]
+        return [*cls.tangent_passes(config, 1.0), student]
 
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.tangent_loss)]
-
-    def validation_request(self) -> ValidationRequest:
-        return few_step_validation(self.config, self.adapter.flow_shift)

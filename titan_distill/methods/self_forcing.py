@@ -17,14 +17,16 @@ was cut off for the teacher and not for the student.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from titan_distill.config.config import Config
+from titan_distill.config.parsing import check_range
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
-from titan_distill.diffusion.requests import ValidationRequest
+from titan_distill.diffusion.requests import SampleRequest
 from titan_distill.methods.base import Passes
 from titan_distill.methods.dmd2 import Dmd2, Dmd2Config, Rollout
 from titan_distill.models.base import Condition
@@ -32,28 +34,24 @@ from titan_distill.models.streaming import SegmentStream, write_context
 from titan_distill.parallelisms.compile import check_num_segments
 from titan_distill.registry import register_method
 
-if TYPE_CHECKING:
-    from titan_distill.config.config import Config
-
 
 @dataclass(frozen=True)
 class SelfForcingConfig(Dmd2Config):
-    """[method_config] of ``recipe.method = "self_forcing"``."""
+    """[method_config] of `recipe.method = "self_forcing"`."""
 
     same_step_across_blocks: bool = True
-    """One exit for all segments of a rollout, or one drawn for each."""
+    """True: one exit for all segments of a rollout. False: one drawn for each."""
     context_noise: float = 0.0
-    """Timestep at which finished segments are noised and read, in training and in sampling; 0 reads them clean."""
+    """Timestep to which finished segments are noised before the KV cache reads them, in training and in sampling; 0
+    reads them clean."""
     num_rollout_segments: int = 0
-    """Segments that the student makes in training; 0: as many as a sample has. More than that: only the last ones, as
-    many as a sample has, are trained on, all but their first."""
+    """Segments that the student makes in training. 0: as many as a sample has. A longer rollout is trained on its last
+    segments, one fewer than a sample has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.context_noise < schedule.NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"context_noise = {self.context_noise} must lie in [0, 1000), as timesteps do")
-        if self.num_rollout_segments < 0:
-            raise ValueError(f"num_rollout_segments = {self.num_rollout_segments} must be 0 or more")
+        check_range(self, "context_noise", least=0, below=schedule.NUM_TRAIN_TIMESTEPS)
+        check_range(self, "num_rollout_segments", least=0)
         if self.rollout == "data":
             raise ValueError(
                 "rollout = 'data' trains on noised data, and recipe.method = 'self_forcing' on what the student makes "
@@ -68,7 +66,7 @@ class SelfForcingConfig(Dmd2Config):
 
 @register_method("self_forcing")
 class SelfForcing(Dmd2):
-    """Roles ``student`` (causal) and ``critic`` are trained, ``teacher`` is frozen."""
+    """Roles `student` (causal) and `critic` are trained, `teacher` is frozen."""
 
     config_class: ClassVar[type] = SelfForcingConfig
     uses_loss_mask = False  # a rollout begins with the student's own first segment, and has a mask of its own
@@ -80,7 +78,8 @@ class SelfForcing(Dmd2):
         self.sample_lengths, self.lengths = self._segment_lengths(self.config.num_rollout_segments)
 
     def _segment_lengths(self, num_segments: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of a sample, and of a rollout. Raises ValueError for a rollout that leaves nothing to train."""
+        """Lengths of the segments of a sample and of a rollout. Raises ValueError for a rollout that leaves nothing to
+        train."""
         if "student" not in self.roles:  # `titan-distill generate` may hold the critic alone
             return (), ()
         own = self.adapter.segment_lengths(self.roles["student"])
@@ -108,9 +107,10 @@ class SelfForcing(Dmd2):
         check_num_segments(config.compile, config.method_config.num_rollout_segments)
 
     @classmethod
-    def work(cls, config: Dmd2Config) -> list[Passes]:
-        """A segment costs its forwards up to the exit, and one that writes its context. Of a rollout longer than a
-        sample all exits are counted without gradient, those of the sample besides with it: a little too much."""
+    def passes(cls, config: Dmd2Config) -> list[Passes]:
+        """A segment costs its forwards up to the exit, and one that writes its context. For a rollout
+        longer than a sample all exits are counted without gradient, and those of the sample again with it: a little too
+        much."""
         assert isinstance(config, SelfForcingConfig)
         segments = config.num_rollout_segments
 
@@ -120,7 +120,7 @@ class SelfForcing(Dmd2):
             written = 1 + bool(segments) if passes.update == "student" else 1
             return replace(passes, num_forwards=passes.num_forwards + written, segments=segments)
 
-        return [unrolled(passes) for passes in super().work(config)]
+        return [unrolled(passes) for passes in super().passes(config)]
 
     def rollout(self, batch: Batch, condition: Condition, step: int, purpose: str) -> Rollout:
         """Unrolls the student over all segments; of each, only the exit's forward may carry gradients."""
@@ -177,20 +177,15 @@ class SelfForcing(Dmd2):
 
     def _segment_noise(self, batch: Batch, step: int, purpose: str, length: int) -> Tensor:
         shape = self.adapter.segment_shape(length)
-        return self.noise.normal(purpose, step, batch.sample_ids, shape, device=batch.text_embeddings.device)
+        return self.normal(purpose, batch, step, shape)
 
     def _all_but_the_first(self, sample: Tensor) -> Tensor:
-        """A mask over the segments of ``sample``, without its first."""
+        """A mask over the segments of `sample`, without its first."""
         dim = self.adapter.sequence_dim
         mask = sample.new_ones([sample.shape[dim] if d == dim else 1 for d in range(sample.ndim)])
         mask.narrow(dim, 0, self.sample_lengths[0]).zero_()
         return mask
 
-    def validation_request(self) -> ValidationRequest:
-        """As dmd2's, with the student sampled segment by segment."""
-        request = super().validation_request()
-        samples = tuple(
-            replace(sample, context_sigma=self.context_sigma) if sample.role == "student" else sample
-            for sample in request.samples
-        )
-        return replace(request, samples=samples)
+    def student_sample(self) -> SampleRequest:
+        """As dmd2's, segment by segment."""
+        return replace(super().student_sample(), context_sigma=self.context_sigma)

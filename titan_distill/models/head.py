@@ -1,8 +1,8 @@
 """A head: a small network that reads, position by position, what another network holds inside.
 
-A role need not be a network of the family. A discriminator, say, is best asked of features that exist already: those
-between two parts of a denoiser, which know at every noise level what a sample should look like. Reading costs three
-thin layers; making features of its own would cost a second denoiser.
+A role need not be a network of the family. A network that judges samples is best built on features that exist already:
+those between two parts of a denoiser, which know at every noise level what a sample should look like. Reading costs
+three thin layers; making features of its own would cost a second denoiser.
 
 A head makes one number a position, and whoever asks takes the mean over positions. So it may run on whichever
 positions a rank has: gradients of its weights are then parts of one sum, as those of every other layer are.
@@ -12,15 +12,13 @@ Shape suffixes: B batch, L positions of this rank, W width of the features.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from titan_distill.parallelisms.fsdp import FsdpOptions, apply_fsdp
-
-if TYPE_CHECKING:
-    from titan_distill.parallelisms.mesh import RoleMesh
+from titan_distill.parallelisms.mesh import RoleMesh
 
 HIDDEN_WIDTH = 128
 
@@ -49,7 +47,7 @@ class FeatureHead(nn.Module):
         return torch.stack(numbers).sum(0).squeeze(-1)
 
     def architecture(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says of it."""
+        """The head's architecture as checkpoint manifests record it."""
         return {"_class_name": type(self).__name__, "width": self.width, "num_depths": len(self.readers)}
 
 
@@ -62,7 +60,7 @@ def _zero_linear(width: int) -> nn.Linear:
 def build_head(
     width: int, num_depths: int, mesh: RoleMesh | None, device: torch.device, options: FsdpOptions, seed: int
 ) -> FeatureHead:
-    """A head with weights drawn from ``seed``, the same in every layout; ranks share them as they share others."""
+    """A head with weights drawn from `seed`, the same in every layout; ranks share them as they share others."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = FeatureHead(width, num_depths)

@@ -22,7 +22,7 @@ class SegmentStream(ABC):
 
     @abstractmethod
     def predict_velocity(self, x: Tensor, sigma_B: Tensor) -> Tensor:
-        """The velocity of the next segment at noise level ``sigma_B``; shape and dtype of ``x``.
+        """The velocity of the next segment at noise level `sigma_B`; shape and dtype of `x`.
 
         Gradients reach the weights through this forward alone, never through the context.
         """
@@ -33,15 +33,15 @@ class SegmentStream(ABC):
 
     @torch.no_grad()
     def write(self, x: Tensor, sigma_B: Tensor) -> None:
-        """Adds a finished segment, noised to ``sigma_B``, to the context; the one after it is the next from now on."""
+        """Adds a finished segment, noised to `sigma_B`, to the context; the one after it is the next from now on."""
         self._write(x.detach(), sigma_B)
 
     @abstractmethod
     def _write(self, x: Tensor, sigma_B: Tensor) -> None:
-        """``write``, without gradients."""
+        """`write`, without gradients."""
 
 
 def write_context(stream: SegmentStream, x0: Tensor, sigma: float, noise: Callable[[], Tensor]) -> None:
-    """Finishes a segment whose context is read at the noise level ``sigma``; ``noise`` is asked for only above 0."""
+    """Finishes a segment whose context is read at the noise level `sigma`; `noise` is asked for only above 0."""
     sigma_B = torch.full((len(x0),), sigma, dtype=torch.float64)
     stream.write(schedule.add_noise(x0, noise(), sigma_B) if sigma else x0, sigma_B)

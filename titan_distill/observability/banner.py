@@ -1,98 +1,111 @@
-"""What a run says before its first step and after its last: nothing that decides numbers or speed stays silent."""
+"""The lines that a run prints before its first step and after its last: all that decides its numbers and its speed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import Module
 
 from titan_distill.attention.dense import dense_backend
-from titan_distill.config.layouts import check_world
-from titan_distill.config.sections import HEAD_FLAVOR
+from titan_distill.config.config import Config
+from titan_distill.config.degrees import Degrees
+from titan_distill.config.role_sections import HEAD_FLAVOR
 from titan_distill.parallelisms.activation_checkpoint import describe as describe_checkpointing
 from titan_distill.parallelisms.compile import describe as describe_compile
 from titan_distill.parallelisms.float8 import describe as describe_float8
 from titan_distill.parallelisms.lora import describe as describe_lora
-
-if TYPE_CHECKING:
-    from titan_distill.config.config import Config
-    from titan_distill.parallelisms.mesh import World
-    from titan_distill.roles import RoleHandle, RoleManager
+from titan_distill.parallelisms.mesh import World
+from titan_distill.roles import RoleHandle, RoleManager
 
 
-def banner(config: Config, roles: RoleManager, world: World) -> str:
-    """Method, roles with size, dtype, attention and layout, batch, data and output, one fact a line."""
+def banner(
+    config: Config, roles: RoleManager, world: World, degrees: Mapping[str, Degrees], num_micro_batches: int
+) -> str:
+    """Method, batch, roles (size, dtype, layout, attention), data and output, one fact per line.
+
+    Args:
+        degrees: each role's layout by the role's name.
+        num_micro_batches: micro-batches of each rank per global batch.
+    """
     training = config.training
-    ranks = "1 process" if world.size == 1 else f"{world.size} ranks"
-    micro_batches = check_world(config, world.size).num_micro_batches
-    lines = [
-        f"{config.job.name}: {config.recipe.method} on {config.recipe.family}, {training.steps} steps, "
-        f"seed {config.job.seed}",
-        f"  device    {ranks} on {world.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        f"  batch     {training.global_batch_size} samples = {world.size} ranks x {micro_batches} micro-batches x "
-        f"{training.local_batch_size}",
-    ]
-    lines += [f"  {role.name:<9} {_describe(config, role, world.device)}" for role in roles]
-    lines += [
-        f"  data      {config.data.path}",
-        f"  output    {config.job.output_folder}",
-    ]
-    return "\n".join(lines)
+    num_groups = training.global_batch_size // (num_micro_batches * training.local_batch_size)
+    return "\n".join(
+        [
+            f"{config.job.name}: {config.recipe.method} on {config.recipe.family}, {training.steps} steps, "
+            f"seed {config.job.seed}",
+            f"  device    {_counted(world.size, 'rank')} on {world.device.type}, "
+            f"{_counted(torch.get_num_threads(), 'thread')} per rank, torch {torch.__version__}",
+            f"  batch     {_counted(training.global_batch_size, 'sample')} = "
+            f"{_counted(num_groups, 'data-parallel group')} × "
+            f"{_counted(num_micro_batches, 'micro-batch', 'es')} × {training.local_batch_size}",
+            *(f"  {role.name:<9} {_describe(config, role, degrees[role.name], world.device)}" for role in roles),
+            f"  data      {config.data.path}",
+            f"  output    {config.job.output_folder}",
+        ]
+    )
 
 
 def closing(config: Config, metrics: Mapping[str, float]) -> str:
-    """The last scores as a table, and where to look."""
+    """The last validation scores as a table, and the paths of the run's output."""
     folder, steps = config.job.output_folder, config.training.steps
+    prefix = "validation/"
     lines = [f"{config.job.name} is done after {steps} steps."]
-    scores = {
-        name.removeprefix("validation/"): value for name, value in metrics.items() if name.startswith("validation/")
-    }
-    lines += [f"  {name:<44} {value:8.4f}" for name, value in scores.items()]
+    lines += [f"  {name[len(prefix) :]:<44} {value:8.4f}" for name, value in metrics.items() if name.startswith(prefix)]
     lines.append(f"  metrics        {folder / 'metrics.jsonl'}")
     if config.checkpoint.enabled:
         lines.append(f"  checkpoint     {folder / 'checkpoints' / f'step-{steps:08d}'}")
-    if config.validation.enabled:
-        lines.append(f"  look at        {folder / 'validation' / f'step-{steps:08d}' / 'contact_sheet.png'}")
+    if (sheet := folder / "validation" / f"step-{steps:08d}" / "contact_sheet.png").is_file():
+        lines.append(f"  look at        {sheet}")
     return "\n".join(lines)
 
 
-def _describe(config: Config, handle: RoleHandle, device: torch.device) -> str:
-    name, module = handle.name, handle.network
+def _describe(config: Config, handle: RoleHandle, degrees: Degrees, device: torch.device) -> str:
+    name, module, role = handle.name, handle.network, config.roles[handle.name]
     parameters = list(module.parameters())
-    role = config.roles[name]
-    size = sum(p.numel() for p in parameters) / 1e6
     precision = str(parameters[0].dtype).removeprefix("torch.")
     if config.training.dtype != precision:
         precision += f" stored, {config.training.dtype} computed"
-    layout = "FSDP2 sharded" if hasattr(parameters[0], "placements") else "whole"
-    kind = "trained" if role.trainable else "frozen"
-    segmentation = getattr(module, "segmentation", None)
-    attention = f"{role.attention} attention" + (f" in {segmentation.describe()}" if segmentation else "")
-    if backend := _dense_backend(config, module, device, role.trainable):
-        attention += f" by {backend}" if role.attention == "dense" else f" (dense: {backend})"
-    extras = ["head" if role.flavor == HEAD_FLAVOR else attention]
+    facts = [
+        "trained" if role.trainable else "frozen",
+        f"{sum(p.numel() for p in parameters) / 1e6:,.1f} M parameters",
+        precision,
+        layout(degrees, cpu_offload=config.roles[name].parallelism.cpu_offload),
+        "head" if role.flavor == HEAD_FLAVOR else _attention(config, role.attention, module, device, role.trainable),
+    ]
     if len(handle.modules) > 1:
-        extras.append(f"{len(handle.modules)} experts")
+        facts.append(f"{len(handle.modules)} experts")
     if role.lora.enabled:
-        extras.append(describe_lora(role.lora, module))
+        facts.append(describe_lora(role.lora, module))
     if role.trainable and config.activation_checkpoint.mode != "none":
-        extras.append(f"activation checkpointing {describe_checkpointing(config.activation_checkpoint)}")
+        facts.append(f"activation checkpointing {describe_checkpointing(config.activation_checkpoint)}")
     if config.compile.enabled:
-        extras.append(describe_compile(config.compile))
+        facts.append(describe_compile(config.compile))
     if config.float8.for_role(name).enabled:
-        extras.append(describe_float8(config.float8, module))
+        facts.append(describe_float8(config.float8, module))
     if config.ema.decay and config.ema.role == name:
-        extras.append(f"EMA {config.ema.decay} from update {config.ema.start_step}")
-    return f"{kind}, {size:,.1f} M parameters, {precision}, {layout}, {', '.join(extras)}"
+        facts.append(f"EMA {config.ema.decay} from update {config.ema.start_step}")
+    return " · ".join(facts)
 
 
-def _dense_backend(config: Config, module: Module, device: torch.device, trained: bool) -> str:
-    """The kernel of dense attention, which sparse roles need below their crossover and between video and text."""
+def layout(degrees: Degrees, *, cpu_offload: bool) -> str:
+    """A role's layout in words."""
+    return f"{degrees}, offloaded to the CPU" if cpu_offload else str(degrees)
+
+
+def _attention(config: Config, kind: str, module: Module, device: torch.device, trained: bool) -> str:
+    """The role's attention, and the kernel of dense attention, which sparse roles also need: below their crossover and
+    between video and text."""
+    segmentation = getattr(module, "segmentation", None)
+    words = f"{kind} attention" + (f" in {segmentation.describe()}" if segmentation else "")
     architecture: Any = getattr(module, "config", None)
     if not hasattr(architecture, "attention_head_dim") or device.type == "meta":
-        return ""  # a family without attention, or a dry run, which has no device to ask
+        return words  # a family without attention, or a dry run, which has no device to ask
     heads, head_dim = architecture.num_attention_heads, architecture.attention_head_dim
-    dtype = getattr(torch, config.training.dtype)
-    return dense_backend(heads, head_dim, dtype, device, trained)
+    backend = dense_backend(heads, head_dim, getattr(torch, config.training.dtype), device, trained)
+    return f"{words} by {backend}" if kind == "dense" else f"{words} (dense: {backend})"
+
+
+def _counted(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{plural}"

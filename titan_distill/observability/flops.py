@@ -1,4 +1,4 @@
-"""What a step costs, and how much of the machine it uses.
+"""FLOPs of a step, and the share of the machine's peak that it reaches.
 
 FLOPs of a Wan-like DiT follow from its configuration: 2 per multiply-add, matrix products and attention only (norms,
 modulation and softmax are below half a percent). For N video tokens, T text tokens, width d, hidden width f and L
@@ -12,10 +12,10 @@ Sparse attention with T tiles, of which each query tile reads K, has (with a gat
 
     2 N d²  +  4 N (K N / T) d  +  4 T² d  +  2 T² d      instead of      4 N² d
 
-so TFLOP/s and MFU count what is executed, never the dense work that was saved.
+so TFLOP/s and MFU count what is executed, never the dense products that were saved.
 
-How often networks run is counted where they run (`WorkCounter`), not predicted: random rollout exits, doubled batches
-of guidance and update ratios are then right for every method, including those not written yet. Two totals are kept:
+`WorkCounter` counts forwards where they run instead of predicting them, so that random rollout exits, doubled batches
+of guidance and update ratios are right for every method, including those not written yet. Two totals are kept:
 *model* FLOPs are what the mathematics needs (a backward is two forwards), *hardware* FLOPs add what activation
 checkpointing recomputes, a share of a forward. MFU and HFU are their shares of the device's peak.
 """
@@ -23,17 +23,15 @@ checkpointing recomputes, a share of a forward. MFU and HFU are their shares of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
+from titan_distill.attention.sparse import TilesRead
+from titan_distill.config.sections import ActivationCheckpointConfig
 from titan_distill.parallelisms.activation_checkpoint import is_checkpointed, is_kept
-
-if TYPE_CHECKING:
-    from titan_distill.attention.sparse import TilesRead
-    from titan_distill.config.sections import ActivationCheckpointConfig
 
 BACKWARD_FORWARDS = 2
 """A backward pass in forwards: gradients of the inputs and of the weights."""
@@ -85,9 +83,9 @@ class ForwardFlops:
     embeddings: float
     """Patch, text and time embedding, and the output head."""
     data_layers: float
-    """Of the embeddings, the layers that read data: a backward has no use for the gradients of their inputs."""
+    """The part of the embeddings that reads data: a backward does not compute the gradients of its inputs."""
     selection: float = 0.0
-    """Of self-attention, the scores that choose tiles: they have no gradient."""
+    """The part of self-attention that scores tiles to choose some: it has no gradient."""
 
     @property
     def total(self) -> float:
@@ -95,12 +93,13 @@ class ForwardFlops:
 
     @property
     def backward(self) -> float:
-        """Exact where all weights are trained; ``BACKWARD_FORWARDS * total`` is 0.1 % more."""
+        """Exact where all weights are trained; `BACKWARD_FORWARDS * total` is 0.1 % more."""
         return BACKWARD_FORWARDS * (self.total - self.selection) - self.data_layers
 
     @property
     def backward_of_inputs(self) -> float:
-        """Where only adapters are trained: no gradients of the weights (and what adapters themselves cost left out)."""
+        """Backward where only LoRA adapters are trained: no gradients of the weights; the FLOPs of the LoRA adapters
+        themselves are left out."""
         return self.total - self.selection - self.data_layers
 
 
@@ -111,9 +110,9 @@ def forward_flops(
     sparse: TilesRead | None = None,
     num_keys: float | None = None,
 ) -> ForwardFlops:
-    """Cost of one forward for one sample of ``num_tokens`` video tokens with one timestep; with dense attention, or
-    with a sparse core that reads tiles of average length. ``num_keys``: video tokens that each token attends to, on
-    average, where that is not all of them: fewer in a causal forward, more where others are in memory.
+    """Cost of one forward for one sample of `num_tokens` video tokens with one timestep; with dense attention, or
+    with a sparse core that reads tiles of average length. `num_keys`: video tokens that each token attends to, on
+    average, where that is not all of them: fewer in a causal forward, more where a KV cache holds others.
 
     The image tokens that I2V models attend to are left out (0.3 % of a 14B forward at 480p).
     """
@@ -173,53 +172,48 @@ def recomputed_share(
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs done by one rank."""
+    """FLOPs that one rank has executed."""
 
     model_flops: float = 0.0
     hardware_flops: float = 0.0
 
 
 class WorkCounter:
-    """Adds up what the networks of this rank do; the family's adapter tells it of every forward."""
+    """Adds up the FLOPs of this rank's networks; the family's adapter reports every forward."""
 
     def __init__(self, tokens_per_sample: int) -> None:
         self.tokens_per_sample = tokens_per_sample
         self._model_flops = self._hardware_flops = 0.0
-        self._paused = False
         self._copies = 1
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Counts nothing for the duration of the block: validation is no training."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
+        return self._counting(0)
+
+    def forward_mode(self) -> AbstractContextManager[None]:
+        """Counts every forward twice for the duration of the block: it carries a tangent, which doubles the FLOPs of
+        matrix products (and triples those of attention, which is left out)."""
+        return self._counting(2)
 
     @contextmanager
-    def forward_mode(self) -> Iterator[None]:
-        """Counts every forward twice for the duration of the block: it carries a tangent, and through matrix products
-        that is as much work again (through attention twice as much, which is left out)."""
-        self._copies = 2
+    def _counting(self, copies: int) -> Iterator[None]:
+        self._copies, before = copies, self._copies
         try:
             yield
         finally:
-            self._copies = 1
+            self._copies = before
 
     def forward(self, flops: float, *, backward: bool, recompute: float, frozen: bool = False) -> None:
-        """Counts one forward of ``flops`` for all its samples and, where there is one, its backward, which computes the
-        share ``recompute`` of the forward again. ``frozen``: the weights themselves have no gradients, only adapters
-        beside them, so that half of a backward falls away."""
-        if self._paused:
-            return
+        """Counts one forward of `flops` for all its samples and, where there is one, its backward, which computes the
+        share `recompute` of the forward again. `frozen`: the weights themselves have no gradients, only LoRA
+        adapters beside them, so that half of a backward falls away."""
         flops *= self._copies
         backwards = 1 if frozen else BACKWARD_FORWARDS
         self._model_flops += flops * (1 + backwards * backward)
         self._hardware_flops += flops * (1 + (backwards + recompute) * backward)
 
     def drain(self) -> Work:
-        """The work since the last call."""
+        """The FLOPs since the last call."""
         work = Work(self._model_flops, self._hardware_flops)
         self._model_flops = self._hardware_flops = 0.0
         return work
@@ -233,12 +227,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_flops_by_name(name: str) -> float | None:
-    """Peak bf16 FLOP/s by device name, e.g. ``NVIDIA H100 80GB HBM3``; None when it is unknown."""
+    """Peak bf16 FLOP/s by device name, e.g. `NVIDIA H100 80GB HBM3`; None when it is unknown."""
     return next((peak for part, peak in PEAK_BF16_FLOPS if part in name), None)
 
 
 def utilization(work: Work, seconds: float, peak: float | None) -> dict[str, float]:
-    """``tflops``: model TFLOP/s of this device; ``mfu`` and ``hfu``: shares of ``peak`` FLOP/s, where it is known."""
+    """`tflops`: model TFLOP/s of this device; `mfu` and `hfu`: shares of `peak` FLOP/s, where it is known."""
     values = {"tflops": work.model_flops / seconds / 1e12}
     if peak is not None:
         values |= {"mfu": work.model_flops / seconds / peak, "hfu": work.hardware_flops / seconds / peak}

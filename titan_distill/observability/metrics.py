@@ -1,44 +1,82 @@
-"""Numbers of a run: ``metrics.jsonl`` always, trackers when asked for, and one line of progress on the terminal.
+"""Metrics of a run: always in `metrics.jsonl`, in trackers when asked for, and as progress on the terminal.
 
-A line of ``metrics.jsonl`` holds, for one logged step, the latest value of every key since the line before (a student
+A line of `metrics.jsonl` holds, for one logged step, the latest value of every key since the line before (a student
 that is updated every fifth step appears in every tenth line), the seconds of each phase, and rates. Two rules keep them
 honest:
 
-- *Rates are of an interval*: work done since the last line over the seconds it took, without the seconds of validation
-  and checkpoints, which have their own keys. Neither a long start-up nor a resume can flatter or spoil them.
+- *Rates are of an interval*: tokens and FLOPs since the last line over the seconds that they took, without the seconds
+  of validation and checkpoints, which have their own keys. Neither a long start-up nor a resume can flatter or spoil
+  them.
 - *A step has one line.* What is logged later for the same step (validation) joins its line, and a resumed run first
   drops the lines of the steps that it is about to repeat.
+
+`metrics.jsonl` holds one JSON object per line and is flushed at once: the file of a killed run is good up to its last
+complete line. A resumed run writes the lines that it keeps to a second file and renames that, so a second kill in
+between loses nothing.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import resource
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from titan_distill.config.config import Config
+from titan_distill.fault_tolerance.files import atomic
 from titan_distill.observability.flops import WorkCounter, peak_flops, utilization
-from titan_distill.observability.metrics_file import MetricsFile
 from titan_distill.observability.progress import Progress
 from titan_distill.observability.timing import PhaseTimer
 from titan_distill.observability.trackers import Tracker, build_trackers
-
-if TYPE_CHECKING:
-    from titan_distill.config.config import Config
-
-__all__ = ["MetricsLogger", "PhaseTimer", "memory_gib"]
 
 PAUSES = ("time/checkpoint", "time/validation")
 """Phases that are no training: left out of the seconds that rates are computed over."""
 
 
+class MetricsFile:
+    """Appends to the metrics of a run. Numbers keep full precision; JSON has no NaN, so that becomes null."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        """Opens `path` to go on after `start_step`; later lines are dropped, all of them for a fresh run."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _complete_lines(path) if start_step > 0 and path.exists() else []
+        with atomic(path) as fresh:
+            fresh.write_text("".join(line for line in kept if json.loads(line)["step"] <= start_step))
+        self._file = path.open("r+")
+        self._file.seek(0, os.SEEK_END)
+        self._last_start = self._file.tell()
+        self._last_line: dict[str, float | None] = {}
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends the line of `step`; values of the step that was written last join its line instead."""
+        if self._last_line.get("step") == step:
+            self._file.seek(self._last_start)
+            self._file.truncate()
+        else:
+            assert not self._last_line or step > (self._last_line["step"] or 0), "steps are logged in order"
+            self._last_start = self._file.tell()
+            self._last_line = {"step": step}
+        self._last_line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(self._last_line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 class MetricsLogger:
-    """Takes the values of every step and hands them on. Create one on every rank; only the main one writes."""
+    """Collects the values of every step and writes them. Create one on every rank; only the main one writes."""
 
     def __init__(
         self,
@@ -51,7 +89,7 @@ class MetricsLogger:
     ) -> None:
         """Opens the file, the trackers and the progress display.
 
-        ``start_step`` is the number of steps already done. Without a ``counter``, which knows the family's tokens and
+        `start_step` is the number of steps already done. Without a `counter`, which knows the family's tokens and
         FLOPs, no rates are logged. Raises ValueError when a tracker that is switched on cannot start.
         """
         self.latest: dict[str, float] = {}
@@ -72,7 +110,7 @@ class MetricsLogger:
             self._progress = Progress(self._num_steps, start_step)
 
     def step(self, step: int, values: Mapping[str, float], *, samples_seen: int) -> None:
-        """Takes the values of one finished step (``step`` steps are done now); writes a line when one is due."""
+        """Takes the values of one finished step (`step` steps are done now); writes a line when one is due."""
         self._pending |= values
         if self._file is not None:
             self._progress.update(step, values)
@@ -85,7 +123,7 @@ class MetricsLogger:
             self._phases.clear()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs what belongs to no training step, such as a validation's scores, in the line of ``step``.
+        """Logs what belongs to no training step, such as a validation's scores, in the line of `step`.
 
         The seconds of pauses go with it and leave the interval; those of training phases wait for the next line.
         """
@@ -95,11 +133,10 @@ class MetricsLogger:
         self._write(step, {**values, **pauses})
 
     def log_media(self, step: int, paths: Iterable[Path]) -> None:
-        """Shows pictures (.png) and videos (.mp4) in the trackers, under ``validation/<file name>``."""
+        """Shows pictures (.png) and videos (.mp4) in the trackers, under `validation/<file name>`."""
         for path in paths:
             for tracker in self._trackers:
-                show = tracker.log_video if path.suffix == ".mp4" else tracker.log_image
-                show(step, f"validation/{path.stem}", path)
+                tracker.log_media(step, f"validation/{path.stem}", path)
 
     def close(self) -> None:
         """Flushes and closes file, trackers and progress display."""

@@ -1,8 +1,8 @@
-"""One line that says how far a run is: a bar on a terminal, a log line every few seconds anywhere else.
+"""Progress of a run: a bar on a terminal, a log line every few seconds anywhere else.
 
 A bar redraws itself with control characters, which is noise in a log file or a CI transcript; there, plain lines at a
-steady rate are kinder. The rate is in seconds rather than steps, because a step of the tiny Wan takes a tenth of a
-second and one of the 14B a minute.
+steady rate are kinder. The rate is in seconds rather than steps, because a step of a tiny model takes a tenth of a
+second and one of a large model a minute.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Progress:
             self._redirect.__enter__()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows that ``step`` steps are done; of ``values`` the losses are shown, each until a newer one comes."""
+        """Shows that `step` steps are done; of `values` the losses are shown, each until a newer one comes."""
         self._losses |= {
             name.removeprefix("loss/"): value for name, value in values.items() if name.startswith("loss/")
         }
@@ -62,7 +62,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """``75.2`` as ``1m15s``, ``7500`` as ``2h05m``."""
+    """`75.2` as `1m15s`, `7500` as `2h05m`."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,4 +1,4 @@
-"""What libraries say at import about things that nobody here uses: not shown."""
+"""Silences messages of libraries at import about features that this project does not use."""
 
 import logging
 import warnings

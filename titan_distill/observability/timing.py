@@ -1,13 +1,13 @@
-"""Where the seconds of a step go.
+"""The phase timer adds up the seconds of a step by phase.
 
 Phases may nest (a teacher inside a critic update); each second belongs to the innermost open phase only, so phases add
 up to at most the whole and none is counted twice.
 
-On a GPU the host runs ahead of the device, and a host clock would book the device's work on whichever phase happens to
-block first. Three remedies: synchronise at every border (exact, but the device idles while the host catches up, a few
-percent of a step), record CUDA events (no stall; the device stamps the time when it gets there), or live with it. We
-record events: a phase then costs what the *stream* spent on it, and host work that hides behind the device counts as
-nothing, which is what it costs. Reading them waits for the device once a logged line, as reading the losses does.
+On a GPU the host runs ahead of the device, and a host clock would book the device's seconds on whichever phase happens
+to block first. Three remedies: synchronise at every border (exact, but the device idles while the host catches up, a
+few percent of a step), record CUDA events (no stall; the device stamps the time when it gets there), or live with it.
+We record events: a phase then costs what the *stream* spent on it, and host work that hides behind the device counts as
+nothing, which is what it costs. Reading them waits for the device once per logged line, as reading the losses does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ Mark = float | torch.cuda.Event
 
 
 class PhaseTimer:
-    """``with timer("rollout"):`` adds the block's seconds to the phase ``rollout``."""
+    """`with timer("rollout"):` adds the block's seconds to the phase `rollout`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -43,7 +44,7 @@ class PhaseTimer:
             self._borders.append((self._now(), self._open[-1] if self._open else None))
 
     def drain(self) -> dict[str, float]:
-        """Seconds by ``time/<phase>`` since the last call. Waits for the device when it is a GPU."""
+        """Seconds by `time/<phase>` since the last call. Waits for the device when it is a GPU."""
         if self._open:
             self._borders.append((self._now(), self._open[-1]))
         borders, self._borders = self._borders, self._borders[-1:]
@@ -63,9 +64,7 @@ class PhaseTimer:
         return event
 
 
-def _seconds_between(start: Mark, end: Mark) -> float:
-    if isinstance(start, torch.cuda.Event):
-        assert isinstance(end, torch.cuda.Event)
-        return start.elapsed_time(end) / 1000
-    assert isinstance(end, float)
-    return end - start
+def _seconds_between(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return float(end - start)
+    return float(start.elapsed_time(end)) / 1000

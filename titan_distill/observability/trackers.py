@@ -1,8 +1,9 @@
-"""TensorBoard and Weights & Biases behind one interface.
+"""Trackers show a run in TensorBoard or Weights & Biases, beside `metrics.jsonl`.
 
-What a tracker is told: scalars by step, pictures and videos as files, and the resolved configuration, read from the
-``config.toml`` that the run has already written with its secrets redacted. Nothing here reads the environment or the
-command line, and W&B's own collection of both is switched off: a key typed there must not end up on a server.
+A tracker gets scalars by step (`log_scalars`; steps never decrease), pictures and mp4 files (`log_media`), and the
+resolved configuration, read from the `config.toml` that the run has already written with its secrets redacted. Nothing
+here reads the environment or the command line, and W&B's own collection of both is switched off: a key typed there must
+not end up on a server.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ import io
 import shutil
 import sys
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from titan_distill.config.sections import MetricsConfig
 from titan_distill.data.footage import read_mp4
 
 if sys.version_info >= (3, 11):
@@ -26,32 +26,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-if TYPE_CHECKING:
-    from titan_distill.config.sections import MetricsConfig
-
-
-class Tracker(ABC):
-    """Where numbers and pictures go besides ``metrics.jsonl``. Steps never decrease."""
-
-    @abstractmethod
-    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one point to each named curve."""
-
-    @abstractmethod
-    def log_image(self, step: int, key: str, path: Path) -> None:
-        """Shows a picture file."""
-
-    @abstractmethod
-    def log_video(self, step: int, key: str, path: Path) -> None:
-        """Shows an mp4 file."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Writes out what is still buffered."""
-
 
 def build_trackers(config: MetricsConfig, folder: Path, name: str, start_step: int) -> list[Tracker]:
-    """The trackers that are switched on, for a run in ``folder`` that continues after ``start_step`` steps.
+    """The trackers that are switched on, for a run in `folder` that continues after `start_step` steps.
 
     Raises ValueError when TensorBoard is not installed or W&B has no key.
     """
@@ -63,8 +40,8 @@ def build_trackers(config: MetricsConfig, folder: Path, name: str, start_step: i
     return trackers
 
 
-class TensorBoardTracker(Tracker):
-    """Event files under ``tensorboard/``. Videos become animated GIFs, which is what its image tab can play."""
+class TensorBoardTracker:
+    """Event files under `tensorboard/`. Videos become animated GIFs, which is what its image tab can play."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         try:
@@ -83,11 +60,11 @@ class TensorBoardTracker(Tracker):
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
 
-    def log_image(self, step: int, key: str, path: Path) -> None:
-        with Image.open(path) as image:
-            self._writer.add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-
-    def log_video(self, step: int, key: str, path: Path) -> None:
+    def log_media(self, step: int, key: str, path: Path) -> None:
+        if path.suffix != ".mp4":
+            with Image.open(path) as image:
+                self._writer.add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            return
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         video, fps = read_mp4(path)
@@ -99,8 +76,8 @@ class TensorBoardTracker(Tracker):
         self._writer.close()
 
 
-class WandbTracker(Tracker):
-    """A W&B run, which a resumed job continues. ``WANDB_MODE=offline`` keeps it on disk, under ``wandb/``."""
+class WandbTracker:
+    """A W&B run, which a resumed job continues. `WANDB_MODE=offline` keeps it on disk, under `wandb/`."""
 
     def __init__(self, folder: Path, project: str, name: str, start_step: int) -> None:
         import wandb
@@ -128,22 +105,21 @@ class WandbTracker(Tracker):
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
-    def log_image(self, step: int, key: str, path: Path) -> None:
+    def log_media(self, step: int, key: str, path: Path) -> None:
         import wandb
 
-        self._run.log({key: wandb.Image(str(path))}, step=step)
-
-    def log_video(self, step: int, key: str, path: Path) -> None:
-        import wandb
-
-        self._run.log({key: wandb.Video(str(path), format="mp4")}, step=step)
+        media = wandb.Video(str(path), format="mp4") if path.suffix == ".mp4" else wandb.Image(str(path))
+        self._run.log({key: media}, step=step)
 
     def close(self) -> None:
         self._run.finish()
 
 
+Tracker = TensorBoardTracker | WandbTracker
+
+
 def _run_id(path: Path, start_step: int) -> str:
-    """The id of the W&B run that a resumed job left in ``path``; a new one, left there, for a fresh job."""
+    """The id of the W&B run that a resumed job left in `path`; a new one, left there, for a fresh job."""
     if start_step == 0 or not path.exists():
         path.write_text(uuid.uuid4().hex[:8])
     return path.read_text()

@@ -1,18 +1,19 @@
-"""Activation checkpointing: keep little of a block's forward, compute the rest again in its backward.
+"""Activation checkpointing: recompute activations in the backward to save memory.
 
-*full* keeps a block's input: least memory, a third more work. *selective* keeps in addition what is dear to compute and
-cheap to store: attention outputs, whose work grows with the square of the tokens and whose size does not, and every
-n-th matrix product. *Block skip* leaves every n-th block alone: the coarse knob for memory that is left over.
+*full* saves a block's input only: least memory, a third more FLOPs. *selective* saves in addition activations that are
+expensive to compute and cheap to store: attention outputs, whose FLOPs grow with the square of the tokens and whose
+size does not, and every n-th matrix product. *Block skip* leaves every n-th block alone: the coarse knob for memory
+that is left over.
 
 A block that *selects*, as sparse attention does, must not select again: a recomputed score may differ in its last bit,
-turn a tie around, and give the backward other tiles than the forward had. Every mode keeps selections; they are small.
+turn a tie around, and give the backward other tiles than the forward had. Every mode saves selections; they are small.
 
-Which products are kept is a matter of order, not of name: a counter runs over the products of one block's forward and
+Saved products are chosen by order, not by name: a counter runs over the products of one block's forward and
 starts anew with each block. PyTorch up to 2.12 asks the policy a second time, in the recomputation, later ones look the
 first answer up; forward and recomputation are therefore counted apart.
 
-The block's ``forward`` is replaced rather than the block wrapped: parameter names stay what checkpoints and exports
-expect, and FSDP's hooks, which sit around ``forward``, run once and outside of the recomputation.
+The block's `forward` is replaced rather than the block wrapped: parameter names stay what checkpoints and exports
+expect, and FSDP's hooks, which sit around `forward`, run once and outside of the recomputation.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,8 +32,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-if TYPE_CHECKING:
-    from titan_distill.config.sections import ActivationCheckpointConfig
+from titan_distill.config.sections import ActivationCheckpointConfig
 
 Operation = torch._ops.OpOverload | torch._ops.HigherOrderOperator
 
@@ -44,7 +44,7 @@ def _existing(*names: str) -> set[Operation]:
 
 
 MATMULS = frozenset(_existing("mm", "addmm", "_scaled_mm", "_scaled_mm_v2"))
-"""What a linear layer runs, in high precision or in float8."""
+"""Operations of a linear layer, in high precision or in float8."""
 
 _ATTENTION = {
     *_existing(
@@ -62,43 +62,42 @@ _SELECTIONS: set[Operation] = set()
 
 
 def register_attention(operation: Operation) -> None:
-    """Lets ``selective`` keep the outputs of one more attention operation; its module calls this at import."""
+    """Lets `selective` save the outputs of one more attention operation; its module calls this at import."""
     _ATTENTION.add(operation)
 
 
 def register_selection(operation: Operation) -> None:
-    """Lets every mode keep the outputs of an operation that selects; its module calls this at import."""
+    """Lets every mode save the outputs of an operation that selects; its module calls this at import."""
     _SELECTIONS.add(operation)
 
 
 def is_checkpointed(index: int, config: ActivationCheckpointConfig) -> bool:
-    """Whether block ``index`` recomputes anything: every ``skip_interval``-th does not."""
+    """True where block `index` recomputes anything: every `skip_interval`-th does not."""
     return config.mode != "none" and not (config.skip_interval and (index + 1) % config.skip_interval == 0)
 
 
 def is_kept(matmul: int, config: ActivationCheckpointConfig) -> bool:
-    """Whether the output of a block's ``matmul``-th matrix product, counted from 0, is kept in a checkpointed block."""
+    """True where a checkpointed block saves the output of its `matmul`-th matrix product, counted from 0."""
     return config.mode == "selective" and (matmul + 1) % config.interval == 0
 
 
 def describe(config: ActivationCheckpointConfig) -> str:
-    """What is kept and what is recomputed, for people."""
+    """The activations that are saved for the backward, in one phrase."""
     if config.mode == "none":
         return "no activation recomputed"
-    text = "full: keeps each block's input"
+    text = "full: saves each block's input"
     if config.mode == "selective":
-        text = f"selective: keeps attention outputs and every {_ordinal(config.interval)}matmul"
-    if config.skip_interval:
-        text += f", all of every {_ordinal(config.skip_interval)}block"
-    return text
+        matmuls = "every matmul" if config.interval == 1 else f"1 of {config.interval} matmuls"
+        text = f"selective: saves attention outputs and {matmuls}"
+    return text + (f", all of 1 of {config.skip_interval} blocks" if config.skip_interval else "")
 
 
 def apply_activation_checkpointing(
     blocks: Iterable[nn.Module], config: ActivationCheckpointConfig, *, selects: bool = False
 ) -> None:
-    """Makes the blocks recompute themselves in backward as ``config`` says.
+    """Makes the blocks recompute themselves in backward as `config` says.
 
-    ``selects``: they have selections to keep. Without them *full* need not look at every operation.
+    `selects`: they have selections to save. Without them *full* need not look at every operation.
     """
     # No block draws random numbers, so there is no generator state to keep.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
@@ -110,8 +109,8 @@ def apply_activation_checkpointing(
 
 
 def _run(forward: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs a block's ``forward``, to be recomputed in the backward if there will be one."""
-    # Without a graph nothing is kept anyway, and the checkpoint of PyTorch up to 2.11 has no forward mode.
+    """Runs a block's `forward`, to be recomputed in the backward if there will be one."""
+    # Without a graph nothing is saved anyway, and the checkpoint of PyTorch up to 2.11 has no forward mode.
     return checkpoint(forward, *args, **options, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
 
 
@@ -123,7 +122,7 @@ def _selective_contexts(
 
 
 class _Policy:
-    """Says of each operation in a block whether its output is kept."""
+    """Decides for each operation in a block whether its output is saved."""
 
     def __init__(self, config: ActivationCheckpointConfig) -> None:
         self.config = config
@@ -137,12 +136,3 @@ class _Policy:
             kept = is_kept(self.num_matmuls[context.is_recompute], self.config)
             self.num_matmuls[context.is_recompute] += 1
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _ordinal(number: int) -> str:
-    """``2`` as "2nd ", and ``1`` as nothing: every matmul."""
-    if number == 1:
-        return ""
-    endings = {1: "st", 2: "nd", 3: "rd"}
-    ending = "th" if number // 10 % 10 == 1 else endings.get(number % 10, "th")
-    return f"{number}{ending} "

@@ -1,7 +1,7 @@
-"""Collectives that autograd sees through, in pairs.
+"""Differentiable collectives, each a pair of a forward and a backward.
 
-What the backward of a collective is depends on what the ranks do with its result, and getting that wrong scales
-gradients by the number of ranks or loses parts of them. Two words decide it. A tensor is *replicated* when all ranks of
+The backward of a collective depends on what the ranks do with its result; a wrong one scales gradients by the number of
+ranks or loses parts of them. Two words decide it. A tensor is *replicated* when all ranks of
 the group hold it and compute the same with it; its gradient is then whole and equal on all of them. A result is used
 *differently* when every rank makes its own of it (its heads, its queries); the gradient on a rank is then only a part,
 and the parts must be summed.
@@ -24,6 +24,7 @@ Every function takes and returns plain tensors. Slices are of equal size: caller
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,167 +35,112 @@ from torch.autograd import forward_ad
 Group = dist.ProcessGroup
 
 
-def _all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
+def _own_slice(x: Tensor, group: Group, dim: int) -> Tensor:
+    return x.chunk(group.size(), dim=dim)[group.rank()].contiguous()
+
+
+def _all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
     parts = x.new_empty((group.size(), *x.shape))
     dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=group)
     return torch.cat(parts.unbind(0), dim=dim)
 
 
-def _reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+def _reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     parts = torch.stack(x.chunk(group.size(), dim=dim))
     own = torch.empty_like(parts[0])
     dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=group)
     return own
 
 
-def _all_reduce(x: Tensor, group: Group) -> Tensor:
+def _all_reduce(x: Tensor, group: Group, dim: int) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
 
 
-def _own(x: Tensor, dim: int, group: Group) -> Tensor:
-    return x.chunk(group.size(), dim=dim)[group.rank()].contiguous()
-
-
-class _Shard(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _own(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _all_gather(gradients[0], ctx.dim, ctx.group), None, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _all_gather(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _own(gradients[0], ctx.dim, ctx.group), None, None
-
-
-class _GatherForParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _all_gather(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _reduce_scatter(gradients[0], ctx.dim, ctx.group), None, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _reduce_scatter(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _all_gather(gradients[0], ctx.dim, ctx.group), None, None
-
-
-class _EnterParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _all_reduce(gradients[0], ctx.group), None
-
-
-class _SumParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return _all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return gradients[0], None
-
-
-class _SumStatistics(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _all_reduce(gradients[0], ctx.group), None
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _exchange_slices(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _exchange_slices(gradients[0], ctx.group), None
-
-
-def _exchange_slices(x: Tensor, group: Group) -> Tensor:
+def _exchange_slices(x: Tensor, group: Group, dim: int) -> Tensor:
     x = x.contiguous()
     received = torch.empty_like(x)
     dist.all_to_all_single(received, x, group=group)
     return received
 
 
-def _apply(collective: type[torch.autograd.Function], x: Tensor, *arguments: Any) -> Tensor:
-    """Not by the functions' own forward mode, because torch.compile refuses functions that have one."""
+def _nothing(x: Tensor, group: Group, dim: int) -> Tensor:
+    return x.view_as(x)
+
+
+PAIRS: dict[str, tuple[Callable[[Tensor, Group, int], Tensor], Callable[[Tensor, Group, int], Tensor]]] = {
+    "shard": (_own_slice, _all_gather),
+    "gather": (_all_gather, _own_slice),
+    "gather_for_parts": (_all_gather, _reduce_scatter),
+    "reduce_scatter": (_reduce_scatter, _all_gather),
+    "enter_parts": (_nothing, _all_reduce),
+    "sum_parts": (_all_reduce, _nothing),
+    "sum_statistics": (_all_reduce, _all_reduce),
+    "all_to_all": (_exchange_slices, _exchange_slices),
+}
+"""The forward and the backward of each collective below."""
+
+
+class _Collective(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, group: Group, dim: int) -> Tensor:
+        ctx.name, ctx.group, ctx.dim = name, group, dim
+        return PAIRS[name][0](x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return PAIRS[ctx.name][1](gradients[0], ctx.group, ctx.dim), None, None, None
+
+
+def _apply(name: str, x: Tensor, group: Group, dim: int = 0) -> Tensor:
+    """Runs a collective of `PAIRS`, also on the tangent of `x` where it has one.
+
+    The function has no forward mode of its own, because torch.compile refuses functions that have one.
+    """
     if not torch.compiler.is_compiling():
         value, tangent = forward_ad.unpack_dual(x)
         if tangent is not None:
-            return forward_ad.make_dual(collective.apply(value, *arguments), collective.apply(tangent, *arguments))
-    return collective.apply(x, *arguments)
+            parts = (_Collective.apply(part, name, group, dim) for part in (value, tangent))
+            return forward_ad.make_dual(*parts)
+    return _Collective.apply(x, name, group, dim)
 
 
 def shard(x: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's slice of a replicated tensor."""
-    return _apply(_Shard, x, dim, group)
+    return _apply("shard", x, group, dim)
 
 
 def gather(x: Tensor, dim: int, group: Group) -> Tensor:
     """All ranks' slices, as one replicated tensor."""
-    return _apply(_Gather, x, dim, group)
+    return _apply("gather", x, group, dim)
 
 
 def gather_for_parts(x: Tensor, dim: int, group: Group) -> Tensor:
     """All ranks' slices, for ranks that then do different things."""
-    return _apply(_GatherForParts, x, dim, group)
+    return _apply("gather_for_parts", x, group, dim)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's slice of the sum of all ranks' tensors."""
-    return _apply(_ReduceScatter, x, dim, group)
+    return _apply("reduce_scatter", x, group, dim)
 
 
 def enter_parts(x: Tensor, group: Group) -> Tensor:
     """A replicated tensor, for ranks that then do different things."""
-    return _apply(_EnterParts, x, group)
+    return _apply("enter_parts", x, group)
 
 
 def sum_parts(x: Tensor, group: Group) -> Tensor:
     """The sum of all ranks' tensors, replicated."""
-    return _apply(_SumParts, x, group)
+    return _apply("sum_parts", x, group)
 
 
 def sum_statistics(x: Tensor, group: Group) -> Tensor:
     """The sum of all ranks' tensors, for ranks that then do different things."""
-    return _apply(_SumStatistics, x, group)
+    return _apply("sum_statistics", x, group)
 
 
 def all_to_all(x: Tensor, group: Group) -> Tensor:
     """Slice i of dim 0 goes to rank i; slice i of the result came from rank i."""
-    return _apply(_AllToAll, x, group)
+    return _apply("all_to_all", x, group)

@@ -1,8 +1,8 @@
-"""Float8 matrix products: twice the tensor-core rate of bf16 on Ada, Hopper and later, for two casts an operand.
+"""Float8 matrix products: twice the tensor-core rate of bf16 on Ada, Hopper and later, for two casts per operand.
 
 Weights stay what they were, in fp32 or bf16, under their old names; inputs, weights and gradients are scaled and cast
-just before each product. One scale a *tensor* is the fastest; one a *row* is not upset by a single outlier; one a row
-with weight gradients in high precision is the most exact. Casting reads and writes the operands once more, so small
+just before each product. One scale per *tensor* is the fastest; one per *row* is not upset by a single outlier; one per
+row with weight gradients in high precision is the most exact. Casting reads and writes the operands once more, so small
 layers lose, and layers that set noise levels and modulation lose more than speed: both stay in high precision.
 
 `torchao` does the work and can also let FSDP2 gather weights in float8. Its *emulation* rounds operands the same way
@@ -15,14 +15,15 @@ from __future__ import annotations
 import types
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-if TYPE_CHECKING:
-    from titan_distill.config.sections import Float8Config
+from titan_distill.config.sections import Float8Config
+from titan_distill.parallelisms.lora import linear_layers
+from titan_distill.parallelisms.pinned import local_storage
 
 ALIGNMENT = 16
 """Float8 kernels take matrices whose sizes are multiples of this."""
@@ -34,13 +35,13 @@ MIN_CAPABILITY = (8, 9)
 def apply_float8(
     module: nn.Module, config: Float8Config, *, high_precision: Collection[str], device: torch.device
 ) -> None:
-    """Swaps the large linear layers of ``module``, in place, for layers that compute in float8.
+    """Swaps the large linear layers of `module`, in place, for layers that compute in float8.
 
     Args:
         module: a model that is not sharded yet.
         config: what to do; nothing unless it is enabled.
         high_precision: names of submodules, at any depth, that are left as they are.
-        device: where the model will run; ``meta``, a dry run, does not ask for the hardware.
+        device: where the model will run; `meta`, a dry run, does not ask for the hardware.
 
     Raises:
         ValueError: this machine cannot run it, or no layer is large enough.
@@ -84,7 +85,7 @@ def finish_float8(module: nn.Module, config: Float8Config) -> None:
 
 
 def check_hardware(config: Float8Config, device: torch.device) -> None:
-    """Raises ValueError unless ``config`` can run on ``device``."""
+    """Raises ValueError unless `config` can run on `device`."""
     if not config.enabled:
         return
     if config.backend == "transformer_engine":
@@ -100,7 +101,7 @@ def check_hardware(config: Float8Config, device: torch.device) -> None:
 
 
 def describe(config: Float8Config, module: nn.Module) -> str:
-    """How many of ``module``'s linear layers compute in float8 and how, for people."""
+    """One phrase for the banner: the number of linear layers that compute in float8, recipe and backend."""
     linears = [m for m in module.modules() if isinstance(m, nn.Linear) or _is_float8(m)]
     extras = ", gathered in float8" * config.all_gather + ", emulated" * config.emulate
     return (
@@ -112,12 +113,10 @@ def describe(config: Float8Config, module: nn.Module) -> str:
 def _large_linears(
     module: nn.Module, min_features: int, high_precision: Collection[str]
 ) -> Iterator[tuple[str, nn.Linear]]:
-    for name, layer in module.named_modules():
-        # Exactly nn.Linear: a subclass computes in a way of its own, which a swap would lose.
-        if type(layer) is not nn.Linear or not set(name.split(".")).isdisjoint(high_precision):
-            continue
+    for name, layer in linear_layers(module, high_precision):
         sizes = (layer.in_features, layer.out_features)
-        if all(size >= min_features and size % ALIGNMENT == 0 for size in sizes):
+        # Exactly nn.Linear: a subclass computes in a way of its own, which a swap would lose.
+        if type(layer) is nn.Linear and all(size >= min_features and size % ALIGNMENT == 0 for size in sizes):
             yield name, layer
 
 
@@ -143,7 +142,7 @@ def _torchao_layer(layer: nn.Linear, config: Float8Config) -> nn.Module:
 
 
 def _torchao_product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``layer``'s product with other parameters than its own, e.g. a tensor-parallel shard, which is scaled by itself
+    """`layer`'s product with other parameters than its own, e.g. a tensor-parallel shard, which is scaled by itself
     then."""
     from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
 
@@ -156,19 +155,13 @@ def _plain_weight(layer: nn.Module, state: dict[str, Any], prefix: str, metadata
 
     The storage is shared, so that reading a checkpoint into the state fills the weight itself.
     """
-    key = f"{prefix}weight"
-    weight = state[key]
+    weight = state[f"{prefix}weight"]
+    local = local_storage(weight)
     if isinstance(weight, DTensor):
-        local = _unwrapped(weight.to_local())
-        state[key] = DTensor.from_local(
+        local = DTensor.from_local(
             local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
         )
-    else:
-        state[key] = _unwrapped(weight)
-
-
-def _unwrapped(weight: Tensor) -> Tensor:
-    return getattr(weight, "_tensor", weight)
+    state[f"{prefix}weight"] = local
 
 
 def _transformer_engine() -> Any:

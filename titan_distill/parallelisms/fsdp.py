@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 @dataclass(frozen=True)
 class FsdpOptions:
-    """How a role is sharded.
+    """The sharding of one role.
 
     Attributes:
         compute_dtype: of forward and backward; gradients are reduced in fp32.
@@ -33,7 +33,7 @@ class FsdpOptions:
 
 
 def apply_fsdp(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, options: FsdpOptions) -> None:
-    """Shards ``blocks`` one by one and the rest of ``module`` as the root unit. Inputs keep their dtype: timesteps must
+    """Shards `blocks` one by one and the rest of `module` as the root unit. Inputs keep their dtype: timesteps must
     never be cast down."""
     policy = MixedPrecisionPolicy(
         param_dtype=options.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -60,7 +60,7 @@ def reshard(module: nn.Module) -> None:
     """Puts every parameter back to its shard.
 
     FSDP leaves what it does not reshard (the root, the last block) gathered after a forward that no backward follows, a
-    rollout for instance; ``module.parameters()`` would then be tensors that nobody keeps.
+    rollout for instance; `module.parameters()` would then be tensors that nobody keeps.
     """
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
@@ -68,6 +68,6 @@ def reshard(module: nn.Module) -> None:
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """Whether the next backward reduces gradients over ranks; micro-batches before the last one need not."""
+    """Sets whether the next backward reduces gradients over ranks; micro-batches before the last one need not."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)

@@ -1,30 +1,28 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): train two thin matrices beside each weight, and leave the weight alone.
 
-A linear layer becomes ``W x + s B (A x)`` with A [rank, inputs] and B [outputs, rank]; s is alpha / rank. Gradients,
+A linear layer becomes `W x + s B (A x)` with A [rank, inputs] and B [outputs, rank]; s is alpha / rank. Gradients,
 moments, averages and checkpoints then hold the adapters only: at rank 64 about 2 % of a 14B model, and the base can be
-stored in the compute type like any frozen weight. The price is two thin products a layer, some rounding between the
+stored in the compute type like any frozen weight. The price is two thin products per layer, some rounding between the
 adapted model and the one it is merged into, and an update of low rank.
 
 The layers are `peft`'s. B starts at zero, so that an adapted model begins as its base, bit for bit; A is drawn by name,
 so that its values depend on no layout. Dropout is not offered: it would draw from a stream that knows ranks and order.
 
-`peft` wraps a layer, which renames its weight: ``to_q.weight`` becomes ``to_q.base_layer.weight`` beside
-``to_q.lora_A.default.weight`` and ``to_q.lora_B.default.weight``. The functions at the end know that, and nobody else.
+`peft` wraps a layer, which renames its weight: `to_q.weight` becomes `to_q.base_layer.weight` beside
+`to_q.lora_A.default.weight` and `to_q.lora_B.default.weight`. The functions at the end know that, and nobody else.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from titan_distill.config.role_sections import LoraConfig
 from titan_distill.diffusion.noise import keyed_normal
-
-if TYPE_CHECKING:
-    from titan_distill.config.lora import LoraConfig
 
 T = TypeVar("T")
 
@@ -32,7 +30,7 @@ BASE, A, B = ".base_layer.", ".lora_A.default.", ".lora_B.default."
 
 
 def apply_lora(module: nn.Module, config: LoraConfig, *, excluded: Collection[str]) -> None:
-    """Gives linear layers of ``module``, which is on the meta device, fp32 adapters, and freezes everything else.
+    """Gives linear layers of `module`, which is on the meta device, fp32 LoRA adapters, and freezes everything else.
 
     Args:
         module: a model that is not sharded yet.
@@ -59,8 +57,16 @@ def apply_lora(module: nn.Module, config: LoraConfig, *, excluded: Collection[st
         parameter.requires_grad_(is_adapter(name))
 
 
+def linear_layers(module: nn.Module, excluded: Collection[str]) -> Iterator[tuple[str, nn.Linear]]:
+    """Linear layers by name, without those of the submodules `excluded`, at any depth."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and set(name.split(".")).isdisjoint(excluded):
+            yield name, layer
+
+
 def initial_adapters(module: nn.Module, seed: int, device: torch.device) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each adapter's parameter with its whole first value, drawn on `device`: A normal, as in the paper, and B zero.
+    """Each LoRA adapter's parameter with its whole first value, drawn on `device`: A normal, as in the paper, and B
+    zero.
 
     The variance of A is that of the paper's code, 1 / (3 inputs).
     """
@@ -73,13 +79,13 @@ def initial_adapters(module: nn.Module, seed: int, device: torch.device) -> Iter
 
 
 def describe(config: LoraConfig, module: nn.Module) -> str:
-    """How many layers are adapted and what is trained, for people."""
+    """One phrase for the banner: the number of adapted layers and of trained parameters."""
     sizes = [p.numel() for name, p in module.named_parameters() if is_adapter(name)]
     return f"LoRA of rank {config.rank} on {len(sizes) // 2} layers, {sum(sizes) / 1e6:,.1f} M trained"
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter."""
+    """True for the name of a LoRA adapter's parameter."""
     return A in name or B in name
 
 
@@ -90,8 +96,8 @@ def without_adapters(named: Mapping[str, T]) -> dict[str, T]:
 
 @torch.no_grad()
 def merge(name: str, weight: Tensor, adapters: Mapping[str, Tensor], scale: float) -> Tensor:
-    """The base's tensor ``name`` with its adapter added, if it has one, in fp32: what training changed by little would
-    be lost in the rounding of a bf16 base."""
+    """The base's tensor `name` with its LoRA adapter added, if it has one, in fp32: what training changed by little
+    would be lost in the rounding of a bf16 base."""
     layer, _, leaf = name.rpartition(".")
     a, b = (adapters.get(f"{layer}{part}{leaf}") for part in (A, B))
     if a is None or b is None:
@@ -100,11 +106,7 @@ def merge(name: str, weight: Tensor, adapters: Mapping[str, Tensor], scale: floa
 
 
 def _targets(module: nn.Module, wanted: Collection[str], excluded: Collection[str]) -> list[str]:
-    linears = [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and set(name.split(".")).isdisjoint(excluded)
-    ]
+    linears = [name for name, _ in linear_layers(module, excluded)]
     for target in wanted:
         if not any(_ends_with(name, target) for name in linears):
             known = sorted({name.removeprefix("blocks.0.") for name in linears if name.startswith("blocks.0.")})

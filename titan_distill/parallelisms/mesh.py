@@ -1,12 +1,12 @@
-"""Device meshes: which ranks do what together.
+"""Device meshes: the groups of ranks that share parameters, tokens and batches.
 
-One grid of ranks, ``dp_replicate × dp_shard × sequence × tensor`` with tensor innermost, is seen in three ways:
+One grid of ranks, `dp_replicate × dp_shard × sequence × tensor` with tensor innermost, is seen in three ways:
 
-- *parameters*, ``dp_replicate × fsdp × tensor`` with fsdp = dp_shard × sequence. All parameters of a role are DTensors
+- *parameters*, `dp_replicate × fsdp × tensor` with fsdp = dp_shard × sequence. All parameters of a role are DTensors
   on this one mesh, so one gradient norm is right. Ranks of a sequence group hold partial gradients (each saw its own
   tokens), exactly like ranks with different samples; that is why they share FSDP's axis.
-- *tokens*, ``data × sequence × tensor``: who exchanges tokens with whom.
-- *exchange*, ``data × exchange × data group``: where a role's ranks span several data groups, who hands samples to
+- *tokens*, `data × sequence × tensor`: who exchanges tokens with whom.
+- *exchange*, `data × exchange × data group`: where a role's ranks span several data groups, who hands samples to
   whom. A *data group* is the sequence × tensor ranks of the default layout: they load the same samples.
 """
 
@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titan_distill.config.degrees import Degrees
-from titan_distill.parallelisms.exchange import BatchExchange
+from titan_distill.parallelisms import collectives
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables by which a user sets up PyTorch's CUDA allocator."""
@@ -48,29 +49,22 @@ class World:
 class RoleMesh:
     """The meshes of one layout.
 
-    ``data_group`` is the number of ranks that load the same samples.
+    `data_group` is the number of ranks that load the same samples.
     """
 
     def __init__(self, degrees: Degrees, data_group: int, device_type: str) -> None:
         self.degrees, self.data_group = degrees, data_group
         assert degrees.model_parallel % data_group == 0, "the configuration checks this"
-        shape = {"dp_replicate": degrees.dp_replicate, "fsdp": degrees.dp_shard * degrees.sequence}
-        shape["tensor"] = degrees.tensor
-        kept = {axis: size for axis, size in shape.items() if size > 1 or axis == "fsdp"}
-        self.parameters: DeviceMesh = _mesh(device_type, kept)
-        self._tokens: DeviceMesh | None = None
-        if degrees.sequence > 1:
-            self._tokens = _mesh(
-                device_type,
-                {"data": degrees.data_parallel, "sequence": degrees.sequence, "tensor": degrees.tensor},
-            )
         self.num_exchanged = degrees.model_parallel // data_group
-        self._exchange: DeviceMesh | None = None
+        data, sequence, tensor = degrees.data_parallel, degrees.sequence, degrees.tensor
+        axes = {"dp_replicate": degrees.dp_replicate, "fsdp": degrees.dp_shard * sequence, "tensor": tensor}
+        used = {axis: size for axis, size in axes.items() if size > 1 or axis == "fsdp"}
+        self.parameters = _mesh(device_type, **used)
+        self._tokens = self._exchange = None
+        if sequence > 1:
+            self._tokens = _mesh(device_type, data=data, sequence=sequence, tensor=tensor)
         if self.num_exchanged > 1:
-            self._exchange = _mesh(
-                device_type,
-                {"data": degrees.data_parallel, "exchange": self.num_exchanged, "data_group": data_group},
-            )
+            self._exchange = _mesh(device_type, data=data, exchange=self.num_exchanged, data_group=data_group)
 
     @property
     def fsdp(self) -> DeviceMesh:
@@ -84,7 +78,7 @@ class RoleMesh:
 
     @property
     def sequence_group(self) -> dist.ProcessGroup | None:
-        """Ranks that share the tokens of a sample; None where that is one."""
+        """Ranks that share the tokens of a sample; None for one rank."""
         return None if self._tokens is None else self._tokens.get_group("sequence")
 
     @property
@@ -98,10 +92,38 @@ class RoleMesh:
         return [group for mesh in meshes for group in mesh.get_all_groups()]
 
 
+@dataclass(frozen=True)
+class BatchExchange:
+    """The batch exchange of a role whose ranks span several data groups: it serves all of them at once.
+
+    Example: four data-parallel copies of one role, each with its own prompt, and a role that is tensor-parallel over
+    the same four ranks. Its ranks must all see the same input, so the four inputs are gathered, the role runs once on a
+    batch of four, and every rank takes its own result back. Both directions carry gradients: the gathered inputs are
+    replicated (each rank computes the same with them), and results are cut from a replicated tensor.
+
+    Attributes:
+        group: one rank of each data group that the role spans, in the order of their samples.
+    """
+
+    group: dist.ProcessGroup
+
+    def run(
+        self,
+        forward: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor],
+        x: Tensor,
+        sigma_B: Tensor,
+        condition: Mapping[str, Tensor],
+    ) -> Tensor:
+        """`forward` of all groups' samples, of which this rank's are returned. Tensors are batch-first."""
+        whole = {name: collectives.gather(value, 0, self.group) for name, value in condition.items()}
+        everything = forward(collectives.gather(x, 0, self.group), collectives.gather(sigma_B, 0, self.group), whole)
+        return collectives.shard(everything, 0, self.group)
+
+
 class Layouts:
     """The layouts of a run: one for the data, one for each role; equal layouts share their process groups.
 
-    Without a process group (one process) there are no meshes, and ``role`` answers None.
+    Without a process group (one process) there are no meshes, and `role` answers None.
     """
 
     def __init__(self, world: World, default: Degrees, roles: dict[str, Degrees]) -> None:
@@ -110,9 +132,10 @@ class Layouts:
         self.degrees = roles
         self._meshes: dict[Degrees, RoleMesh] = {}
         if dist.is_initialized():
+            device_type = "cpu" if world.device.type == "meta" else world.device.type
             # In one order on all ranks: making a group is collective.
             for degrees in dict.fromkeys(roles.values()):
-                self._meshes[degrees] = RoleMesh(degrees, self.data_group, _mesh_device(world))
+                self._meshes[degrees] = RoleMesh(degrees, self.data_group, device_type)
         if world.timeout_seconds is not None:
             _limit_waiting(self.groups(), world.timeout_seconds)  # a mesh can't be told when it makes its groups
 
@@ -122,11 +145,11 @@ class Layouts:
 
     @classmethod
     def alone(cls, device: torch.device) -> Layouts:
-        """Of a process that works for itself."""
+        """The layouts of a single process."""
         return cls(World(rank=0, size=1, device=device), Degrees(), {})
 
     def exchange(self, name: str) -> BatchExchange | None:
-        """How data groups share the role; None where each has its own ranks for it."""
+        """The batch exchange of a role; None where each data group has its own ranks for it."""
         mesh = self.role(name)
         group = None if mesh is None else mesh.exchange_group
         return None if group is None else BatchExchange(group)
@@ -135,11 +158,7 @@ class Layouts:
         return [group for mesh in self._meshes.values() for group in mesh.groups()]
 
 
-def _mesh_device(world: World) -> str:
-    return "cpu" if world.device.type == "meta" else world.device.type
-
-
-def _mesh(device_type: str, shape: dict[str, int]) -> DeviceMesh:
+def _mesh(device_type: str, **shape: int) -> DeviceMesh:
     return init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
 
@@ -175,7 +194,7 @@ def check_local_ranks() -> None:
 def start_world(timeout_seconds: float, force_group: bool = False) -> World:
     """Reads torchrun's environment, picks the device and starts NCCL or gloo. Call once a process.
 
-    One process gets a process group only when ``force_group`` asks for one: see `config_world.needs_group`. Raises
+    One process gets a process group only when `force_group` asks for one: see `config.degrees.needs_group`. Raises
     ValueError for more ranks than GPUs.
     """
     check_local_ranks()
@@ -191,10 +210,10 @@ def start_world(timeout_seconds: float, force_group: bool = False) -> World:
 
 
 def tighten_timeout(seconds: float, layouts: Layouts) -> None:
-    """Limits how long ranks wait for each other from now on; start-up, with compilation and loading, is given more."""
-    if not dist.is_initialized():
-        return
-    _limit_waiting([None, *layouts.groups()], seconds)
+    """Limits how long ranks wait for each other from now on; start-up, with compilation and loading, has a longer
+    limit."""
+    if dist.is_initialized():
+        _limit_waiting([None, *layouts.groups()], seconds)
 
 
 def _limit_waiting(groups: Iterable[dist.ProcessGroup | None], seconds: float) -> None:

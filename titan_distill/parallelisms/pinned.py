@@ -1,6 +1,6 @@
-"""Page-locked host memory that is as large as what lies in it.
+"""Page-locked host memory of the exact size of its tensors.
 
-Copies between a GPU and page-locked (pinned) memory run beside everything else; copies of other memory make the host
+Copies between a GPU and page-locked (pinned) memory overlap with everything else; copies of other memory make the host
 wait. PyTorch pins tensor by tensor and rounds each up to a power of two, so the weights of an offloaded 14B model would
 take half as much again as they are large. Here all tensors of one dtype lie one behind the other in a *slab* of
 ordinary pages, which CUDA then locks as they are. Locked pages stay with this process: a data worker that is forked
@@ -22,12 +22,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from titan_distill.parallelisms.tensor import local
 
 Name = TypeVar("Name", bound=Hashable)
 
 ALIGNMENT_BYTES = 64
-"""Where tensors begin in a slab: the length of a cache line."""
+"""Alignment of tensors in a slab: the length of a cache line."""
 _PORTABLE = 1
 """cudaHostRegisterPortable: locked for all GPUs of the process."""
 
@@ -66,22 +67,22 @@ def materialise_on_host(module: nn.Module, *, page_locked: bool) -> None:
     FSDP takes parameters that are page-locked as they are. Shards that it pads are its own copies; they are small.
     """
     parameters = {id(parameter): parameter for parameter in module.parameters()}
-    wanted = {key: (_local(parameter).shape, parameter.dtype) for key, parameter in parameters.items()}
+    wanted = {key: (local_storage(parameter).shape, parameter.dtype) for key, parameter in parameters.items()}
     laid_out = slabs(wanted, page_locked=page_locked)
 
     def materialise(tensor: Tensor) -> Tensor:
         made = torch.empty_like(tensor, device="cpu")  # of the tensor's own class; its pages are never touched
         if (place := laid_out.get(id(tensor))) is not None:
-            _local(made).set_(place)  # type: ignore[call-overload]
+            local_storage(made).set_(place)  # type: ignore[call-overload]
         return made
 
     module._apply(materialise)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_storage(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, without the wrapper that float8 has around weights."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return getattr(local, "_tensor", local)
+    part = local(tensor)
+    return getattr(part, "_tensor", part)
 
 
 class _Pages(mmap.mmap):

@@ -11,7 +11,7 @@ nothing from others. Attention has two ways to see all tokens:
 Runs differ in length (a boundary lies at the tile nearest to an even split, and edge tiles are ragged), and collectives
 want equal slices, so runs are padded to the longest with zeros. Attention drops the padding before it looks at tokens
 and puts it back afterwards: no mask, and a token's result does not depend on the number of ranks. Padded rows travel
-through norms and linear layers, and are dropped at the end; nothing that is kept ever reads them.
+through norms and linear layers, and are dropped at the end; no result ever reads them.
 
 A sparse core has a coarse output too, one row a tile: it travels with the fine one, in the same message and a 64th of
 its size, to where the gate is. The gate itself, as large as the queries, never travels.
@@ -39,7 +39,7 @@ Method = Literal["ulysses", "all_gather"]
 def choose_method(
     num_heads: int, sequence: int, tensor: int, asked: Literal["auto", "ulysses", "all_gather"] = "auto"
 ) -> Method:
-    """What was asked for; for ``auto``, Ulysses where it can be had: where sequence × tensor ranks divide the heads."""
+    """The method that was asked for; for `auto`, Ulysses where sequence × tensor ranks divide the heads."""
     if asked != "auto":
         return asked
     return "all_gather" if num_heads % (sequence * tensor) else "ulysses"
@@ -49,7 +49,7 @@ def tile_bounds(layout: TileLayout, num_ranks: int, join: int = 1) -> list[int]:
     """The tile with which each rank's run begins, and at the end the number of tiles.
 
     The bound before rank i is the tile start nearest to an even split of the tokens, among those with a multiple of
-    ``join`` tiles before them. Raises ValueError when there are fewer runs of ``join`` tiles than ranks.
+    `join` tiles before them. Raises ValueError when there are fewer runs of `join` tiles than ranks.
     """
     starts = [*layout.start.tolist(), layout.num_tokens]
     cuts = [*range(0, layout.num_tiles, join), layout.num_tiles]
@@ -68,12 +68,13 @@ def tile_bounds(layout: TileLayout, num_ranks: int, join: int = 1) -> list[int]:
 
 
 def describe_tiles(num_tiles: int, join: int = 1) -> str:
-    """What runs are made of, for errors."""
+    """A phrase for errors: the tiles, or groups of tiles, that runs are made of."""
     return f"{num_tiles} tiles" if join == 1 else f"{-(-num_tiles // join)} groups of {join} tiles"
 
 
 def token_bounds(layout: TileLayout, num_ranks: int, join: int = 1) -> list[int]:
-    """Where each rank's run of whole tiles begins, and at the end the number of tokens. Raises as ``tile_bounds``."""
+    """The first token of each rank's run of whole tiles, and at the end the number of tokens. Raises as
+    `tile_bounds`."""
     starts = [*layout.start.tolist(), layout.num_tokens]
     return [starts[tile] for tile in tile_bounds(layout, num_ranks, join)]
 
@@ -82,7 +83,7 @@ def token_bounds(layout: TileLayout, num_ranks: int, join: int = 1) -> list[int]
 class Runs:
     """Rows that lie one after the other, cut into a run for each rank.
 
-    ``multiple``: padded runs are a multiple of this, for what cuts them further.
+    `multiple`: padded runs are a multiple of this, for what cuts them further.
     """
 
     bounds: tuple[int, ...]
@@ -109,7 +110,7 @@ class Runs:
         return torch.cat([self.pad_run(run, dim) for run in x.split(self.lengths, dim=dim)], dim=dim)
 
     def unpad(self, x: Tensor, dim: int) -> Tensor:
-        """The inverse of ``pad``."""
+        """The inverse of `pad`."""
         if not self.is_padded:
             return x
         runs = zip(x.split(self.padded_length, dim=dim), self.lengths, strict=True)
@@ -123,13 +124,13 @@ class Runs:
 
 @dataclass(frozen=True)
 class TokenShards(Runs):
-    """How the tokens of one grid are spread over sequence ranks: runs of tokens, which are runs of whole ``tiles``."""
+    """The tokens of one grid spread over sequence ranks: runs of tokens, which are runs of whole `tiles`."""
 
     tiles: Runs = field(kw_only=True)
 
     @classmethod
     def of(cls, layout: TileLayout, num_ranks: int, multiple: int = 1, join: int = 1) -> TokenShards:
-        """Runs of ``multiple`` tokens when padded, which begin after a multiple of ``join`` tiles."""
+        """Runs of `multiple` tokens when padded, which begin after a multiple of `join` tiles."""
         tiles = Runs(tuple(tile_bounds(layout, num_ranks, join)))
         return cls(tuple(token_bounds(layout, num_ranks, join)), multiple, tiles=tiles)
 
@@ -140,10 +141,10 @@ class TokenShards(Runs):
 
 @dataclass(frozen=True, eq=False)
 class SequenceParallel:
-    """What one rank does with the tokens of a sample.
+    """The sharing of a sample's tokens among sequence ranks, seen from one rank.
 
     Attributes:
-        group: the sequence axis; None for one rank, which still pads where ``multiple`` asks for it.
+        group: the sequence axis; None for one rank, which still pads where `multiple` asks for it.
         method: how attention sees all tokens.
         multiple: padded runs are a multiple of this.
         join: runs begin after a multiple of this many tiles, which attention looks at together.
@@ -165,7 +166,7 @@ class SequenceParallel:
         return self._shards[layout]
 
     def shard(self, x: Tensor, layout: TileLayout, dim: int = 1) -> Tensor:
-        """This rank's run of tokens, padded; the gradient of ``x`` is whole on every rank."""
+        """This rank's run of tokens, padded; the gradient of `x` is whole on every rank."""
         padded = self.shards(layout).pad(x, dim)
         return padded if self.group is None else collectives.shard(padded, dim, self.group)
 

@@ -1,9 +1,9 @@
 """Tensor parallelism: the ranks of an axis share each weight matrix.
 
-A *region* is a stretch of a network in which every rank does its own part of the work: it begins with column-wise
+A *region* is a stretch of a network in which every rank does its own part of the arithmetic: it begins with column-wise
 linear layers (each rank some of the outputs, so some heads or some hidden features) and ends with a row-wise one (each
 rank some of the inputs), whose partial results are summed. Between regions activations are replicated, or, with
-``TokenRegion``, each rank holds a run of the tokens, so that norms and residuals are neither computed nor stored twice.
+`TokenRegion`, each rank holds a run of the tokens, so that norms and residuals are neither computed nor stored twice.
 
     region         enter                    leave
     Region         nothing  / all-reduce    all-reduce     / nothing        (forward / backward)
@@ -14,7 +14,7 @@ computation is written in local tensors and named collectives, which a profile s
 
 A weight that is replicated and used inside a region must *enter* it too, or its gradient is only this rank's part.
 
-Layers get their new ``forward`` as a method and what it needs as an attribute: code and objects that all blocks share
+Layers get their new `forward` as a method and what it needs as an attribute: code and objects that all blocks share
 are what lets the compiler make one graph for all of them.
 """
 
@@ -45,7 +45,7 @@ def local(parameter: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Region:
-    """Where ranks work on parts of replicated activations."""
+    """A stretch of the network in which ranks compute on parts of replicated activations."""
 
     group: dist.ProcessGroup
 
@@ -54,7 +54,7 @@ class Region:
         return collectives.enter_parts(x, self.group)
 
     def hook(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """``enter`` as a forward pre-hook of a module's first argument."""
+        """`enter` as a forward pre-hook of a module's first argument."""
         return self.enter(args[0]), *args[1:]
 
     def leave(self, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class TokenRegion(Region):
 
 
 def distribute_parameters(module: nn.Module, mesh: DeviceMesh, shards: Mapping[str, int]) -> None:
-    """Makes every parameter a DTensor on the tensor axis: sharded along ``shards[name]``, else replicated.
+    """Makes every parameter a DTensor on the tensor axis: sharded along `shards[name]`, else replicated.
 
     Works on the meta device. Raises ValueError for a size that the ranks do not divide.
     """
@@ -99,69 +99,66 @@ def distribute_parameters(module: nn.Module, mesh: DeviceMesh, shards: Mapping[s
         owner.register_parameter(leaf, nn.Parameter(distributed, requires_grad=parameter.requires_grad))
 
 
-def use_local_parameters(linear: nn.Linear) -> None:
+def use_local_parameters(linear: nn.Module) -> None:
     """Lets a linear layer compute with its own shard: some of the outputs (column-wise), or all where it is
     replicated."""
-    linear.forward = MethodType(_linear, linear)  # type: ignore[method-assign]
+    _replace_forward(linear, _linear)
 
 
 def make_row_wise(linear: nn.Module, region: Region) -> None:
     """Lets a linear layer compute with its inputs' shard, sum over ranks and then add its bias."""
-    assert isinstance(linear, nn.Linear)
-    linear.region = region  # type: ignore[assignment]
-    linear.forward = MethodType(_row_wise, linear)  # type: ignore[method-assign]
+    _replace_forward(linear, _row_wise, region=region)
 
 
-def gather_outputs(linear: nn.Linear, group: dist.ProcessGroup) -> None:
+def gather_outputs(linear: nn.Module, group: dist.ProcessGroup) -> None:
     """Lets a column-wise layer return all outputs, for small results that everything else needs whole."""
-    linear.group = group  # type: ignore[assignment]
-    linear.forward = MethodType(_gathered, linear)  # type: ignore[method-assign]
+    _replace_forward(linear, _gathered, group=group)
 
 
-def share_norm(norm: nn.RMSNorm, group: dist.ProcessGroup) -> None:
+def share_norm(norm: nn.Module, group: dist.ProcessGroup) -> None:
     """Lets an RMS norm over features that are spread over ranks take its mean square over all of them."""
-    norm.group = group  # type: ignore[assignment]
-    norm.forward = MethodType(_shared_rms_norm, norm)  # type: ignore[method-assign]
+    _replace_forward(norm, _shared_rms_norm, group=group)
+
+
+def _replace_forward(layer: nn.Module, forward: Callable[..., Tensor], **attributes: Any) -> None:
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    layer.forward = MethodType(forward, layer)
 
 
 def enter_region(module: nn.Module, region: Region) -> None:
-    """The module's first argument enters ``region``; its last layer, a row-wise one, leaves it."""
+    """The module's first argument enters `region`; its last layer, a row-wise one, leaves it."""
     module.register_forward_pre_hook(region.hook)
 
 
 def _compute(linear: nn.Linear) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Layers with a precision of their own say how they multiply."""
+    """The product of a layer; layers with a precision of their own bring one."""
     return getattr(linear, "compute", F.linear)
 
 
-def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    bias: Tensor | None = linear.bias  # the stub says Tensor, but there may be none
-    bias = None if bias is None else local(bias)
+def _linear(linear: Any, x: Tensor) -> Tensor:
+    bias = None if linear.bias is None else local(linear.bias)
     return _compute(linear)(x, local(linear.weight), bias)
 
 
-def _row_wise(linear: nn.Linear, x: Tensor) -> Tensor:
-    region: Any = linear.region
-    total = region.leave(_compute(linear)(x, local(linear.weight), None))
+def _row_wise(linear: Any, x: Tensor) -> Tensor:
+    total = linear.region.leave(_compute(linear)(x, local(linear.weight), None))
     # Every linear layer of a region has a bias, and it is added once, to the sum.
     bias = local(linear.bias)
     # Summed over tokens that are not all here, its gradient is a part like any other.
-    if isinstance(region, TokenRegion):
-        bias = collectives.enter_parts(bias, region.group)
+    if isinstance(linear.region, TokenRegion):
+        bias = collectives.enter_parts(bias, linear.region.group)
     return total + bias.to(total.dtype)
 
 
-def _gathered(linear: nn.Linear, x: Tensor) -> Tensor:
-    group: Any = linear.group
-    return collectives.gather(_linear(linear, collectives.enter_parts(x, group)), -1, group)
+def _gathered(linear: Any, x: Tensor) -> Tensor:
+    return collectives.gather(_linear(linear, collectives.enter_parts(x, linear.group)), -1, linear.group)
 
 
-def _shared_rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    group: Any = norm.group
-    assert norm.eps is not None
+def _shared_rms_norm(norm: Any, x: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    squares = collectives.sum_statistics(wide.square().sum(-1, keepdim=True), group)
-    inverse = torch.rsqrt(squares / (x.shape[-1] * group.size()) + norm.eps)
+    squares = collectives.sum_statistics(wide.square().sum(-1, keepdim=True), norm.group)
+    inverse = torch.rsqrt(squares / (x.shape[-1] * norm.group.size()) + norm.eps)
     return (wide * inverse).to(x.dtype) * local(norm.weight)
 
 

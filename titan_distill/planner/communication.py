@@ -1,15 +1,16 @@
-"""What a step sends between ranks, in bytes a rank, by collective.
+"""The traffic of a step, in bytes per rank, by collective.
 
-A ring moves S (P - 1) / P bytes through each of P ranks to gather or to reduce-scatter a tensor of S bytes, twice
-that to all-reduce it; an all-to-all sends all of a rank's tensor but its own slice. Weights are gathered and gradients
-reduced beside the computation, so only what exceeds it costs time. Tokens are exchanged within a block, where
-everything waits. Left out, all below a percent: norms' statistics, embedders and head, the loss and the gradient norm.
+A ring moves S (P - 1) / P bytes through each of P ranks to gather or to reduce-scatter a tensor of S bytes, and twice
+as many to all-reduce it. An all-to-all sends a rank's whole tensor but its own slice. All-gathers of weights and
+reductions of gradients overlap with computation, so only their excess costs time. Exchanges of tokens happen within a
+block, where everything waits. Omitted, because each is below a percent: statistics of norms, embedders and head, the
+loss and the gradient norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from titan_distill.config.degrees import Degrees
 from titan_distill.planner.hardware import Gpu
@@ -23,10 +24,10 @@ class Weights:
     Attributes:
         blocks: numbers in each block on a tensor-parallel rank.
         root: numbers outside of blocks.
-        compute_bytes: of a number in the compute type.
+        compute_bytes: bytes per number in the compute type.
         reshards: whether gathered blocks are freed after their forward.
-        num_modules: networks that the blocks belong to, equally many to each.
-        trained_share: of the numbers, those that have gradients: all, or adapters.
+        num_modules: networks that share the blocks equally.
+        trained_share: fraction of the numbers with gradients: 1, or that of the LoRA adapters.
     """
 
     blocks: tuple[int, ...]
@@ -42,43 +43,47 @@ class Weights:
 
     @property
     def lasting(self) -> float:
-        """Bytes that stay gathered between forwards: each network's last block and root, or everything."""
+        """Bytes that stay gathered between forwards: the last block and the root of each network, or everything."""
         last = self.num_modules * self.blocks[-1]
         return self.compute_bytes * (last + self.root if self.reshards else self.total)
 
     @property
     def passing(self) -> float:
-        """Bytes of a block and of the one that is gathered ahead."""
+        """Bytes of a gathered block and of the block gathered ahead."""
         return 2 * self.compute_bytes * max(self.blocks) if self.reshards else 0.0
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What one kind of collective of one role sends."""
+    """The bytes and seconds of one kind of collective of one role."""
 
     collective: str
     bytes_sent: float
     seconds: float
     overlaps: bool
-    """Whether it runs beside the computation."""
+    """Whether it overlaps with computation."""
+
+    def repeated(self, times: float) -> Transfer:
+        """The transfer, `times` over."""
+        return replace(self, bytes_sent=times * self.bytes_sent, seconds=times * self.seconds)
 
 
 @dataclass(frozen=True)
 class Links:
-    """Prices collectives on the groups of one layout."""
+    """The links between the ranks of one layout, which give a transfer its seconds."""
 
     degrees: Degrees
     gpu: Gpu
 
     def transfer(self, collective: str, axis: str, size: float, *, overlaps: bool = False) -> Transfer:
-        """``size`` is the whole tensor's for gathers and reductions, a rank's own for all-to-all; an all-reduce counts
-        twice."""
+        """A transfer over the ranks of `axis`. `size` is that of the whole tensor for gathers and reductions, and that
+        of a rank's own part for an all-to-all. An all-reduce counts twice."""
         num_ranks, stride = self._group(axis)
         sent = size * (num_ranks - 1) / num_ranks * (2 if "all-reduce" in collective else 1)
         return Transfer(collective, sent, sent / self.gpu.bandwidth(num_ranks, stride), overlaps)
 
     def _group(self, axis: str) -> tuple[int, int]:
-        """Ranks of an axis and how far apart they are."""
+        """Number of ranks of an axis, and the distance between their numbers."""
         d = self.degrees
         return {
             "tensor": (d.tensor, 1),
@@ -90,7 +95,8 @@ class Links:
 
 
 def weight_transfers(weights: Weights, links: Links, *, backward: bool, reduces: float) -> Iterator[Transfer]:
-    """Of one forward, with its backward if it has one; ``reduces``: share of backwards that reduce gradients."""
+    """Transfers of weights in one forward, and in its backward if it has one. `reduces`: fraction of backwards that
+    reduce gradients."""
     size = weights.compute_bytes
     held = 0 if weights.reshards else weights.total - weights.root
     if not backward:  # what stayed gathered need not be gathered again
@@ -105,7 +111,8 @@ def weight_transfers(weights: Weights, links: Links, *, backward: bool, reduces:
 
 
 def token_transfers(forward: LocalForward, links: Links, *, directions: float) -> Iterator[Transfer]:
-    """Of one forward's blocks; ``directions``: 1, plus 1 for a backward, plus the share of forwards recomputed."""
+    """Transfers of tokens in the blocks of one forward. `directions`: 1, plus 1 for a backward, plus the fraction of
+    forwards that it recomputes."""
     times = directions * forward.architecture.num_layers
     # Self-attention, cross-attention and feed-forward each end (and, backwards, begin) with a sum over tensor ranks.
     if forward.token_region:

@@ -1,7 +1,7 @@
-"""The GPUs a plan can be made for, and what part of their data sheets a training run gets.
+"""GPUs to plan for, and the fraction of their data sheets that a training run reaches.
 
-Data sheets give peaks. What is left of them is an assumption, stated here once and printed with every plan; a plan's
-seconds are for comparing layouts, a benchmark's for believing.
+Data sheets give peaks. The fractions are assumptions, stated here once and printed with every plan. Compare layouts by
+the seconds of a plan; measure seconds with a benchmark.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 COMPUTE_EFFICIENCY = 0.35
-"""Executed FLOP/s as a share of the bf16 peak while a rank computes. Published distillation runs of Wan imply 24 % (SF
-on H100) to 32 % (FastWan on H200) with all waiting included, so a little more without it."""
+"""Executed FLOP/s as a fraction of the bf16 peak while a rank computes. Published distillation runs of Wan imply 24 %
+(SF on H100) to 32 % (FastWan on H200) with all waiting included, so a little more without it."""
 NETWORK_EFFICIENCY = 0.75
-"""Bytes per second of a large collective as a share of the links' peak; what nccl-tests commonly show."""
+"""Bytes per second of a large collective as a fraction of the links' peak, as nccl-tests commonly show."""
 RESERVE = 0.10
-"""Share of a GPU's memory left to the CUDA context, NCCL's buffers, cuBLAS workspaces and fragmentation."""
+"""Fraction of a GPU's memory left to the CUDA context, NCCL's buffers, cuBLAS workspaces and fragmentation."""
 GPUS_PER_NODE = 8
 """Ranks that share NVLink, in HGX and DGX machines."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a plan knows about a GPU: peaks, from NVIDIA's data sheets."""
+    """The peaks of a GPU, from NVIDIA's data sheets."""
 
     name: str
     peak_flops: float
     """Dense bf16, FLOP/s."""
     memory_gib: float
-    """What CUDA reports, less than the GB on the box."""
+    """GiB that CUDA reports, which are less than the advertised GB."""
     nvlink_bytes: float
     """Bytes per second to the other GPUs of its node, one direction."""
     network_bytes: float
@@ -40,7 +40,7 @@ class Gpu:
         return self.memory_gib * (1 - RESERVE)
 
     def bandwidth(self, num_ranks: int, stride: int) -> float:
-        """Bytes per second that each of ``num_ranks`` ranks, ``stride`` apart, gets in a ring over all of them.
+        """Bytes per second of each of `num_ranks` ranks, `stride` apart, in a ring over all of them.
 
         A ring enters a node as often as the node has cards that serve it, so ranks of one node lend one another theirs.
         """

@@ -1,19 +1,20 @@
-"""What training takes of a rank's memory, in bytes, before anything is allocated.
+"""The memory of training on a rank, in bytes, before anything is allocated.
 
-States (weights, gradients, optimizer, EMA) are not estimated: they are the local shards of a role that was really
-built, on the meta device. What a forward keeps for its backward follows from what a block's operations save. With c
-bytes a number in the compute type, width d, hidden width f and tensor degree t, a block without checkpointing keeps for
-each token of a rank
+States (weights, gradients, optimizer, EMA) are exact: they are the local shards of a role that is built on the meta
+device. The activations that a forward stores for its backward follow from the operations of a block. With c bytes per
+number in the compute type, width d, hidden width f and tensor degree t, a block without activation checkpointing stores
+for each token of a rank
 
     28 d                                   fp32: inputs of three layer norms, two normed values, two gated updates
     c (3 d + 6 d / t + 2 f / t) + norms    inputs of linear layers; q, k, v, out and cross-attention's q, out; FFN
 
-(norms: the inputs of q/k norms, 3 c d / t where they are fused), besides log-sum-exps and the text's keys and values.
-With full checkpointing it keeps c d, its input. `saved_by_block` has the rest: token regions, Ulysses, gathered keys.
+(norms: the inputs of q/k norms, 3 c d / t where they are fused), and log-sum-exps and the text's keys and values.
+With full checkpointing it stores c d, its input. `saved_by_block` has the rest: token regions, Ulysses, gathered keys.
 
-Only one autograd graph is alive at a time, so a run's peak is its states plus the dearest update: that role's gradients
-and graph, and the largest working set beside it. The working sets are those of eager mode; the compiler fuses part of
-them away. Measured on CPU, a training forward and backward of the small Wan peaks at 87 to 100 % of the estimate.
+Only one autograd graph is alive at a time. A run's peak is therefore its states plus the largest update: gradients and
+graph of one role, and the largest working set beside them. The working sets are those of eager mode; the compiler fuses
+part of them away. Measured on a CPU, a training forward and backward of the small Wan peaks at 87 to 100 % of the
+estimate.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class States:
-    """Bytes that a rank holds of one role between steps, and its gradients within one."""
+    """Bytes of one role on a rank: between steps, and of its gradients within a step."""
 
     parameters: int
     gradients: int
@@ -46,14 +47,14 @@ class States:
 
     @property
     def lasting(self) -> int:
-        """What stays when another role is updated."""
+        """Bytes that stay while another role is updated."""
         return self.parameters + self.optimizer + self.ema
 
 
 def states(module: nn.Module, *, has_ema: bool) -> States:
-    """Exact, from the local shards. ``module`` may be on the meta device.
+    """The exact states of a role on this rank, from its local shards. `module` may be on the meta device.
 
-    Shards are cut into equal rows with what is left over for the last ranks, so rank 0 never holds less than another.
+    Shards have equal numbers of rows, and the last ranks get the remainder, so no rank has more than rank 0.
     """
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -67,7 +68,7 @@ def states(module: nn.Module, *, has_ema: bool) -> States:
 
 
 def num_gathered(parameters: list[nn.Parameter]) -> int:
-    """Numbers in ``parameters`` once FSDP has gathered them: all of them, or a tensor-parallel rank's part."""
+    """Numbers in `parameters` after FSDP has gathered them: all, or the part of a tensor-parallel rank."""
     return sum(p.numel() // _tensor_shards(p) for p in parameters)
 
 
@@ -85,20 +86,20 @@ def _tensor_shards(parameter: nn.Parameter) -> int:
 
 @dataclass(frozen=True)
 class LocalForward:
-    """One forward as one rank sees it.
+    """One forward on one rank.
 
     Attributes:
         architecture: of the network.
-        samples: in the batch, after exchange and with all conditions.
+        samples: samples in the batch, after the exchange between ranks and with all conditions.
         num_tokens: video tokens of a sample on this rank, with padding.
         num_text_tokens: text tokens of a sample.
         sequence: ranks that share a sample's tokens.
         tensor: ranks that share each weight.
         gathers_keys: attention gathers keys and values, instead of Ulysses.
-        token_region: tensor ranks hold a run of the tokens each between regions.
-        compute_bytes: of a number in the compute type.
-        fused_norms: RMS norms save their input alone, as they do on GPUs; on CPUs they save two fp32 tensors.
-        sparse: what sparse attention reads, of all heads and ranks; None with dense attention.
+        token_region: tensor ranks shard the tokens between tensor-parallel layers.
+        compute_bytes: bytes per number in the compute type.
+        fused_norms: RMS norms save their input alone, as on GPUs. On CPUs they save two fp32 tensors.
+        sparse: tiles that sparse attention reads, over all heads and ranks; None for dense attention.
     """
 
     architecture: DiTConfig
@@ -149,14 +150,14 @@ class LocalForward:
 
     @property
     def norm(self) -> float:
-        """What a q/k norm saves, in shares of its input: fused, shared over tensor ranks, or written out."""
+        """Bytes that a q/k norm saves, as a multiple of its input: fused, shared over tensor ranks, or written out."""
         if self.tensor > 1:
             return 1 + FP32 / self.compute_bytes
         return 1 if self.fused_norms else 2 * FP32 / self.compute_bytes
 
     @property
     def log_sums(self) -> float:
-        """What one fused attention saves beside its inputs and outputs."""
+        """Bytes that one fused attention saves beside its inputs and outputs."""
         return FP32 * self.architecture.num_attention_heads / self.tensor * self.tokens
 
     @property
@@ -181,7 +182,7 @@ class LocalForward:
 
 
 def saved_by_block(forward: LocalForward) -> float:
-    """What one block without checkpointing keeps for its backward."""
+    """Bytes that one block without activation checkpointing stores for its backward."""
     # Own copies of other ranks' keys and values, or of the heads that come back from Ulysses.
     foreign = 2 * (forward.sequence - 1) if forward.gathers_keys else int(forward.sequence > 1)
     layer_norms = 7 * forward.residual_fp32 + 3 * 2 * FP32 * forward.tokens
@@ -195,7 +196,7 @@ def saved_by_block(forward: LocalForward) -> float:
 
 
 def kept_by_block(forward: LocalForward, index: int, config: ActivationCheckpointConfig) -> float:
-    """What block ``index`` keeps under activation checkpointing; the rest of `saved_by_block` is recomputed."""
+    """Bytes that block `index` stores under activation checkpointing. It recomputes the rest of `saved_by_block`."""
     if not is_checkpointed(index, config):
         return saved_by_block(forward)
     kept = forward.residual + forward.selection
@@ -213,14 +214,14 @@ def matmul_outputs(forward: LocalForward) -> list[float]:
 
 
 def graph(forward: LocalForward, config: ActivationCheckpointConfig) -> float:
-    """What a forward with gradients keeps: all blocks, the head, and the rotary phases."""
+    """Bytes that a forward with gradients stores: all blocks, the head, and the rotary phases."""
     blocks = sum(kept_by_block(forward, index, config) for index in range(forward.architecture.num_layers))
     head = forward.activation * (1 + 2 * FP32 / forward.compute_bytes)
     return blocks + head + _phases(forward)
 
 
 def forward_working_set(forward: LocalForward) -> float:
-    """The most that a block's forward holds at once beyond what it keeps: inside attention or inside the FFN."""
+    """Most bytes that a block's forward needs at once and does not store: inside attention or inside the FFN."""
     # Residual, modulated input in fp32 (the caller holds it) and in the compute type.
     held = forward.residual + forward.residual_fp32 + forward.activation
     rotary = (4 + 2 * FP32 / forward.compute_bytes) * forward.heads
@@ -228,8 +229,8 @@ def forward_working_set(forward: LocalForward) -> float:
 
 
 def backward_working_set(forward: LocalForward, config: ActivationCheckpointConfig) -> float:
-    """The most that a backward holds beyond the graph it starts with: what a block recomputed, and gradients of
-    activations, less what the blocks behind it have given back."""
+    """Most bytes that a backward needs beyond the graph that it starts with: what a block recomputes, and gradients of
+    activations, less what the later blocks have freed."""
     # At the FFN's hidden features everything recomputed is still there; later, attention's gradients replace it.
     gradients = 2 * forward.residual_fp32 + forward.activation + 2 * forward.hidden
     saved, freed, most = saved_by_block(forward), 0.0, 0.0

@@ -1,54 +1,56 @@
-"""What a run will need, worked out on a CPU: memory a rank, FLOPs, bytes between ranks and seconds a step.
+"""The plan of a run, computed on a CPU: memory per rank, FLOPs, bytes between ranks and seconds per step.
 
-`fake_world` lets one process play rank 0 of any number of ranks, on whose meshes the roles are really built on the meta
-device; rank 0 holds the largest shard of everything, so no rank needs more. The rest is arithmetic: `memory` and
-`communication` say what one forward costs, the method's `work` how often each role runs.
+In a `fake_world` one process is rank 0 of any number of ranks and builds the roles on the meta device, with the meshes
+of the run. Rank 0 has the largest shard of everything, so no rank needs more. The rest is arithmetic: `memory` and
+`communication` give the costs of one forward, the method's `work` gives the number of forwards per role.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from titan_kernels import tile_layout
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from titan_distill.config.degrees import Degrees
-from titan_distill.config.layouts import RunLayout, role_parallelism
-from titan_distill.methods.base import Passes, method_class
-from titan_distill.models.base import model_family
+from titan_distill.attention.causal import Segmentation
+from titan_distill.attention.sparse import SparseAttention, TilesRead
+from titan_distill.config.config import Config
+from titan_distill.config.degrees import Degrees, RunLayout
+from titan_distill.methods.base import Passes
 from titan_distill.models.head import FeatureHead
-from titan_distill.observability.flops import DiTConfig, ForwardFlops, forward_flops, recomputed_share
+from titan_distill.observability.flops import DiTConfig, forward_flops, recomputed_share
 from titan_distill.parallelisms.activation_checkpoint import is_checkpointed
 from titan_distill.parallelisms.mesh import World
 from titan_distill.parallelisms.sequence import Method, SequenceParallel, TokenShards, choose_method
 from titan_distill.planner import communication, memory
 from titan_distill.planner.communication import Links, Transfer, Weights
-from titan_distill.planner.decoding import PUBLISHED, Decoder, decoding_bytes
 from titan_distill.planner.hardware import COMPUTE_EFFICIENCY, Gpu
 from titan_distill.planner.memory import LocalForward, States
 from titan_distill.planner.unrolling import Unrolling
-
-if TYPE_CHECKING:
-    from titan_distill.attention.causal import Segmentation
-    from titan_distill.attention.sparse import SparseAttention, TilesRead
-    from titan_distill.config.config import Config
-    from titan_distill.roles import RoleHandle, RoleManager
+from titan_distill.resolve import ResolvedRun
+from titan_distill.roles import RoleHandle, RoleManager
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class RolePlan:
-    """A role as rank 0 holds it."""
+    """The part of a role on rank 0.
+
+    Attributes:
+        num_exchanged: data groups whose samples the role runs together.
+        num_experts: networks of which a sample goes through one.
+        sparse: tiles that its attention reads at the end of the schedule; None for dense attention.
+        segmentation: the segments of a causal role's videos; None for other roles.
+        graph: bytes of activations stored for its backward.
+        temporary: most bytes needed beside states and graph: gathered weights, working sets, buffers.
+    """
 
     name: str
     architecture: DiTConfig
@@ -56,46 +58,40 @@ class RolePlan:
     method: Method
     shards: TokenShards
     num_exchanged: int
-    """Data groups whose samples it runs together."""
     states: States
     weights: Weights
     offloaded: bool
     adapters_only: bool = False
     num_experts: int = 1
-    """Networks of which a sample goes through one."""
     sparse: TilesRead | None = None
-    """What its attention reads at the end of the schedule; None where it is dense."""
     segmentation: Segmentation | None = None
-    """How a causal role cuts videos; None for others."""
     graph: float = 0.0
-    """Activations kept for its backward."""
     temporary: float = 0.0
-    """The most it needs beside them: gathered weights, working sets, buffers."""
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One declared phase of a step."""
+    """The costs of one declared phase of a step."""
 
     passes: Passes
     executed_flops: float
-    """Of the global batch, with what is recomputed."""
+    """FLOPs of the global batch, with recomputation."""
     dense_flops: float
-    """What the mathematics needs with dense attention, without recomputation."""
+    """FLOPs of the global batch with dense attention and without recomputation."""
     compute_seconds: float
     transfers: tuple[Transfer, ...]
-    """Of one rank, with the seconds they take."""
+    """Transfers of one rank, with their seconds."""
 
     @property
     def exposed_seconds(self) -> float:
-        """Communication that the step waits for."""
+        """Seconds of communication that the step waits for."""
         beside = sum(t.seconds for t in self.transfers if t.overlaps)
         return sum(t.seconds for t in self.transfers if not t.overlaps) + max(0.0, beside - self.compute_seconds)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the report shows."""
+    """The plan of a run, as the report shows it."""
 
     gpu: Gpu
     layout: RunLayout
@@ -105,27 +101,28 @@ class Plan:
     encoders: float
     """Bytes of VAE and text encoder."""
     decoding: float
-    """Bytes of the VAE's activations while a validation decodes a clip; 0 without validation."""
+    """Bytes of the VAE's activations while a validation decodes a clip. 0 without validation."""
     peak: float
-    """Bytes on the fullest rank in its dearest phase: the update of a role, or a validation."""
+    """Most bytes on the fullest rank, in the update of a role or in a validation."""
     peak_update: str | None
-    """Role whose update that is; None for a validation."""
+    """Role whose update has the peak. None for a validation."""
     left_out: tuple[str, ...]
-    """What the configuration asks for and the plan does not price."""
+    """Features of the run whose costs the plan does not contain."""
 
     @property
     def seconds(self) -> float:
-        """A step's, averaged over the method's cadence."""
+        """Seconds per step, averaged over the method's cadence."""
         return sum(phase.compute_seconds + phase.exposed_seconds for phase in self.phases)
 
     @property
     def fits(self) -> bool:
+        """Whether the peak is within the GPU's usable memory."""
         return self.peak <= self.gpu.usable_gib * memory.GIB
 
 
 @contextmanager
 def fake_world(num_ranks: int) -> Iterator[World]:
-    """This process as rank 0 of ``num_ranks``, whose collectives do nothing; for building on the meta device."""
+    """Makes this process rank 0 of `num_ranks`, whose collectives do nothing, to build on the meta device."""
     assert not dist.is_initialized(), "a process has one world"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     try:
@@ -134,36 +131,41 @@ def fake_world(num_ranks: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def can_plan(config: Config, roles: RoleManager) -> bool:
+def can_plan(run: ResolvedRun, roles: RoleManager) -> bool:
     """Whether the family's networks are video transformers, whose costs are known."""
-    return _token_grid(config) is not None and all(hasattr(role.transformer, "config") for role in _networks(roles))
+    return run.family.token_grid() is not None and all(hasattr(role.transformer, "config") for role in _networks(roles))
 
 
-def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -> Plan:
-    """The plan of a run whose ``roles`` were built on the meta device.
+def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
+    """Plans a run whose `roles` are built on the meta device.
 
-    Raises ValueError for a family whose networks are no video transformers.
+    Raises ValueError for a family whose networks are not video transformers.
     """
-    grid = _token_grid(config)
-    if grid is None or not can_plan(config, roles):
-        raise ValueError(f"recipe.family = {config.recipe.family!r} has no video transformers that a plan is made for")
+    config, layout, grid = run.config, run.layout, run.family.token_grid()
+    if grid is None or not can_plan(run, roles):
+        raise ValueError(f"recipe.family = {config.recipe.family!r} has no video transformers, which a plan needs")
     plans = {role.name: _role_plan(config, layout, role, grid) for role in _networks(roles)}
-    work = method_class(config.recipe.method).work(config.method_config)
-    planner = _Planner(config, layout, gpu, plans, grid)
-    plans = planner.plans = {name: planner.with_activations(plan, work) for name, plan in plans.items()}
-    architecture = next(iter(plans.values())).architecture
-    encoders, decoding = _encoder_bytes(config, architecture.out_channels), _decoding_bytes(config, architecture, grid)
-    updates = list(dict.fromkeys(passes.update for passes in work)) or [role.name for role in roles.trainable]
-    peaks: dict[str | None, float] = {update: planner.peak(update, work) + encoders for update in updates}
-    if decoding:
-        peaks[None] = planner.lasting + encoders + decoding
+    work = run.method.passes(config.method_config)
+    calls = [_Calls(run, gpu, grid, plans[passes.role], passes) for passes in work if passes.num_forwards]
+    for name, plan in plans.items():
+        graph, working = _most(each for each in calls if each.role.name == name)
+        plans[name] = replace(plan, graph=graph, temporary=working + plan.weights.lasting)
+    lasting = sum(plan.weights.lasting + (0 if plan.offloaded else plan.states.lasting) for plan in plans.values())
+    encoders, decoding = run.family.encoder_memory()
+    peaks: dict[str | None, float] = {None: lasting + encoders + decoding} if decoding else {}
+    for update in [passes.update for passes in work] or [role.name for role in roles.trainable]:
+        # A head's gradients are not worth counting.
+        gradients = plans[update].states.gradients if update in plans and not plans[update].offloaded else 0
+        peaks[update] = (
+            lasting + encoders + gradients + sum(_most(each for each in calls if each.passes.update == update))
+        )
     peak_update = max(peaks, key=peaks.__getitem__)
     return Plan(
         gpu=gpu,
         layout=layout,
         grid=grid,
         roles=plans,
-        phases=tuple(planner.phase(passes) for passes in work if passes.num_forwards),
+        phases=tuple(each.phase for each in calls),
         encoders=encoders,
         decoding=decoding,
         peak=peaks[peak_update],
@@ -172,164 +174,138 @@ def make_plan(config: Config, layout: RunLayout, roles: RoleManager, gpu: Gpu) -
     )
 
 
-@dataclass
-class _Planner:
-    """What all parts of one plan share."""
+@dataclass(frozen=True)
+class _Calls:
+    """The calls of one kind of passes through one role, as rank 0 runs them."""
 
-    config: Config
-    layout: RunLayout
+    run: ResolvedRun
     gpu: Gpu
-    plans: dict[str, RolePlan]
     grid: tuple[int, int, int]
+    role: RolePlan
+    passes: Passes
 
-    def forward(self, passes: Passes) -> LocalForward:
-        """One call of the passes, as rank 0 sees it: of whole samples, or of a segment of them."""
-        whole, unrolling = self._whole(passes), self._unrolling(passes)
-        return whole if unrolling is None else unrolling.one_call(whole, self.grid[0])
+    @property
+    def unrolling(self) -> Unrolling:
+        """The segments of a sample, each a call of its own where the role generates segment by segment."""
+        return Unrolling.of(self.role.segmentation, self.grid, self.passes)
 
-    def _unrolling(self, passes: Passes) -> Unrolling | None:
-        """How a causal role makes samples; None for calls of whole samples."""
-        segmentation = self.plans[passes.role].segmentation
-        if segmentation is None or passes.segments is None:
-            return None
-        return Unrolling.of(segmentation, self.grid, passes)
-
-    def _whole(self, passes: Passes) -> LocalForward:
-        role, config = self.plans[passes.role], self.config
+    @property
+    def sample(self) -> LocalForward:
+        """A forward of whole samples."""
+        role, config = self.role, self.run.config
         return LocalForward(
             architecture=role.architecture,
-            samples=config.training.local_batch_size * role.num_exchanged * passes.num_conditions,
+            samples=config.training.local_batch_size * role.num_exchanged * self.passes.num_conditions,
             num_tokens=role.shards.padded_length,
             num_text_tokens=config.data.max_text_tokens,
             sequence=role.degrees.sequence,
             tensor=role.degrees.tensor,
             gathers_keys=role.degrees.sequence > 1 and role.method == "all_gather",
-            token_region=role_parallelism(config, passes.role).token_region,
+            token_region=config.roles[role.name].parallelism.token_region,
             compute_bytes=BYTES[config.training.dtype],
             sparse=role.sparse,
         )
 
-    def with_activations(self, role: RolePlan, work: list[Passes]) -> RolePlan:
-        """The role with the most that any of its passes keeps and needs."""
-        own = [passes for passes in work if passes.role == role.name and passes.num_forwards]
-        graph = max((self._graph(passes) for passes in own), default=0.0)
-        temporary = max((self._working_set(passes) for passes in own), default=0.0)
-        return replace(role, graph=graph, temporary=temporary + role.weights.lasting)
-
-    def peak(self, update: str, work: list[Passes]) -> float:
-        """Bytes on the device in the update of one role."""
-        own = [passes for passes in work if passes.update == update and passes.num_forwards]
-        role = self.plans.get(update)  # a head's gradients are not worth counting
-        gradients = 0 if role is None or role.offloaded else role.states.gradients
-        graph = max((self._graph(passes) for passes in own), default=0.0)
-        return self.lasting + gradients + graph + max((self._working_set(passes) for passes in own), default=0.0)
+    @property
+    def forward(self) -> LocalForward:
+        """The longest call."""
+        return self.unrolling.longest_call(self.sample, self.grid[0])
 
     @property
-    def lasting(self) -> float:
-        """Bytes on the device between updates."""
-        held = (0 if role.offloaded else role.states.lasting for role in self.plans.values())
-        return sum(held) + sum(role.weights.lasting for role in self.plans.values())
+    def graph(self) -> float:
+        """Bytes of activations stored for the backward."""
+        if not self.passes.backward:
+            return 0.0
+        unrolling, sample = self.unrolling, self.sample
+        copied = (1 - self._checkpointed) * unrolling.copied_bytes(sample)
+        return memory.graph(sample, self.run.config.activation_checkpoint) + unrolling.cache_bytes(sample) + copied
 
-    def phase(self, passes: Passes) -> PhasePlan:
-        """FLOPs of the whole step and global batch, seconds and bytes of one rank."""
-        role, training, forward = self.plans[passes.role], self.config.training, self.forward(passes)
-        flops, dense_flops = self._flops(role, passes), self._flops(replace(role, sparse=None), passes)
-        again = self._recomputed(role, passes) if passes.backward else 0.0
+    @property
+    def working_set(self) -> float:
+        """Most bytes needed beside graph and states."""
+        weights, forward = self.role.weights, self.forward
+        # In the role's own update the graph contains the KV cache until the backward.
+        cache = 0.0 if self.passes.update == self.role.name else self.unrolling.cache_bytes(self.sample)
+        needed = weights.passing + cache
+        if not self.passes.backward:
+            return needed + memory.forward_working_set(forward)
+        # A block's gradients in the compute type and, twice, in fp32 on the way to be reduced.
+        reduced = weights.trained_share * max(weights.blocks) * (weights.compute_bytes + 2 * memory.FP32)
+        # Micro-batches before the last one keep all gradients whole, in fp32.
+        several = self.run.layout.num_micro_batches > 1
+        whole = memory.FP32 * weights.total * weights.trained_share if several else 0
+        working = memory.backward_working_set(forward, self.run.config.activation_checkpoint)
+        return needed + reduced + whole + max(working, memory.forward_working_set(forward))
+
+    @property
+    def phase(self) -> PhasePlan:
+        """The costs of the calls in a step."""
+        role, passes, config = self.role, self.passes, self.run.config
+        unrolling, architecture = self.unrolling, role.architecture
+        sizes = unrolling.num_tokens, config.data.max_text_tokens
+        reads = role.sparse, unrolling.num_keys
+        flops = forward_flops(architecture, *sizes, *reads)
+        dense_flops = forward_flops(architecture, *sizes, num_keys=unrolling.num_keys)
         times = passes.num_forwards * passes.updates_per_step
-        samples = times * passes.num_conditions * training.global_batch_size
+        samples = times * passes.num_conditions * config.training.global_batch_size
         dense, executed = (
             samples * (of.total + passes.backward * (of.backward_of_inputs if role.adapters_only else of.backward))
             for of in (dense_flops, flops)
         )
-        executed += samples * again
-        # Padded tokens are computed, too, and every rank waits for the one with the longest run.
+        if passes.backward:
+            share = recomputed_share(architecture, config.activation_checkpoint, *sizes, *reads)
+            executed += samples * flops.total * share
+        # Padded tokens cost FLOPs, too, and every rank waits for the one with the most tokens.
         stretch = role.degrees.sequence * role.shards.padded_length / role.shards.bounds[-1]
-        rank_flops = executed * stretch / self.layout.default.world_size
-        unrolling = self._unrolling(passes)
-        calls = times * self.layout.num_micro_batches * (1 if unrolling is None else unrolling.num_calls)
+        rank_flops = executed * stretch / role.degrees.world_size
+        calls = times * self.run.layout.num_micro_batches * len(unrolling.lengths)
         return PhasePlan(
             passes=passes,
             executed_flops=executed,
             dense_flops=dense,
             compute_seconds=rank_flops / (self.gpu.peak_flops * COMPUTE_EFFICIENCY),
-            transfers=tuple(_times(calls, transfer) for transfer in self._transfers(passes, forward)),
+            transfers=tuple(transfer.repeated(calls) for transfer in self._transfers()),
         )
 
-    def _transfers(self, passes: Passes, forward: LocalForward) -> Iterator[Transfer]:
-        role = self.plans[passes.role]
-        links, reduces = Links(role.degrees, self.gpu), 1 / self.layout.num_micro_batches
-        yield from communication.weight_transfers(role.weights, links, backward=passes.backward, reduces=reduces)
-        # A checkpointed block exchanges its tokens again, whatever it keeps.
-        mode = self.config.activation_checkpoint
-        recomputed = sum(is_checkpointed(index, mode) for index in range(role.architecture.num_layers))
-        directions = 1 + passes.backward * (1 + recomputed / role.architecture.num_layers)
+    @property
+    def _checkpointed(self) -> float:
+        """Fraction of the blocks with activation checkpointing."""
+        num_layers = self.role.architecture.num_layers
+        section = self.run.config.activation_checkpoint
+        return sum(is_checkpointed(index, section) for index in range(num_layers)) / num_layers
+
+    def _transfers(self) -> Iterator[Transfer]:
+        role, backward, forward = self.role, self.passes.backward, self.forward
+        links, reduces = Links(role.degrees, self.gpu), 1 / self.run.layout.num_micro_batches
+        yield from communication.weight_transfers(role.weights, links, backward=backward, reduces=reduces)
+        # A checkpointed block exchanges its tokens again, whatever it stores.
+        directions = 1 + backward * (1 + self._checkpointed)
         yield from communication.token_transfers(forward, links, directions=directions)
         if role.offloaded:
-            trips = 1 + passes.backward * (1 + reduces)  # weights for both directions, gradients back
+            trips = 1 + backward * (1 + reduces)  # weights for both directions, gradients back
             size = role.states.parameters * trips
             yield Transfer("weights and gradients, host", size, size / self.gpu.host_bytes, overlaps=True)
         if role.num_exchanged > 1:
             latents = role.architecture.in_channels * 4 * forward.num_tokens * role.degrees.sequence
             text = role.architecture.text_dim * forward.num_text_tokens
-            size = memory.FP32 * forward.samples * (latents + text) * (1 + passes.backward)
+            size = memory.FP32 * forward.samples * (latents + text) * (1 + backward)
             yield links.transfer("samples, exchange all-gather", "exchange", size)
 
-    def _sizes(self, role: RolePlan, passes: Passes) -> tuple[int, int, TilesRead | None, float | None]:
-        """Tokens of one sample, of its text, and what its attention reads."""
-        num_tokens, num_keys, num_text_tokens = role.shards.bounds[-1], None, self.config.data.max_text_tokens
-        if role.segmentation is not None:
-            unrolling = Unrolling.of(role.segmentation, self.grid, passes)
-            num_tokens, num_keys = unrolling.num_tokens, unrolling.num_keys
-        return num_tokens, num_text_tokens, role.sparse, num_keys
 
-    def _flops(self, role: RolePlan, passes: Passes) -> ForwardFlops:
-        return forward_flops(role.architecture, *self._sizes(role, passes))
-
-    def _recomputed(self, role: RolePlan, passes: Passes) -> float:
-        """FLOPs that the backward of one sample computes again."""
-        share = recomputed_share(role.architecture, self.config.activation_checkpoint, *self._sizes(role, passes))
-        return self._flops(role, passes).total * share
-
-    def _graph(self, passes: Passes) -> float:
-        if not passes.backward:
-            return 0.0
-        mode, whole, unrolling = self.config.activation_checkpoint, self._whole(passes), self._unrolling(passes)
-        graph = memory.graph(whole, mode)
-        if unrolling is None:
-            return graph
-        num_layers = whole.architecture.num_layers
-        joined = sum(not is_checkpointed(index, mode) for index in range(num_layers)) / num_layers
-        return graph + unrolling.memory_bytes(whole) + joined * unrolling.copied_bytes(whole)
-
-    def _working_set(self, passes: Passes) -> float:
-        """What passes need beside graph and states."""
-        unrolling = self._unrolling(passes)
-        needed = self._working_set_of_a_call(passes)
-        # In the role's own update the graph holds what is in memory until the backward.
-        if unrolling is None or passes.update == passes.role:
-            return needed
-        return needed + unrolling.memory_bytes(self._whole(passes))
-
-    def _working_set_of_a_call(self, passes: Passes) -> float:
-        weights, forward = self.plans[passes.role].weights, self.forward(passes)
-        if not passes.backward:
-            return weights.passing + memory.forward_working_set(forward)
-        # A block's gradients in the compute type and, twice, in fp32 on the way to be reduced.
-        reduced = weights.trained_share * max(weights.blocks) * (weights.compute_bytes + 2 * memory.FP32)
-        # Micro-batches before the last one keep all gradients whole, in fp32.
-        whole = memory.FP32 * weights.total * weights.trained_share if self.layout.num_micro_batches > 1 else 0
-        working = memory.backward_working_set(forward, self.config.activation_checkpoint)
-        return weights.passing + reduced + whole + max(working, memory.forward_working_set(forward))
+def _most(calls: Iterable[_Calls]) -> tuple[float, float]:
+    """The largest graph and the largest working set."""
+    pairs = [(each.graph, each.working_set) for each in calls]
+    return max((graph for graph, _ in pairs), default=0.0), max((working for _, working in pairs), default=0.0)
 
 
 def _networks(roles: RoleManager) -> list[RoleHandle]:
-    """The roles with a cost: all but heads, which are some thin layers on the features of others."""
+    """All roles but heads, whose few thin layers cost next to nothing."""
     return [role for role in roles if not isinstance(role.transformer, FeatureHead)]
 
 
 def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[int, int, int]) -> RolePlan:
     architecture = cast(DiTConfig, role.transformer.config)
-    degrees, parallelism = layout.roles[role.name], role_parallelism(config, role.name)
+    degrees, parallelism = layout.roles[role.name], config.roles[role.name].parallelism
     heads = architecture.num_attention_heads
     sequence = cast("SequenceParallel | None", role.transformer.sequence)
     core = cast("SparseAttention | None", role.transformer.sparse_attention)
@@ -354,7 +330,7 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
 
 
 def _weights(role: RoleHandle, compute_bytes: int, reshards: bool) -> Weights:
-    """Of all modules, one behind the other: where a role has two experts, both are gathered for a batch."""
+    """The weights of all modules in a row, because a batch gathers both experts of a role that has two."""
     module = role.network
     stacks = [cast(nn.ModuleList, single.blocks) for single in role.modules.values()]
     blocks = [list(block.parameters()) for stack in stacks for block in stack]
@@ -366,61 +342,21 @@ def _weights(role: RoleHandle, compute_bytes: int, reshards: bool) -> Weights:
         compute_bytes=compute_bytes,
         reshards=reshards,
         num_modules=len(stacks),
-        # A frozen role has no gradients to share out.
+        # A frozen role has no gradients to reduce.
         trained_share=trained / memory.num_gathered(list(module.parameters())) if trained else 1.0,
     )
-
-
-def _token_grid(config: Config) -> tuple[int, int, int] | None:
-    return model_family(config.recipe.family)(config).token_grid()
-
-
-# Of the published files, the VAE's by its channels; any other pipeline folder must be there to be read.
-VAE_NUMBERS, TEXT_ENCODER_NUMBERS = {16: 126_892_531, 48: 704_688_668}, 5_680_910_336
-
-
-def _encoder_bytes(config: Config, channels: int) -> float:
-    """VAE and text encoder in the compute type: they stay on a rank once it has embedded a prompt."""
-    if not config.pipeline_config.path:
-        return 0.0
-    folder, in_bytes = Path(config.pipeline_config.path), BYTES[config.training.dtype]
-    vae = _numbers_in(folder / "vae") or VAE_NUMBERS.get(channels, max(VAE_NUMBERS.values()))
-    text = _numbers_in(folder / "text_encoder") or TEXT_ENCODER_NUMBERS
-    return in_bytes * (vae + (0 if config.pipeline_config.offload_text_encoder else text))
-
-
-def _decoding_bytes(config: Config, architecture: DiTConfig, grid: tuple[int, int, int]) -> float:
-    """Of one clip, in the compute type: so a GPU decodes (models/wan/vae.py)."""
-    if not (config.pipeline_config.path and config.validation.enabled):
-        return 0.0
-    file = Path(config.pipeline_config.path) / "vae" / "config.json"
-    decoder = Decoder.read(file) if file.is_file() else PUBLISHED[architecture.out_channels]
-    frames, height, width = (size * patch for size, patch in zip(grid, architecture.patch_size, strict=True))
-    return decoding_bytes(decoder, (frames, height, width), BYTES[config.training.dtype])
-
-
-def _numbers_in(folder: Path) -> int:
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
 
 
 def _left_out(config: Config, roles: dict[str, RolePlan]) -> Iterator[str]:
     if config.float8.enabled:
         yield "float8: seconds are those of bf16"
     if any(role.sparse is not None for role in roles.values()):
-        yield "sparse attention: its kernels as fast, by FLOP, as dense ones; the schedule's way to its last sparsity"
+        yield "sparse attention: lower FLOP/s of its kernels; steps before the schedule's final sparsity"
     if config.compile.enabled:
         yield "compile: activations are those of eager mode, an upper bound"
     if any(role.num_experts > 1 for role in roles.values()):
-        yield "two experts: steps of a rollout, which share a noise level, gather one of them only"
+        yield "two experts: steps of a rollout share a noise level and gather only one of them"
     if any(role.adapters_only for role in roles.values()):
-        yield "adapters: their own work and activations"
+        yield "LoRA adapters: their own FLOPs and activations"
     if any(role.offloaded and role.states.optimizer for role in roles.values()):
         yield "optimizer steps on the host"
-
-
-def _times(calls: float, transfer: Transfer) -> Transfer:
-    return replace(transfer, bytes_sent=calls * transfer.bytes_sent, seconds=calls * transfer.seconds)

@@ -1,8 +1,9 @@
-"""A plan as text: a table a question."""
+"""A plan as text: one table per question."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -14,25 +15,25 @@ from titan_distill.planner.plan import Plan, RolePlan
 
 
 def report(plan: Plan) -> str:
-    """All tables but the remedies."""
+    """Formats all tables but the remedies."""
     return "\n\n".join([layout_table(plan), token_table(plan), memory_table(plan), *_work_tables(plan)])
 
 
 def layout_table(plan: Plan) -> str:
-    """Who shares what, and how attention sees all tokens."""
+    """The layout of each role, and its attention under sequence parallelism."""
     rows = [
         (role.name, str(role.degrees), _heads(role), _method(role), str(role.num_exchanged), _choices(role))
         for role in plan.roles.values()
     ]
     ranks = plan.layout.default.world_size
     groups, micro_batches = plan.layout.default.data_parallel, plan.layout.num_micro_batches
-    title = f"LAYOUT   {ranks} ranks, {groups} with samples of their own; micro-batches a step: {micro_batches}"
-    names = ("role", "degrees", "heads, ffn a rank", "attention", "data groups at once", "could also be")
+    title = f"LAYOUT   {ranks} ranks, {groups} data-parallel groups, {micro_batches} micro-batches per step"
+    names = ("role", "degrees", "heads, ffn per rank", "attention", "data groups at once", "could also be")
     return table(title, names, rows)
 
 
 def token_table(plan: Plan) -> str:
-    """How the tokens of a sample are spread."""
+    """The tokens of a sample on the ranks that share it."""
     layout = tile_layout(plan.grid)
     num_ragged = int((layout.length < math.prod(layout.tile)).sum())
     title = (
@@ -44,11 +45,11 @@ def token_table(plan: Plan) -> str:
         lengths, padded = role.shards.lengths, role.shards.padded_length
         padding = 1 - role.shards.bounds[-1] / (padded * len(lengths))
         rows.append((role.name, str(len(lengths)), f"{min(lengths):,}", f"{padded:,}", f"{padding:.1%}"))
-    return table(title, ("role", "ranks a sample", "shortest run", "padded to", "padding"), rows)
+    return table(title, ("role", "ranks per sample", "shortest run", "padded to", "padding"), rows)
 
 
 def memory_table(plan: Plan) -> str:
-    """GiB of the fullest rank, by role."""
+    """GiB per role on the fullest rank."""
     names = ("role", "parameters", "gradients", "optimizer", "EMA", "activations", "temporary", "where")
     rows = []
     for role in plan.roles.values():
@@ -99,8 +100,10 @@ def _flops_table(plan: Plan) -> str:
         )  # fmt: skip
     executed, dense = (sum(getattr(phase, name) for phase in plan.phases) for name in ("executed_flops", "dense_flops"))
     rows.append(("step", *[""] * 4, f"{executed / 1e12:,.0f}", f"{dense / 1e12:,.0f}", "", ""))
-    names = ("update", "phase", "role", "passes", "a sample × a step", "executed", "dense", "compute s", "waiting s")
-    title = "WORK     TFLOP a step of all ranks; dense: without recomputation and with dense attention for every role"
+    names = ("update", "phase", "role", "passes", "per sample × step", "executed", "dense", "compute s", "waiting s")
+    title = (
+        "WORK     TFLOP per step, over all ranks; dense: without recomputation and with dense attention for every role"
+    )
     return table(title, names, rows)
 
 
@@ -117,7 +120,7 @@ def _communication_table(plan: Plan) -> str:
         for (role, collective, how), (sent, seconds) in totals.items()
     ]
     names = ("role", "collective", "GiB", "s", "")
-    return table("TRAFFIC  a rank sends in a step", names, rows or [("none", "", "", "", "")])
+    return table("TRAFFIC  sent per rank and step", names, rows or [("none", "", "", "", "")])
 
 
 def _seconds(plan: Plan) -> str:
@@ -125,10 +128,10 @@ def _seconds(plan: Plan) -> str:
     exposed = sum(phase.exposed_seconds for phase in plan.phases)
     gpu = plan.gpu
     return (
-        f"SECONDS  {plan.seconds:.1f} a step = {compute:.1f} computing + {exposed:.1f} waiting for other ranks\n"
+        f"SECONDS  {plan.seconds:.1f} per step = {compute:.1f} computing + {exposed:.1f} waiting for other ranks\n"
         f"  assumed, not measured: {COMPUTE_EFFICIENCY:.0%} of {gpu.peak_flops / 1e12:.0f} TFLOP/s, "
         f"{NETWORK_EFFICIENCY:.0%} of {gpu.nvlink_bytes / 1e9:.0f} GB/s within nodes of {GPUS_PER_NODE} and "
-        f"of {gpu.network_bytes / 1e9:.0f} GB/s a GPU between them"
+        f"of {gpu.network_bytes / 1e9:.0f} GB/s per GPU between them"
         + "".join(f"\n  not in this plan: {thing}" for thing in plan.left_out)
     )
 
@@ -139,7 +142,7 @@ def _heads(role: RolePlan) -> str:
 
 
 def _choices(role: RolePlan) -> str:
-    """Degrees that this role's network and the number of ranks allow, all else equal."""
+    """Degrees that this role's network and the number of ranks allow, other degrees unchanged."""
     heads, ffn, degrees = role.architecture.num_attention_heads, role.architecture.ffn_dim, role.degrees
     ranks = degrees.world_size // degrees.dp_replicate
     tensor = [n for n in range(1, ranks // degrees.sequence + 1) if not (ranks % n or heads % n or ffn % n)]
@@ -161,19 +164,10 @@ def _method(role: RolePlan) -> str:
 
 
 def table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be; numbers to the right."""
-    widths = [max(len(row[column]) for row in [names, *rows]) for column in range(len(names))]
-    lines = [title]
-    for row in [names, *rows]:
-        cells = (
-            cell.rjust(width) if cell[:1].isdigit() or names[column] in _NUMBERS else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  " + "  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-_NUMBERS = {
-    "parameters", "gradients", "optimizer", "EMA", "activations", "temporary", "executed", "dense", "compute s",
-    "waiting s", "GiB", "s", "ranks a sample", "shortest run", "padded to", "padding",
-}  # fmt: skip
+    """Formats columns as wide as they need to be. Columns of numbers are flush right."""
+    columns = []
+    for name, *cells in zip(names, *rows, strict=True):
+        width = max(map(len, [name, *cells]))
+        flush_right = any(cells) and all(re.match(r"[+-]?\d|$", cell) for cell in cells)
+        columns.append([cell.rjust(width) if flush_right else cell.ljust(width) for cell in (name, *cells)])
+    return "\n".join([title, *("  " + "  ".join(line).rstrip() for line in zip(*columns, strict=True))])

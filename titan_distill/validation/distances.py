@@ -1,4 +1,4 @@
-"""What validation says in numbers: a distance between two sets of samples, and a table for the end of the log.
+"""Distances between two sets of samples, for validation.
 
 The sliced Wasserstein distance compares distributions through their projections on random directions θ, where optimal
 transport is sorting:
@@ -22,7 +22,7 @@ index (one prompt, one noise) are never compared, a sampler gains nothing from s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,31 +55,13 @@ def project(samples: Sequence[Tensor], *, num_projections: int = NUM_PROJECTIONS
     return torch.cat(projected, dim=1)
 
 
-def sliced_wasserstein(a: Tensor, b: Tensor, *, num_projections: int = NUM_PROJECTIONS, seed: int = 0) -> float:
-    """SW₂ between two sets of N samples (`[N, ...]`, flattened), in the unit of one coordinate.
-
-    Raises ValueError when the two sets differ in shape.
-    """
-    return projected_distance(*_projections(a, b, num_projections, seed))
-
-
-def sliced_wasserstein_excess(
-    a: Tensor, b: Tensor, *, num_projections: int = NUM_PROJECTIONS, num_cuts: int = 32, seed: int = 0
-) -> float:
-    """SW₂ between the laws of two sets of N samples, without what the finite N adds; see the module's docstring.
-
-    Arguments and errors as for `sliced_wasserstein`, and ValueError for fewer than four samples.
-    """
-    return projected_excess(*_projections(a, b, num_projections, seed), num_cuts=num_cuts, seed=seed)
-
-
-def projected_distance(a_NP: Tensor, b_NP: Tensor) -> float:
-    """`sliced_wasserstein` of two sets that `project` has projected on the same directions."""
+def sliced_wasserstein(a_NP: Tensor, b_NP: Tensor) -> float:
+    """SW₂ between two sets of N samples, projected on the same directions; in the unit of one coordinate."""
     return _squared_gap(a_NP, b_NP) ** 0.5
 
 
-def projected_excess(a_NP: Tensor, b_NP: Tensor, *, num_cuts: int = 32, seed: int = 0) -> float:
-    """`sliced_wasserstein_excess` of two sets that `project` has projected on the same directions.
+def sliced_wasserstein_excess(a_NP: Tensor, b_NP: Tensor, *, num_cuts: int = 32, seed: int = 0) -> float:
+    """SW₂ between the laws of two projected sets, without what the finite N adds; see the module's docstring.
 
     The squared excess of two equal laws scatters around zero; where it is negative this returns 0. Raises ValueError
     for fewer than four samples.
@@ -96,41 +78,7 @@ def projected_excess(a_NP: Tensor, b_NP: Tensor, *, num_cuts: int = 32, seed: in
     return max(0.0, total / (2 * num_cuts)) ** 0.5
 
 
-def _projections(a: Tensor, b: Tensor, num_projections: int, seed: int) -> tuple[Tensor, Tensor]:
-    if a.shape != b.shape:
-        raise ValueError(
-            f"sample sets have shapes {list(a.shape)} and {list(b.shape)}; compare equally many of equal size"
-        )
-    a_NP, b_NP = project([*a, *b], num_projections=num_projections, seed=seed).chunk(2)
-    return a_NP, b_NP
-
-
 def _squared_gap(a_NP: Tensor, b_NP: Tensor) -> float:
     """SW₂² of projected sets."""
+    assert a_NP.shape == b_NP.shape, f"sets of {list(a_NP.shape)} and {list(b_NP.shape)}"
     return (a_NP.sort(dim=0).values - b_NP.sort(dim=0).values).square().mean().item()
-
-
-def format_table(rows: Sequence[Mapping[str, str | float]]) -> str:
-    """Rows as an aligned text table with their keys as columns: text left, numbers right with three decimals.
-
-    A key that a row lacks is shown as a dash.
-    """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    is_text = [any(isinstance(row.get(column), str) for row in rows) for column in columns]
-
-    def line(values: Sequence[str]) -> str:
-        aligned = (
-            value.ljust(width) if text else value.rjust(width)
-            for value, width, text in zip(values, widths, is_text, strict=True)
-        )
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join([line(columns), "  ".join("─" * width for width in widths), *map(line, cells)])
-
-
-def _cell(value: str | float | None) -> str:
-    if value is None:
-        return "–"
-    return value if isinstance(value, str) else f"{value:.3f}"

@@ -1,8 +1,7 @@
-"""Validation, the part that knows no model family: running a method's sample requests.
+"""Sampling runs one sample request of a method: a role, a solver and its steps, guidance.
 
-A family's Validator turns the latents into something to look at and to score. Noise is keyed by the prompt's index and
-the validation seed, so the same prompt starts from the same noise in every run, on any number of ranks, for every
-sample set.
+Noise is keyed by the prompt's index and the validation seed, so the same prompt starts from the same noise in every
+run, on any number of ranks, for every sample set.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from titan_distill.models.streaming import write_context
 from titan_distill.roles import RoleHandle
 
 CONTEXT = -1
-"""In place of a sampling step: the noise of a finished segment's context."""
+"""Sampling step that keys the noise of a finished segment's context."""
 
 
 def go_on() -> None:
@@ -32,13 +31,13 @@ def go_on() -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one set of latents is drawn: the request, and the keyed noise that makes it reproducible."""
+    """Draws sets of latents with keyed noise."""
 
     adapter: Adapter
     noise: KeyedNoise
     device: torch.device
     poll: Callable[[], None] = go_on
-    """As ``Validator.poll``."""
+    """As `Validator.poll`."""
 
     @torch.no_grad()
     def run(
@@ -49,20 +48,15 @@ class Sampling:
         prompt_ids: Sequence[int],
         length: int | None = None,
     ) -> Tensor:
-        """Latents [B, *latent_shape] of the prompts whose global indices are ``prompt_ids``; of a causal role also
-        those of another ``length``."""
+        """Latents [B, *latent_shape] of the prompts whose global indices are `prompt_ids`; of a causal role also
+        those of another `length`."""
         adapter, guidance = self.adapter, Guidance(request.guidance_scale)
         if adapter.segment_lengths(role, length) is not None:
             segments = list(self.stream(request, role, condition, prompt_ids, length))
             return torch.cat(segments, dim=adapter.sequence_dim)
         assert length is None, "only a causal role has sequences of other lengths than a sample's"
-
-        def x0(x: Tensor, sigma_B: Tensor) -> Tensor:
-            return adapter.predict_x0(role, x, sigma_B, condition, guidance)
-
-        def velocity(x: Tensor, sigma_B: Tensor) -> Tensor:
-            return adapter.guided_velocity(role, x, sigma_B, condition, guidance)
-
+        x0 = partial(adapter.predict_x0, role, condition=condition, guidance=guidance)
+        velocity = partial(adapter.guided_velocity, role, condition=condition, guidance=guidance)
         normal = partial(self._normal, "validation/noise", prompt_ids, adapter.latent_shape)
         latents = self._solve(request, x0, velocity, normal)
         return adapter.held(latents, torch.zeros(len(latents), device=self.device), condition)[0]
@@ -79,7 +73,7 @@ class Sampling:
         length: int | None = None,
     ) -> Iterator[Tensor]:
         """A causal role's segments [B, ...], one after the other, as they are finished; a sample's, or as many as make
-        a sequence of ``length``. A longer sequence begins as a shorter one does.
+        a sequence of `length`. A longer sequence begins as a shorter one does.
 
         Raises ValueError for a role that is not causal, for a length that segments don't fill, and for guidance.
         """
@@ -104,23 +98,20 @@ class Sampling:
     def _solve(
         self, request: SampleRequest, x0: Predictor, velocity: Predictor, normal: Callable[[int], Tensor]
     ) -> Tensor:
-        """Runs the request's solver from ``normal(0)``."""
-        x0, velocity = self._polling(x0), self._polling(velocity)
+        """Runs the request's solver from `normal(0)`."""
+
+        def predict(x: Tensor, sigma_B: Tensor) -> Tensor:
+            self.poll()
+            return x0(x, sigma_B) if request.solver == "sde" else velocity(x, sigma_B)
+
         if request.solver == "sde":
             assert request.sigmas is not None
-            return sampler.sample_few_step(x0, normal(0), request.sigmas, lambda index: normal(index + 1))
+            return sampler.sample_few_step(predict, normal(0), request.sigmas, lambda index: normal(index + 1))
         return sampler.sample_ode(
-            velocity,
+            predict,
             normal(0),
             num_steps=request.num_steps,
             shift=self.adapter.flow_shift,
             solver=request.solver,
             sigmas=request.sigmas,
         )
-
-    def _polling(self, predict: Predictor) -> Predictor:
-        def polled(x: Tensor, sigma_B: Tensor) -> Tensor:
-            self.poll()
-            return predict(x, sigma_B)
-
-        return polled

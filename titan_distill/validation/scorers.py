@@ -1,7 +1,7 @@
-"""Automatic scores of one decoded video, chosen by `validation.scorer`.
+"""Scorers rate one decoded video automatically; `validation.scorer` names the one to use.
 
-A scorer takes a video and its prompt and returns numbers, which are averaged over prompts. Scorers register themselves
-with `@register_scorer`; those outside this package when `job.imports` names their module.
+A scorer takes a video and its prompt and returns numbers by name, which are averaged over prompts. It registers itself
+with `@register_scorer`; one outside this package does so when `job.imports` names its module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Scorer = Callable[[npt.NDArray[np.uint8], str], dict[str, float]]
 
 @register_scorer("none")
 def no_scores(video_THW3: npt.NDArray[np.uint8], prompt: str) -> dict[str, float]:
-    """For prompts that no rule can check."""
+    """Returns no scores, for prompts that no rule can check."""
     return {}
 
 

@@ -1,12 +1,14 @@
-"""Validation: sample what the method asks for, decode, score, and show.
+"""Validation draws the samples that the method asks for, decodes, scores and shows them, and measures distances.
 
 Prompts are spread over data groups, prompt k to group k modulo their number; every rank samples equally many (the last
 ones may repeat), because with sharded weights a forward pass is a collective. Each prompt has one owner among the ranks
-of its group, which decodes, scores, projects and writes what was made of it. Only projections, scores and thumbnails go
-to rank 0, which compares the sets and draws one contact sheet per validation; latents and videos stay where they are.
+of its group, which decodes, scores, projects and writes its samples. Only projections, scores and thumbnails go to
+rank 0, which compares the sets and draws one contact sheet per validation; latents and videos stay where they are.
 
-Baselines (the teacher, the student before training) are sampled once, before the first step, and kept in `baselines/`,
-a file per prompt: a resumed run compares with the very same samples, whatever its ranks.
+Baselines (the teacher, the student before training) are sampled once, before the first step, and stored in
+`baselines/`, one file per prompt: a resumed run compares with the very same samples, whatever its ranks.
+
+A family whose samples are no videos gets distances alone: nothing is decoded, scored or shown.
 """
 
 from __future__ import annotations
@@ -23,15 +25,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from titan_distill.checkpoint.ranks import Ranks
 from titan_distill.config.config import Config
 from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
+from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.models.base import Adapter
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
-from titan_distill.validation.distances import project, projected_distance, projected_excess
+from titan_distill.validation.distances import project, sliced_wasserstein, sliced_wasserstein_excess
 from titan_distill.validation.sampling import Sampling, go_on
 from titan_distill.validation.scorers import scorer
 from titan_distill.validation.video import Video, contact_sheet, thumbnails, write_mp4
@@ -39,13 +41,13 @@ from titan_distill.validation.video import Video, contact_sheet, thumbnails, wri
 
 @dataclass
 class Sample:
-    """What one prompt's sampling made, on the CPU of its owner."""
+    """One sample of a prompt, on the CPU of its owner."""
 
     latents: Tensor
-    """[C, F, H, W], fp32."""
+    """In the adapter's `latent_shape`, fp32."""
     scores: dict[str, float]
     video: Tensor | None
-    """uint8 [T, height, width, 3] of a prompt that is shown."""
+    """uint8 [T, height, width, 3] where the prompt is shown."""
     projections_P: Tensor | None = None
 
     def save(self, path: Path) -> None:
@@ -63,12 +65,12 @@ class Sample:
 
 
 Samples = dict[int, Sample]
-"""Of one request, by prompt: those that this rank owns."""
+"""Samples of one request by prompt: those that this rank owns."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What rank 0 is told of a sample."""
+    """The part of a sample that goes to rank 0."""
 
     scores: dict[str, float]
     projections_P: Tensor | None
@@ -76,15 +78,16 @@ class Row:
 
 
 Rows = dict[int, Row]
-"""Of one request, by prompt and in the order of the prompts: all of them."""
+"""Rows of one request by prompt: all prompts, in their order."""
 
 
 class Validator:
-    """Samples what a method asks for, and reports. Called on all ranks alike.
+    """Runs validations. Called on all ranks alike.
 
     Attributes:
-        ranks: all ranks, which here wait for each other longer than a collective of training may last. Whatever one
-            rank does alone or longer than others (scores, videos) is waited for here and nowhere else.
+        ranks: all ranks. Here they may wait for each other longer than a collective of training may last, because one
+            of them may be alone at something long (scores, videos).
+        makes_videos: whether latents decode to videos, which are scored and shown.
         poll: called before every forward pass of a sampling, on all ranks; raises StopRequested on all when one was
             asked to stop. The trainer sets it.
     """
@@ -92,7 +95,6 @@ class Validator:
     def __init__(
         self, config: Config, adapter: Adapter, folder: Path, layouts: Layouts, ranks: Ranks, *, makes_videos: bool
     ) -> None:
-        """`makes_videos`: whether latents decode to videos, which are scored and shown."""
         self.config, self.adapter, self.folder = config.validation, adapter, folder
         self.layouts, self.ranks, self.makes_videos = layouts, ranks, makes_videos
         self.poll: Callable[[], None] = go_on
@@ -106,8 +108,7 @@ class Validator:
         """Writes videos below the validation folder. Returns metrics as `<sample label>/<metric>`; empty off rank 0."""
         sets: dict[str, Samples] = {}
         baselines = tuple(sample for sample in request.samples if sample.baseline)
-        # Before the first step there is nothing to compare with the baselines yet: what is trained still equals one of
-        # them.
+        # Before the first step the trained role still equals one of the baselines, so it is not sampled.
         for sample in baselines if step == 0 and baselines else request.samples:
             samples = (
                 self._baseline(step, sample, roles) if sample.baseline else self._sample(sample, roles[sample.role])
@@ -133,12 +134,13 @@ class Validator:
         return [*sorted(folder.glob("*.png")), *sorted(folder.glob("*.mp4"))]
 
     def _baseline(self, step: int, request: SampleRequest, roles: RoleManager) -> Samples | None:
-        """Sampled at step 0; after a resume read back. What was never sampled and has been trained since is left
-        out."""
+        """The samples of a baseline: drawn at step 0, read back after a resume; None for a role that was never sampled
+        and has been trained since."""
         if request.label in self._baselines:
             return self._baselines[request.label]
         folder, role = self.folder / "baselines" / request.label, roles[request.role]
-        files = {index: folder / f"{index:05d}.safetensors" for index in self._owned()}
+        owned = (index for batch in self._batches() for index in batch if self._owns(index))
+        files = {index: folder / f"{index:05d}.safetensors" for index in owned}
         if step > 0 and self.ranks.all(all(file.is_file() for file in files.values())):
             samples = {index: Sample.load(file) for index, file in files.items()}
         elif step > 0 and role.trainable:
@@ -161,20 +163,17 @@ class Validator:
         return samples
 
     def _finish(self, request: SampleRequest, ids: list[int], latents: Tensor) -> Samples:
-        videos = self._decode(request, ids, latents)
+        """Decodes the videos that the scorer or a person looks at, and scores them."""
+        shown = [index < self.config.num_videos for index in ids]
+        seen = [row for row in range(len(ids)) if self.makes_videos and (request.scored or shown[row])]
+        decoded = self.adapter.decode_latents(latents[seen]).cpu() if seen else ()
+        videos = dict(zip(seen, decoded, strict=True))
         samples = {}
-        for index, latent in zip(ids, latents.cpu(), strict=True):
-            video = videos.get(index)
+        for row, (index, latent) in enumerate(zip(ids, latents.cpu(), strict=True)):
+            video = videos.get(row)
             scores = {} if video is None or not request.scored else self.score(video.numpy(), self.prompts[index])
-            samples[index] = Sample(latent, scores, video if index < self.config.num_videos else None)
+            samples[index] = Sample(latent, scores, video if shown[row] else None)
         return samples
-
-    def _decode(self, request: SampleRequest, ids: list[int], latents: Tensor) -> dict[int, Tensor]:
-        """Videos by prompt index, of those prompts that someone will look at: the scorer, or a person."""
-        seen = [row for row, index in enumerate(ids) if request.scored or index < self.config.num_videos]
-        if not seen or not self.makes_videos:
-            return {}
-        return dict(zip((ids[row] for row in seen), self.adapter.decode_latents(latents[seen]).cpu(), strict=True))
 
     def _batches(self) -> Iterator[list[int]]:
         """This data group's prompts in batches; as many batches on every rank, and of the same sizes. A position is a
@@ -190,9 +189,6 @@ class Validator:
         round_, own = position // self.layouts.num_data_groups, self.ranks.rank % self.layouts.data_group
         return position < len(self.prompts) and round_ % self.layouts.data_group == own
 
-    def _owned(self) -> list[int]:
-        return [position for batch in self._batches() for position in batch if self._owns(position)]
-
     def _step_folder(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
@@ -204,9 +200,8 @@ class Validator:
             new = [s for samples in sets.values() for s in samples.values() if s.projections_P is None]
             for sample, projections_P in zip(new, project([sample.latents for sample in new]), strict=True):
                 sample.projections_P = projections_P
-        rows: dict[str, Rows] = {}
+        rows: dict[str, Rows] = {label: {} for label in sets}
         for label, samples in sets.items():
-            rows[label] = {}
             for index, sample in samples.items():
                 shown = None
                 if sample.video is not None:
@@ -240,22 +235,21 @@ def _mean_scores(rows: Rows) -> dict[str, float]:
 
 
 def _distances(rows: dict[str, Rows], reference: str) -> dict[str, dict[str, float]]:
-    """How far each set is from the reference."""
+    """Distances of each set from the reference."""
     projected = {
         label: torch.stack([row.projections_P for row in named.values() if row.projections_P is not None])
         for label, named in rows.items()
     }
     other_NP, found = projected.pop(reference), {}
     for label, own_NP in projected.items():
-        found[label] = {"sliced_wasserstein": projected_distance(own_NP, other_NP)}
+        found[label] = {"sliced_wasserstein": sliced_wasserstein(own_NP, other_NP)}
         if len(own_NP) >= 4:
-            found[label]["sliced_wasserstein_excess"] = projected_excess(own_NP, other_NP)
+            found[label]["sliced_wasserstein_excess"] = sliced_wasserstein_excess(own_NP, other_NP)
     return found
 
 
 def _title(request: SampleRequest, scores: dict[str, float]) -> str:
-    """What was sampled and how; behind the line break, in smaller type, how well."""
+    """The sampler and its settings; behind the line break, in smaller type, the scorer's first score."""
     guidance = f", CFG {request.guidance_scale:g}" if request.guidance_scale != 1 else ""
     title = f"{request.label.replace('_', ' ')}, {request.num_steps} steps{guidance}"
-    accuracy = scores.get("prompt_accuracy")
-    return title if accuracy is None else f"{title}\nprompt accuracy {accuracy:.2f}"
+    return "\n".join([title, *(f"{name.replace('_', ' ')} {value:.2f}" for name, value in [*scores.items()][:1])])

@@ -1,15 +1,15 @@
-"""Videos as files: mp4s to play, and a contact sheet to compare many at a glance.
+"""Writer of videos: mp4 files to play, and a contact sheet to compare many at a glance.
 
-The sheet has one row a prompt and one column a sampler (teacher, student before, student now); a cell is a filmstrip of
-frames evenly spread over the video. All cells of a row started from the same noise, so differences are the sampler's.
+The sheet has one row per prompt and one column per sampler (teacher, student before, student now); a cell is a
+filmstrip of frames evenly spread over the video. All cells of a row started from the same noise, so differences are the
+sampler's.
 
-Shapes: T frames, H and W height and width in pixels; videos are uint8 RGB ``[T, H, W, 3]``.
+Shapes: T frames, H and W height and width in pixels; videos are uint8 RGB `[T, H, W, 3]`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,29 +42,11 @@ def write_mp4(path: Path | str, video_THW3: Video, fps: int) -> None:
         container.mux(stream.encode(None))
 
 
-@dataclass(frozen=True)
-class _Style:
-    """Sizes in pixels and colours of a contact sheet."""
-
-    margin: int = 28
-    frame_gap: int = 2
-    column_gap: int = 26
-    row_gap: int = 22
-    caption_gap: int = 7
-    title_size: int = 19
-    caption_size: int = 15
-    background: str = "#ffffff"
-    ink: str = "#1c1e21"
-    faint_ink: str = "#6b7178"
-    rule: str = "#d9dce0"
-
-    @property
-    def title_font(self) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-        return ImageFont.load_default(self.title_size)
-
-    @property
-    def caption_font(self) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-        return ImageFont.load_default(self.caption_size)
+MARGIN, FRAME_GAP, COLUMN_GAP, ROW_GAP, CAPTION_GAP = 28, 2, 26, 22, 7
+"""Distances on a contact sheet in pixels."""
+TITLE_SIZE, CAPTION_SIZE = 19, 15
+"""Font sizes in pixels."""
+BACKGROUND, INK, FAINT_INK, RULE = "#ffffff", "#1c1e21", "#6b7178", "#d9dce0"
 
 
 def contact_sheet(
@@ -79,48 +61,40 @@ def contact_sheet(
     `thumbnails` of the videos give the same sheet as the videos themselves.
 
     Args:
-        columns: title and videos of each sampler, one video a prompt; all videos of one size. What follows the first
-            line break of a title is set smaller below it (a score, say).
-        captions: the prompts, one a row; Pillow's own font has no other than Latin letters, the rest shows as boxes.
+        columns: title and videos of each sampler, one video per prompt; all videos of one size. The part of a title
+            after its first line break is set smaller below it (a score, say).
+        captions: the prompts, one per row; Pillow's own font has Latin letters only, others show as boxes.
         frames_per_video: frames of a cell, first and last included; fewer when the video is shorter.
         frame_height: height of a frame on the sheet; frames are scaled to it.
     """
     assert all(len(videos) == len(captions) for _, videos in columns), "every column has one video a caption"
-    style = _Style()
     strips = [
-        [_filmstrip(thumbnails(video, frames_per_video, frame_height), style) for video in videos]
-        for _, videos in columns
+        [_filmstrip(thumbnails(video, frames_per_video, frame_height)) for video in videos] for _, videos in columns
     ]
     strip_width, strip_height = strips[0][0].size
     titles = [title.split("\n", 1) for title, _ in columns]
-    header = style.title_size + 12 + (style.caption_size + 6) * any(len(lines) == 2 for lines in titles)
-    caption_height = style.caption_size + style.caption_gap
-    row_height = caption_height + strip_height + style.row_gap
-    width = 2 * style.margin + len(columns) * (strip_width + style.column_gap) - style.column_gap
-    height = 2 * style.margin + header + len(captions) * row_height
+    header = TITLE_SIZE + 12 + (CAPTION_SIZE + 6) * any(len(lines) == 2 for lines in titles)
+    caption_height = CAPTION_SIZE + CAPTION_GAP
+    row_height = caption_height + strip_height + ROW_GAP
+    width = 2 * MARGIN + len(columns) * (strip_width + COLUMN_GAP) - COLUMN_GAP
+    height = 2 * MARGIN + header + len(captions) * row_height
 
-    sheet = Image.new("RGB", (width, height), style.background)
+    sheet = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    lefts = [style.margin + index * (strip_width + style.column_gap) for index in range(len(columns))]
-    for left, lines in zip(lefts, titles, strict=True):
-        _draw_title(draw, left, lines, strip_width, style)
-    rule_y = style.margin + header
-    draw.line([(style.margin, rule_y), (width - style.margin, rule_y)], fill=style.rule)
+    lefts = [MARGIN + index * (strip_width + COLUMN_GAP) for index in range(len(columns))]
+    for left, (title, *notes) in zip(lefts, titles, strict=True):
+        _write(draw, (left, MARGIN), title, strip_width, TITLE_SIZE, INK)
+        for note in notes:
+            _write(draw, (left, MARGIN + TITLE_SIZE + 7), note, strip_width, CAPTION_SIZE, FAINT_INK)
+    rule_y = MARGIN + header
+    draw.line([(MARGIN, rule_y), (width - MARGIN, rule_y)], fill=RULE)
 
     for row, caption in enumerate(captions):
-        top = rule_y + style.row_gap + row * row_height
-        text = _shortened(draw, caption, width - 2 * style.margin, style.caption_font)
-        draw.text((style.margin, top), text, style.ink, style.caption_font)
+        top = rule_y + ROW_GAP + row * row_height
+        _write(draw, (MARGIN, top), caption, width - 2 * MARGIN, CAPTION_SIZE, INK)
         for left, column in zip(lefts, strips, strict=True):
             sheet.paste(column[row], (left, top + caption_height))
     sheet.save(path)
-
-
-def _draw_title(draw: ImageDraw.ImageDraw, left: int, lines: list[str], width: int, style: _Style) -> None:
-    draw.text((left, style.margin), _shortened(draw, lines[0], width, style.title_font), style.ink, style.title_font)
-    if len(lines) == 2:
-        note = _shortened(draw, lines[1], width, style.caption_font)
-        draw.text((left, style.margin + style.title_size + 7), note, style.faint_ink, style.caption_font)
 
 
 def thumbnails(video_THW3: Video, num_frames: int = FRAMES_PER_VIDEO, height: int = FRAME_HEIGHT) -> Video:
@@ -132,23 +106,21 @@ def thumbnails(video_THW3: Video, num_frames: int = FRAMES_PER_VIDEO, height: in
     return np.stack([np.asarray(frame.resize(size, Image.Resampling.LANCZOS)) for frame in frames])
 
 
-def _filmstrip(frames_THW3: Video, style: _Style) -> Image.Image:
+def _filmstrip(frames_THW3: Video) -> Image.Image:
     """Frames side by side."""
     num_frames, height, width, _ = frames_THW3.shape
-    step = width + style.frame_gap
-    strip = Image.new("RGB", (num_frames * step - style.frame_gap, height), style.background)
+    step = width + FRAME_GAP
+    strip = Image.new("RGB", (num_frames * step - FRAME_GAP, height), BACKGROUND)
     for index, frame in enumerate(frames_THW3):
         strip.paste(Image.fromarray(frame), (index * step, 0))
     return strip
 
 
-def _shortened(
-    draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> str:
-    """The text on one line, cut with an ellipsis where it is wider than ``width`` pixels."""
-    text = " ".join(text.split())
-    if draw.textlength(text, font) <= width:
-        return text
-    while text and draw.textlength(text + "…", font) > width:
+def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int, size: int, ink: str) -> None:
+    """Writes text on one line, cut with an ellipsis where it is wider than `width` pixels."""
+    font = ImageFont.load_default(size)
+    text = shown = " ".join(text.split())
+    while text and draw.textlength(shown, font) > width:
         text = text[:-1]
-    return text.rstrip() + "…"
+        shown = text.rstrip() + "…"
+    draw.text(at, shown, ink, font)

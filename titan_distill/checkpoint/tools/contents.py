@@ -1,23 +1,34 @@
-"""A checkpoint as one process sees it: named values, read one at a time.
+"""The contents of a checkpoint as one process sees them: named values, read one at a time.
 
 A 14B role with its moments is 170 GB, which no workstation holds at once; but every tool (export, reshard, diff,
-verify) needs only one value at a time. No process group, no model, and nothing is read before the hashes of all files
-have been compared, so that a tool never works on half of a damaged checkpoint. The price is that files are read twice.
+verify) needs only one value at a time. There is no process group and no model, and nothing is read before the hashes of
+all files have been compared, so a tool never works on half of a damaged checkpoint. The price is that files are read
+twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from titan_distill.checkpoint import storage
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, open_folder
 from titan_distill.checkpoint.discovery import resolve
-from titan_distill.checkpoint.manifest import CheckpointDamaged, Manifest, read_manifest, verify_hashes
-from titan_distill.checkpoint.publish import check_written
+from titan_distill.checkpoint.initial_weights import (
+    is_reference,
+    resolve_reference,
+    stored_names,
+    trained_role,
+    weights_digest,
+)
+from titan_distill.checkpoint.manifest import AdaptedBase, CheckpointDamaged, Manifest, read_manifest, verify_hashes
+from titan_distill.parallelisms.lora import merge
 
 
 @dataclass(frozen=True)
@@ -30,16 +41,16 @@ class Contents:
 
     @property
     def names(self) -> list[str]:
-        """Everything it holds, sorted."""
+        """Names of all values, sorted."""
         return sorted(self.metadata.state_dict_metadata)
 
     def tensor(self, name: str) -> TensorStorageMetadata | None:
-        """Shape and dtype of a tensor; None for a value that is not one."""
+        """Returns shape and dtype of a tensor; None for a value that is not one."""
         entry = self.metadata.state_dict_metadata[name]
         return entry if isinstance(entry, TensorStorageMetadata) else None
 
     def read(self, name: str) -> Any:
-        """One value: a whole CPU tensor put together from its shards, or what else was saved under the name.
+        """Reads one value: a whole CPU tensor put together from its shards, or another object.
 
         Raises CheckpointDamaged when it can't be read as data, for example because unpickling it would run code.
         """
@@ -56,12 +67,47 @@ class Contents:
 
 
 def open_checkpoint(path: Path) -> Contents:
-    """Opens a step's folder, or ``.../latest``, after comparing sizes, hashes and index.
+    """Opens a step's folder, or `.../latest`, after comparing sizes, hashes and index.
 
     Raises CheckpointDamaged naming the file, or ValueError when there is no checkpoint.
     """
     path = resolve(path)
     manifest = read_manifest(path)
     verify_hashes(path, manifest)
-    check_written(path, manifest.files)
-    return Contents(path, manifest, storage.read_metadata(path))
+    return Contents(path, manifest, storage.read_index(path, manifest.files))
+
+
+def role_tensors(
+    checkpoint: Path, role: str, *, use_ema: bool, module: str = TRANSFORMER
+) -> Iterator[tuple[str, Tensor]]:
+    """Returns the weights of one of a role's modules as full CPU tensors, one at a time, sorted by name.
+
+    A LoRA adapter is merged into its base, in fp32. Verifies the whole checkpoint first. Raises
+    ValueError for a missing or damaged checkpoint, an unknown role and an EMA that was never kept, before the first
+    tensor.
+    """
+    checkpoint = resolve(checkpoint)
+    trained = trained_role(checkpoint, read_manifest(checkpoint), role, use_ema=use_ema)
+    contents = open_checkpoint(checkpoint)
+    names = stored_names(contents.metadata, trained, role, module, use_ema=use_ema)
+    tensors = ((name, contents.read(stored)) for name, stored in names.items())
+    if (base := trained.base) is None:
+        return tensors
+    lora = dict(tensors)
+    return ((name, merge(name, weight, lora, base.scale)) for name, weight in _base_tensors(base, module))
+
+
+def _base_tensors(base: AdaptedBase, module: str) -> Iterator[tuple[str, Tensor]]:
+    """Returns all tensors of the base, one at a time, sorted by name.
+
+    Raises ValueError when the base is gone, or has changed since.
+    """
+    source = None if is_reference(base.path) else open_folder(Path(base.path), module)
+    if weights_digest(base.path) != base.digest:
+        raise ValueError(
+            f"the weights in {base.path} are not those that the LoRA adapter was trained on; put the original ones back"
+        )
+    if source is not None:
+        return ((name, source.read(name)) for name in sorted(source.shapes))
+    found = resolve_reference(base.path)
+    return role_tensors(found.checkpoint, found.role, use_ema=found.use_ema, module=module)

@@ -1,7 +1,7 @@
-"""How two checkpoints differ, value by value.
+"""Comparison of two checkpoints, value by value.
 
-Both are verified first, then one tensor of each is held at a time and compared in slices, so that the comparison in
-double precision costs no second copy of them. Two NaNs count as equal: the question is whether the same was stored.
+Both are verified first. Then one tensor of each is held at a time and compared in slices, so the comparison in double
+precision needs no second copy of them. Two NaNs count as equal: the question is whether the same was stored.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _SLICE_ELEMENTS = 1 << 17
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """Two tensors of one shape, element by element."""
+    """The difference of two tensors of one shape, element by element."""
 
     num_elements: int
     num_equal: int
     max_absolute: float
-    """Largest ``|a - b|``; infinite where only one of them is NaN."""
+    """Largest `|a - b|`; infinite where only one of them is NaN."""
     max_relative: float
-    """Largest ``|a - b| / max(|a|, |b|)``."""
+    """Largest `|a - b| / max(|a|, |b|)`."""
 
     def __str__(self) -> str:
         return (
@@ -38,23 +38,15 @@ class TensorDifference:
         )
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One name under which two checkpoints do not hold the same."""
+def diff(a: Path, b: Path) -> Iterator[str]:
+    """Yields one line per name under which the two differ, sorted.
 
-    name: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.what}"
-
-
-def diff(a: Path, b: Path) -> Iterator[Difference]:
-    """Yields what differs, by name. Raises ValueError, before the first, for a missing or damaged checkpoint."""
+    Raises ValueError for a missing or damaged checkpoint, before the first line.
+    """
     return _differences(open_checkpoint(a), open_checkpoint(b))
 
 
-def _differences(a: Contents, b: Contents) -> Iterator[Difference]:
+def _differences(a: Contents, b: Contents) -> Iterator[str]:
     for name in sorted({*a.names, *b.names}):
         if name not in a.names:
             what = f"only in {b.path}"
@@ -63,11 +55,11 @@ def _differences(a: Contents, b: Contents) -> Iterator[Difference]:
         else:
             what = _compare(name, a, b)
         if what:
-            yield Difference(name, what)
+            yield f"{name}: {what}"
 
 
 def _compare(name: str, a: Contents, b: Contents) -> str:
-    """What differs; empty when nothing does."""
+    """Describes the difference; empty when there is none."""
     kind_a, kind_b = a.tensor(name), b.tensor(name)
     if kind_a is None or kind_b is None:
         return _compare_values(*(each.read(name) if each.tensor(name) is None else "a tensor" for each in (a, b)))
@@ -99,18 +91,14 @@ def _kind(entry: TensorStorageMetadata) -> str:
 
 
 def _widened(values: Tensor) -> Tensor:
-    """Without loss, to a dtype that can be compared with any other; 8-bit floats can't."""
+    """Converts without loss to a dtype that compares with any other; 8-bit floats don't."""
     return values.double() if values.is_floating_point() else values.long()
 
 
 def _compare_values(a: Any, b: Any) -> str:
     """Names the first part that differs: the settings of an optimizer list every parameter."""
     leaves_a, leaves_b = dict(_leaves(a, "")), dict(_leaves(b, ""))
-    differing = [
-        path
-        for path in dict.fromkeys([*leaves_a, *leaves_b])
-        if leaves_a.get(path, "nothing") != leaves_b.get(path, "nothing")
-    ]
+    differing = [path for path in leaves_a | leaves_b if leaves_a.get(path) != leaves_b.get(path)]
     if not differing:
         return ""
     path, more = differing[0], f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
@@ -119,7 +107,7 @@ def _compare_values(a: Any, b: Any) -> str:
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Where -> representation, of everything in nested dicts, lists and tuples."""
+    """Yields path and representation of everything in nested dicts, lists and tuples."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
     if not inner:
         yield path, repr(value)

@@ -9,14 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from titan_kernels.layout import tile_grid
 from torch import Tensor, nn
 
-from titan_distill.attention.causal import KeysAndValues, Memory
+from titan_distill.attention.causal import KVCache
+from titan_distill.config.config import Config
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.transfer import to_device
@@ -24,33 +23,40 @@ from titan_distill.models.base import Adapter, Condition, Guidance
 from titan_distill.models.streaming import SegmentStream
 from titan_distill.models.wan import first_frame
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.encoders import Encoders
 from titan_distill.models.wan.experts import is_high_noise, route
 from titan_distill.models.wan.features import block_outputs, mean_over_tokens
 from titan_distill.models.wan.first_frame import ImageMixing
-from titan_distill.models.wan.frame_blocks import check_fits
-from titan_distill.models.wan.image_channels import (
-    EMBEDDING,
-    check_pictures,
-    encode_pictures,
-    takes_channels,
-    with_channels,
-)
-from titan_distill.models.wan.image_encoder import ImageEncoder
+from titan_distill.models.wan.image_channels import EMBEDDING, check_pictures, takes_channels, with_channels
 from titan_distill.models.wan.latents import num_latent_frames
+from titan_distill.models.wan.pipeline_index import EXPAND_TIMESTEPS, read_index
 from titan_distill.models.wan.prompt_pictures import FirstFrames, PictureRows
-from titan_distill.models.wan.stream import WanStream
-from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import decode_latents, encode_video, restart
+from titan_distill.models.wan.vae import decode_latents, restart
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
 
-    from titan_distill.config.sections import ActivationCheckpointConfig
+class WanStream(SegmentStream):
+    """Segments of videos, latents [B, C, f, H, W], made by a causal role on a KV cache.
+
+    `forward` predicts the velocity of a segment at noise levels [B], given a cache, which holds this rank's heads of
+    all tokens where ranks share them. A finished segment costs one more forward, at the noise level where it is to be
+    read, which writes the cache.
+    """
+
+    def __init__(self, forward: Callable[[Tensor, Tensor, KVCache], Tensor], cache: KVCache) -> None:
+        self.forward, self.cache = forward, cache
+
+    def predict_velocity(self, x: Tensor, sigma_B: Tensor) -> Tensor:
+        return self.forward(x, sigma_B, self.cache)
+
+    def _write(self, x: Tensor, sigma_B: Tensor) -> None:
+        cache = self.cache.writable()
+        self.forward(x, sigma_B, cache)
+        self.cache = cache.extended()
 
 
 class WanAdapter(Adapter):
@@ -61,47 +67,28 @@ class WanAdapter(Adapter):
 
     def __init__(
         self,
-        *,
+        config: Config,
         latent_shape: tuple[int, int, int, int],
-        flow_shift: float,
-        max_text_tokens: int,
-        negative_embedding_LD: Tensor | None,
-        vae: AutoencoderKLWan | None,
-        text_encoder: TextEncoder | None,
+        encoders: Encoders,
         device: torch.device,
         layouts: Layouts,
-        checkpointing: ActivationCheckpointConfig,
-        image_mixing: ImageMixing | None = None,
-        takes_images: bool = False,
-        validation_size: tuple[int, int] | None = None,
-        text_cache: Path | None = None,
-        image_tensors: tuple[str, ...] = (),
-        image_encoder: ImageEncoder | None = None,
-        num_frames: int = 0,
+        *,
+        negative_LD: Tensor | None = None,
         boundary_ratio: float | None = None,
-        guidance_scale_2: float | None = None,
     ) -> None:
-        """``checkpointing``: what the backwards of trained roles recompute, which the FLOP count must know.
-        ``image_mixing``: which training samples start from an image; ``takes_images``: whether sampling may.
-        ``validation_size``: (height, width) of the pictures that validation videos start from, where they do.
-        ``text_cache``: folder for embeddings of prompts that come with videos.
-        ``image_tensors``, ``image_encoder``, ``num_frames``: of roles that take pictures in channels of their own, see
-        `image_channels`; frames of the videos.
-        ``boundary_ratio``, ``guidance_scale_2``: of roles with two experts, see `experts`."""
-        self.boundary_ratio, self.guidance_scale_2 = boundary_ratio, guidance_scale_2
-        self.image_tensors, self.image_encoder, self.num_frames = image_tensors, image_encoder, num_frames
-        self.latent_shape, self.flow_shift, self.device = latent_shape, flow_shift, device
-        self.checkpointing = checkpointing
+        """`negative_LD`: embedding of the negative prompt, where there is a text encoder. `boundary_ratio`: of roles
+        with two experts, see `experts`."""
+        self.config, self.pipeline, self.encoders = config, config.pipeline_config, encoders
+        self.latent_shape, self.flow_shift = latent_shape, self.pipeline.flow_shift
+        self.device, self.layouts, self.boundary_ratio = device, layouts, boundary_ratio
         grid = token_grid(latent_shape[1:], WanConfig.patch_size)
         self._num_tiles = math.prod(tile_grid(grid))
         self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(grid))
-        self.max_text_tokens = max_text_tokens
-        self.layouts = layouts
-        self.image_mixing, self.takes_images = image_mixing, takes_images
-        self.validation_size = validation_size
-        self.text_cache = text_cache
-        self.vae, self.text_encoder = vae, text_encoder
-        self._negative_LD = None if negative_embedding_LD is None else negative_embedding_LD.to(device)
+        self.image_mixing = ImageMixing.of_run(config)
+        # Diffusers marks a TI2V pipeline so.
+        is_ti2v = bool(read_index(self.pipeline.path).get(EXPAND_TIMESTEPS, False))
+        self.takes_images = self.image_mixing is not None or is_ti2v
+        self._negative_LD = None if negative_LD is None else negative_LD.to(device)
 
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         values = {}
@@ -126,24 +113,22 @@ class WanAdapter(Adapter):
         return batch.to(self.device)
 
     def _encoded(self, batch: Batch) -> Batch:
-        """Each clip and each prompt by itself: what a sample is does not depend on its batch."""
-        encoder, clips = self._text_encoder(), batch.clips
-        assert self.text_cache is not None
-        texts = [encoder.cached_embedding(text, self.max_text_tokens, self.text_cache) for text in batch.captions]
-        latents = None if clips is None else torch.cat([self.encode_video(clip[None]) for clip in clips])
-        extra = {}
-        if self.image_tensors and clips is not None:
-            pictures = [self._pictures(clip[:1]) for clip in clips]
-            extra = {name: torch.cat([of_clip[name] for of_clip in pictures]) for name in self.image_tensors}
-        return replace(
-            batch, text_embeddings=torch.stack(texts), latents=latents, extra=extra, clips=None, is_encoded=True
-        )
+        """Encodes each clip and each prompt by itself, so that a sample does not depend on its batch."""
+        cache, max_tokens = self.config.job.output_folder / "cache", self.config.data.max_text_tokens
+        texts = [self.encoders.text.cached_embedding(text, max_tokens, cache) for text in batch.captions]
+        encoded = replace(batch, text_embeddings=torch.stack(texts), extra={}, clips=None, is_encoded=True)
+        if batch.clips is None:
+            return replace(encoded, latents=None)
+        latents = torch.cat([self.encode_video(clip[None]) for clip in batch.clips])
+        pictures = [self._pictures(clip[:1]) for clip in batch.clips]
+        extra = {name: torch.cat([of_clip[name] for of_clip in pictures]) for name in self.encoders.image_tensors}
+        return replace(encoded, latents=latents, extra=extra)
 
     def text_condition(self, batch: Batch) -> Condition:
-        text = {"text": batch.text_embeddings}
-        if missing := [name for name in self.image_tensors if name not in batch.extra]:
+        names = self.encoders.image_tensors
+        if missing := [name for name in names if name not in batch.extra]:
             raise ValueError(f"the models of this run start from images, but there is no {missing[0]} in the data")
-        text |= {name: batch.extra[name] for name in self.image_tensors}
+        text = {"text": batch.text_embeddings, **{name: batch.extra[name] for name in names}}
         # Without latents there is no image: data to train on has them (`needs_latents`), prompts to sample from don't.
         if self.image_mixing is None or batch.latents is None:
             return text
@@ -158,16 +143,16 @@ class WanAdapter(Adapter):
         return {"text": self._negative_LD.expand(batch_size, -1, -1)}
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
-        return {"text": self._text_encoder().encode(prompts, self.max_text_tokens).to(self.device)}
+        return {"text": self.encoders.text.encode(prompts, self.config.data.max_text_tokens).to(self.device)}
 
     def embed_prompts(self, prompts: list[str]) -> list[Tensor]:
-        return [self._text_encoder().embed(prompt, self.max_text_tokens) for prompt in prompts]
+        return [self.encoders.text.embed(prompt, self.config.data.max_text_tokens) for prompt in prompts]
 
     def prompt_conditions(self, path: str, prompts: Sequence[str]) -> Callable[[Sequence[int]], Condition]:
-        pictures, first_frames = PictureRows(path, self.image_tensors), None
-        if self.validation_size is not None:
+        pictures, first_frames = PictureRows(path, self.encoders.image_tensors), None
+        if self.pipeline.validate_from_image:
             self.check_takes_images()
-            first_frames = FirstFrames(path, *self.validation_size)
+            first_frames = FirstFrames(path, self.pipeline.height, self.pipeline.width)
 
         def condition(ids: Sequence[int]) -> Condition:
             text = self.encode_prompts([prompts[index] for index in ids])
@@ -177,7 +162,7 @@ class WanAdapter(Adapter):
         return condition
 
     def with_image(self, condition: Condition, images: Tensor) -> Condition:
-        if self.image_tensors:
+        if self.encoders.image_tensors:
             return {**condition, **self._pictures(images)}
         self.check_takes_images()
         return self.with_first_frame(condition, self.encode_video(images[:, None]))
@@ -187,15 +172,15 @@ class WanAdapter(Adapter):
         return {**condition, **first_frame.given_frame(latents.to(self.device))}
 
     def _pictures(self, images: Tensor) -> dict[str, Tensor]:
-        tensors = encode_pictures(self.image_tensors, images, self.num_frames, self._vae(), self.image_encoder)
+        tensors = self.encoders.encode_pictures(images, self.pipeline.num_frames)
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def check_takes_images(self) -> None:
         """Raises ValueError where the models of the run can't start a video from a given first frame."""
-        if self.image_tensors:
+        if names := self.encoders.image_tensors:
             raise ValueError(
-                f"the models of this run take pictures in channels of their own ({', '.join(self.image_tensors)}), not "
-                "as a first frame; set pipeline_config.validate_from_image to false"
+                f"the models of this run take pictures in channels of their own ({', '.join(names)}), not as a first "
+                "frame; set pipeline_config.validate_from_image to false"
             )
         if not self.takes_images:
             raise ValueError(
@@ -214,43 +199,37 @@ class WanAdapter(Adapter):
         return self.forward(role, x, sigma_B, condition)
 
     def forward(
-        self,
-        role: RoleHandle,
-        x: Tensor,
-        sigma_B: Tensor,
-        condition: Condition,
-        memory: Memory | None = None,
-        kept: list[KeysAndValues] | None = None,
+        self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, cache: KVCache | None = None
     ) -> Tensor:
-        """``predict_velocity``; for a causal role also of one segment, given the ``memory`` of those before it."""
+        """`predict_velocity`; for a causal role also of one segment, given the KV cache of those before it."""
         check_pictures(role.name, self.network(role).config, condition)
-        self._count(role, x, condition, memory)
-
-        def forward(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-            return self._routed(role, x, sigma, condition, memory, kept)
-
+        self._count(role, x, condition, cache)
         x, sigma = self.held(x, sigma_B, condition)
         if sigma.ndim > 1:
             sigma = sigma.flatten(1)  # [B, F], a time for each frame
         read, exchange = first_frame.without_frame(condition), self.layouts.exchange(role.name)
+        forward = partial(self._routed, role, cache)
         return forward(x, sigma, read) if exchange is None else exchange.run(forward, x, sigma, read)
 
-    def _count(self, role: RoleHandle, x: Tensor, condition: Condition, memory: Memory | None) -> None:
+    def _count(self, role: RoleHandle, x: Tensor, condition: Condition, cache: KVCache | None) -> None:
+        """Counts FLOPs as executed: of a segment, its tokens through all linear layers and their attention over the
+        cached tokens and their own. Text keys and values count each time, though most forwards find them cached (1 %
+        at 1.3B)."""
         transformer = self.network(role)
         config, core, segmentation = transformer.config, transformer.sparse_attention, transformer.segmentation
         sparse = None if core is None else core.tiles_read(self._num_tiles)
         frames, tokens_per_frame = x.shape[2], self.work.tokens_per_sample // self.latent_shape[1]
         keys = None
         if segmentation is not None:
-            num_frames = segmentation.num_keys(frames) if memory is None else memory.num_remembered + frames
+            num_frames = segmentation.num_keys(frames) if cache is None else cache.num_cached + frames
             keys = num_frames * tokens_per_frame
         sizes = (frames * tokens_per_frame, condition["text"].shape[1], sparse, keys)
-        # The ranks that load the same samples share their work, in whatever layout.
+        # The ranks that load the same samples share their arithmetic, in whatever layout.
         own_flops = forward_flops(config, *sizes).total * len(x) / self.layouts.data_group
         self.work.forward(
             own_flops,
             backward=torch.is_grad_enabled() and role.trainable,
-            recompute=recomputed_share(config, self.checkpointing, *sizes),
+            recompute=recomputed_share(config, self.config.activation_checkpoint, *sizes),
             frozen=role.adapters_only,
         )
 
@@ -267,19 +246,18 @@ class WanAdapter(Adapter):
         if first_frame.IMAGE in condition:
             raise ValueError(f"role {role.name!r} is causal and makes videos from text only; leave the image out")
 
-        def forward(x: Tensor, sigma_B: Tensor, memory: Memory, kept: list[KeysAndValues] | None) -> Tensor:
-            return self.forward(role, x, sigma_B, condition, memory, kept)
+        def forward(x: Tensor, sigma_B: Tensor, cache: KVCache) -> Tensor:
+            return self.forward(role, x, sigma_B, condition, cache)
 
-        return WanStream(forward, segmentation, self.network(role).config.num_layers)
+        return WanStream(forward, KVCache.empty(segmentation, self.network(role).config.num_layers))
 
     def last_sample(self, sequence: Tensor) -> Tensor:
-        return restart(self._vae(), sequence, self.latent_shape[1])
+        return restart(self.encoders.vae, sequence, self.latent_shape[1])
 
     def num_latents(self, role: RoleHandle, num_frames: int) -> int:
-        segmentation = self.network(role).segmentation
-        if segmentation is None:
+        if self.network(role).segmentation is None:
             return super().num_latents(role, num_frames)
-        check_fits(segmentation, num_frames, "num_frames")
+        self.pipeline.check_frames(num_frames, "num_frames")
         return num_latent_frames(num_frames)
 
     def features(
@@ -292,16 +270,10 @@ class WanAdapter(Adapter):
         return mean_over_tokens(self.network(role), values_BL, x)
 
     def _routed(
-        self,
-        role: RoleHandle,
-        x: Tensor,
-        sigma: Tensor,
-        condition: Condition,
-        memory: Memory | None,
-        kept: list[KeysAndValues] | None,
+        self, role: RoleHandle, cache: KVCache | None, x: Tensor, sigma: Tensor, condition: Condition
     ) -> Tensor:
-        """Each sample's velocity, by the expert for its noise level where there are two. ``sigma``: [B] or [B, F]."""
-        experts = [partial(_run, module, memory=memory, kept=kept) for module in role.modules.values()]
+        """Each sample's velocity, by the expert for its noise level where there are two. `sigma`: [B] or [B, F]."""
+        experts = [partial(_run, module, cache) for module in role.modules.values()]
         if len(experts) == 1:
             return experts[0](x, sigma, condition)
         whole = self.network(role).sequence is not None
@@ -315,31 +287,18 @@ class WanAdapter(Adapter):
         return is_high_noise(sigma, self.boundary_ratio)
 
     def guidance_scale(self, role: RoleHandle, sigma_B: Tensor, guidance: Guidance) -> float | Tensor:
-        if self.guidance_scale_2 is None or len(role.modules) == 1:
+        second = self.pipeline.guidance_scale_2
+        if second is None or len(role.modules) == 1:
             return guidance.scale
-        second = self.guidance_scale_2 - (guidance.form == "offset")
-        scale_B = torch.where(self._is_high_noise(sigma_B), guidance.scale, second)
+        low_noise_scale = second - (guidance.form == "offset")
+        scale_B = torch.where(self._is_high_noise(sigma_B), guidance.scale, low_noise_scale)
         return to_device(scale_B, self.device).view(-1, *[1] * len(self.latent_shape))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        return decode_latents(self._vae(), latents)
+        return decode_latents(self.encoders.vae, latents)
 
     def encode_video(self, videos: Tensor) -> Tensor:
-        return encode_video(self._vae(), videos)
-
-    def _text_encoder(self) -> TextEncoder:
-        if self.text_encoder is None:
-            raise ValueError(
-                "no text encoder to encode prompts with; set pipeline_config.path to a diffusers folder that has one"
-            )
-        return self.text_encoder
-
-    def _vae(self) -> AutoencoderKLWan:
-        if self.vae is None:
-            raise ValueError(
-                "no VAE to go between pixels and latents; set pipeline_config.path to a diffusers folder with vae"
-            )
-        return self.vae
+        return self.encoders.encode_video(videos)
 
     @staticmethod
     def network(role: RoleHandle) -> WanTransformer:
@@ -349,18 +308,11 @@ class WanAdapter(Adapter):
         return transformer
 
 
-def _run(
-    transformer: nn.Module,
-    x: Tensor,
-    sigma: Tensor,
-    condition: Condition,
-    memory: Memory | None,
-    kept: list[KeysAndValues] | None,
-) -> Tensor:
+def _run(transformer: nn.Module, cache: KVCache | None, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
     config = transformer.config
     assert isinstance(config, WanConfig)
     image = condition[EMBEDDING] if config.image_dim is not None else None
     shown = with_channels(x, condition) if takes_channels(config) else x
     # Latents and text follow the model's compute dtype inside the transformer; the timestep must stay fp32.
     t = to_device(schedule.timestep(sigma), x.device)
-    return transformer(shown, t, condition["text"], image, memory=memory, kept=kept).to(x.dtype)
+    return transformer(shown, t, condition["text"], image, cache).to(x.dtype)

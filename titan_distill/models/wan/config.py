@@ -1,4 +1,4 @@
-"""What a Wan transformer looks like: diffusers' `config.json` as a frozen dataclass, and the published sizes.
+"""The configuration of a Wan transformer: diffusers' `config.json` as a frozen dataclass, and the published sizes.
 
 Keys, defaults and meaning are those of diffusers' `WanTransformer3DModel`, so that a folder written by either library
 configures the other. Unlike diffusers, a key that nothing would read or a combination that can't run is an error here.
@@ -18,11 +18,11 @@ class WanConfig:
     """Shape of one Wan transformer; sizes are counts of channels unless they say otherwise."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
-    """Latent voxels a token covers along (frames, height, width)."""
+    """Latent voxels per token along (frames, height, width)."""
     num_attention_heads: int = 40
     """Heads of self- and cross-attention; the model's width is this times `attention_head_dim`."""
     attention_head_dim: int = 128
-    """Channels of a head; even, because rotary phases turn pairs of them."""
+    """Channels per head; even, because rotary phases turn pairs of them."""
     in_channels: int = 16
     """Latent channels in: 16 for T2V, 48 for TI2V-5B, 36 for I2V (noise, mask and first-frame latent)."""
     out_channels: int = 16
@@ -53,8 +53,8 @@ class WanConfig:
     """Blocks have a gate, `to_gate_compress`, for the coarse branch of video sparse attention. Not diffusers' key: it
     is written only where it is true, and diffusers then says that it ignores it."""
     causal_attention: bool = False
-    """Trained to read only what comes before, segment by segment. Not diffusers' key either; the weights fit its model,
-    which would attend both ways."""
+    """Trained with block-causal attention. Not diffusers' key either; the weights fit its model, which would attend
+    both ways."""
 
     @property
     def inner_dim(self) -> int:
@@ -121,17 +121,15 @@ def _check_positive(name: str, value: Any) -> None:
             raise ValueError(f"{name} {value} must be positive")
 
 
+_TINY = WanConfig(num_layers=6, num_attention_heads=4, attention_head_dim=32, ffn_dim=512, text_dim=64, freq_dim=64)
+
 FLAVORS: dict[str, WanConfig] = {
-    "tiny": WanConfig(
-        num_layers=6, num_attention_heads=4, attention_head_dim=32, ffn_dim=512, text_dim=64, freq_dim=64
-    ),
+    "tiny": _TINY,
     "1.3B": WanConfig(num_layers=30, num_attention_heads=12, ffn_dim=8960),
     "5B": WanConfig(num_layers=30, num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48),
     "14B": WanConfig(),
     "A14B": WanConfig(),
-    "tiny-A14B": WanConfig(
-        num_layers=6, num_attention_heads=4, attention_head_dim=32, ffn_dim=512, text_dim=64, freq_dim=64
-    ),
+    "tiny-A14B": _TINY,
     "A14B-I2V": WanConfig(in_channels=36),
     "14B-I2V": WanConfig(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
 }

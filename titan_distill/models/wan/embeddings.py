@@ -1,4 +1,4 @@
-"""What enters the Wan blocks: patches, timesteps, text and image, each projected to the model's width.
+"""The inputs of the Wan blocks: patches, timesteps, text and image, each projected to the model's width.
 
 Timesteps are never rounded: 937.5 would be 936 in bf16, another noise level. They arrive in fp32 or fp64, and the
 dtype is a choice: *fp32 timesteps* give diffusers' sinusoid to the last bit of its phases, *fp64 timesteps* the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ def timestep_features(timestep_R: Tensor, num_features: int) -> Tensor:
 
 
 class ConditionEmbedding(nn.Module):
-    """Time, text and image as the blocks want them."""
+    """Embeds time, text and image for the blocks."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class ConditionEmbedding(nn.Module):
         self.num_features = config.freq_dim
         self.time_embedder = TwoLayerMlp(config.freq_dim, dim, F.silu, Float32Linear)
         self.time_proj = Float32Linear(dim, 6 * dim)
-        self.text_embedder = TwoLayerMlp(config.text_dim, dim, _gelu_tanh)
+        self.text_embedder = TwoLayerMlp(config.text_dim, dim, partial(F.gelu, approximate="tanh"))
         self.image_embedder = None if config.image_dim is None else ImageEmbedding(config, config.image_dim)
 
     def forward(
@@ -102,7 +103,3 @@ class ConditionEmbedding(nn.Module):
         text_BSM = self.text_embedder(text.to(self.text_embedder.linear_1.weight.dtype))
         image_BSM = None if self.image_embedder is None or image is None else self.image_embedder(image)
         return embedded_RM, rows_R6M, text_BSM, image_BSM
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")

@@ -1,8 +1,8 @@
 """Two experts in one role: Wan2.2 A14B denoises high noise with one transformer and low noise with another.
 
 A sample goes through `transformer` at timesteps of at least the boundary, through `transformer_2` below it. So a role
-holds twice the parameters of one network and does the work of one. Samples of a batch differ in their timesteps, and so
-do ranks, but with sharded weights a forward is something that all ranks do together. Two rules keep them together:
+holds twice the parameters of one network and runs the FLOPs of one. Samples of a batch differ in their timesteps, and
+so do ranks, but with sharded weights a forward is something that all ranks do together. Two rules keep them together:
 
 - *Without gradients* ranks tell each other which experts anyone needs, and all run those: one all-reduce of two
   numbers between hosts, of which none waits for its GPU, because noise levels are on the host. Steps of a rollout or of
@@ -12,7 +12,7 @@ do ranks, but with sharded weights a forward is something that all ranks do toge
   layout.
 
 A rank that must run an expert for which it has no sample gives it the first latent frame of one (the whole sample,
-where ranks share its tokens), of which nothing is used: at 480p 1/21 of the tokens. What remains is the price of
+where ranks share its tokens), of which nothing is used: at 480p 1/21 of the tokens. The rest is the price of
 sharding: the weights are gathered, and zero gradients reduced.
 
 Shapes: B samples, N those of one expert.
@@ -20,28 +20,22 @@ Shapes: B samples, N those of one expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, read_json
-from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference
-from titan_distill.checkpoint.tools.export import BOUNDARY, PIPELINE_INDEX
+from titan_distill.checkpoint.diffusers_folder import PIPELINE_INDEX
+from titan_distill.config.role_sections import RoleConfig
 from titan_distill.diffusion.schedule import NUM_TRAIN_TIMESTEPS, timestep
 from titan_distill.diffusion.transfer import to_device
-
-if TYPE_CHECKING:
-    from titan_distill.config.config import Config
-    from titan_distill.config.sections import RoleConfig
+from titan_distill.models.wan.pipeline_config import WanPipelineConfig
+from titan_distill.models.wan.pipeline_index import BOUNDARY, read_index
+from titan_distill.models.wan.stored import EXPERTS, StoredWeights
 
 TWO_EXPERTS = frozenset({"A14B", "A14B-I2V", "tiny-A14B"})
 """Flavors with both."""
-
-EXPERTS = (TRANSFORMER, TRANSFORMER_2)
 
 Run = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """Velocity of one expert from latents, noise levels and condition."""
@@ -96,40 +90,35 @@ def _needed_by_anyone(rows: list[Tensor]) -> tuple[bool, ...]:
     return tuple(count > 0 for count in needed.tolist())
 
 
-def stored_experts(weights: str) -> tuple[str, ...]:
-    """The experts that a folder, or a role in a checkpoint, holds."""
-    if is_reference(weights):
-        return tuple(resolve_reference(weights).trained.modules)
-    return EXPERTS if (Path(weights) / TRANSFORMER_2).is_dir() else EXPERTS[:1]
-
-
-def experts_of(name: str, role: RoleConfig, *, by_name: bool) -> tuple[str, ...]:
-    """Names of the role's networks: by its flavor, or else by its weights. ``by_name`` believes a flavor without
-    reading any file. Raises ValueError for one network from two experts."""
-    weights = role.path or role.init_from
+def experts_of(name: str, role: RoleConfig, stored: StoredWeights | None, *, by_name: bool) -> tuple[str, ...]:
+    """Names of the role's networks: by its flavor, or else by its weights, where it has some. `by_name` believes a
+    flavor without reading any file. Raises ValueError for one network from two experts."""
     if role.flavor in TWO_EXPERTS:
         return EXPERTS
-    if role.flavor and by_name:
+    if stored is None or (role.flavor and by_name):
         return EXPERTS[:1]
-    found = stored_experts(weights) if weights else EXPERTS[:1]
-    if role.flavor and len(found) > 1:
+    if role.flavor and len(stored.experts) > 1:
         raise ValueError(
-            f"roles.{name}.flavor = {role.flavor!r} is one network, but {weights} has two experts; name one of its "
-            f"folders, {TRANSFORMER} or {TRANSFORMER_2}, or choose one of the flavors {', '.join(sorted(TWO_EXPERTS))}"
+            f"roles.{name}.flavor = {role.flavor!r} is one network, but {stored.weights} has two experts; name one of "
+            f"its folders, {' or '.join(EXPERTS)}, or choose one of the flavors {', '.join(sorted(TWO_EXPERTS))}"
         )
-    return found
+    return stored.experts
 
 
-def find_boundary(config: Config, *, by_name: bool = False) -> float | None:
-    """Boundary of the two experts as a share of the timesteps: pipeline_config.boundary_ratio, or what the
-    model_index.json of a pipeline folder that is named says; None where no role has two experts.
+def find_boundary(pipeline: WanPipelineConfig, weights: Mapping[str, str], *, by_name: bool = False) -> float | None:
+    """The timestep, as a share of 1000, at which the high-noise expert hands over to the low-noise one: from
+    pipeline_config.boundary_ratio, or from the model_index.json of a pipeline folder that is named; None where no role
+    has two experts.
 
-    ``by_name``: as in `experts_of`; then the answer may be None because no file was there to be asked. Raises
-    ValueError for a boundary that is unknown, contradictory or of no use.
+    Args:
+        pipeline: of the run.
+        weights: of each role with two experts.
+        by_name: the answer may be None because no file was there to be asked, see `experts_of`.
+
+    Raises:
+        ValueError: a boundary that is unknown, contradictory or of no use.
     """
-    pipeline = config.pipeline_config
-    roles = {n: r for n, r in config.roles.items() if len(experts_of(n, r, by_name=by_name)) > 1}
-    if not roles:
+    if not weights:
         for key in ("boundary_ratio", "guidance_scale_2"):
             if getattr(pipeline, key) is not None:
                 raise ValueError(
@@ -139,27 +128,25 @@ def find_boundary(config: Config, *, by_name: bool = False) -> float | None:
         return None
     if pipeline.boundary_ratio is not None:
         return pipeline.boundary_ratio
-    folders = [*(role.path or role.init_from for role in roles.values()), pipeline.path]
-    found = dict(_stated_boundaries(folders))
+    stated = {folder: _stated_boundary(folder) for folder in (*weights.values(), pipeline.path)}
+    found = {folder: value for folder, value in stated.items() if value is not None}
     if len(set(found.values())) > 1:
-        stated = ", ".join(f"{value} in {folder}" for folder, value in found.items())
-        raise ValueError(f"the pipelines' boundaries differ ({stated}); set pipeline_config.boundary_ratio")
+        listed = ", ".join(f"{value} in {folder}" for folder, value in found.items())
+        raise ValueError(f"the pipelines' boundaries differ ({listed}); set pipeline_config.boundary_ratio")
     if not found and not by_name:
         raise ValueError(
-            f"roles.{next(iter(roles))} has two experts, but no {PIPELINE_INDEX} says where the second one takes over; "
-            "set pipeline_config.boundary_ratio (Wan2.2: 0.875 for text, 0.9 for images)"
+            f"roles.{next(iter(weights))} has two experts, but no {PIPELINE_INDEX} says where the second one takes "
+            "over; set pipeline_config.boundary_ratio (Wan2.2: 0.875 for text, 0.9 for images)"
         )
     return next(iter(found.values()), None)
 
 
-def _stated_boundaries(folders: list[str]) -> Iterator[tuple[str, float]]:
-    for folder in folders:
-        index = Path(folder) / PIPELINE_INDEX
-        if folder and not is_reference(folder) and index.is_file():
-            stated: Any = read_json(index).get(BOUNDARY)
-            if stated is not None:
-                if not isinstance(stated, (int, float)) or not 0 < stated < 1:
-                    raise ValueError(
-                        f"{index} has {BOUNDARY} = {stated!r}, which is no share between 0 and 1; correct it"
-                    )
-                yield folder, float(stated)
+def _stated_boundary(folder: str) -> float | None:
+    stated = read_index(folder).get(BOUNDARY)
+    if stated is None:
+        return None
+    if not isinstance(stated, (int, float)) or not 0 < stated < 1:
+        raise ValueError(
+            f"{folder}/{PIPELINE_INDEX} has {BOUNDARY} = {stated!r}, which is not a share between 0 and 1; correct it"
+        )
+    return float(stated)

@@ -1,6 +1,6 @@
-"""What a Wan transformer holds between its blocks, for heads that read it.
+"""The hidden states of a Wan transformer between its blocks, for heads that read them.
 
-A block's output is tapped where the blocks run. Ranks may share the tokens: those of a sequence group keep their own
+A forward hook takes each block's output. Ranks may share the tokens: those of a sequence group keep their own
 (what is made of them is averaged over the group), those of a tensor-parallel token region bring theirs together first,
 as they do behind the last block. Padding is dropped.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from titan_kernels import TileLayout, tile_layout
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
@@ -22,20 +22,17 @@ from titan_distill.parallelisms import collectives
 def block_outputs(
     transformer: WanTransformer, depths: Sequence[int], x: Tensor, forward: Callable[[], Tensor]
 ) -> list[Tensor]:
-    """Runs ``forward``, which is to see latents as large as ``x``, and returns [B, L, M] behind each block of
-    ``depths``, in tile order."""
-    found: dict[int, Tensor] = {}
-
-    def tap(index: int, x_BLM: Tensor) -> None:
-        if index in depths:
-            found[index] = x_BLM
-
-    transformer.tap = tap
+    """Runs `forward`, which is to see latents as large as `x`, and returns [B, L, M] behind each block of `depths`, in
+    tile order."""
+    found: dict[nn.Module, Tensor] = {}
+    blocks = [transformer.blocks[depth] for depth in depths]
+    hooks = [block.register_forward_hook(lambda block, args, x_BLM: found.update({block: x_BLM})) for block in blocks]
     try:
         forward()
     finally:
-        transformer.tap = None
-    return [_own_tokens(transformer, found[depth], _layout(transformer, x)) for depth in depths]
+        for hook in hooks:
+            hook.remove()
+    return [_own_tokens(transformer, found[block], _layout(transformer, x)) for block in blocks]
 
 
 def _layout(transformer: WanTransformer, x: Tensor) -> TileLayout:
@@ -53,7 +50,7 @@ def _own_tokens(transformer: WanTransformer, x_BLM: Tensor, layout: TileLayout) 
 
 
 def mean_over_tokens(transformer: WanTransformer, values_BL: Tensor, x: Tensor) -> Tensor:
-    """[B], float64: the mean over all tokens of the samples ``x``, wherever they are; replicated."""
+    """[B], float64: the mean over all tokens of the samples `x`, wherever they are; replicated."""
     total_B = values_BL.double().sum(1)
     group = None if transformer.sequence is None else transformer.sequence.group
     return (total_B if group is None else collectives.sum_parts(total_B, group)) / _layout(transformer, x).num_tokens

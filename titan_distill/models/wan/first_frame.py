@@ -1,7 +1,7 @@
 """Image-to-video as Wan 2.2 TI2V does it: the first latent frame is given, and the network is told so by its time.
 
 No channel and no encoder is added to the network. A mask m is 1 on every latent frame that is to be made and small on
-the first one, where an image is given. What the network is shown is
+the first one, where an image is given. The network sees
 
     x ← (1 − m) z + m x,        σ_frame = m σ,        t_frame = 1000 m σ,
 
@@ -10,27 +10,25 @@ lines agree for every m: a mixture of z and of z noised to σ is z noised to m �
 x0 = x − m σ v by its *own* level; the scalar σ would move the first frame along a velocity that nobody learned.
 
 Samplers and methods keep x at one level σ and never look at frames: `held` puts the image back before each forward, so
-that fresh noise, a solver's step or a rollout's may do to the first frame what they like. No loss counts it.
+that fresh noise, a solver's step or a rollout's may change the first frame in any way. No loss counts it.
 
-**Training** mixes both kinds: a sample starts from an image with probability ``image_probability``, and then m is not 0
+**Training** mixes both kinds: a sample starts from an image with probability `image_probability`, and then m is not 0
 but exp(N(−3.5, 0.5)), about 0.03, drawn once a sample: a little noise on the given frame, so that the network does not
-depend on an image without flaws (a student that continues its own video will give it such ones). Sampling has m = 0.
+depend on an image without flaws (a model that continues its own video will give it such ones). Sampling has m = 0.
 The image is the sample's own first latent frame: the VAE is causal, so that frame is what the picture alone encodes to.
 Both draws are keyed by the sample's id, which is unique over the run, and thus the same for all updates of a step.
 
-Source: Wan 2.2 (TI2V-5B); formulas of algorithms.md, section 5. The mask's law is Wan's own.
+Source: Wan 2.2 (TI2V-5B); formulas: docs/algorithms.md, "First frames of TI2V". The mask's law is Wan's own.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from titan_distill.checkpoint.tools.export import EXPAND_TIMESTEPS
+from titan_distill.config.config import Config
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.schedule import broadcast_sigma
 from titan_distill.diffusion.transfer import to_device
@@ -45,15 +43,23 @@ _MAX_TRAINING_MASK = 0.5
 
 @dataclass(frozen=True)
 class ImageMixing:
-    """Which training samples start from an image, and how much noise it gets. ``noise_mean`` = -inf gives none."""
+    """The choice of training samples that start from an image, and its noise. `noise_mean` = -inf gives none."""
 
     noise: KeyedNoise
     probability: float
     noise_mean: float
     noise_std: float
 
+    @classmethod
+    def of_run(cls, config: Config) -> ImageMixing | None:
+        """None where no sample starts from an image."""
+        pipeline, noise = config.pipeline_config, KeyedNoise(config.job.seed)
+        if not pipeline.image_probability:
+            return None
+        return cls(noise, pipeline.image_probability, pipeline.image_noise_mean, pipeline.image_noise_std)
+
     def condition(self, ids: list[int], latents_BCFHW: Tensor) -> dict[str, Tensor]:
-        """What the condition of training samples has beside text."""
+        """The part beside text of the condition of training samples."""
         level_B = self.noise.normal("first_frame/mask", 0, ids, (), device="cpu", dtype=torch.float64)
         mask_B = (self.noise_mean + self.noise_std * level_B).exp().clamp(max=_MAX_TRAINING_MASK)
         has_image_B = self.noise.uniform("first_frame/choice", 0, ids) < self.probability
@@ -62,13 +68,13 @@ class ImageMixing:
 
 
 def given_frame(latents_BC1HW: Tensor) -> dict[str, Tensor]:
-    """What a condition has beside text when every sample's video starts from such a latent frame, clean."""
+    """The part beside text of a condition under which every video starts from such a latent frame, clean."""
     mask_B = torch.zeros(len(latents_BC1HW), dtype=torch.float64, device=latents_BC1HW.device)
     return {IMAGE: latents_BC1HW, MASK: mask_B}
 
 
 def held(x_BCFHW: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-    """``x`` at level ``sigma_B`` with the given frame in its place, and each frame's level [B, 1, F, 1, 1], float64.
+    """`x` at level `sigma_B` with the given frame in its place, and each frame's level [B, 1, F, 1, 1], float64.
 
     Both as they are, the level [B], under a condition without an image.
     """
@@ -92,17 +98,6 @@ def loss_mask(condition: Condition, num_frames: int) -> Tensor | None:
 def without_frame(condition: Condition) -> Condition:
     """The part of a condition that the network itself reads."""
     return {name: value for name, value in condition.items() if name not in (IMAGE, MASK)}
-
-
-def expands_timesteps(pipeline: str) -> bool:
-    """Whether diffusers takes the pipeline in this folder for a TI2V one."""
-    file = Path(pipeline) / "model_index.json"
-    if not pipeline or not file.is_file():
-        return False
-    try:
-        return bool(json.loads(file.read_text(encoding="utf-8")).get(EXPAND_TIMESTEPS, False))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is no index of a pipeline ({error}); copy it again") from error
 
 
 def _mask(first_B: Tensor, num_frames: int) -> Tensor:

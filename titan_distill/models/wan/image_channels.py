@@ -7,7 +7,7 @@ before it a mask of 4 channels, one for each video frame that a latent frame sta
 
 The picture's latent is *not* the first latent frame of its video: later latent frames of the grey clip are part of it,
 too. So training data must bring it (`titan-distill data preprocess --images`), or videos, of which it is made here. A
-network takes from a condition what it has inputs for: beside an image-to-video student there may be a critic without.
+network takes from a condition what it has inputs for: beside an image-to-video network there may be one without.
 
 Shapes: B samples, C latent channels, F latent frames, H W latent height and width.
 """
@@ -15,18 +15,12 @@ Shapes: B samples, C latent channels, F latent frames, H W latent height and wid
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from titan_distill.models.base import Condition
 from titan_distill.models.wan.config import WanConfig
-from titan_distill.models.wan.image_encoder import ENCODER, ImageEncoder
-from titan_distill.models.wan.vae import encode_image
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
 
 LATENT, EMBEDDING = "image_latent", "image_embedding"
 """In a condition and in data: the grey clip's latent [B, C, F, H, W], and CLIP's tokens [B, tokens, D]."""
@@ -35,12 +29,13 @@ MASK_CHANNELS = 4
 
 
 def takes_channels(config: WanConfig) -> bool:
-    """Whether the network has inputs for a picture beside the noise."""
+    """True for a network with inputs for a picture beside the noise."""
     return config.in_channels == 2 * config.out_channels + MASK_CHANNELS
 
 
 def needed_tensors(configs: Collection[WanConfig]) -> tuple[str, ...]:
-    """What a condition must have beside text for all of these networks. Raises ValueError for an unknown kind."""
+    """Tensors that a condition must have beside text for all of these networks. Raises ValueError for an unknown
+    kind."""
     for config in configs:
         if config.pos_embed_seq_len is not None:
             raise ValueError("models that take a first and a last frame are not supported; choose other weights")
@@ -60,23 +55,3 @@ def with_channels(x_BCFHW: Tensor, condition: Condition) -> Tensor:
     mask = latent.new_zeros(len(latent), MASK_CHANNELS, *latent.shape[2:])
     mask[:, :, 0] = 1
     return torch.cat([x_BCFHW, mask, latent], 1)
-
-
-def encode_pictures(
-    names: Collection[str],
-    images_BHW3: Tensor,
-    num_frames: int,
-    vae: AutoencoderKLWan,
-    encoder: ImageEncoder | None,
-) -> dict[str, Tensor]:
-    """The tensors ``names`` of uint8 pictures that have the video's size. ``num_frames`` counts the video's frames."""
-    tensors = {}
-    if LATENT in names:
-        tensors[LATENT] = encode_image(vae, images_BHW3, num_frames)
-    if EMBEDDING in names:
-        if encoder is None:
-            raise ValueError(
-                f"no {ENCODER} to embed images with; set pipeline_config.path to a diffusers folder that has one"
-            )
-        tensors[EMBEDDING] = encoder.embed(images_BHW3)
-    return tensors

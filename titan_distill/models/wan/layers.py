@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_distill.attention.causal import TextMemory
-from titan_distill.attention.dense import dense_attention
-from titan_distill.attention.placement import Placement
+from titan_distill.attention.causal import KeysAndValues, TextCache
+from titan_distill.attention.dense import AttentionCall, dense_attention
+from titan_distill.attention.sharded import ShardedAttention
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.tokens import TokenContext, apply_rotary
 from titan_distill.parallelisms.tensor import local
@@ -109,11 +109,11 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Attention among video tokens, through an exchangeable core, wherever the tokens are."""
+    """Attention among video tokens, by an exchangeable core."""
 
-    def __init__(self, config: WanConfig, placement: Placement) -> None:
+    def __init__(self, config: WanConfig, attention: ShardedAttention) -> None:
         super().__init__(config)
-        self.placement = placement
+        self.attention = attention
 
     def forward(self, x_BLM: Tensor, context: TokenContext, to_gate: nn.Linear | None = None) -> Tensor:
         """Return [B, L, M]. `to_gate` is the block's layer for the gate of a sparse core; it is applied here, to what
@@ -123,8 +123,9 @@ class SelfAttention(Attention):
         k_BLND = apply_rotary(self.split_heads(self.norm_k(self.to_k(x_BLM))), context)
         v_BLND = self.split_heads(self.to_v(x_BLM))
         gate_BLND = None if to_gate is None else self.split_heads(to_gate(x_BLM))
-        placement = self.placement if context.placement is None else context.placement
-        mixed_BLND = placement(q_BLND, k_BLND, v_BLND, context.layout, gate_BLND, context.num_selected)
+        attention = self.attention if context.attention is None else context.attention
+        call = AttentionCall(q_BLND, k_BLND, v_BLND, context.layout, gate_BLND, context.num_selected)
+        mixed_BLND = attention(call)
         return self.to_out[0](mixed_BLND.flatten(2))
 
 
@@ -139,24 +140,24 @@ class CrossAttention(Attention):
             self.norm_added_k = nn.RMSNorm(config.inner_dim, eps=config.eps)
 
     def forward(
-        self, x_BLM: Tensor, text_BSM: Tensor, image_BSM: Tensor | None, kept: TextMemory | None = None
+        self, x_BLM: Tensor, text_BSM: Tensor, image_BSM: Tensor | None, cache: TextCache | None = None
     ) -> Tensor:
-        """Return [B, L, M]. `kept` holds the text's keys and values for forwards without gradient, or will."""
+        """Return [B, L, M]. `cache` holds the text's keys and values for forwards without gradient, or will."""
         dtype = self.to_q.weight.dtype
         q_BLND = self.split_heads(self.norm_q(self.to_q(x_BLM.to(dtype))))
-        mixed_BLND = dense_attention(q_BLND, *self._text_keys_and_values(text_BSM.to(dtype), kept))
+        mixed_BLND = dense_attention(q_BLND, *self._text_keys_and_values(text_BSM.to(dtype), cache))
         if image_BSM is not None:
             image_BSM = image_BSM.to(dtype)
             k_BSND = self.split_heads(self.norm_added_k(self.add_k_proj(image_BSM)))
             mixed_BLND = mixed_BLND + dense_attention(q_BLND, k_BSND, self.split_heads(self.add_v_proj(image_BSM)))
         return self.to_out[0](mixed_BLND.flatten(2))
 
-    def _text_keys_and_values(self, text_BSM: Tensor, kept: TextMemory | None) -> tuple[Tensor, Tensor]:
-        if kept is None or torch.is_grad_enabled():
+    def _text_keys_and_values(self, text_BSM: Tensor, cache: TextCache | None) -> KeysAndValues:
+        if cache is None or torch.is_grad_enabled():
             return self.split_heads(self.norm_k(self.to_k(text_BSM))), self.split_heads(self.to_v(text_BSM))
-        if kept.keys_and_values is None:
-            kept.keys_and_values = self._text_keys_and_values(text_BSM, None)
-        return kept.keys_and_values
+        if cache.keys_and_values is None:
+            cache.keys_and_values = self._text_keys_and_values(text_BSM, None)
+        return cache.keys_and_values
 
 
 def modulation_parts(rows_RKM: Tensor, row_BL: Tensor | None) -> list[Tensor]:
@@ -189,11 +190,11 @@ class WanBlock(nn.Module):
 
     share: Callable[[Tensor], Tensor] = staticmethod(_unchanged)
 
-    def __init__(self, config: WanConfig, placement: Placement) -> None:
+    def __init__(self, config: WanConfig, attention: ShardedAttention) -> None:
         super().__init__()
         dim = config.inner_dim
         self.norm1 = Float32LayerNorm(dim, config.eps, elementwise_affine=False)
-        self.attn1 = SelfAttention(config, placement)
+        self.attn1 = SelfAttention(config, attention)
         # The name and the place that published sparse checkpoints have it under.
         self.to_gate_compress = nn.Linear(dim, dim) if config.sparse_attention else None
         self.norm2 = Float32LayerNorm(dim, config.eps) if config.cross_attn_norm else nn.Identity()

@@ -1,23 +1,25 @@
-"""How a Wan transformer is laid out and brought to life. The body of ``build_transformer`` is the order of
+"""Building a Wan transformer: parallel layout, wrappers and weights. The body of `build_transformer` is the order of
 operations."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
-from titan_kernels.layout import DEFAULT_TILE, tile_grid
+from titan_kernels.layout import tile_grid
 
 from titan_distill.attention.causal import Segmentation
-from titan_distill.attention.shared import place
+from titan_distill.attention.sharded import ShardedAttention
 from titan_distill.attention.sparse import SparseAttention
+from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
-from titan_distill.config.lora import LoraConfig
+from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.parsing import nearest_divisors
+from titan_distill.config.role_sections import ParallelismConfig
+from titan_distill.config.sections import SparseAttentionConfig
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.stored import WeightLoader
 from titan_distill.models.wan.tensor_plan import apply_tensor_parallel
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.activation_checkpoint import apply_activation_checkpointing
@@ -31,83 +33,74 @@ from titan_distill.parallelisms.sequence import Method, SequenceParallel, choose
 from titan_distill.parallelisms.shards import copy_full_tensor
 from titan_distill.parallelisms.tensor import enable_async_communication
 
-if TYPE_CHECKING:
-    from titan_distill.config.sections import (
-        ActivationCheckpointConfig,
-        CompileConfig,
-        Float8Config,
-        ParallelismConfig,
-        SparseAttentionConfig,
-    )
-
-WeightLoader = Callable[[WanTransformer], None]
-"""Fills a model that has storage, in whatever layout it has."""
-
 HIGH_PRECISION = ("condition_embedder", "patch_embedding", "proj_out")
-"""What never computes in float8 and gets no adapter: the conditions, with timesteps and modulation, the first
-layer and the last."""
+"""Submodules that never compute in float8 and get no LoRA adapter: the conditions, with timesteps and modulation, the
+first layer and the last."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Everything about a role's network but its architecture and weights."""
-
-    mesh: RoleMesh | None
-    """None for one process without a process group."""
-    parallelism: ParallelismConfig
-    device: torch.device
-    trainable: bool
-    storage_dtype: torch.dtype
-    compute_dtype: torch.dtype
-    activation_checkpoint: ActivationCheckpointConfig
-    compile: CompileConfig
-    float8: Float8Config
-    sparse_attention: SparseAttentionConfig | None = None
-    """None for a dense role; must agree with the architecture."""
-    segmentation: Segmentation | None = None
-    """None for a role that is not causal; must agree with the architecture."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-
-
-def build_transformer(architecture: WanConfig, load: WeightLoader | None, layout: Layout, seed: int) -> WanTransformer:
-    """Builds one role's transformer. ``load`` fills it once it has storage; None draws random weights from ``seed``.
-
-    With ``layout.device`` = meta the result has shapes and no storage. Raises ValueError for weights or degrees that do
-    not fit.
-    """
-    mesh, parallelism = layout.mesh, layout.parallelism
-    core = None if layout.sparse_attention is None else SparseAttention(layout.sparse_attention)
+def empty_transformer(config: WanConfig, sparse: SparseAttentionConfig, segmentation: Segmentation) -> WanTransformer:
+    """A transformer on the meta device; `sparse` and `segmentation` serve sparse and causal ones."""
+    core = SparseAttention(sparse) if config.sparse_attention else None
     with torch.device("meta"):
-        model = WanTransformer.from_config(architecture, core, layout.segmentation)
-    model.to(layout.storage_dtype).requires_grad_(layout.trainable)
-    apply_float8(model, layout.float8, high_precision=HIGH_PRECISION, device=layout.device)
-    apply_lora(model, layout.lora, excluded=HIGH_PRECISION)
+        return WanTransformer(config, core, segmentation if config.causal_attention else None)
+
+
+def build_transformer(
+    config: Config,
+    name: str,
+    architecture: WanConfig,
+    load: WeightLoader | None,
+    mesh: RoleMesh | None,
+    device: torch.device,
+    seed: int,
+) -> WanTransformer:
+    """Builds, lays out and fills one transformer of the role `name`.
+
+    Args:
+        config: of the run.
+        architecture: of the transformer; its attention agrees with the role's.
+        load: fills the transformer once it has storage; None draws random weights from `seed`.
+        mesh: None for one process without a process group.
+        device: on `meta` the result has shapes and no storage.
+        seed: of weights that are drawn.
+
+    Raises:
+        ValueError: weights or degrees that do not fit.
+    """
+    role, parallelism = config.roles[name], config.roles[name].parallelism
+    compute_dtype, float8 = DTYPES[config.training.dtype], config.float8.for_role(name)
+    auto_dtype = torch.float32 if role.trainable and not role.lora.enabled else compute_dtype
+    model = empty_transformer(architecture, config.sparse_attention, config.pipeline_config.segmentation)
+    model.to(auto_dtype if role.dtype == "auto" else DTYPES[role.dtype]).requires_grad_(role.trainable)
+    apply_float8(model, float8, high_precision=HIGH_PRECISION, device=device)
+    apply_lora(model, role.lora, excluded=HIGH_PRECISION)
     if mesh is not None and mesh.tensor is not None:
         apply_tensor_parallel(model, mesh.tensor, by_tokens=parallelism.token_region)
         if parallelism.async_tensor:
             enable_async_communication(mesh.tensor)
     if mesh is not None:
         apply_sequence_parallel(model, mesh, parallelism)
-    if layout.trainable:
-        apply_activation_checkpointing(model.blocks, layout.activation_checkpoint, selects=core is not None)
-    compile_blocks(model.blocks, layout.compile)
+    if role.trainable:
+        selects = model.sparse_attention is not None
+        apply_activation_checkpointing(model.blocks, config.activation_checkpoint, selects=selects)
+    compile_blocks(model.blocks, config.compile)
     if mesh is not None:
-        options = FsdpOptions(layout.compute_dtype, parallelism.reshard_after_forward, parallelism.cpu_offload)
+        options = FsdpOptions(compute_dtype, parallelism.reshard_after_forward, parallelism.cpu_offload)
         apply_fsdp(model, list(model.blocks), mesh.fsdp, options)
-    if layout.device.type == "meta":
+    if device.type == "meta":
         return model
     if parallelism.cpu_offload:
-        assert mesh is not None, "config_world.needs_group asks for a process group"
-        materialise_on_host(model, page_locked=layout.device.type == "cuda")
+        assert mesh is not None, "config.degrees.needs_group asks for a process group"
+        materialise_on_host(model, page_locked=device.type == "cuda")
     else:
-        model.to_empty(device=layout.device)
+        model.to_empty(device=device)
     if load is not None:
         load(model)
     else:
-        model.reset_parameters(seed, layout.device)
-    for parameter, value in initial_adapters(model, seed, layout.device):
+        model.reset_parameters(seed, device)
+    for parameter, value in initial_adapters(model, seed, device):
         copy_full_tensor(parameter, value)
-    finish_float8(model, layout.float8)
+    finish_float8(model, float8)
     return model
 
 
@@ -124,7 +117,7 @@ def apply_sequence_parallel(model: WanTransformer, mesh: RoleMesh, parallelism: 
     method = choose_method(heads, degrees.sequence, degrees.tensor, parallelism.sequence_method)
     join = runs_of_tiles(method, model.sparse_attention)
     model.sequence = SequenceParallel(mesh.sequence_group, method, multiple, join)
-    model.set_placement(place(model.sequence, model.attention_core))
+    model.set_attention(ShardedAttention(model.attention_core, model.sequence))
 
 
 def runs_of_tiles(method: Method, core: SparseAttention | None) -> int:
@@ -144,10 +137,11 @@ def check_degrees(
     core: SparseAttention | None = None,
     segmentation: Segmentation | None = None,
 ) -> None:
-    """Checks degrees against a model, its sparse ``core`` or causal ``segmentation`` if it has one, and a ``grid`` of
-    tokens along (frames, height, width).
+    """Checks degrees against a model, its sparse `core` or causal `segmentation` if it has one, and a `grid` of tokens
+    along (frames, height, width).
 
-    Raises ValueError with the nearest valid choices.
+    A causal role needs ranks that share heads, and tokens in every segment. Raises ValueError with the nearest valid
+    choices.
     """
     if max(grid) > architecture.rope_max_seq_len:
         raise ValueError(
@@ -165,45 +159,23 @@ def check_degrees(
             f"{key}: Ulysses needs sequence × tensor = {sequence} × {tensor} to divide the {heads} attention heads; "
             f"set sequence to {nearest_divisors(sequence, heads // tensor)}, or sequence_method to 'all_gather'"
         )
-    if segmentation is not None:
-        check_causal_degrees(key, architecture, degrees, sequence_method, segmentation, grid)
-        return
-    join = runs_of_tiles(choose_method(heads, sequence, tensor, sequence_method), core)
+    method, num_heads = choose_method(heads, sequence, tensor, sequence_method), heads // tensor
+    if segmentation is not None and sequence > 1 and method == "all_gather":
+        raise ValueError(
+            f"{key}: attention = 'causal' with gathered keys would hold a whole KV cache on each of {sequence} "
+            f"sequence ranks; leave sequence_method at 'auto' and set sequence to "
+            f"{nearest_divisors(sequence, num_heads)}, so that ranks share the heads"
+        )
+    join, tokens = runs_of_tiles(method, core), " × ".join(map(str, grid))
     num_tiles = math.prod(tile_grid(grid))
+    if segmentation is not None:
+        shortest = 1 if segmentation.single_first else segmentation.length
+        # A causal model's tiles are one frame deep: see WanTransformer.tile.
+        num_tiles = shortest * math.prod(tile_grid((1, *grid[1:])))
+        tokens = f"the shortest block, {shortest} × {grid[1]} × {grid[2]}"
     num_runs = -(-num_tiles // join)
     if sequence > num_runs:
         raise ValueError(
-            f"{key}: sequence = {sequence} ranks can't share the {describe_tiles(num_tiles, join)} of "
-            f"{grid[0]} × {grid[1]} × {grid[2]} tokens; set it to {num_runs} or less"
-        )
-
-
-def check_causal_degrees(
-    key: str,
-    architecture: WanConfig,
-    degrees: Degrees,
-    sequence_method: Literal["auto", "ulysses", "all_gather"],
-    segmentation: Segmentation,
-    grid: tuple[int, int, int],
-) -> None:
-    """Checks how the ranks of a causal role share tokens: by heads, and in every segment.
-
-    Raises ValueError with the nearest valid choices.
-    """
-    heads, sequence = architecture.num_attention_heads, degrees.sequence
-    if sequence == 1:
-        return
-    if choose_method(heads, sequence, degrees.tensor, sequence_method) == "all_gather":
-        raise ValueError(
-            f"{key}: attention = 'causal' with gathered keys would keep a whole cache on each of {sequence} sequence "
-            f"ranks; leave sequence_method at 'auto' and set sequence to "
-            f"{nearest_divisors(sequence, heads // degrees.tensor)}, so that ranks share the heads"
-        )
-    shortest = 1 if segmentation.single_first else segmentation.length
-    # A causal model's tiles are one frame deep: see WanTransformer.tile.
-    num_tiles = shortest * math.prod(-(-size // tile) for size, tile in zip(grid[1:], DEFAULT_TILE[1:], strict=True))
-    if sequence > num_tiles:
-        raise ValueError(
-            f"{key}: sequence = {sequence} ranks can't share the {describe_tiles(num_tiles)} of the shortest block, "
-            f"{shortest} × {grid[1]} × {grid[2]} tokens; set it to {num_tiles} or less"
+            f"{key}: sequence = {sequence} ranks can't share the {describe_tiles(num_tiles, join)} of {tokens} tokens; "
+            f"set it to {num_runs} or less"
         )

@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from titan_distill.attention.causal import Segmentation
+from titan_distill.config.config import Config
 from titan_distill.config.parsing import check_range
-from titan_distill.models.wan.latents import num_latent_frames
+from titan_distill.models.wan.latents import TEMPORAL, num_latent_frames
+from titan_distill.parallelisms.compile import check_num_segments
+
+CAUSAL_KEYS = ("frames_per_block", "independent_first_frame", "cache_window_frames", "sink_frames")
+"""Keys that only causal roles read."""
 
 
 @dataclass(frozen=True)
 class WanPipelineConfig:
-    """[pipeline_config] of ``recipe.family = "wan"``."""
+    """[pipeline_config] of `recipe.family = "wan"`."""
 
     path: str = ""
     """Diffusers pipeline folder with vae, text_encoder, tokenizer and scheduler; "" where nothing is encoded or
@@ -19,7 +25,7 @@ class WanPipelineConfig:
     flow_shift: float = 5.0
     """Shift of the noise schedule, for every role: sigma = s u / (1 + (s - 1) u). Wan uses 3 at 480p and 5 at 720p."""
     negative_prompt: str = ""
-    """The unconditional side of classifier-free guidance."""
+    """Prompt of the unconditional side of classifier-free guidance."""
     height: int = 480
     """Video height in pixels."""
     width: int = 832
@@ -27,75 +33,104 @@ class WanPipelineConfig:
     num_frames: int = 81
     """Video length in frames, 4 n + 1."""
     boundary_ratio: float | None = None
-    """Of roles with two experts: at timesteps of at least this share of 1000 the first is used, below it the second;
-    none takes what the model_index.json of their pipeline folder says."""
+    """Timestep (as a share of 1000) at which the high-noise expert hands over to the low-noise one. Default: from
+    `model_index.json`."""
     guidance_scale_2: float | None = None
-    """Classifier-free guidance of the second expert, wherever a role with two is guided, as u + w (c - u); none guides
-    both as the method says."""
+    """Scale of classifier-free guidance for the low-noise expert, as in u + w (c - u). Default: the method's scale, as
+    for the high-noise expert."""
     offload_text_encoder: bool = False
-    """Keep the text encoder in host memory, each layer on the device only while it runs: 11 GB less, seconds more a new
-    prompt."""
+    """Hold the text encoder in host memory, each layer on the device only while it runs: 11 GB less, seconds more per
+    new prompt."""
     frames_per_block: int = 3
-    """Latent frames that a causal role makes at once, attending both ways within them and back to those before."""
+    """Latent frames per block of a causal role. A block is made at once: it attends both ways within itself, and back
+    to earlier blocks."""
     independent_first_frame: bool = False
-    """The first block of a causal role is one latent frame: a picture."""
+    """Make the first block of a causal role one latent frame long: a picture."""
     cache_window_frames: int = 0
-    """Latent frames whose keys and values a causal role keeps at most, sink_frames among them; 0 keeps all. A window
-    bounds memory and work of a block, so that a video may become as long as it likes."""
+    """Size of a causal role's KV cache in latent frames, sink_frames included; 0 caches all. A window bounds the memory
+    and arithmetic per block, so that videos may have any length."""
     sink_frames: int = 0
-    """Of cache_window_frames, how many are the video's first, for ever; the others are the latest."""
+    """Attention sink: the first frames, never evicted from the KV cache."""
     image_probability: float = 0.0
     """Share of the training samples that start from an image, their own first latent frame (image-to-video); the rest
     has text only. Wan 2.2 TI2V was trained with 0.2."""
     image_noise_mean: float = -3.5
-    """The image of a training sample gets noise of exp(N(image_noise_mean, image_noise_std)) times the sample's level;
-    -inf leaves it clean."""
+    """Noise of a training sample's image: exp(N(image_noise_mean, image_noise_std)) times the sample's level; -inf adds
+    none."""
     image_noise_std: float = 0.5
-    """See image_noise_mean."""
+    """Standard deviation of the noise described at image_noise_mean."""
     validate_from_image: bool = False
-    """Validation videos start from the pictures that validation.prompts has beside its prompts: a .csv with the column
-    image (or video), or the first frames of parquet with latents."""
+    """Start validation videos from the pictures beside the prompts of validation.prompts: a .csv with the column image
+    (or video), or the first frames of parquet with latents."""
 
     def __post_init__(self) -> None:
         if self.flow_shift <= 0:
             raise ValueError(f"flow_shift = {self.flow_shift} must be positive; 1 means no shift")
+        check_range(self, "image_probability", "image_noise_std", least=0, most=1)
+        check_range(self, "frames_per_block", least=1)
+        check_range(self, "cache_window_frames", "sink_frames", least=0)
+        check_range(self, "boundary_ratio", above=0, below=1)
         self._check_images()
         num_latent_frames(self.num_frames)
-        if self.frames_per_block < 1:
-            raise ValueError(f"frames_per_block = {self.frames_per_block} must be at least 1")
-        for name in ("cache_window_frames", "sink_frames"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be 0 or more")
         if self.sink_frames and self.sink_frames >= self.cache_window_frames:
             raise ValueError(
                 f"sink_frames = {self.sink_frames} are frames of cache_window_frames = {self.cache_window_frames}, "
                 "which must leave room for later ones; lower the first or raise the second"
             )
-        check_range(self, "boundary_ratio", above=0, below=1)
         for name in ("height", "width"):
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 nearest = max(16, round(getattr(self, name) / 16) * 16)
                 raise ValueError(f"{name} = {getattr(self, name)} must be a multiple of 16; the nearest is {nearest}")
 
+    @property
+    def segmentation(self) -> Segmentation:
+        """The frame blocks of causal roles."""
+        return Segmentation(*(getattr(self, name) for name in CAUSAL_KEYS))
+
+    def check_causal(self, config: Config) -> None:
+        """Checks the frame blocks of causal roles, and that nothing is said about them where there are none.
+
+        Raises ValueError with the nearest numbers of frames that fit.
+        """
+        if not any(role.attention == "causal" for role in config.roles.values()):
+            for name in CAUSAL_KEYS:
+                if (value := getattr(self, name)) != getattr(type(self), name):
+                    raise ValueError(
+                        f"pipeline_config.{name} = {value} has no effect, because no role has attention = 'causal'; "
+                        "set it for a role or remove the key"
+                    )
+            return
+        if self.image_probability:
+            raise ValueError(
+                f"pipeline_config.image_probability = {self.image_probability} gives first frames, which causal roles "
+                "don't take; set it to 0"
+            )
+        self.check_frames(self.num_frames, "pipeline_config.num_frames")
+        check_num_segments(config.compile, len(self.segmentation.lengths(num_latent_frames(self.num_frames))))
+
+    def check_frames(self, num_frames: int, name: str) -> None:
+        """Raises ValueError, naming the nearest numbers of frames, unless whole frame blocks make up a video."""
+        num_latents = num_latent_frames(num_frames)
+        nearest = self.segmentation.nearest(num_latents)
+        if num_latents not in nearest:
+            first = "a first block of 1 and then " if self.independent_first_frame else ""
+            raise ValueError(
+                f"{name} = {num_frames} makes {num_latents} latent frames, which {first}blocks of "
+                f"pipeline_config.frames_per_block = {self.frames_per_block} don't fill; set it to "
+                f"{' or '.join(str(TEMPORAL * (latents - 1) + 1) for latents in nearest)}"
+            )
+
     def _check_images(self) -> None:
-        if not 0 <= self.image_probability <= 1:
-            raise ValueError(f"image_probability = {self.image_probability} must be between 0 and 1")
         if not self.image_noise_mean <= -1:
             raise ValueError(
                 f"image_noise_mean = {self.image_noise_mean} must be at most -1: it is the logarithm of a small share"
             )
-        if not 0 <= self.image_noise_std <= 1:
-            raise ValueError(f"image_noise_std = {self.image_noise_std} must be between 0 and 1")
-        if self.image_noise_mean == -math.inf and self.image_noise_std != type(self).image_noise_std:
-            raise ValueError(
-                f"image_noise_std = {self.image_noise_std} has no effect with image_noise_mean = -inf; remove it"
-            )
-        for name in ("image_noise_mean", "image_noise_std"):
-            if not self.image_probability and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(
-                    f"{name} = {getattr(self, name)} has no effect with image_probability = 0; remove it, or set "
-                    "image_probability"
-                )
+        without_noise = ("image_noise_mean = -inf", ("image_noise_std",), self.image_noise_mean == -math.inf)
+        without_images = ("image_probability = 0", ("image_noise_mean", "image_noise_std"), not self.image_probability)
+        for setting, names, is_set in (without_noise, without_images):
+            for name in names:
+                if is_set and getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name} = {getattr(self, name)} has no effect with {setting}; remove it")
         if self.image_probability and self.num_frames < 5:
             raise ValueError(
                 f"num_frames = {self.num_frames} leaves nothing to make after the first frame that "

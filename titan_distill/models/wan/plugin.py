@@ -1,60 +1,59 @@
-"""Build-time plugin of the Wan family: from configuration to transformer, adapter and validator."""
+"""The Wan family: from a configuration to transformers and the adapter."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from titan_distill.attention.causal import Segmentation
 from titan_distill.attention.sparse import SparseAttention
-from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, network_folder
-from titan_distill.checkpoint.initial_weights import is_reference, read_weights, resolve_reference
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER
+from titan_distill.checkpoint.initial_weights import is_reference
+from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
-from titan_distill.config.layouts import role_parallelism
-from titan_distill.config.sections import HEAD_FLAVOR, SparseAttentionConfig
-from titan_distill.diffusion.noise import KeyedNoise
-from titan_distill.models.base import Adapter, ModelFamily
+from titan_distill.config.dtypes import DTYPES
+from titan_distill.config.role_sections import HEAD_FLAVOR, RoleConfig
+from titan_distill.models.base import Adapter, EncoderFolders, FootageEncoder, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
-from titan_distill.models.wan.experts import EXPERTS, experts_of, find_boundary, stored_experts
-from titan_distill.models.wan.first_frame import ImageMixing, expands_timesteps
-from titan_distill.models.wan.frame_blocks import check_segments, segmentation_of
-from titan_distill.models.wan.image_channels import EMBEDDING, needed_tensors
-from titan_distill.models.wan.image_encoder import ENCODER, ImageEncoder
+from titan_distill.models.wan.encoder_memory import decoding_bytes, encoder_bytes, find_decoder
+from titan_distill.models.wan.encoders import Encoders
+from titan_distill.models.wan.experts import experts_of, find_boundary
+from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, needed_tensors
+from titan_distill.models.wan.image_encoder import ImageEncoder
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
-from titan_distill.models.wan.parallelize import Layout, WeightLoader, build_transformer, check_degrees
+from titan_distill.models.wan.parallelize import build_transformer, check_degrees, empty_transformer
 from titan_distill.models.wan.pipeline_config import WanPipelineConfig
-from titan_distill.models.wan.state_dict import UNUSED_KEY, load_weights, read_config, save_folder
+from titan_distill.models.wan.pipeline_index import exported_index
+from titan_distill.models.wan.state_dict import UNUSED_KEY, save_folder
+from titan_distill.models.wan.stored import EXPERTS, StoredWeights
 from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import load_vae, vae_dtype
+from titan_distill.models.wan.vae import load_vae
 from titan_distill.parallelisms.mesh import Layouts, RoleMesh, main_rank_first
 from titan_distill.parallelisms.shards import copy_full_tensor
 from titan_distill.registry import register_model
 
-if TYPE_CHECKING:
-    from titan_distill.config.config import Config
-    from titan_distill.config.sections import RoleConfig
-
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @register_model("wan")
 class WanFamily(ModelFamily):
-    """Wan 2.1 text-to-video and its tiny relative."""
+    """Wan 2.1 and 2.2: text-to-video and image-to-video transformers, with one network or two experts."""
 
     pipeline_config_class: ClassVar[type] = WanPipelineConfig
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._open = functools.cache(StoredWeights)
 
     @classmethod
     def validate(cls, config: Config) -> None:
@@ -68,7 +67,7 @@ class WanFamily(ModelFamily):
                 f"data.path = {config.data.path!r} holds videos and prompts to encode, but pipeline_config.path is "
                 "empty; set it to a diffusers folder with vae, text_encoder and tokenizer"
             )
-        check_segments(config)
+        config.pipeline_config.check_causal(config)
 
     @classmethod
     def given_parts(cls, config: Config) -> str | None:
@@ -92,15 +91,24 @@ class WanFamily(ModelFamily):
         ]
         return needed_tensors(known)
 
-    def _image_encoder(self, tensors: Sequence[str], device: torch.device) -> ImageEncoder | None:
-        """None where no embedding is needed, or where the data has all of them and nothing else can be sampled from."""
-        path = self.config.pipeline_config.path
-        if EMBEDDING not in tensors or not (Path(path) / ENCODER).is_dir():
-            return None
-        return ImageEncoder(path, device=device)
+    def _stored(self, role: RoleConfig) -> StoredWeights | None:
+        """The weights that the role starts from; None where they are drawn."""
+        weights = role.path or role.init_from
+        return self._open(weights) if weights else None
+
+    def _experts(self, name: str, role: RoleConfig, *, by_name: bool) -> tuple[str, ...]:
+        return experts_of(name, role, self._stored(role), by_name=by_name)
+
+    def _boundary(self, *, by_name: bool = False) -> float | None:
+        weights = {
+            name: role.path or role.init_from
+            for name, role in self._networks().items()
+            if len(self._experts(name, role, by_name=by_name)) > 1
+        }
+        return find_boundary(self.config.pipeline_config, weights, by_name=by_name)
 
     def spelled_out(self) -> Config:
-        boundary = find_boundary(self.config)
+        boundary = self._boundary()
         if boundary is None:
             return self.config
         return replace(self.config, pipeline_config=replace(self.config.pipeline_config, boundary_ratio=boundary))
@@ -108,95 +116,86 @@ class WanFamily(ModelFamily):
     def build_modules(
         self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device
     ) -> dict[str, nn.Module]:
-        names = experts_of(name, role, by_name=device.type == "meta")
+        names, stored = self._experts(name, role, by_name=device.type == "meta"), self._stored(role)
         modules = {expert: self.build_module(name, role, mesh, device, expert) for expert in names}
-        weights = role.path or role.init_from
-        if len(names) > 1 and device.type != "meta" and weights and len(stored_experts(weights)) == 1:
-            logger.info("Both experts of %s start from the one network in %s", name, weights)
+        if stored is not None and len(names) > 1 and device.type != "meta" and len(stored.experts) == 1:
+            logger.info("Both experts of %s start from the one network in %s", name, stored.weights)
         configs = [_wan(module).config for module in modules.values()]
         if configs[0] != configs[-1]:
-            raise ValueError(f"roles.{name}: the two experts in {weights} have different shapes")
+            raise ValueError(f"roles.{name}: the two experts in {role.path or role.init_from} have different shapes")
         return modules
 
     def build_module(
-        self,
-        name: str,
-        role: RoleConfig,
-        mesh: RoleMesh | None,
-        device: torch.device,
-        expert: str = TRANSFORMER,
+        self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device, expert: str = TRANSFORMER
     ) -> nn.Module:
-        config = self.config
-        compute_dtype = DTYPES[config.training.dtype]
-        auto_dtype = torch.float32 if role.trainable and not role.lora.enabled else compute_dtype
-        layout = Layout(
-            mesh=mesh,
-            parallelism=role_parallelism(config, name),
-            device=device,
-            trainable=role.trainable,
-            storage_dtype=auto_dtype if role.dtype == "auto" else DTYPES[role.dtype],
-            compute_dtype=compute_dtype,
-            activation_checkpoint=config.activation_checkpoint,
-            compile=config.compile,
-            float8=config.float8.for_role(name),
-            lora=role.lora,
-            sparse_attention=config.sparse_attention if role.attention == "sparse" else None,
-            segmentation=self._segmentation(role.attention == "causal"),
-        )
         architecture = self._architecture(name, role, by_name=device.type == "meta", expert=expert)
+        stored = self._stored(role)
+        load = None if stored is None else stored.loader(expert)
         # Two networks that start at random must not start alike.
-        seed = config.job.seed + EXPERTS.index(expert)
-        return build_transformer(architecture, _loader(role.path or role.init_from, expert), layout, seed)
+        seed = self.config.job.seed + EXPERTS.index(expert)
+        return build_transformer(self.config, name, architecture, load, mesh, device, seed)
 
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
-        find_boundary(self.config, by_name=True)
-        space = self._latent_space()
-        space.check_size(*self.video_size())
-        networks = self._networks()
-        for name, layout in ((name, layout) for name, layout in degrees.items() if name in networks):
-            architecture = self._architecture(name, networks[name], by_name=True)
-            self._check_latents(name, architecture, space)
-            if self.config.roles[name].lora.enabled and layout.tensor > 1:
+        self._boundary(by_name=True)
+        self._space.check_size(*self.video_size())
+        for name, role in self._networks().items():
+            if name not in degrees:
+                continue
+            architecture = self._architecture(name, role, by_name=True)
+            self._check_latents(name, role, architecture)
+            if role.lora.enabled and degrees[name].tensor > 1:
                 raise ValueError(
-                    f"roles.{name}.lora does not go with tensor = {layout.tensor}: adapters are not cut over tensor "
-                    f"ranks; set roles.{name}.parallelism.tensor to 1, or lora.rank to 0"
+                    f"roles.{name}.lora does not go with tensor = {degrees[name].tensor}: LoRA adapters are not cut "
+                    f"over tensor ranks; set roles.{name}.parallelism.tensor to 1, or lora.rank to 0"
                 )
             check_degrees(
                 f"roles.{name}",
                 architecture,
-                layout,
-                role_parallelism(self.config, name).sequence_method,
+                degrees[name],
+                self.config.roles[name].parallelism.sequence_method,
                 self.token_grid(),
-                self._core(self.config.roles[name].attention == "sparse"),
-                self._segmentation(self.config.roles[name].attention == "causal"),
+                SparseAttention(self.config.sparse_attention) if role.attention == "sparse" else None,
+                self.config.pipeline_config.segmentation if role.attention == "causal" else None,
             )
 
     def _networks(self) -> dict[str, RoleConfig]:
         """The roles that are networks of the family, and no heads."""
         return {name: role for name, role in self.config.roles.items() if role.flavor != HEAD_FLAVOR}
 
-    def _check_latents(self, name: str, architecture: WanConfig, space: LatentSpace) -> None:
-        space.check_channels(name, architecture.out_channels)
-        if self.needs_latents and architecture.in_channels != architecture.out_channels:
+    def _check_latents(self, name: str, role: RoleConfig, architecture: WanConfig) -> None:
+        self._space.check_channels(name, architecture.out_channels)
+        num_own = architecture.in_channels - architecture.out_channels
+        if self.needs_latents and num_own:
             raise ValueError(
-                f"roles.{name} takes images in {architecture.in_channels - architecture.out_channels} channels of its "
-                "own, not as a first frame; set pipeline_config.image_probability to 0"
+                f"roles.{name} takes images in {num_own} channels of its own, not as a first frame; set "
+                "pipeline_config.image_probability to 0"
             )
-        role = self.config.roles[name]
-        if role.attention == "causal":
-            is_single = len(experts_of(name, role, by_name=True)) == 1
-            if not is_single or architecture.in_channels != architecture.out_channels:
-                what = "pictures in channels of their own" if is_single else "two experts"
-                raise ValueError(
-                    f"roles.{name}.attention = 'causal' is for one network that makes videos from text, but this one "
-                    f"has {what}; choose another flavor, or attention = 'dense'"
-                )
+        is_single = len(self._experts(name, role, by_name=True)) == 1
+        if role.attention == "causal" and (num_own or not is_single):
+            what = "pictures in channels of their own" if is_single else "two experts"
+            raise ValueError(
+                f"roles.{name}.attention = 'causal' is for one network that makes videos from text, but this one "
+                f"has {what}; choose another flavor, or attention = 'dense'"
+            )
 
     def token_grid(self) -> Grid:
-        return self._latent_space().token_grid(*self.video_size())
+        return self._space.token_grid(*self.video_size())
 
-    def _latent_space(self) -> LatentSpace:
-        """Of the pipeline's VAE, or of the first role where there is no pipeline."""
+    def encoder_memory(self) -> tuple[float, float]:
+        name, role = next(iter(self._networks().items()))
+        architecture = self._architecture(name, role, by_name=True)
+        pipeline, channels = self.config.pipeline_config, architecture.out_channels
+        element_bytes = DTYPES[self.config.training.dtype].itemsize
+        encoders = encoder_bytes(pipeline, channels, element_bytes)
+        if not (pipeline.path and self.config.validation.enabled):
+            return encoders, 0.0
+        frames, height, width = (n * patch for n, patch in zip(self.token_grid(), architecture.patch_size, strict=True))
+        decoder = find_decoder(pipeline.path, channels)
+        return encoders, decoding_bytes(decoder, (frames, height, width), element_bytes)
+
+    @functools.cached_property
+    def _space(self) -> LatentSpace:
+        """The latent space of the pipeline's VAE, or of the first role where there is no pipeline."""
         name, role = next(iter(self._networks().items()))
         return find_latent_space(
             self.config.pipeline_config.path, lambda: self._architecture(name, role, by_name=True).out_channels
@@ -206,32 +205,25 @@ class WanFamily(ModelFamily):
         pipeline = self.config.pipeline_config
         return pipeline.num_frames, pipeline.height, pipeline.width
 
-    def _core(self, is_sparse: bool) -> SparseAttention | None:
-        return SparseAttention(self.config.sparse_attention) if is_sparse else None
-
-    def _segmentation(self, is_causal: bool) -> Segmentation | None:
-        return segmentation_of(self.config.pipeline_config) if is_causal else None
-
     def _architecture(self, name: str, role: RoleConfig, *, by_name: bool, expert: str = TRANSFORMER) -> WanConfig:
-        """What the role's network looks like: dense weights may become a sparse or a causal model, but not the other
-        way round.
+        """The configuration of the role's network: dense weights may become a sparse or a causal model, but not the
+        other way round.
 
-        ``by_name`` believes a flavor without reading any file.
+        `by_name` believes a flavor without reading any file.
         """
-        weights = role.path or role.init_from
-        if not weights or (by_name and role.flavor):
+        stored = self._stored(role)
+        if stored is None or (by_name and role.flavor):
             return _attending(FLAVORS[role.flavor], role.attention)
-        found = _stored_architecture(weights, expert)
-        if found.causal_attention and role.attention != "causal":
+        found, weights = stored.architecture(expert), stored.weights
+        trained, lacks = (
+            ("causal", "")
+            if found.causal_attention
+            else ("sparse", f", whose coarse branch a {role.attention} one lacks")
+        )
+        if (found.causal_attention or found.sparse_attention) and role.attention != trained:
             raise ValueError(
-                f"roles.{name}.attention = {role.attention!r}, but {weights} holds a model trained with causal "
-                f"attention; set roles.{name}.attention to 'causal' or choose other weights"
-            )
-        if found.sparse_attention and role.attention != "sparse":
-            raise ValueError(
-                f"roles.{name}.attention = {role.attention!r}, but {weights} holds a model trained with sparse "
-                f"attention, whose coarse branch a {role.attention} one lacks; set roles.{name}.attention to 'sparse' "
-                "or choose other weights"
+                f"roles.{name}.attention = {role.attention!r}, but {weights} holds a model trained with {trained} "
+                f"attention{lacks}; set roles.{name}.attention to {trained!r} or choose other weights"
             )
         found = _attending(found, role.attention)
         expected = _attending(FLAVORS.get(role.flavor, found), role.attention)
@@ -253,12 +245,9 @@ class WanFamily(ModelFamily):
         self, architecture: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], device: torch.device
     ) -> nn.Module:
         config = WanConfig.from_diffusers(architecture)
-        with torch.device("meta"):
-            model = WanTransformer.from_config(
-                config, self._core(config.sparse_attention), self._segmentation(config.causal_attention)
-            )
+        model = empty_transformer(config, self.config.sparse_attention, self.config.pipeline_config.segmentation)
         # As the run computes, so that what is sampled here is what its validation shows.
-        model.to(DTYPES[self.config.training.dtype]).to_empty(device=device).requires_grad_(False)
+        model.to(getattr(torch, self.config.training.dtype)).to_empty(device=device).requires_grad_(False)
         parameters = dict(model.named_parameters())
         for name, tensor in _used(tensors):
             copy_full_tensor(parameters.pop(name), tensor)
@@ -266,21 +255,8 @@ class WanFamily(ModelFamily):
         return model
 
     @staticmethod
-    def used_weights(architecture: dict[str, Any], shapes: Mapping[str, torch.Size]) -> list[str]:
-        with torch.device("meta"):
-            config = WanConfig.from_diffusers(architecture)
-            model = WanTransformer(
-                config,
-                SparseAttention(SparseAttentionConfig()) if config.sparse_attention else None,
-                Segmentation() if config.causal_attention else None,
-            )
-        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-        found = {name: shape for name, shape in shapes.items() if UNUSED_KEY not in name}
-        for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                stored, asked = (list(x) if x is not None else "absent" for x in (found.get(name), wanted.get(name)))
-                raise ValueError(f"{name} is {stored} in the weights, but {asked} by config.json")
-        return sorted(wanted)
+    def pipeline_index(index: dict[str, Any], modules: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+        return exported_index(index, modules, config)
 
     @staticmethod
     def write_weights(
@@ -302,47 +278,24 @@ class WanFamily(ModelFamily):
         return _wan(module).config.inner_dim
 
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
-        config, pipeline = self.config, self.config.pipeline_config
-        vae = text_encoder = negative = None
+        config, pipeline, negative = self.config, self.config.pipeline_config, None
+        encoders = Encoders.of_run(config, self._image_tensors(), device)
         if pipeline.path:
-            compute_dtype = DTYPES[config.training.dtype]
-            vae = load_vae(Path(pipeline.path), device, vae_dtype(device, compute_dtype))
-            text_encoder = TextEncoder(
-                pipeline.path, dtype=compute_dtype, device=device, offload=pipeline.offload_text_encoder
-            )
             with main_rank_first():  # a real text encoder is 22 GB, and one embedding is all that most ranks need of it
-                negative = text_encoder.cached_embedding(
+                negative = encoders.text.cached_embedding(
                     pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
                 )
-        image_tensors = self._image_tensors()
-        return WanAdapter(
-            latent_shape=self._latent_space().shape(*self.video_size()),
-            flow_shift=pipeline.flow_shift,
-            max_text_tokens=config.data.max_text_tokens,
-            negative_embedding_LD=negative,
-            vae=vae,
-            text_encoder=text_encoder,
-            text_cache=config.job.output_folder / "cache",
-            device=device,
-            layouts=layouts,
-            checkpointing=config.activation_checkpoint,
-            # A started run has it in its configuration, whatever became of the folders since.
-            boundary_ratio=pipeline.boundary_ratio or find_boundary(config),
-            guidance_scale_2=pipeline.guidance_scale_2,
-            image_tensors=image_tensors,
-            image_encoder=self._image_encoder(image_tensors, device),
-            num_frames=pipeline.num_frames,
-            image_mixing=self._image_mixing(),
-            validation_size=(pipeline.height, pipeline.width) if pipeline.validate_from_image else None,
-            takes_images=pipeline.image_probability > 0 or expands_timesteps(pipeline.path),
-        )
+        # A started run has the boundary in its configuration, whatever became of the folders since.
+        boundary = pipeline.boundary_ratio or self._boundary()
+        shape = self._space.shape(*self.video_size())
+        return WanAdapter(config, shape, encoders, device, layouts, negative_LD=negative, boundary_ratio=boundary)
 
-    def _image_mixing(self) -> ImageMixing | None:
-        pipeline = self.config.pipeline_config
-        if not pipeline.image_probability:
-            return None
-        noise = KeyedNoise(self.config.job.seed)
-        return ImageMixing(noise, pipeline.image_probability, pipeline.image_noise_mean, pipeline.image_noise_std)
+    @classmethod
+    def footage_encoder(cls, folders: EncoderFolders, device: torch.device) -> FootageEncoder:
+        images = ImageEncoder(folders.image_encoder, device=device) if folders.image_encoder else None
+        names = (*[LATENT] * folders.images, *[EMBEDDING] * (images is not None))
+        text = TextEncoder(folders.text_encoder, folders.tokenizer, device=device)
+        return Encoders(load_vae(folders.vae, device), text, images, names)
 
 
 def _wan(module: nn.Module) -> WanTransformer:
@@ -355,20 +308,5 @@ def _attending(architecture: WanConfig, attention: str) -> WanConfig:
 
 
 def _used(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-    """Without what published weights hold and no network has: adapters are merged into everything that a base holds."""
+    """The tensors that a network has. Published weights hold others, which a LoRA merge into them passes on."""
     return ((name, tensor) for name, tensor in tensors if UNUSED_KEY not in name)
-
-
-def _stored_architecture(weights: str, expert: str) -> WanConfig:
-    if is_reference(weights):
-        return WanConfig.from_diffusers(resolve_reference(weights).trained.architecture)
-    return read_config(network_folder(Path(weights), expert))
-
-
-def _loader(weights: str, expert: str) -> WeightLoader | None:
-    """What fills a model with the weights of a folder or of a role in a checkpoint; None where none are named."""
-    if not weights:
-        return None
-    if is_reference(weights):
-        return partial(read_weights, weights, name=expert)
-    return partial(load_weights, folder=network_folder(Path(weights), expert))

@@ -1,7 +1,8 @@
-"""The pictures that validation videos start from, beside the prompts of ``validation.prompts``.
+"""The pictures that validation videos start from, beside the prompts of `validation.prompts`.
 
-A .csv names them in its column ``image``, or takes the first frames of its column ``video``; a parquet file has them as
-first frames of its latents. Prompt k starts from the picture of its own row, so that text and picture fit.
+A .csv names them in its column `image`, or takes the first frames of its column `video`; a parquet file has them as
+first frames of its latents, or as the tensors of `image_channels`. Prompt k starts from the picture of its own row, so
+that text and picture fit; rows repeat, as prompts do, where there are fewer of them.
 """
 
 from __future__ import annotations
@@ -21,11 +22,7 @@ IMAGE, VIDEO = "image", "video"
 
 
 class FirstFrames:
-    """First latent frames by prompt; repeated, as prompts are, where there are fewer rows than prompts.
-
-    Raises:
-        ValueError: a file without pictures, or that can't be read.
-    """
+    """First latent frames by prompt. Raises ValueError for a file without pictures, or that can't be read."""
 
     def __init__(self, path: str, height: int, width: int) -> None:
         self._size = height, width
@@ -35,14 +32,9 @@ class FirstFrames:
                 f"pipeline_config.validate_from_image = true, but {path} holds prompts only; set validation.prompts to "
                 "a .csv with the columns prompt and image, or to parquet with latents"
             )
-        if path.endswith(".csv"):
-            self._rows = _pictures(Path(path))
-        else:
-            self._rows = ParquetDataset(path)
-            if not self._rows.has_latents:
-                raise ValueError(
-                    f"pipeline_config.validate_from_image = true, but {path} has no latents; set it to false"
-                )
+        self._rows = _pictures(Path(path)) if path.endswith(".csv") else ParquetDataset(path)
+        if isinstance(self._rows, ParquetDataset) and not self._rows.has_latents:
+            raise ValueError(f"pipeline_config.validate_from_image = true, but {path} has no latents; set it to false")
 
     def latents(self, prompts: Sequence[int], adapter: Adapter) -> Tensor:
         """[B, C, 1, H, W], of the prompts with these indices. Raises ValueError for a picture that can't be decoded."""
@@ -67,9 +59,9 @@ class FirstFrames:
 
 
 class PictureRows:
-    """What image-to-video networks take of pictures, by prompt, from the parquet that has the prompts.
+    """The tensors `names` of pictures, by prompt, from the parquet that has the prompts.
 
-    ``names`` are the tensors needed, which may be none. Raises ValueError for a file without them.
+    There may be no names. Raises ValueError for a file without the tensors.
     """
 
     def __init__(self, path: str, names: tuple[str, ...]) -> None:
@@ -82,7 +74,7 @@ class PictureRows:
         self._rows = ParquetDataset(path, tensors=names) if names else None
 
     def tensors(self, prompts: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """By name [B, ...], of the prompts with these indices."""
+        """[B, ...] by name, of the prompts with these indices."""
         if self._rows is None:
             return {}
         rows = [self._rows[index % len(self._rows)].extra for index in prompts]

@@ -1,7 +1,7 @@
-"""Wan weights on disk: the folder format of diffusers, one tensor at a time.
+"""Wan weights in the folder format of diffusers, read and written one tensor at a time.
 
 A folder holds `config.json` and either one `diffusion_pytorch_model.safetensors` or several with an index. Our
-parameter names are diffusers', so nothing is renamed. Reading never holds more than one tensor besides the model, and
+parameter names are diffusers', so nothing is renamed. Reading never holds more than one tensor beside the model, and
 of that only this rank's part: a 14B role is built on the meta device, sharded, materialised, and then filled from
 memory-mapped files.
 Writing holds one file's worth. Names and shapes are checked from the file headers before the first value is copied.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -21,12 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from titan_distill.checkpoint.diffusers_folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, open_folder, read_json
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.lora import without_adapters
 from titan_distill.parallelisms.shards import fill, local_region
 from titan_distill.parallelisms.tensor import local
-
-if TYPE_CHECKING:
-    from titan_distill.models.wan.transformer import WanTransformer
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 
@@ -69,14 +66,11 @@ def load_weights(model: WanTransformer, folder: str | Path) -> None:
     _check_same_config(model.config, config, folder)
     parameters = without_adapters(dict(model.named_parameters()))
     found = open_folder(folder)
-    stored = {name: tuple(kind.shape) for name, kind in found.kinds.items() if UNUSED_KEY not in name}
+    stored = {name: shape for name, shape in found.shapes.items() if UNUSED_KEY not in name}
     if not config.sparse_attention and not any(GATE in name for name in stored):
-        gates = {name for name in parameters if GATE in name}
-        for name in gates:
-            local(parameters[name]).zero_()
-        _check_keys({name: value for name, value in parameters.items() if name not in gates}, stored, folder)
-    else:
-        _check_keys(parameters, stored, folder)
+        for name in [name for name in parameters if GATE in name]:
+            local(parameters.pop(name)).zero_()
+    _check_keys(parameters, stored, folder)
     for name in stored:
         if local(parameters[name]).numel():  # FSDP leaves the last ranks without a part of a small tensor
             fill(parameters[name], found.read_part(name, local_region(parameters[name])))
@@ -112,10 +106,18 @@ def save_folder(
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     shards: list[dict[str, int]] = []
     for shard in _shards(pairs, dtype, max_shard_bytes):
-        # How many there will be is known only at the end, so the first names are provisional.
-        save_file(shard, folder / _shard_name(len(shards) + 1, None), metadata={"format": "pt"})
+        # Their number is known only at the end, so the first names are provisional.
+        save_file(shard, folder / _shard_name(len(shards)), metadata={"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in shard.items()})
-    _name_shards(folder, shards)
+    final_names = [_shard_name(index, len(shards)) for index in range(len(shards))]
+    for index, final_name in enumerate(final_names):
+        (folder / _shard_name(index)).rename(folder / final_name)
+    if len(shards) > 1:
+        index_of_shards = {
+            "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
+            "weight_map": {name: final for final, shard in zip(final_names, shards, strict=True) for name in shard},
+        }
+        (folder / INDEX_NAME).write_text(json.dumps(index_of_shards, indent=2, sort_keys=True) + "\n")
     (folder / CONFIG_NAME).write_text(json.dumps(config.to_diffusers(), indent=2) + "\n")
 
 
@@ -124,43 +126,28 @@ def _shards(
 ) -> Iterator[dict[str, Tensor]]:
     """Group tensors, in order, into CPU shards of at most `max_bytes`; at least one shard, even if empty."""
     shard: dict[str, Tensor] = {}
-    shard_bytes = 0
     for name, tensor in pairs:
         assert not isinstance(tensor, DTensor), f"{name} is sharded; pass full_tensor()"
         stored = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
-        if shard and shard_bytes + stored.nbytes > max_bytes:
+        if shard and sum(other.nbytes for other in shard.values()) + stored.nbytes > max_bytes:
             yield shard
-            shard, shard_bytes = {}, 0
+            shard = {}
         shard[name] = stored
-        shard_bytes += stored.nbytes
     yield shard
 
 
-def _shard_name(number: int, total: int | None) -> str:
-    return f"{WEIGHTS_STEM}-{number:05d}-of-{'unknown' if total is None else f'{total:05d}'}.safetensors"
-
-
-def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
-    """Give the written shards their final names and, if there are several, write their index."""
-    total = len(shards)
-    final_names = [WEIGHTS_NAME] if total == 1 else [_shard_name(number, total) for number in range(1, total + 1)]
-    for number, final_name in enumerate(final_names, start=1):
-        (folder / _shard_name(number, None)).rename(folder / final_name)
+def _shard_name(index: int, total: int | None = None) -> str:
     if total == 1:
-        return
-    index = {
-        "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
-        "weight_map": {name: final_names[i] for i, shard in enumerate(shards) for name in shard},
-    }
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        return WEIGHTS_NAME
+    return f"{WEIGHTS_STEM}-{index + 1:05d}-of-{'unknown' if total is None else f'{total:05d}'}.safetensors"
 
 
 def _check_same_config(ours: WanConfig, theirs: WanConfig, folder: Path) -> None:
     differing = [
-        f"{key} {getattr(theirs, key)!r} (model: {getattr(ours, key)!r})"
-        for key in ours.__dataclass_fields__
+        f"{key} {theirs_value!r} (model: {getattr(ours, key)!r})"
+        for key, theirs_value in vars(theirs).items()
         # Whether gates are there is told by the keys, in files of others too; causality by no weight.
-        if key not in ("sparse_attention", "causal_attention") and getattr(theirs, key) != getattr(ours, key)
+        if key not in ("sparse_attention", "causal_attention") and theirs_value != getattr(ours, key)
     ]
     if differing:
         raise ValueError(f"weights in {folder} are of another model: {', '.join(differing)}")

@@ -1,6 +1,6 @@
-"""Prompts to text embeddings, exactly as diffusers' ``WanPipeline`` makes them.
+"""Prompts to text embeddings, exactly as diffusers' `WanPipeline` makes them.
 
-A prompt is cleaned, tokenised to ``max_tokens``, encoded with the attention mask, and what stands after its true length
+A prompt is cleaned, tokenised to `max_tokens`, encoded with the attention mask, and what stands after its true length
 is replaced by zeros: Wan's cross-attention runs over all positions *without* a mask, so the zeros are part of what the
 transformer was trained on. Prompts are encoded one at a time. That costs throughput on a GPU, but makes an embedding a
 function of its prompt alone: no bit of it depends on what else was in the call.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from titan_distill.fault_tolerance.files import atomic, fingerprint
+
 logger = logging.getLogger(__name__)
 
 _MAX_CACHED_PROMPTS = 256
-_DIGEST_CHUNK_BYTES = 2**16
+_DIGEST_BYTES = 2**16
 
 
 class TextEncoder:
     """UMT5 and its tokenizer from a diffusers folder; weights are loaded at the first use.
 
     Args:
-        text_encoder: folder of the encoder, or the pipeline folder that has it as ``text_encoder/``.
-        tokenizer: folder of the tokenizer; ``tokenizer/`` beside the encoder if None.
+        text_encoder: folder of the encoder, or the pipeline folder that has it as `text_encoder/`.
+        tokenizer: folder of the tokenizer; `tokenizer/` beside the encoder if None.
         offload: keep weights in host memory, each layer's on `device` only while it runs.
         dtype: of the weights and the computation. Embeddings come back as fp32 in any case.
 
@@ -65,25 +66,20 @@ class TextEncoder:
             raise ValueError(
                 f"no tokenizer folder {self._tokenizer_folder}: name it if it is not beside the text encoder"
             )
-        self._embeddings: dict[tuple[str, int], Tensor] = {}
+        self._cached = functools.lru_cache(_MAX_CACHED_PROMPTS)(self._compute)
 
     def embed(self, prompt: str, max_tokens: int) -> Tensor:
-        """Embedding ``[num_tokens, D]`` of one prompt in fp32 on the CPU, without padding, num_tokens <= max_tokens."""
+        """Embedding `[num_tokens, D]` of one prompt in fp32 on the CPU, without padding, num_tokens <= max_tokens."""
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-        key = (prompt_clean(prompt), max_tokens)
-        if key not in self._embeddings:
-            if len(self._embeddings) == _MAX_CACHED_PROMPTS:
-                self._embeddings.pop(next(iter(self._embeddings)))
-            self._embeddings[key] = self._compute(*key)
-        return self._embeddings[key].clone()
+        return self._cached(prompt_clean(prompt), max_tokens).clone()
 
     def encode(self, prompts: Sequence[str], max_tokens: int) -> Tensor:
-        """Embeddings ``[B, max_tokens, D]`` in fp32 on the CPU, zero after each prompt's true length."""
+        """Embeddings `[B, max_tokens, D]` in fp32 on the CPU, zero after each prompt's true length."""
         return torch.stack([_pad(self.embed(prompt, max_tokens), max_tokens) for prompt in prompts])
 
     def cached_embedding(self, prompt: str, max_tokens: int, cache_dir: str | Path) -> Tensor:
-        """``encode([prompt], max_tokens)[0]``, from a safetensors file in `cache_dir` if it has been computed before.
+        """`encode([prompt], max_tokens)[0]`, from a safetensors file in `cache_dir` if it has been computed before.
 
         The file's name is a digest of the prompt and of the encoder and tokenizer files (names, sizes, both ends of
         each), so another encoder never finds it. It appears complete or not at all: any number of ranks may call this.
@@ -95,9 +91,8 @@ class TextEncoder:
         file = Path(cache_dir) / f"text-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f"{file.name}.tmp-{os.uname().nodename}-{os.getpid()}")
-            save_file({"embedding": self.embed(prompt, max_tokens)}, temporary)
-            temporary.replace(file)
+            with atomic(file) as temporary:
+                save_file({"embedding": self.embed(prompt, max_tokens)}, temporary)
         try:
             return _pad(load_file(file)["embedding"], max_tokens)
         except SafetensorError as error:
@@ -116,7 +111,7 @@ class TextEncoder:
 
     @functools.cached_property
     def _files_digest(self) -> str:
-        return f"{_digest(self._folder)}\0{_digest(self._tokenizer_folder)}"
+        return "\0".join(fingerprint(folder, _DIGEST_BYTES) for folder in (self._folder, self._tokenizer_folder))
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
@@ -140,16 +135,3 @@ class TextEncoder:
 
 def _pad(embedding_LD: Tensor, max_tokens: int) -> Tensor:
     return pad(embedding_LD, (0, 0, 0, max_tokens - len(embedding_LD)))
-
-
-def _digest(folder: Path) -> str:
-    """Digest of a model folder: reading 22 GB to the last byte at each start would cost more than it tells."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_DIGEST_CHUNK_BYTES))
-            stream.seek(max(0, size - _DIGEST_CHUNK_BYTES))
-            digest.update(stream.read(_DIGEST_CHUNK_BYTES))
-    return digest.hexdigest()

@@ -20,8 +20,8 @@ from titan_kernels import TileLayout, tile_layout
 from titan_kernels.layout import DEFAULT_TILE
 from torch import Tensor
 
-from titan_distill.attention.causal import TextMemory
-from titan_distill.attention.placement import Placement
+from titan_distill.attention.causal import TextCache
+from titan_distill.attention.sharded import ShardedAttention
 from titan_distill.models.wan.config import WanConfig
 
 Grid = tuple[int, int, int]
@@ -35,15 +35,15 @@ _NUM_CACHED_SEGMENTS = 32
 
 @dataclass(frozen=True, eq=False)
 class TokenContext:
-    """What attention and modulation know about the tokens of a batch, all in tile order.
+    """The tokens of a batch as attention and modulation need to know them, in tile order.
 
     Attributes:
-        layout: where the tiles lie.
+        layout: the tile layout.
         cos_LD, sin_LD: fp32 rotary phases; a pair of head channels has one cosine twice and one sine as (-sin, sin).
         row_BL: int64, the row of the modulation that each token uses; None if sample b uses row b throughout.
-        num_selected: tiles that each query tile of a sparse role reads; None where it reads all by dense attention.
-        placement: of self-attention in this layer and forward, where it is not the layer's own (causal roles).
-        text: this layer's keys and values of the text, where they are kept from forward to forward (causal roles).
+        num_selected: see `AttentionCall`.
+        attention: self-attention of this layer and forward, where it is not the layer's own (causal roles).
+        text: this layer's cache of the text's keys and values (causal roles).
     """
 
     layout: TileLayout
@@ -51,8 +51,8 @@ class TokenContext:
     sin_LD: Tensor
     row_BL: Tensor | None = None
     num_selected: int | None = None
-    placement: Placement | None = None
-    text: TextMemory | None = None
+    attention: ShardedAttention | None = None
+    text: TextCache | None = None
 
 
 def token_grid(sizes: Sequence[int], patch_size: Grid) -> Grid:
@@ -98,19 +98,8 @@ def token_context(
             f"{config.rope_max_seq_len}; make a shorter video"
         )
     layout = tile_layout(grid, tile, device)
-    if tile == DEFAULT_TILE:
-        return TokenContext(layout, *_rotary_phases(layout, config.attention_head_dim))
-    return TokenContext(layout, *_segment_phases(layout, config.attention_head_dim, first_frame))
-
-
-@lru_cache(maxsize=_NUM_CACHED_PHASES)
-def _rotary_phases(layout: TileLayout, head_dim: int) -> tuple[Tensor, Tensor]:
-    return _phases(layout, head_dim, 0)
-
-
-@lru_cache(maxsize=_NUM_CACHED_SEGMENTS)
-def _segment_phases(layout: TileLayout, head_dim: int, first_frame: int) -> tuple[Tensor, Tensor]:
-    return _phases(layout, head_dim, first_frame)
+    phases = _whole_phases if tile == DEFAULT_TILE else _segment_phases
+    return TokenContext(layout, *phases(layout, config.attention_head_dim, first_frame))
 
 
 @torch.inference_mode(False)  # or the first validation would cache tensors that no training step can save for backward
@@ -131,6 +120,10 @@ def _phases(layout: TileLayout, head_dim: int, first_frame: int) -> tuple[Tensor
     angle = torch.cat(angles, dim=-1).flatten(0, 2)[layout.permutation]
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.stack((cos, cos), dim=-1).flatten(1), torch.stack((-sin, sin), dim=-1).flatten(1)
+
+
+_whole_phases = lru_cache(maxsize=_NUM_CACHED_PHASES)(_phases)
+_segment_phases = lru_cache(maxsize=_NUM_CACHED_SEGMENTS)(_phases)
 
 
 def apply_rotary(x_BLND: Tensor, context: TokenContext) -> Tensor:

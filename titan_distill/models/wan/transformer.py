@@ -1,11 +1,11 @@
 """The Wan video transformer: velocity of a noisy latent video, given a timestep and text.
 
-One forward is four steps that a parallel layout can wrap one by one: cut latents into tokens in tile order, embed the
+A forward has four steps that a parallel layout can wrap one by one: cut latents into tokens in tile order, embed the
 conditions, run the blocks, put the tokens back. Inputs, outputs and per-token timesteps are raster; tile order is
 internal. Parameter names and values are those of diffusers' `WanTransformer3DModel`, which is the parity oracle.
 
 **Causal models** have the same weights and other attention (`attention.causal`): segments of frames read themselves and
-what came before. They run over all segments at once, or over one segment given the `Memory` of those before it.
+earlier ones. They run over all segments at once, or over one segment given the `KVCache` of those before it.
 
 **Timesteps.** A sample has one timestep, or (TI2V, causal and first-frame training) one per frame, or one per token.
 Modulation is computed once per distinct timestep and indexed by tokens: per token it would cost 2 GB at 27,280 tokens
@@ -19,7 +19,7 @@ M model width, R distinct timesteps (rows of modulation).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,17 +27,15 @@ import torch
 from titan_kernels.layout import DEFAULT_TILE
 from torch import Tensor, nn
 
-from titan_distill.attention.causal import CausalAttention, KeysAndValues, Memory, Segmentation
+from titan_distill.attention.causal import CausalAttention, KVCache, Segmentation
 from titan_distill.attention.dense import AttentionCore, DenseAttention
-from titan_distill.attention.placement import LocalAttention, Placement
-from titan_distill.attention.shared import place
+from titan_distill.attention.sharded import ShardedAttention
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.diffusion.noise import keyed_normal
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.embeddings import ConditionEmbedding, PatchEmbedding
 from titan_distill.models.wan.layers import (
     Float32LayerNorm,
-    SelfAttention,
     WanBlock,
     at_least_float32,
     modulate,
@@ -51,7 +49,10 @@ from titan_distill.parallelisms.tensor import TokenRegion, local
 
 
 class WanTransformer(nn.Module):
-    """Predicts velocity; builds on any device, `meta` included (then `to_empty` and load or `reset_parameters`)."""
+    """Predicts velocity; builds on any device, `meta` included (then `to_empty` and load or `reset_parameters`).
+
+    Raises ValueError for a sparse model without its core, or a causal one without its segments, or the other way round.
+    """
 
     def __init__(
         self,
@@ -60,63 +61,48 @@ class WanTransformer(nn.Module):
         segmentation: Segmentation | None = None,
     ) -> None:
         super().__init__()
-        if config.sparse_attention != (sparse_attention is not None):
-            raise ValueError(
-                f"config.sparse_attention = {config.sparse_attention} and the core {sparse_attention} contradict each "
-                "other; give a SparseAttention to sparse models, and only to them"
-            )
-        if config.causal_attention != (segmentation is not None):
-            raise ValueError(
-                f"config.causal_attention = {config.causal_attention} and {segmentation} contradict each other; give a "
-                "Segmentation to causal models, and only to them"
-            )
+        for key, given in (("sparse_attention", sparse_attention), ("causal_attention", segmentation)):
+            if getattr(config, key) != (given is not None):
+                raise ValueError(
+                    f"config.{key} = {getattr(config, key)} and {given} contradict each other; give a SparseAttention "
+                    "to sparse models and a Segmentation to causal ones, and only to them"
+                )
         self.config = config
         self.sparse_attention = sparse_attention
         """The core that all blocks of a sparse model share; None in a dense one."""
         self.segmentation = segmentation
-        """How a causal model cuts a video into segments; None in a bidirectional one."""
+        """The segments of a causal model's videos; None in a bidirectional one."""
         dim, patch_size = config.inner_dim, config.patch_size
-        placement = LocalAttention(self.attention_core)
+        attention = ShardedAttention(self.attention_core)
         self.patch_embedding = PatchEmbedding(config.in_channels, dim, kernel_size=patch_size, stride=patch_size)
         self.condition_embedder = ConditionEmbedding(config)
-        self.blocks = nn.ModuleList([WanBlock(config, placement) for _ in range(config.num_layers)])
+        self.blocks = nn.ModuleList([WanBlock(config, attention) for _ in range(config.num_layers)])
         self.norm_out = Float32LayerNorm(dim, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, config.out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
-        # What other ranks do with the tokens: set by `parallelize`.
+        # Set by `parallelize`, where other ranks hold some of the tokens.
         self.sequence: SequenceParallel | None = None
         self.token_region: TokenRegion | None = None
-        # Called with every block's index and output while somebody reads features (`features.block_outputs`).
-        self.tap: Callable[[int, Tensor], None] | None = None
         if not self.scale_shift_table.is_meta:
             self.reset_parameters()
 
     @classmethod
     def from_config(
-        cls,
-        config: WanConfig | Mapping[str, Any],
-        sparse_attention: SparseAttention | None = None,
-        segmentation: Segmentation | None = None,
+        cls, config: Mapping[str, Any], sparse: SparseAttention | None = None, segmentation: Segmentation | None = None
     ) -> WanTransformer:
-        """Build from a `WanConfig` or from the dict of a diffusers `config.json`.
-
-        Raises:
-            ValueError: a sparse model without its core, or a causal one without its segments, or the other way round.
-        """
-        if not isinstance(config, WanConfig):
-            config = WanConfig.from_diffusers(config)
-        return cls(config, sparse_attention, segmentation)
+        """Builds from the dict of a diffusers `config.json`. Raises ValueError as the constructor does."""
+        return cls(WanConfig.from_diffusers(config), sparse, segmentation)
 
     @property
     def attention_core(self) -> AttentionCore:
-        """How video tokens are mixed."""
+        """The core that mixes the video tokens of every block."""
         return DenseAttention() if self.sparse_attention is None else self.sparse_attention
 
-    def set_placement(self, placement: Placement) -> None:
-        """Let every block find its video tokens through `placement`."""
-        for module in self.modules():
-            if isinstance(module, SelfAttention):
-                module.placement = placement
+    def set_attention(self, attention: ShardedAttention) -> None:
+        """Let every block attend to its video tokens through `attention`."""
+        for block in self.blocks:
+            assert isinstance(block, WanBlock)
+            block.attn1.attention = attention
 
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0, device: torch.device | None = None) -> None:
@@ -140,8 +126,7 @@ class WanTransformer(nn.Module):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None = None,
-        memory: Memory | None = None,
-        kept: list[KeysAndValues] | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Return the velocity [B, out channels, F, H, W] in the dtype of `hidden_states`.
 
@@ -151,8 +136,8 @@ class WanTransformer(nn.Module):
                 [B, tokens] in raster order.
             encoder_hidden_states: text embeddings [B, S, text_dim], zero-padded.
             encoder_hidden_states_image: CLIP image embeddings [B, S, image_dim] of I2V models.
-            memory: of a causal model: what the latents, one segment, follow; without it they are a whole video.
-            kept: receives the segment's keys and values, a layer each, to extend `memory` with.
+            cache: of a causal model: the KV cache of the segments before the latents, which are one segment then;
+                without it they are a whole video.
 
         Raises:
             ValueError: shapes that don't fit the model or each other, a timestep below fp32, or an image missing or
@@ -160,8 +145,8 @@ class WanTransformer(nn.Module):
         """
         self._check_inputs(hidden_states, encoder_hidden_states, encoder_hidden_states_image)
         grid = token_grid(hidden_states.shape[2:], self.config.patch_size)
-        tile, first_frame = self.tile, 0 if memory is None else memory.num_positions
-        context = token_context(grid, self.config, hidden_states.device, tile, first_frame)
+        first_frame = 0 if cache is None else cache.num_positions
+        context = token_context(grid, self.config, hidden_states.device, self.tile, first_frame)
         if self.sparse_attention is not None:
             context = replace(context, num_selected=self.sparse_attention.selection(context.layout.num_tiles))
         timestep_R, context = _timestep_rows(timestep, hidden_states.shape[0], context)
@@ -172,9 +157,7 @@ class WanTransformer(nn.Module):
         if self.sequence is not None:
             patches_BLP = self.sequence.shard(patches_BLP, context.layout)
             context = _sequence_context(context, self.sequence)
-        contexts = [context] * len(self.blocks)
-        if self.segmentation is not None:
-            contexts = self._causal_contexts(self.segmentation, context, memory, kept)
+        contexts = self._layer_contexts(context, cache)
         x_BLM = self._run_blocks(self.patch_embedding(patches_BLP), text_BSM, image_BSM, rows_R6M, contexts)
         velocity_BLP = self._head(x_BLM, embedded_RM, context)
         if self.sequence is not None:
@@ -188,20 +171,16 @@ class WanTransformer(nn.Module):
         every segment is one run of them."""
         return DEFAULT_TILE if self.segmentation is None else (1, *DEFAULT_TILE[1:])
 
-    def _causal_contexts(
-        self,
-        segmentation: Segmentation,
-        context: TokenContext,
-        memory: Memory | None,
-        kept: list[KeysAndValues] | None,
-    ) -> list[TokenContext]:
-        """What each layer knows: the segments of a whole video, or its own memory of those before this one."""
+    def _layer_contexts(self, context: TokenContext, cache: KVCache | None) -> list[TokenContext]:
+        """Each layer's context: of a causal model with the segments of a whole video, or with the layer's cache."""
+        if self.segmentation is None:
+            return [context] * len(self.blocks)
         frames, height, width = context.layout.grid
-        if memory is None:
-            placement = place(self.sequence, CausalAttention(segmentation.runs(frames, height * width)))
-            return [replace(context, placement=placement)] * len(self.blocks)
-        layers = zip(memory.cores(kept), memory.texts, strict=True)
-        return [replace(context, placement=place(self.sequence, core), text=text) for core, text in layers]
+        if cache is None:
+            core = CausalAttention(self.segmentation.runs(frames, height * width))
+            return [replace(context, attention=ShardedAttention(core, self.sequence))] * len(self.blocks)
+        layers = zip(cache.cores(), cache.texts, strict=True)
+        return [replace(context, attention=ShardedAttention(core, self.sequence), text=text) for core, text in layers]
 
     def _run_blocks(
         self,
@@ -219,10 +198,8 @@ class WanTransformer(nn.Module):
             if row_BL is not None:
                 row_BL = collectives.shard(row_BL, 1, group)
                 contexts = [replace(context, row_BL=row_BL) for context in contexts]
-        for index, (block, context) in enumerate(zip(self.blocks, contexts, strict=True)):
+        for block, context in zip(self.blocks, contexts, strict=True):
             x_BLM = block(x_BLM, text_BSM, image_BSM, rows_R6M, context)
-            if self.tap is not None:
-                self.tap(index, x_BLM)
         return x_BLM if group is None else collectives.gather(x_BLM, 1, group)
 
     def _head(self, x_BLM: Tensor, embedded_RM: Tensor, context: TokenContext) -> Tensor:

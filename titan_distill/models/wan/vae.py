@@ -85,7 +85,7 @@ def _pixels(video_BCTHW: Tensor) -> Tensor:
 def restart(vae: AutoencoderKLWan, latents_BCFHW: Tensor, num_frames: int) -> Tensor:
     """The last `num_frames` latent frames of a longer video, as a video that begins there.
 
-    The first latent frame of a video stands for one picture, each later one for four. What becomes the first is
+    The first latent frame of a video stands for one picture, each later one for four. The new first one is
     therefore decoded, in the light of all before it, and its last picture encoded as the beginning of a video.
     """
     start = latents_BCFHW.shape[2] - num_frames

@@ -1,0 +1,94 @@
+"""Validation on the toy family: distances with a known value, and a user's scorer that is called with real videos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy_family import VARIANCE
+from toy_run import toy_trainer
+
+from titan_distill.observability.banner import closing
+from titan_distill.trainer import Trainer
+
+ENABLED = ("--validation.enabled", "true", "--validation.num_prompts", "64", "--validation.num_videos", "2")
+MEAN = 4.0
+"""Mean of the teacher's samples under the job's guidance: -0.5 + 3 · 1.5."""
+
+SCORER = '''
+import numpy as np
+from titan_distill.registry import register_model, register_scorer
+from toy_family import ToyAdapter, ToyFamily
+
+calls = []
+
+@register_scorer("brightness")
+def brightness(video_THW3, prompt):
+    calls.append((video_THW3.copy(), prompt))
+    return {"brightness": float(video_THW3.mean()), "red": float(video_THW3[..., 0].mean())}
+
+class VideoAdapter(ToyAdapter):
+    def decode_latents(self, latents):
+        """Two frames of 16 by 32 pixels, each of one sample's mean."""
+        grey_B = latents.mean(1).mul(30).clamp(0, 255).byte()
+        return grey_B[:, None, None, None, None].expand(-1, 2, 16, 32, 3)
+
+@register_model("toy_video")
+class VideoFamily(ToyFamily):
+    def video_size(self):
+        return 2, 16, 32
+
+    def build_adapter(self, device, layouts):
+        return VideoAdapter(self.config.pipeline_config)
+'''
+
+
+def validated(trainer: Trainer, scale: float, shift: float) -> dict[str, float]:
+    """Metrics of a validation at the last step, of a student with x0 = scale x + shift at every level."""
+    trainer.validate()
+    student = trainer.roles["student"].transformer
+    with torch.no_grad():
+        student.affine.copy_(torch.tensor([[scale, shift]] * len(student.levels)))
+    trainer.state.step = trainer.config.training.steps
+    trainer.validate()
+    trainer.metrics.close()
+    return trainer.metrics.latest
+
+
+def test_distances_have_their_closed_form_and_samples_without_videos_nothing_else(tmp_path: Path) -> None:
+    """The teacher's law is N(4, 0.49) for each value; an untrained student has mean 0, one that answers 4 no spread."""
+    trainer = toy_trainer(tmp_path, "dmd2", *ENABLED)
+    found = validated(trainer, scale=0.0, shift=MEAN)
+    assert found["validation/student_before/sliced_wasserstein"] == pytest.approx(MEAN, rel=0.1)
+    assert found["validation/student/sliced_wasserstein"] == pytest.approx(VARIANCE**0.5, rel=0.05)
+    assert found["validation/teacher_few_steps/sliced_wasserstein"] < 0.2
+    folder = trainer.config.job.output_folder / "validation" / f"step-{trainer.state.step:08d}"
+    assert [path.name for path in folder.iterdir()] == ["captions.txt"]
+    names = {name.rpartition("/")[2] for name in found if name.startswith("validation/")}
+    assert names == {"sliced_wasserstein", "sliced_wasserstein_excess"}
+    assert "contact_sheet" not in closing(trainer.config, found)
+
+
+def test_a_scorer_of_a_users_module_is_called_and_its_scores_are_averaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "users_scorer.py").write_text(SCORER)
+    monkeypatch.syspath_prepend(tmp_path)
+    imports = ("--job.imports", "toy_family,users_scorer", "--recipe.family", "toy_video")
+    trainer = toy_trainer(tmp_path, "dmd2", *ENABLED, *imports, "--validation.scorer", "brightness")
+    found = validated(trainer, scale=0.0, shift=MEAN)
+    import users_scorer  # type: ignore[import-not-found]
+
+    # Teacher and student are scored, baselines that are only shown are not.
+    assert len(users_scorer.calls) == 2 * 64
+    video, prompt = users_scorer.calls[-1]
+    assert video.shape == (2, 16, 32, 3) and video.dtype == np.uint8 and prompt == "a sample"
+    assert found["validation/student/brightness"] == found["validation/student/red"] == 30 * MEAN
+    assert found["validation/teacher/brightness"] == pytest.approx(30 * MEAN, rel=0.05)
+    assert "validation/student_before/brightness" not in found
+    folder = trainer.config.job.output_folder / "validation" / f"step-{trainer.state.step:08d}"
+    labels = ("teacher", "teacher_few_steps", "student_before", "student")
+    assert {path.name for path in folder.glob("*.mp4")} == {f"{i:03d}-{label}.mp4" for i in (0, 1) for label in labels}
+    assert str(folder / "contact_sheet.png") in closing(trainer.config, found)

@@ -1,0 +1,105 @@
+"""`titan-distill checkpoint export`: a role of a training checkpoint as a folder that diffusers loads.
+
+Weights are read one tensor at a time and handed to the family's writer: no process group, no model, and no memory
+beyond what the writer keeps. The other parts of the pipeline (VAE, text encoder, tokenizer, scheduler) are copied
+unchanged. The folder appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from titan_distill.checkpoint.diffusers_folder import PIPELINE_INDEX, TRANSFORMER, TRANSFORMER_2, read_json
+from titan_distill.checkpoint.discovery import resolve
+from titan_distill.checkpoint.initial_weights import trained_role
+from titan_distill.checkpoint.manifest import Manifest, read_manifest
+from titan_distill.checkpoint.tools.contents import role_tensors
+from titan_distill.config.dtypes import DTYPES
+from titan_distill.fault_tolerance.files import atomic
+from titan_distill.models.base import model_family
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    role: str = "student",
+    weights: Literal["ema", "raw", "auto"] = "auto",
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored",
+    pipeline: Path | None = None,
+) -> None:
+    """Write a role of a checkpoint as a diffusers folder that WanPipeline.from_pretrained loads.
+
+    Args:
+        checkpoint: Folder of a step, or `outputs/<name>/checkpoints/latest`.
+        out: Folder to write; must not exist.
+        role: Role to export.
+        weights: Averaged or raw weights; auto takes the average where there is one.
+        dtype: Dtype of the written weights; stored keeps that of the checkpoint.
+        pipeline: Diffusers folder whose VAE, text encoder, tokenizer and scheduler are copied beside the transformer.
+            Default: the run's pipeline_config.path.
+    """
+    checkpoint = resolve(checkpoint)
+    manifest = read_manifest(checkpoint)
+    trained = trained_role(checkpoint, manifest, role)
+    use_ema = trained.has_ema if weights == "auto" else weights == "ema"
+    if out.exists():
+        raise ValueError(f"{out} exists already; remove it, or export to another folder")
+    family, config = model_family(manifest.family), manifest.pipeline_config
+    pipeline = pipeline or (Path(config["path"]) if config.get("path") else None)
+    if pipeline is not None and not (pipeline / PIPELINE_INDEX).is_file():
+        raise ValueError(
+            f"{pipeline} is not a diffusers pipeline: it has no {PIPELINE_INDEX}; name a folder that has one"
+        )
+    tensors = {name: role_tensors(checkpoint, role, use_ema=use_ema, module=name) for name in trained.modules}
+    with atomic(out) as temporary:
+        temporary.mkdir(parents=True)
+        for name, of_module in tensors.items():
+            family.write_weights(of_module, trained.architecture, temporary / name, DTYPES.get(dtype))
+        if pipeline is not None:
+            index = read_json(pipeline / PIPELINE_INDEX)
+            for name in index.keys() - {TRANSFORMER, TRANSFORMER_2}:
+                if (pipeline / name).is_dir():
+                    shutil.copytree(pipeline / name, temporary / name)
+            index = family.pipeline_index(index, trained.modules, config)
+            (temporary / PIPELINE_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (temporary / "README.md").write_text(_model_card(checkpoint, manifest, role, use_ema=use_ema))
+    print(f"{role} of {checkpoint} ({'EMA' if use_ema else 'raw'}, {dtype}) is in {out}")
+
+
+def _model_card(checkpoint: Path, manifest: Manifest, role: str, *, use_ema: bool) -> str:
+    run_folder = checkpoint.parent.parent
+    config = run_folder / "config.toml"
+    base = manifest.trained[role].base
+    if manifest.weights_only:
+        config_text = "# none: these weights were imported"
+    else:
+        config_text = config.read_text() if config.is_file() else "# not found beside the checkpoints"
+    return f"""---
+library_name: diffusers
+tags: [titan_distill, {manifest.family}]
+---
+
+# {checkpoint.name if manifest.weights_only else run_folder.name}: {role}
+
+Exported by titan_distill from `{checkpoint.name}`. Where the folder has a `{PIPELINE_INDEX}`, diffusers'
+`DiffusionPipeline.from_pretrained` loads it; otherwise `{TRANSFORMER}/` belongs into a pipeline of the same family.
+
+| | |
+| --- | --- |
+| role | {role} |
+| weights | {"exponential moving average" if use_ema else "raw, as trained"} |
+| step | {manifest.step} |
+| LoRA adapter | {"none" if base is None else f"merged into {base.path}"} |
+| updates of this role | {manifest.trained[role].num_updates} |
+| samples seen | {manifest.samples_seen} |
+| seed | {manifest.seed} |
+
+## Configuration of the run
+
+``toml
+{config_text.rstrip()}
+``
+"""

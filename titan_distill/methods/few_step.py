@@ -1,0 +1,100 @@
+"""The few-step student of a teacher that samples in many steps: its schedule, and the samples that validation compares.
+
+All methods but finetuning make such a student. Their configurations and classes derive from the ones here, so that the
+schedule, its checks and the validation samples are defined once: the teacher with many steps (the reference) and with
+as few as the student, the student before training and now.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from titan_distill.config.parsing import check_range
+from titan_distill.diffusion import schedule
+from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
+from titan_distill.methods.base import Passes, TrainingMethod
+from titan_distill.models.base import Condition, Guidance
+
+
+@dataclass(frozen=True)
+class FewStepConfig:
+    """Settings of a few-step student and of its teacher's sampling."""
+
+    denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    """The student's few-step schedule, as timesteps. The methods consistency and scm use it in validation only."""
+    warp: bool = True
+    """True: denoising_steps name entries of the shifted schedule (1000, 750, … at shift 5 is 1000, 937.5, …). False:
+    they are final timesteps."""
+    guidance_scale: float = 4.0
+    """Teacher's classifier-free guidance, which the student learns; it needs none itself."""
+    teacher_steps: int = 48
+    """Sampling steps of the teacher's validation samples."""
+    teacher_solver: Literal["euler", "unipc"] = "unipc"
+    """ODE solver of the teacher's validation samples."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "teacher_steps", least=1)
+        self.sigmas(flow_shift=1.0)
+
+    def sigmas(self, flow_shift: float) -> tuple[float, ...]:
+        """Noise levels of the schedule, descending. Raises ValueError for timesteps that do not descend."""
+        return tuple(schedule.few_step_sigmas(self.denoising_steps, flow_shift, self.warp).tolist())
+
+    @property
+    def teacher_guidance(self) -> Guidance:
+        return Guidance(self.guidance_scale)
+
+
+@dataclass(frozen=True)
+class GuidedFewStepConfig(FewStepConfig):
+    """Settings of a few-step student whose teacher is asked for guided predictions during training."""
+
+    guidance_form: Literal["standard", "offset"] = "standard"
+    """`standard`: u + w (c - u). `offset`: c + w (c - u), as Self-Forcing, CausVid and FastVideo write it (3.0 there is
+    4.0 here)."""
+
+    @property
+    def teacher_guidance(self) -> Guidance:
+        return Guidance(self.guidance_scale, self.guidance_form)
+
+
+class FewStepTraining(TrainingMethod):
+    """Base of the methods that train the role `student` towards a frozen `teacher`."""
+
+    roles_required: ClassVar[dict[str, bool]] = {"student": True, "teacher": False}
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.sigmas = self.config.sigmas(self.adapter.flow_shift)
+
+    @torch.no_grad()
+    def teacher_velocity(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+        """The teacher's guided velocity."""
+        with self.timer("teacher"):
+            guidance = self.config.teacher_guidance
+            return self.adapter.guided_velocity(self.roles["teacher"], x, sigma_B, condition, guidance)
+
+    def student_sample(self) -> SampleRequest:
+        """Request for samples of the student: without guidance, with fresh noise between its steps."""
+        return SampleRequest("student", "student", "sde", len(self.sigmas), self.sigmas)
+
+    def validation_request(self) -> ValidationRequest:
+        config, student = self.config, self.student_sample()
+        before = replace(student, label="student_before", baseline=True, scored=False)
+        if "teacher" not in self.required_roles(config):
+            return ValidationRequest((before, student))
+        scale = float(schedule.standard_scale(config.teacher_guidance.scale, config.teacher_guidance.form))
+        teacher = SampleRequest(
+            "teacher", "teacher", config.teacher_solver, config.teacher_steps, guidance_scale=scale, baseline=True
+        )
+        few_steps = replace(teacher, label="teacher_few_steps", num_steps=len(self.sigmas), scored=False)
+        return ValidationRequest((teacher, few_steps, before, student), reference="teacher")
+
+
+def guided_passes(update: str, role: str, guidance: Guidance, updates_per_step: float) -> Passes:
+    """One forward pass of a frozen role, which guidance doubles."""
+    return Passes(update, role, role, 1, updates_per_step, num_conditions=1 if guidance.is_identity else 2)

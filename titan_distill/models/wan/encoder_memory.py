@@ -1,0 +1,153 @@
+"""Memory of Wan's encoders, in bytes: VAE and text encoder, and what the VAE's decoder needs for one clip.
+
+diffusers' decoder decodes one latent frame at a time into four pictures. It holds
+
+- *caches*: the last two frames of the input of every convolution over time, of all stages at once;
+- *a working set*: of the one residual block, upsampling or shortcut that runs, beside the input of its stage. A
+  convolution's input is there four times (as it came, its end for the cache, padded, in the kernel's own order); the
+  nearest neighbours of an upsampling are found in fp32;
+- *pictures*: those made so far, which are joined anew with every four, and rounded to uint8 in fp32.
+
+The formula follows these copies stage by stage. On a CPU, decoding two clips at once with small VAEs peaked at 101 to
+102 % of it (`tests/unit/test_decoding.py` allows 98 to 104 %). A single small fp32 clip takes about three times as much
+on a CPU, where PyTorch uses another algorithm. cuDNN's workspaces are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from safetensors import safe_open
+
+from titan_distill.models.wan.pipeline_config import WanPipelineConfig
+
+_FP32 = 4
+CACHED_FRAMES = 2
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The decoder of an AutoencoderKLWan, by the names of its config; defaults are Wan 2.1's.
+
+    `upsamples_time` says for each upsampling, in the order they run, whether it doubles the frames.
+    """
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    upsamples_time: tuple[bool, ...] = (True, True, False)
+    is_residual: bool = False
+    out_channels: int = 3
+
+    @classmethod
+    def read(cls, file: Path) -> Decoder:
+        """Read a VAE's `config.json`; diffusers' defaults fill the gaps."""
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return cls(
+            base_dim=config.get("decoder_base_dim") or config.get("base_dim", cls.base_dim),
+            z_dim=config.get("z_dim", cls.z_dim),
+            dim_mult=tuple(config.get("dim_mult", cls.dim_mult)),
+            num_res_blocks=config.get("num_res_blocks", cls.num_res_blocks),
+            upsamples_time=tuple(reversed(config.get("temperal_downsample", (False, True, True)))),
+            is_residual=config.get("is_residual", cls.is_residual),
+            out_channels=config.get("out_channels", cls.out_channels),
+        )
+
+    def stages(self) -> Iterator[tuple[int, int, int]]:
+        """(channels in, channels within, channels out) of each stage."""
+        widths = [self.base_dim * multiple for multiple in (self.dim_mult[-1], *reversed(self.dim_mult))]
+        for index, (entering, within) in enumerate(pairwise(widths)):
+            leaving = within
+            if not self.is_residual:  # an upsampling halves the channels
+                entering = entering // 2 if index else entering
+                leaving = within // 2 if index < len(self.dim_mult) - 1 else within
+            yield entering, within, leaving
+
+
+PUBLISHED = {16: Decoder(), 48: Decoder(base_dim=256, z_dim=48, is_residual=True, out_channels=12)}
+"""By latent channels: of Wan 2.1 and the A14B, and of Wan 2.2 TI2V-5B."""
+
+# Of the published files, the VAE's by its channels; any other pipeline folder must be there to be read.
+VAE_NUMBERS, TEXT_ENCODER_NUMBERS = {16: 126_892_531, 48: 704_688_668}, 5_680_910_336
+
+
+def encoder_bytes(pipeline: WanPipelineConfig, channels: int, element_bytes: int) -> float:
+    """Bytes of VAE and text encoder, which stay on a rank once it has embedded a prompt. 0 without a folder."""
+    if not pipeline.path:
+        return 0.0
+    vae = _numbers_in(Path(pipeline.path) / "vae") or VAE_NUMBERS.get(channels, max(VAE_NUMBERS.values()))
+    text = _numbers_in(Path(pipeline.path) / "text_encoder") or TEXT_ENCODER_NUMBERS
+    return element_bytes * (vae + (0 if pipeline.offload_text_encoder else text))
+
+
+def find_decoder(pipeline: str, channels: int) -> Decoder:
+    """The decoder of a pipeline folder, or the published one with as many latent channels."""
+    file = Path(pipeline) / "vae" / "config.json"
+    return Decoder.read(file) if file.is_file() else PUBLISHED[channels]
+
+
+def decoding_bytes(decoder: Decoder, latents: tuple[int, int, int], element_bytes: int) -> float:
+    """Most bytes that decoding one clip of `latents` (frames, height, width) holds, without the weights."""
+    num_frames, height, width = latents
+    area, frames = height * width, 1
+    caches = CACHED_FRAMES * area * (decoder.z_dim + 4 * decoder.base_dim * decoder.dim_mult[-1])
+    most = 0.0
+    for index, (entering, within, leaving) in enumerate(decoder.stages()):
+        # The stage's caller keeps its input, its shortcut a copy of that, until the stage ends.
+        entered = area * frames * entering
+        held = entered * (1 + decoder.is_residual)
+        for block in range(decoder.num_res_blocks + 1):
+            own = within if block else entering
+            caches += CACHED_FRAMES * area * (own + within)
+            beside = held if block else held - entered
+            most = max(most, beside + area * _residual_block(own, within, frames, element_bytes))
+        if index == len(decoder.dim_mult) - 1:
+            break
+        held += area * within * frames
+        if decoder.upsamples_time[index]:
+            caches += CACHED_FRAMES * area * within
+            most = max(most, held + area * _convolution(within, 2 * within, frames))
+            frames *= 2
+        most = max(most, held + area * frames * _upsampling(within, leaving, element_bytes))
+        area *= 4
+        if decoder.is_residual:  # its result, its shortcut twice, before they are added
+            most = max(most, held + 3 * area * frames * leaving)
+    caches += CACHED_FRAMES * area * within
+    pictures = area * decoder.out_channels * (frames * (num_frames - 1) + 1)
+    working = max(most + pictures, 2 * pictures)
+    return max(element_bytes * (caches + working), (element_bytes + _FP32 + 1) * pictures)
+
+
+def _residual_block(entering: int, leaving: int, frames: int, element_bytes: int) -> float:
+    """Numbers for each position at its peak."""
+    kept = frames * (entering + (leaving if entering != leaving else 0))  # its input, and what it adds at the end
+    norms = 2 * frames * max(entering, leaving) * _FP32 / element_bytes  # computed in fp32: input and output
+    return kept + max(_convolution(entering, leaving, frames), _convolution(leaving, leaving, frames), norms)
+
+
+def _convolution(entering: int, leaving: int, frames: int) -> float:
+    """Numbers for each position, of a causal convolution over time: its input four times, and its output."""
+    return entering * (frames + CACHED_FRAMES + 2 * (frames + CACHED_FRAMES)) + leaving * frames
+
+
+def _upsampling(within: int, leaving: int, element_bytes: int) -> float:
+    """Numbers for each position before it: frames apart, four neighbours (in fp32, then in the element's type), and
+    what the convolution makes of them."""
+    found = 4 * within
+    if element_bytes == _FP32:
+        return within + found + 4 * leaving
+    return within + max(found * _FP32 / element_bytes + found, found + 4 * leaving)
+
+
+def _numbers_in(folder: Path) -> int:
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total

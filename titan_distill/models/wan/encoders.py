@@ -1,0 +1,91 @@
+"""The encoders of a Wan pipeline: VAE, text encoder and, for image-to-video models, CLIP's image encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from titan_distill.config.config import Config
+from titan_distill.models.base import FootageEncoder
+from titan_distill.models.wan.image_channels import EMBEDDING, LATENT
+from titan_distill.models.wan.image_encoder import ENCODER, ImageEncoder
+from titan_distill.models.wan.latents import LatentSpace
+from titan_distill.models.wan.text_encoder import TextEncoder
+from titan_distill.models.wan.vae import encode_image, encode_video, load_vae, vae_dtype
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+
+@dataclass(frozen=True)
+class Encoders(FootageEncoder):
+    """The encoders of a run or of a data set; None for those that it has no folder of.
+
+    Attributes:
+        image_tensors: tensors that the models take of pictures, see `image_channels`.
+    """
+
+    vae_or_none: AutoencoderKLWan | None = None
+    text_or_none: TextEncoder | None = None
+    image: ImageEncoder | None = None
+    image_tensors: tuple[str, ...] = ()
+
+    @classmethod
+    def of_run(cls, config: Config, image_tensors: tuple[str, ...], device: torch.device) -> Encoders:
+        """Those of pipeline_config.path. The image encoder is opened only where its embeddings are needed and it is
+        there: data may have all of them."""
+        pipeline, dtype = config.pipeline_config, getattr(torch, config.training.dtype)
+        if not pipeline.path:
+            return cls(image_tensors=image_tensors)
+        has_image_encoder = EMBEDDING in image_tensors and (Path(pipeline.path) / ENCODER).is_dir()
+        return cls(
+            load_vae(Path(pipeline.path), device, vae_dtype(device, dtype)),
+            TextEncoder(pipeline.path, dtype=dtype, device=device, offload=pipeline.offload_text_encoder),
+            ImageEncoder(pipeline.path, device=device) if has_image_encoder else None,
+            image_tensors,
+        )
+
+    @property
+    def vae(self) -> AutoencoderKLWan:
+        """The VAE. Raises ValueError where the run has none."""
+        if self.vae_or_none is None:
+            raise ValueError(
+                "no VAE to go between pixels and latents; set pipeline_config.path to a diffusers folder with vae"
+            )
+        return self.vae_or_none
+
+    @property
+    def text(self) -> TextEncoder:
+        """The text encoder. Raises ValueError where the run has none."""
+        if self.text_or_none is None:
+            raise ValueError(
+                "no text encoder to encode prompts with; set pipeline_config.path to a diffusers folder that has one"
+            )
+        return self.text_or_none
+
+    def check_size(self, num_frames: int, height: int, width: int) -> None:
+        config = self.vae.config
+        space = LatentSpace(config.z_dim, config.scale_factor_temporal, config.scale_factor_spatial)
+        space.check_size(num_frames, height, width, names=("--num-frames", "--height", "--width"))
+
+    def encode_video(self, videos: Tensor) -> Tensor:
+        return encode_video(self.vae, videos)
+
+    def embed_prompt(self, prompt: str, max_tokens: int) -> Tensor:
+        return self.text.embed(prompt, max_tokens)
+
+    def encode_pictures(self, images: Tensor, num_frames: int) -> dict[str, Tensor]:
+        tensors = {}
+        if LATENT in self.image_tensors:
+            tensors[LATENT] = encode_image(self.vae, images, num_frames)
+        if EMBEDDING in self.image_tensors:
+            if self.image is None:
+                raise ValueError(
+                    f"no {ENCODER} to embed images with; set pipeline_config.path to a diffusers folder that has one"
+                )
+            tensors[EMBEDDING] = self.image.embed(images)
+        return tensors

@@ -1,0 +1,54 @@
+"""Stored Wan networks: of a diffusers folder or of a role in a checkpoint, each file read once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, network_folder
+from titan_distill.checkpoint.initial_weights import WeightsReference, is_reference, read_weights, resolve_reference
+from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.state_dict import load_weights, read_config
+from titan_distill.models.wan.transformer import WanTransformer
+
+EXPERTS = (TRANSFORMER, TRANSFORMER_2)
+
+WeightLoader = Callable[[WanTransformer], None]
+"""Fills a model that has storage, in whatever layout it has."""
+
+
+class StoredWeights:
+    """The networks that a role starts from. `weights` names a diffusers folder, or a role in a checkpoint."""
+
+    def __init__(self, weights: str) -> None:
+        self.weights = weights
+        self._architectures: dict[str, WanConfig] = {}
+
+    @functools.cached_property
+    def _reference(self) -> WeightsReference | None:
+        return resolve_reference(self.weights) if is_reference(self.weights) else None
+
+    @functools.cached_property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the networks that are there."""
+        if self._reference is not None:
+            return tuple(self._reference.trained.modules)
+        return EXPERTS if (Path(self.weights) / TRANSFORMER_2).is_dir() else EXPERTS[:1]
+
+    def architecture(self, expert: str) -> WanConfig:
+        """The configuration of one network. Raises ValueError where none can be read."""
+        if expert not in self._architectures:
+            self._architectures[expert] = (
+                read_config(network_folder(Path(self.weights), expert))
+                if self._reference is None
+                else WanConfig.from_diffusers(self._reference.trained.architecture)
+            )
+        return self._architectures[expert]
+
+    def loader(self, expert: str) -> WeightLoader:
+        """The function that fills a model with one network's weights; reads nothing yet."""
+        if is_reference(self.weights):
+            return partial(read_weights, self.weights, name=expert)
+        return partial(load_weights, folder=network_folder(Path(self.weights), expert))
