@@ -10,7 +10,7 @@ install: ## Install for development, with the tested versions
 lint: ## Check style of Python and shell
 	ruff check .
 	ruff format --check .
-	shellcheck run_train.sh .ci/run scripts/gpu_versions scripts/slurm/train.sbatch
+	shellcheck run_train.sh .ci/run scripts/gpu_versions scripts/slurm/train.sbatch scripts/slurm/install_test_cluster scripts/slurm/test_cluster
 
 format: ## Format, and mend what can be mended
 	ruff check --fix .

@@ -361,13 +361,24 @@ STALE = f"docs/parity.md is stale; write it again: {COMMAND}"
 HEADER = ("layout", "ranks", "method", "losses", "gradient norms", "parameters", "bound")
 INTRODUCTION = f"""# Layout parity
 
-A layout does not change training. Each row trains the tiny Wan from equal weights and is compared with one process:
-{STEPS} steps of {GLOBAL_BATCH} samples for dmd2 and finetune, {num_steps("kd")} steps for other methods.
+A layout does not change training: in fp32 the differences are rounding. For each row the test trains the tiny Wan from
+the same weights with this layout and on one process, and compares the two: {STEPS} steps of {GLOBAL_BATCH} samples per
+step for dmd2 and finetune, {num_steps("kd")} steps for other methods. The one process always computes in fp32, so the
+rows bf16 and float8 show the rounding of these types. The sparse rows are compared with one process whose student is
+sparse, too.
 
 The columns hold the largest relative differences: of losses and of gradient norms over all roles and steps, and of all
 final parameters together (L2). The last column is the largest difference that the test allows.
 
-This command writes the page; without `--write-parity` the test compares the page with its own rows and bounds:
+- A method NAME is the job `train_configs/tiny_wan_NAME.toml`.
+- *fsdp N*, *tensor N*, *sequence N*: `dp_shard`, `tensor` or `sequence` is N; *hsdp 2 × 2*: `dp_replicate` and
+  `dp_shard` are 2; *all-gather*: attention gathers keys and values, because 3 does not divide the number of heads.
+- *students*: student and critic; *data fsdp 2*: the data and the roles without a layout of their own have fsdp 2.
+- *accumulation 4*: four micro-batches of one sample; *full checkpointing*, *selective checkpointing*:
+  `activation_checkpoint.mode`; *block skip*: full, with `skip_interval = 2`.
+- *token region*: `token_region = true`; *no resharding*: `reshard_after_forward = false`.
+
+This command writes the page. Without `--write-parity` the test checks that the page agrees with what it measures:
 
 ```
 {COMMAND}
@@ -392,6 +403,7 @@ ROWS_OF_THE_PAGE = {
 
 
 def test_the_page_has_all_rows_within_their_bounds() -> None:
+    assert PARITY.read_text().startswith(INTRODUCTION), STALE
     rows = listed()
     assert {start: row.tolerance for start, (row, _) in ROWS_OF_THE_PAGE.items()} == {
         start: bound for start, (*_, bound) in rows.items()

@@ -9,24 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import slurm_stand_ins
 import toy_family
 from forked import train_forked
 from runs import HELPERS, REPOSITORY, read_metrics
 
 from titan_distill.checkpoint.discovery import complete_steps
 
-SRUN = """#!/usr/bin/env bash
-while [[ $1 == --* ]]; do shift; done
-export SLURM_NODEID=0
-exec "$@"
-"""
-SCONTROL = """#!/usr/bin/env bash
-if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >>"$SCONTROL_LOG"; fi
-"""
 TOY = REPOSITORY / "tests" / "assets" / "toy_finetune.toml"
 
 
@@ -58,17 +51,14 @@ def running(command: list[str], folder: Path, **variables: str) -> Iterator[subp
     finally:
         if job.poll() is None:
             for pid in [*descendants(job.pid), job.pid]:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, signal.SIGKILL)
             job.communicate()
 
 
 def sbatch(folder: Path, steps: int, **variables: str) -> list[str]:
     """The script's command line, its stand-ins put in place."""
-    stand_ins = folder / "bin"
-    stand_ins.mkdir(exist_ok=True)
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (stand_ins / name).write_text(text)
-        (stand_ins / name).chmod(0o755)
+    slurm_stand_ins.install(folder)
     return ["bash", "scripts/slurm/train.sbatch", str(TOY), *arguments(folder, "run", steps)]
 
 
@@ -87,8 +77,9 @@ def descendants(pid: int) -> list[int]:
 
 def rank_process(job: subprocess.Popen[str], rank: int) -> int:
     for pid in descendants(job.pid):
-        if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text():
-            return pid
+        with suppress(OSError):  # it has just ended
+            if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text():
+                return pid
     raise AssertionError(f"no process is rank {rank}")
 
 

@@ -1,8 +1,7 @@
 """scripts/slurm/train.sbatch on two "nodes" of one rank each, over loopback.
 
-Only SLURM is a stand-in: an `srun` that starts what it is given twice and passes signals on, and an `scontrol` that
-knows one host name and writes down what it is asked to requeue. The script, its torchrun line and the
-training are real.
+Only SLURM is a stand-in (tests/helpers/slurm_stand_ins.py); the script, its torchrun line and the training are real.
+test_real_slurm.py runs the script under a real SLURM.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
+import slurm_stand_ins
 from runs import REPOSITORY, read_metrics
 
 SMALL = (
@@ -23,30 +24,12 @@ SMALL = (
     "--training.local_batch_size", "1",
     "--validation.enabled", "false",
 )  # fmt: skip
-SRUN = """#!/usr/bin/env bash
-while [[ $1 == --* ]]; do shift; done
-for node in 0 1; do SLURM_NODEID=$node "$@" & pids+=($!); done
-trap 'kill -USR1 "${pids[@]}"' USR1
-trap 'kill -TERM "${pids[@]}"' TERM
-for pid in "${pids[@]}"; do
-    while wait "$pid" && code=0 || code=$?; ((code == 138 || code == 143)) && kill -0 "$pid" 2>/dev/null; do :; done
-    ((code == 0)) || status=$code
-done
-exit "${status:-0}"
-"""
-SCONTROL = """#!/usr/bin/env bash
-if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >>"$SCONTROL_LOG"; fi
-"""
 
 
 @contextmanager
 def started(folder: Path, *overrides: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """The script as SLURM would start it, for a short finetune of the tiny Wan that writes to `folder/run`."""
-    stand_ins = folder / "bin"
-    stand_ins.mkdir(exist_ok=True)
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (stand_ins / name).write_text(text)
-        (stand_ins / name).chmod(0o755)
+    stand_ins = slurm_stand_ins.install(folder)
     environment = {
         **os.environ,
         "PATH": f"{stand_ins}:{os.environ['PATH']}", "PYTHON": sys.executable,
@@ -86,15 +69,38 @@ def test_wrong_input_ends_in_one_sentence(tmp_path: Path) -> None:
     assert output.startswith("error: ") and output.count("\n") == 1 and "training.steps" in output
 
 
-def test_warned_both_nodes_stop_after_one_step_and_the_job_is_requeued(tmp_path: Path) -> None:
-    """test_requeue.py starts such a job again."""
-    with started(tmp_path, "--training.steps", "1000000", "--checkpoint.interval", "2") as job:
+@pytest.mark.parametrize("lagging_node", ["0", "1"])
+def test_warned_both_nodes_stop_after_one_step_and_the_job_is_requeued(lagging_node: str, tmp_path: Path) -> None:
+    """Whichever node leaves first: srun takes no stop for a crash. test_requeue.py starts such a job again."""
+    endless = ("--training.steps", "1000000", "--checkpoint.interval", "2")
+    with started(tmp_path, *endless, LAGGING_NODE=lagging_node) as job:
         wait_for_checkpoint(tmp_path / "run", job)
         job.send_signal(signal.SIGUSR1)
         output, _ = job.communicate(timeout=120)
     assert job.returncode == 75, output[-3000:]
     assert (tmp_path / "scontrol.log").read_text() == f"requeue {os.getpid()}\n", output[-3000:]
     assert max(saved_steps(tmp_path / "run")) == read_metrics(tmp_path / "run")[-1]["step"]
+    logs = [path.read_text() for path in (tmp_path / "run" / "logs").rglob("*.log")]
+    assert "Traceback" not in output + "".join(logs) and "frame #" not in output + "".join(logs)
+
+
+def test_a_crash_on_one_node_ends_both_and_the_job_is_not_requeued(tmp_path: Path) -> None:
+    endless = ("--training.steps", "1000000", "--checkpoint.interval", "2", "--comm.train_timeout_seconds", "20")
+    with started(tmp_path, *endless) as job:
+        wait_for_checkpoint(tmp_path / "run", job)
+        os.kill(rank_process(1), signal.SIGKILL)
+        output, _ = job.communicate(timeout=120)
+    assert job.returncode == 1, output[-3000:]
+    assert not (tmp_path / "scontrol.log").exists()
+
+
+def rank_process(rank: int) -> int:
+    """Process id of a rank of this test's job."""
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if {f"RANK={rank}", f"SLURM_JOB_ID={os.getpid()}"} <= set(environment.read_text().split("\0")):
+                return int(environment.parent.name)
+    raise AssertionError(f"no process is rank {rank}")
 
 
 def saved_steps(folder: Path) -> list[int]:

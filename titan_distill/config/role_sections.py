@@ -19,7 +19,7 @@ HEAD_FLAVOR = "head"
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     name: Literal["adamw"] = "adamw"
-    """Optimizer of every trained role."""
+    """Optimizer of all trained roles."""
     lr: float = 2e-6
     """Peak learning rate."""
     betas: tuple[float, float] = (0.0, 0.999)
@@ -109,15 +109,15 @@ class RoleConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Storage type of the weights. auto stores trained weights in float32 and frozen weights in training.dtype."""
     optimizer: OptimizerConfig
-    """Keys of [optimizer], without name, that differ for this role. Default: all as in [optimizer]."""
+    """Keys of [optimizer] that differ for this role; optimizer.name cannot differ. Default: all as in [optimizer]."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """LoRA: train low-rank adapters of the linear layers and leave the role's weights as they are."""
     max_grad_norm: float | None = None
     """Gradient clipping norm of this role. Default: training.max_grad_norm."""
     parallelism: ParallelismConfig
-    """Keys of [parallelism], without async_tensor, that differ for this role. Default: all as in [parallelism]. A role
-    that sets one of the four degrees has a layout of its own: dp_replicate, sequence and tensor default to 1 then, and
-    dp_shard to all remaining ranks."""
+    """Keys of [parallelism] that differ for this role; async_tensor cannot differ. Default: all as in [parallelism]. A
+    role that sets one of the four degrees takes none of them from [parallelism]: an unset dp_replicate, sequence or
+    tensor is then 1, and an unset dp_shard takes all remaining ranks."""
 
     def __post_init__(self) -> None:
         check_range(self, "max_grad_norm", above=0)

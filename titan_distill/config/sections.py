@@ -18,7 +18,7 @@ from titan_distill.config.parsing import check_no_effect, check_range, nearest_m
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
     name: str
-    """Name of the run, in its default output folder and in the trackers."""
+    """Name of the run, used in the default output folder and in the trackers."""
     config_file: str = field(default="", compare=False)
     """TOML file with the configuration. Command line only."""
     output_dir: str = ""
@@ -67,7 +67,7 @@ class DataConfig:
     num_workers: int = 0
     """Loader processes per rank. 0 reads in the training process."""
     max_bad_rows: int = 0
-    """Unreadable rows to skip, each with a line in the log. One more ends the run."""
+    """Largest number of unreadable rows that may be skipped, each with a line in the log. One more ends the run."""
     fps: float | None = None
     """Frames per second to which the videos of a .csv are resampled. Default: every frame as it is."""
 
@@ -102,7 +102,8 @@ class TrainingConfig:
     gc_interval: int = 50
     """Steps between runs of Python's garbage collector, which all ranks start at the same step."""
     max_nonfinite_skips: int = 0
-    """Updates per role to skip because a loss or gradient is not finite. One more ends the run."""
+    """Largest number of updates per role that may be skipped because a loss or gradient is not finite. One more ends
+    the run."""
 
     def __post_init__(self) -> None:
         check_range(self, "steps", "global_batch_size", "local_batch_size", "gc_interval", least=1)
@@ -212,11 +213,13 @@ class SparseAttentionConfig:
     sparsity: float = 0.9
     """Final sparsity: fraction of key tiles that a query tile skips."""
     schedule_rate: float = 0.0
-    """Increase of the sparsity, from 0, every schedule_interval steps. 0 starts with the final sparsity."""
+    """Amount added to the sparsity every schedule_interval steps; the sparsity then starts at 0. A rate of 0 uses the
+    final sparsity from the first step."""
     schedule_interval: int = 1
     """Steps between increases of the sparsity."""
     crossover: float = 0.5
-    """Sparsity below which dense attention reads all tiles, because it is faster there. 0 is always sparse."""
+    """Lowest sparsity at which attention is sparse. Below it dense attention reads all tiles, which is faster at low
+    sparsity. 0 is always sparse."""
     tiles_per_list: int = 1
     """Neighbouring query tiles that share one list of key tiles. 2 uses the tensor cores better and differs slightly
     from the published method."""

@@ -64,14 +64,15 @@ class AdversarialConfig(GuidedFewStepConfig):
     adversarial_weight: float = 0.0
     """Weight of the adversarial term in the student's update; 0 leaves it out, FastGen uses 0.03."""
     f_divergence: Divergence = "reverse_kl"
-    """Divergence that distribution matching descends; all but reverse_kl weigh the student's samples by the
-    discriminator."""
+    """Divergence that distribution matching minimises. All but reverse_kl need a discriminator, whose output weighs
+    each student sample."""
     discriminator_depths: tuple[int, ...] = ()
-    """Blocks of the critic, counted from 0, whose hidden states the discriminator reads; 15, 22, 29 of 30, say."""
+    """Blocks of the critic, counted from 0, whose hidden states the discriminator reads, for example 15, 22 and 29 of
+    30."""
     r1_weight: float = 0.0
     """Weight of the approximate R1 penalty in the discriminator's update; 0 leaves it out."""
     r1_noise: float = 0.1
-    """Standard deviation of the noise that moves a real sample for the R1 penalty."""
+    """Standard deviation of the noise added to a real sample for the R1 penalty."""
 
     @property
     def has_discriminator(self) -> bool:

@@ -40,13 +40,13 @@ class ConsistencyConfig(GuidedFewStepConfig):
     """[method_config] of `recipe.method = "consistency"`."""
 
     num_grid_steps: int = 48
-    """Steps of the grid from noise to data. More steps make the teacher's step more exact, and the student learns the
-    low noise levels before the high ones for longer."""
+    """Steps of the grid from noise to data. More steps make the teacher's step more exact, but it takes the student
+    longer to learn the high noise levels."""
     target: Literal["ema", "student"] = "ema"
     """Weights whose prediction at the lower level is the target: the average of [ema], or the student's own, without
     gradient (iCT, 2310.14189)."""
     loss: losses.ConsistencyLoss = "pseudo_huber"
-    """Distance of the two predictions: `l2`, or `pseudo_huber`, which a bad step cannot dominate."""
+    """Distance of the two predictions: `l2`, or `pseudo_huber`, which limits the influence of outliers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

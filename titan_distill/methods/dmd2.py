@@ -38,31 +38,32 @@ class Dmd2Config(AdversarialConfig):
     """[method_config] of `recipe.method = "dmd2"`."""
 
     rollout: Literal["simulate", "data"] = "simulate"
-    """`simulate`: the student denoises pure noise up to the exit. `data`: a real latent is noised to the exit's
-    level."""
+    """`simulate`: the student denoises pure noise up to the exit step, where the rollout ends. `data`: a real latent is
+    noised to the level of the exit step."""
     last_step_only: bool = False
-    """True: a rollout always ends at the last step. False: at a step drawn uniformly."""
+    """True: the exit step is the last of denoising_steps. False: it is drawn uniformly from them."""
     update_ratio: int = 5
-    """Critic updates per student update."""
+    """Steps per student update. The critic is updated at every step, with exclusive = true only at the steps without a
+    student update."""
     exclusive: bool = False
-    """True: a step updates either the student or the critic, never both (four critic steps per student step at ratio
-    5)."""
+    """True: every update_ratio-th step updates only the student, every other step only the critic; ratio 5 then gives
+    four critic updates per student update. False: every step updates the critic, so ratio 5 gives five."""
     fake_guidance_scale: float = 1.0
-    """Critic's classifier-free guidance, standard form; 1 means without."""
+    """Scale of the critic's classifier-free guidance, standard form. 1 is without guidance."""
     min_step: float = 20.0
     """Lowest timestep at which scores are compared."""
     max_step: float = 980.0
     """Highest timestep at which scores are compared."""
     ts_schedule: bool = False
-    """True: the score timestep is drawn between the rollout's last step and the next one. False: over the whole
+    """True: the score timestep is drawn between the exit step and the step after it. False: it is drawn over the whole
     range."""
     clamp: Literal["after_shift", "resample"] = "after_shift"
-    """Enforcement of min_step and max_step: `after_shift` clamps the shifted timestep, `resample` draws within the
-    bounds."""
+    """Way to keep the score timestep between min_step and max_step. `after_shift` clamps the shifted timestep,
+    `resample` draws between the two."""
     critic_loss: Literal["flow", "x0", "noise", "v"] = "flow"
-    """Quantity that the critic regresses; all have the same minimum and weigh noise levels differently."""
+    """Quantity that the critic regresses. All have the same minimum, but weigh noise levels differently."""
     normalise: bool = True
-    """True: the score difference is divided by mean |x - x_real|, sample by sample (DMD eq. 8)."""
+    """True: the score difference of each sample is divided by its mean |x - x_real| (DMD eq. 8)."""
     student_sampler: Literal["sde", "ode"] = "sde"
     """Transition between two steps of a rollout: `sde` re-noises the x0 estimate with fresh noise, `ode` takes an Euler
     step."""

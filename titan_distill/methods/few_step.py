@@ -27,10 +27,11 @@ class FewStepConfig:
     denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     """The student's few-step schedule, as timesteps. The methods consistency and scm use it in validation only."""
     warp: bool = True
-    """True: denoising_steps name entries of the shifted schedule (1000, 750, … at shift 5 is 1000, 937.5, …). False:
-    they are final timesteps."""
+    """True: the shift of the noise schedule is applied to denoising_steps (1000, 750, … at shift 5 become 1000, 937.5,
+    …). False: they are final timesteps."""
     guidance_scale: float = 4.0
-    """Teacher's classifier-free guidance, which the student learns; it needs none itself."""
+    """Scale of the teacher's classifier-free guidance. The student learns the guided teacher and samples without
+    guidance."""
     teacher_steps: int = 48
     """Sampling steps of the teacher's validation samples."""
     teacher_solver: Literal["euler", "unipc"] = "unipc"
@@ -54,8 +55,9 @@ class GuidedFewStepConfig(FewStepConfig):
     """Settings of a few-step student whose teacher is asked for guided predictions during training."""
 
     guidance_form: Literal["standard", "offset"] = "standard"
-    """`standard`: u + w (c - u). `offset`: c + w (c - u), as Self-Forcing, CausVid and FastVideo write it (3.0 there is
-    4.0 here)."""
+    """Formula of classifier-free guidance: w is guidance_scale, u and c are the predictions without and with the
+    prompt. `standard`: u + w (c - u). `offset`: c + w (c - u), as in Self-Forcing, CausVid and FastVideo. An offset
+    scale of 3.0 equals a standard scale of 4.0."""
 
     @property
     def teacher_guidance(self) -> Guidance:

@@ -48,13 +48,14 @@ class KnowledgeDistillationConfig(FewStepConfig):
     denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     """The student's few-step schedule, as timesteps; each must be a state of the recorded trajectories."""
     guidance_scale: float = 4.0
-    """Classifier-free guidance of the teacher's sampling, standard form, when pairs are made and in validation."""
+    """Scale of the teacher's classifier-free guidance, standard form, for recorded trajectories and for validation."""
     teacher_steps: int = 48
-    """Sampling steps of the teacher; their grid must hold denoising_steps, as 48 Euler steps hold warped quarters."""
+    """Sampling steps of the teacher. Their timesteps must include denoising_steps, as those of 48 Euler steps include
+    warped quarters."""
     teacher_solver: Literal["euler", "unipc"] = "euler"
     """ODE solver of the teacher's sampling."""
     teacher_in_validation: bool = True
-    """Whether the run holds the role `teacher` to compare with; training needs the recorded trajectories only."""
+    """True: validation also samples the role `teacher`. Training itself needs only the recorded trajectories."""
 
 
 @register_method("knowledge_distillation")

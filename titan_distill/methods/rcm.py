@@ -31,10 +31,11 @@ class RcmConfig(TangentConfig, Dmd2Config):
     """[method_config] of `recipe.method = "rcm"`."""
 
     exclusive: bool = True
-    """True: after the warm-up a step updates either the student or the critic, never both (four critic steps per
-    student step at ratio 5)."""
+    """True: after the warm-up every update_ratio-th step updates only the student, every other step only the critic;
+    ratio 5 then gives four critic updates per student update. False: every step updates the critic, so ratio 5 gives
+    five."""
     consistency_weight: float = 100.0
-    """Weight of the consistency term, a mean over elements, against that of distribution matching."""
+    """Weight of the consistency term, a mean over elements. The term of distribution matching has weight 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

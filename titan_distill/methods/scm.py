@@ -43,8 +43,8 @@ class TangentConfig(GuidedFewStepConfig):
     """Noise levels of tangents, and their normalisation."""
 
     timestep_distribution: Literal["uniform", "logit_normal"] = "logit_normal"
-    """Distribution of the noise level before the shift of pipeline_config.flow_shift. With `logit_normal`, tan t =
-    σ / (1 − σ) is log-normal, as in the papers."""
+    """Distribution of the noise level before the shift of pipeline_config.flow_shift. With `logit_normal`, σ / (1 − σ)
+    is log-normal, as in the papers."""
     logit_mean: float = -0.8
     """Mean of the logit-normal distribution, to which the shift s adds log s. The default is ours."""
     logit_std: float = 1.6
@@ -54,8 +54,8 @@ class TangentConfig(GuidedFewStepConfig):
     tangent_floor: float = 0.1
     """Constant added to a tangent's norm before the tangent is divided by it."""
     derivative_step: float = 0.0
-    """0: the student's exact derivative, by forward-mode differentiation. Above 0: its slope between σ - step and σ +
-    step on the teacher's tangent line, for students that are not smooth in time; needs float32."""
+    """0: the student's derivative is exact, by forward-mode differentiation. Above 0: it is the slope over σ ±
+    derivative_step on the teacher's tangent line, for students that are not smooth in time; needs float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,13 +40,13 @@ class SelfForcingConfig(Dmd2Config):
     """[method_config] of `recipe.method = "self_forcing"`."""
 
     same_step_across_blocks: bool = True
-    """True: one exit for all segments of a rollout. False: one drawn for each."""
+    """True: one exit step for all segments of a rollout. False: one is drawn for each segment."""
     context_noise: float = 0.0
-    """Timestep to which finished segments are noised before the KV cache reads them, in training and in sampling; 0
-    reads them clean."""
+    """Timestep to which finished segments are noised before they enter the KV cache, in training and in sampling. 0
+    adds no noise."""
     num_rollout_segments: int = 0
-    """Segments that the student makes in training. 0: as many as a sample has. A longer rollout is trained on its last
-    segments, one fewer than a sample has."""
+    """Segments that the student makes in training. 0: as many as a sample has. A longer rollout is trained only on its
+    last segments, one fewer than a sample has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ class WanPipelineConfig:
     flow_shift: float = 5.0
     """Shift of the noise schedule, for every role: sigma = s u / (1 + (s - 1) u). Wan uses 3 at 480p and 5 at 720p."""
     negative_prompt: str = ""
-    """Prompt of the unconditional side of classifier-free guidance."""
+    """Prompt of the unconditional prediction of classifier-free guidance."""
     height: int = 480
     """Video height in pixels."""
     width: int = 832
@@ -39,26 +39,26 @@ class WanPipelineConfig:
     """Scale of classifier-free guidance for the low-noise expert, as in u + w (c - u). Default: the method's scale, as
     for the high-noise expert."""
     offload_text_encoder: bool = False
-    """Hold the text encoder in host memory, each layer on the device only while it runs: 11 GB less, seconds more per
-    new prompt."""
+    """Hold the text encoder in host memory and move each layer to the device only while it runs. Saves 11 GB of device
+    memory and costs seconds per new prompt."""
     frames_per_block: int = 3
-    """Latent frames per block of a causal role. A block is made at once: it attends both ways within itself, and back
+    """Latent frames per block of a causal role. All frames of a block are made together: they attend to each other and
     to earlier blocks."""
     independent_first_frame: bool = False
     """Make the first block of a causal role one latent frame long: a picture."""
     cache_window_frames: int = 0
-    """Size of a causal role's KV cache in latent frames, sink_frames included; 0 caches all. A window bounds the memory
-    and arithmetic per block, so that videos may have any length."""
+    """Size of a causal role's KV cache in latent frames, sink_frames included; 0 caches all. A limit bounds memory and
+    FLOPs per block, so that videos may have any length."""
     sink_frames: int = 0
     """Attention sink: the first frames, never evicted from the KV cache."""
     image_probability: float = 0.0
     """Share of the training samples that start from an image, their own first latent frame (image-to-video); the rest
     has text only. Wan 2.2 TI2V was trained with 0.2."""
     image_noise_mean: float = -3.5
-    """Noise of a training sample's image: exp(N(image_noise_mean, image_noise_std)) times the sample's level; -inf adds
-    none."""
+    """Mean of the logarithm of an image's noise level, as a share of its training sample's noise level; -inf adds no
+    noise."""
     image_noise_std: float = 0.5
-    """Standard deviation of the noise described at image_noise_mean."""
+    """Standard deviation of the logarithm described at image_noise_mean."""
     validate_from_image: bool = False
     """Start validation videos from the pictures beside the prompts of validation.prompts: a .csv with the column image
     (or video), or the first frames of parquet with latents."""
