@@ -11,7 +11,7 @@ from typing import Any
 
 
 def read_text(path: Path) -> str:
-    """The whole file, with any line ends as `\\n`. Raises ValueError naming it when it is not there or no UTF-8."""
+    """Returns the text of a file, with all line ends as `\\n`. Raises ValueError if it is missing or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
