@@ -138,7 +138,7 @@ class KnowledgeDistillation(FewStepTraining):
             raise ValueError(
                 f"the data's trajectories hold the timesteps {[round(t, 2) for t in timesteps_BS[row].tolist()]}, but "
                 f"denoising_steps at shift {self.adapter.flow_shift:g} need {wanted_B[row]:.2f}; change "
-                "denoising_steps or pipeline_config.flow_shift, or record the trajectories again"
+                "denoising_steps or the flow shift, or record the trajectories again"
             )
         index_B = to_device(index_B, states_BS.device)
         return states_BS[torch.arange(len(index_B), device=states_BS.device), index_B]

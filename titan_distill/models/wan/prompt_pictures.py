@@ -1,8 +1,8 @@
 """The pictures that validation videos start from, beside the prompts of `validation.prompts`.
 
 A .csv names them in its column `image`, or takes the first frames of its column `video`; a parquet file has them as
-first frames of its latents, or as the tensors of `image_channels`. Prompt k starts from the picture of its own row, so
-that text and picture fit; rows repeat, as prompts do, where there are fewer of them.
+first frames of its latents, or as the tensors of `image_channels`. Prompt k starts from the picture in its own row. If
+there are fewer rows than prompts, rows repeat like prompts.
 """
 
 from __future__ import annotations
