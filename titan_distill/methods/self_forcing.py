@@ -113,8 +113,8 @@ class SelfForcing(Dmd2):
         """Returns the passes of all updates. A segment takes the forwards up to its exit, and one that writes its
         context.
 
-        For a rollout longer than a sample, all exits are counted without gradient and those of the sample a second time
-        with gradient, which slightly overestimates the cost.
+        For a rollout longer than a sample, all exits are counted without gradient, and those of the sample also with
+        gradient, which slightly overestimates the cost.
         """
         assert isinstance(config, SelfForcingConfig)
         segments = config.num_rollout_segments
