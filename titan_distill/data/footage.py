@@ -82,7 +82,7 @@ def read_clips(path: Path, size: VideoSize, stride: int | None = None) -> Iterat
             yield Clip(torch.stack([pixels for _, _, pixels in window]), duration)
     if count < num_frames:
         rate = "" if size.fps is None else f" at {size.fps:g} frames per second"
-        raise ValueError(f"{path} has {count} frames{rate}, a clip takes {num_frames}: remove it or ask for less")
+        raise ValueError(f"{path} has {count} frames{rate}, but a clip needs {num_frames}: remove it or ask for fewer")
 
 
 def read_picture(path: Path, height: int, width: int) -> Tensor:

@@ -281,7 +281,7 @@ def _stack(rows: Sequence[LatentRow], tensors: Sequence[Tensor], what: str) -> T
         if tensor.shape != tensors[0].shape:
             raise ValueError(
                 f"row {row.id!r} has a {what} of {list(tensor.shape)}, row {rows[0].id!r} of {list(tensors[0].shape)}: "
-                "a dataset has one size"
+                "all rows of a dataset must have the same shape"
             )
     return torch.stack(list(tensors))
 

@@ -321,7 +321,7 @@ def _to_record(row: LatentRow, extra: Iterable[str]) -> dict[str, Any]:
         raise ValueError(f"row {row.id!r}: caption is empty: a dataset has one for each row")
     if set(row.extra) != set(extra):
         raise ValueError(
-            f"row {row.id!r} has the tensors {sorted(row.extra)}, the first row {sorted(extra)}: a file has one set"
+            f"row {row.id!r} has the tensors {sorted(row.extra)}, the first row {sorted(extra)}: use the same in all"
         )
     record = {name: getattr(row, name) for name in SCHEMA.names if hasattr(row, name)}
     for name, tensor in {"vae_latent": row.vae_latent, "text_embedding": row.text_embedding, **row.extra}.items():

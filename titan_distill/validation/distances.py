@@ -68,7 +68,7 @@ def sliced_wasserstein_excess(a_NP: Tensor, b_NP: Tensor, *, num_cuts: int = 32,
     ValueError for fewer than four samples.
     """
     if len(a_NP) < 4:
-        raise ValueError(f"{len(a_NP)} samples can't be cut into halves that tell anything; compare at least 4")
+        raise ValueError(f"{len(a_NP)} samples are too few for the distance without its floor; compare at least 4")
     generator = torch.Generator().manual_seed(seed)
     half = len(a_NP) // 2
     total = 0.0

@@ -273,7 +273,7 @@ class WanFamily(ModelFamily):
         num_blocks = _wan(module).config.num_layers
         if outside := [depth for depth in depths if not 0 <= depth < num_blocks]:
             raise ValueError(
-                f"a head is to read features behind block {outside[0]}, but the network has {num_blocks} blocks, "
+                f"a head reads features after block {outside[0]}, but the network has {num_blocks} blocks, "
                 f"counted from 0; choose from 0 to {num_blocks - 1}"
             )
         return _wan(module).config.inner_dim
