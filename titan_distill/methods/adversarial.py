@@ -92,7 +92,7 @@ class AdversarialConfig(GuidedFewStepConfig):
                 "above 0, or remove them"
             )
         if len(set(self.discriminator_depths)) < len(self.discriminator_depths):
-            raise ValueError(f"discriminator_depths = {list(self.discriminator_depths)} names a block twice")
+            raise ValueError(f"discriminator_depths = {list(self.discriminator_depths)} names a block twice; drop one")
 
 
 def discriminator_loss(z_real_B: Tensor, z_made_B: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def memory_table(plan: Plan) -> str:
 
 def _peak_phase(plan: Plan) -> str:
     if plan.peak_update is None:
-        return "validation: all states, and what decoding a clip takes"
+        return "validation: all states, and the decoding of a clip"
     return f"the update of {plan.peak_update}: all states, and its gradients, activations and largest temporary"
 
 

@@ -35,7 +35,8 @@ from titan_distill.diffusion.transfer import to_device
 from titan_distill.models.base import Condition
 
 IMAGE, MASK = "first_frame", "first_frame_mask"
-"""In a condition: the given latent frame [B, C, 1, H, W], and m on that frame [B]; 1 where a sample has no image."""
+"""Names in a condition of the given latent frame [B, C, 1, H, W] and of m on that frame [B], which is 1 for a sample
+without an image."""
 
 # A mask beyond this would be no image any more; the law gets there once in ten million draws.
 _MAX_TRAINING_MASK = 0.5
@@ -43,7 +44,8 @@ _MAX_TRAINING_MASK = 0.5
 
 @dataclass(frozen=True)
 class ImageMixing:
-    """The choice of training samples that start from an image, and its noise. `noise_mean` = -inf gives none."""
+    """Random choice of the training samples that start from an image, and the noise on that image. `noise_mean` = -inf
+    adds no noise."""
 
     noise: KeyedNoise
     probability: float

@@ -83,7 +83,7 @@ def apply_tensor_parallel(model: WanTransformer, mesh: DeviceMesh, *, by_tokens:
 
 
 def _shards(model: WanTransformer) -> dict[str, int]:
-    """The dim along which each cut parameter is cut."""
+    """Returns the dim along which each sharded parameter is cut, by name."""
     shards = {}
     for name, _ in model.named_parameters():
         module, _, leaf = name.rpartition(".")
