@@ -50,11 +50,12 @@ def verify(path: Positional[Path]) -> None:
 def import_weights(
     folder: Positional[Path], out: Path | None = None, family: str = RecipeConfig.family, role: str = "student"
 ) -> None:
-    """Print the TOML line that starts a role from a diffusers folder: nothing has to be imported.
+    """Print the TOML line that starts a role from a diffusers folder. Training reads the folder itself, so the command
+    writes no file.
 
     Args:
         folder: Diffusers transformer, or a pipeline that has one.
-        out: No effect: nothing is written.
+        out: Has no effect, because the command writes no file.
         family: Model family of the weights.
         role: Role that starts from the weights.
     """

@@ -356,8 +356,8 @@ def _build_loader(config: Config, dataset: RowDataset[Any], layouts: Layouts, st
 def _resume(
     run: ResolvedRun, roles: RoleManager, device: torch.device, lock: RunLock | None
 ) -> tuple[CheckpointManager | None, TrainState]:
-    """Loads the checkpoint to resume from. Returns the manager that saves further ones, if they are enabled, and the
-    first state."""
+    """Loads the checkpoint to resume from, if there is one. Returns the manager for further saves (None if they are
+    disabled) and the first state."""
     config = run.config
     state = TrainState(step=0, samples_seen=0, seed=config.job.seed)
     if not (config.checkpoint.enabled or config.checkpoint.resume_from):

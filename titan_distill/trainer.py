@@ -152,7 +152,7 @@ class Trainer:
         return {name: value / self.config.training.global_batch_size for name, value in zip(totals, sums)}, nonfinite
 
     def after_step(self) -> None:
-        """Saves, validates, collects garbage and advances the profiler, each when it is due. A run that is to stop
+        """Saves, validates, collects garbage and advances the profiler, each if it is due. A run that was asked to stop
         saves now and does not validate."""
         config, step = self.config, self.state.step
         last = step == config.training.steps

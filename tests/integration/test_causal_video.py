@@ -60,7 +60,7 @@ def test_a_video_longer_than_in_training(checkpoint: Path, tmp_path: Path) -> No
         (("--num-frames", "12"), "num_frames = 12 must be 4 n + 1 for the VAE; the nearest is 13"),
         (("--role", "critic"), "'self_forcing' does not say how to sample from its critic"),
         (("--guidance-scale", "3"), "sample the role 'student' with 1"),
-        (("--sink-frames", "2"), "sink_frames = 2 are frames of cache_window_frames = 0"),
+        (("--sink-frames", "2"), "sink_frames = 2 must be less than cache_window_frames = 0"),
     ],
 )
 def test_wrong_options(

@@ -370,4 +370,4 @@ def test_a_block_that_the_critic_lacks_is_refused(
     monkeypatch.chdir(REPOSITORY)
     asked = ("--method_config.discriminator_depths", "[1, 6]", "--job.dry_run")
     assert main(tiny_argv("dmd2_gan", tmp_path, *asked)) == 2
-    assert "behind block 6, but the network has 6 blocks, counted from 0; choose from 0 to 5" in capsys.readouterr().err
+    assert "after block 6, but the network has 6 blocks, counted from 0; choose from 0 to 5" in capsys.readouterr().err

@@ -148,7 +148,7 @@ def test_split_batches_draw_the_same_times(tmp_path: Path) -> None:
 
 def test_pairs_of_another_shift_are_refused(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, "knowledge_distillation", "--pipeline_config.flow_shift", "3")
-    with pytest.raises(ValueError, match=r"hold the timesteps \[1000.0, 750.0, 500.0, 250.0\].*shift 3 ask for"):
+    with pytest.raises(ValueError, match=r"hold the timesteps \[1000.0, 750.0, 500.0, 250.0\].*shift 3 need"):
         trainer.run()
 
 
@@ -156,7 +156,7 @@ def test_more_states_than_levels_are_fine_and_fewer_are_refused(tmp_path: Path) 
     few = ("--method_config.denoising_steps", "[1000.0, 500.0]")
     toy_trainer(tmp_path, "knowledge_distillation", *few).run()
     many = ("--method_config.denoising_steps", "[1000.0, 900.0, 500.0]")
-    with pytest.raises(ValueError, match=r"ask for 900\.00; change these, or make the pairs again"):
+    with pytest.raises(ValueError, match=r"need 900\.00; change denoising_steps or .* record the trajectories again"):
         toy_trainer(tmp_path, "knowledge_distillation", *many, "--job.seed", "1").run()
 
 

@@ -282,5 +282,5 @@ def test_further_tensors_travel_with_their_samples(tmp_path: Path) -> None:
     assert next(loader(ParquetDataset(tmp_path))).extra == {}
 
     write_rows(tmp_path / "a.parquet", (row(index, length=3 + index % 2) for index in range(NUM_ROWS)))
-    with pytest.raises(RuntimeError, match=r"row 'row-\d' has a states of \[\d, 2\], row 'row-\d' of .*one size"):
+    with pytest.raises(RuntimeError, match=r"row 'row-\d' has a states of \[\d, 2\], row 'row-\d' of .*the same shape"):
         next(loader(ParquetDataset(tmp_path, tensors=("states",))))

@@ -399,7 +399,7 @@ def test_old_files_have_no_further_tensors(tmp_path: Path) -> None:
 
 def test_rows_of_a_file_have_the_same_further_tensors(tmp_path: Path) -> None:
     for rows in ([row_with_extra(0), make_row(1)], [make_row(0), row_with_extra(1)]):
-        with pytest.raises(ValueError, match=r"row 'row-1' has the tensors .*: a file has one set"):
+        with pytest.raises(ValueError, match=r"row 'row-1' has the tensors .*: use the same in all"):
             write_rows(tmp_path / "a.parquet", rows)
     broken = dataclasses.replace(row_with_extra(0), extra={"trajectory": torch.tensor([torch.nan])})
     with pytest.raises(ValueError, match="trajectory has non-finite values"):

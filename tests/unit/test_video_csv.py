@@ -176,7 +176,7 @@ def test_a_video_that_can_not_be_used_is_named_with_its_row(make: MakeTrainer, f
     write_video(tmp_path / "clips" / "good.mp4", 9)
     table = tmp_path / "videos.csv"
     for name, message in (
-        ("short", r"videos\.csv, line 2: .*short\.mp4 has 5 frames, a clip takes 9"),
+        ("short", r"videos\.csv, line 2: .*short\.mp4 has 5 frames, but a clip needs 9"),
         ("broken", r"videos\.csv, line 2: .*broken\.mp4 can't be decoded"),
     ):
         table.write_text(f"video,prompt\nclips/{name}.mp4,x\nclips/good.mp4,y\n")

@@ -272,7 +272,7 @@ def test_only_a_causal_role_makes_other_lengths(trainer: Trainer) -> None:
             r"makes 5 latent frames, which a first block of 1 .* set it to 13 or",
         ),
         (("--pipeline_config.frames_per_block", "0"), r"frames_per_block = 0 is out of range; choose at least 1"),
-        (("--pipeline_config.sink_frames", "2"), r"sink_frames = 2 are frames of cache_window_frames = 0"),
+        (("--pipeline_config.sink_frames", "2"), r"sink_frames = 2 must be less than cache_window_frames = 0"),
         (
             ("--pipeline_config.cache_window_frames", "-1"),
             r"cache_window_frames = -1 is out of range; choose at",

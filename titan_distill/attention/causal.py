@@ -1,17 +1,18 @@
-"""Block-causal attention: a segment of the sequence reads itself and the segments before it, never later ones.
+"""Block-causal attention: a segment of the sequence attends to itself and to the segments before it, never to later
+ones.
 
-So a video can be made segment by segment. The keys and values of a finished segment don't depend on later ones: they
-are computed once and cached, and each further segment is a forward over its own tokens only. Within a segment attention
-goes both ways, as in the bidirectional model that training starts from.
+A video can therefore be generated segment by segment. The keys and values of a finished segment do not depend on later
+segments. They are computed once and cached, so the forward of the next segment has only that segment's tokens as input.
+Within a segment attention is bidirectional, as in the model that training starts from.
 
-Tokens of a causal model lie frame after frame (tiles of one frame), so that every segment is one run of tokens whatever
-its length. It reads at most two runs: the *attention sink*, the very first tokens, and a *window* that ends with the
-segment itself. No mask is needed. A forward over the whole sequence is one dense attention per segment, with half the
-arithmetic of a masked one, and runs on the same fused kernels everywhere.
+The tokens of a causal model are ordered frame by frame (its tiles are one frame long), so every segment is one
+contiguous run of tokens. A segment attends to at most two runs: the *attention sink*, which is the first tokens of the
+sequence, and a *window* that ends with the segment itself. So no mask is needed. A forward over the whole sequence
+computes one dense attention per segment, with half the FLOPs of a masked attention and with the same fused kernels.
 
-The KV cache is a value, never a buffer that is written in place: a forward gets the keys and values of the cached
-positions, and one that writes hands out its own. So a checkpointed block recomputes in the backward what it computed in
-the forward, whatever was cached in between.
+The KV cache is immutable: a forward takes the keys and values of the cached positions and, if it is to write, returns
+its own. A block with activation checkpointing therefore recomputes the same values in the backward, even if the cache
+has grown in between.
 
 Shape suffixes: B batch, L query tokens, S key tokens, T text tokens, H heads (this rank's), D head dim.
 """
@@ -30,13 +31,13 @@ KeysAndValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Segmentation:
-    """The segments of a sequence, and how far back each one looks. Units are positions: frames of latents.
+    """Segments of a sequence, and the earlier positions that each one attends to. Units are positions (latent frames).
 
     Attributes:
         length: positions per segment.
-        single_first: the first segment is one position long.
-        window: most positions in the KV cache, the attention sink included; 0 caches all.
-        sink: attention sink: the first positions of the sequence, never evicted from the KV cache.
+        single_first: whether the first segment is one position long.
+        window: largest number of positions in the KV cache, the attention sink included; 0 caches all.
+        sink: length of the attention sink: the first positions of the sequence, never evicted from the KV cache.
     """
 
     length: int = 3
@@ -45,7 +46,7 @@ class Segmentation:
     sink: int = 0
 
     def lengths(self, num_positions: int) -> tuple[int, ...]:
-        """The segments of a whole sequence. Raises ValueError where they don't fill it."""
+        """Returns the lengths of the segments of a whole sequence. Raises ValueError if they do not fill it."""
         first = int(self.single_first)
         if num_positions not in self.nearest(num_positions):
             raise ValueError(
@@ -56,30 +57,32 @@ class Segmentation:
         return (1,) * first + (self.length,) * ((num_positions - first) // self.length)
 
     def nearest(self, num_positions: int) -> list[int]:
-        """Lengths of whole sequences next to `num_positions`: itself, or one below and one above."""
+        """Returns the valid sequence lengths nearest to `num_positions`: the number itself, or the next one below and
+        above."""
         first = int(self.single_first)
         count = max(0, num_positions - first) // self.length
         below = first + count * self.length
         return [below] if below == num_positions > 0 else [length for length in (below, below + self.length) if length]
 
     def describe(self) -> str:
-        """One phrase for the banner."""
+        """Returns a phrase for the banner."""
         first = "1, then of " if self.single_first else ""
         window = f", KV cache of {self.window} with an attention sink of {self.sink}" if self.window else ""
         return f"segments of {first}{self.length}{window}"
 
     def cached(self, num_before: int) -> tuple[int, int]:
-        """The cached ones of `num_before` finished positions: the number of first ones, and the start of the last."""
+        """Returns which of `num_before` finished positions are cached: the number of sink positions, and the first
+        position of the window."""
         if not self.window or num_before <= self.window:
             return 0, 0
         return self.sink, num_before - (self.window - self.sink)
 
     def num_cached(self, num_before: int) -> int:
-        """The number of cached positions after `num_before` finished ones."""
+        """Returns the number of positions that are cached after `num_before` finished ones."""
         return min(num_before, self.window) if self.window else num_before
 
     def runs(self, num_positions: int, tokens_per_position: int) -> tuple[Run, ...]:
-        """The tokens that each segment of a whole sequence reads."""
+        """Returns the tokens that each segment of a whole sequence attends to."""
         runs, start = [], 0
         for length in self.lengths(num_positions):
             sink, first = self.cached(start)
@@ -89,7 +92,7 @@ class Segmentation:
         return tuple(runs)
 
     def num_keys(self, num_positions: int) -> float:
-        """Mean number of positions that one position reads in a forward over the whole sequence."""
+        """Returns the mean number of positions that one position attends to in a forward over the whole sequence."""
         read, start = 0, 0
         for length in self.lengths(num_positions):
             read += length * (self.num_cached(start) + length)
@@ -99,7 +102,7 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens `start` to `stop` read tokens 0 to `sink` and `first` to `stop`."""
+    """One segment: its tokens `start` to `stop` attend to tokens 0 to `sink` and `first` to `stop` (ends exclusive)."""
 
     start: int
     stop: int
@@ -113,10 +116,11 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class CausalAttention:
-    """The attention core of one layer for one forward, over all segments at once or over one behind the KV cache.
+    """Attention core of one layer for one forward, over all segments at once or over the segment that follows the KV
+    cache.
 
     Attributes:
-        runs: what each segment reads; empty for one segment, which reads the cache and itself.
+        runs: tokens that each segment attends to; empty for a single segment, which attends to the cache and itself.
         cached: keys and values of the cached positions, in order.
         written: receives the keys and values of this forward, by position; None writes nothing.
     """
@@ -126,7 +130,7 @@ class CausalAttention:
     written: list[tuple[KeysAndValues, ...]] | None = None
 
     def mix(self, call: AttentionCall) -> tuple[Tensor, None]:
-        """The output [B, L, H, D] of all tokens of the layout; see `AttentionCore`."""
+        """Returns the output [B, L, H, D] of all tokens of the layout; see `AttentionCore`."""
         assert call.num_selected is None and call.queries is None, "causal attention is dense, and ranks see all tokens"
         q_BLHD, k_BSHD, v_BSHD = call.q_BLHD, call.k_BSHD, call.v_BSHD
         if self.written is not None:
@@ -144,16 +148,18 @@ class CausalAttention:
 
 
 def by_position(k_BSHD: Tensor, v_BSHD: Tensor, num_positions: int) -> tuple[KeysAndValues, ...]:
-    """Keys and values of each position, copied: a view would keep those of all other positions alive."""
+    """Returns copies of the keys and values of each position. A view would keep the memory of all positions
+    allocated."""
     keys, values = (x.unflatten(1, (num_positions, -1)).unbind(1) for x in (k_BSHD, v_BSHD))
     return tuple((k.clone(), v.clone()) for k, v in zip(keys, values, strict=True))
 
 
 @dataclass(eq=False)
 class TextCache:
-    """One layer's keys and values [B, T, H, D] of the text, which are the same for every segment.
+    """Keys and values [B, T, H, D] of the text in one layer, which are the same for every segment.
 
-    They serve only forwards without gradient: a forward with gradient computes them, so that their weights learn.
+    Only forwards without gradient use them. A forward with gradient computes them again, so that their weights are
+    trained.
     """
 
     keys_and_values: KeysAndValues | None = None
@@ -161,16 +167,16 @@ class TextCache:
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
-    """The KV cache of sequences that are made segment by segment.
+    """KV cache of sequences that are generated segment by segment.
 
-    Each position has tensors of its own: forwards whose backward is still to come hold caches of different length, and
-    these share their positions.
+    Each position has separate tensors. Forwards that wait for their backward hold caches of different lengths, and
+    these caches share the tensors of their common positions.
 
     Attributes:
-        segmentation: of the sequences; its window and attention sink say which positions stay.
-        num_positions: positions finished so far; the next segment begins at this one.
+        segmentation: segments of the sequences; its window and attention sink determine the cached positions.
+        num_positions: number of finished positions; the next segment begins at this index.
         layers: each layer's keys and values [B, S, H, D] of the cached positions, in order.
-        texts: each layer's cache of the text, filled by the first forward without gradient.
+        texts: each layer's cache of the text; the first forward without gradient fills it.
         written: receives each layer's keys and values of the next forward, by position; None writes nothing.
     """
 
@@ -186,19 +192,20 @@ class KVCache:
 
     @property
     def num_cached(self) -> int:
-        """Positions whose keys and values are here."""
+        """Number of cached positions."""
         return len(self.layers[0])
 
     def cores(self) -> list[CausalAttention]:
-        """One per layer, for a forward of the next segment."""
+        """Returns one attention core per layer, for a forward of the next segment."""
         return [CausalAttention(cached=cached, written=self.written) for cached in self.layers]
 
     def writable(self) -> KVCache:
-        """The same cache for one forward that writes its keys and values; `extended` takes them up."""
+        """Returns the same cache for one forward that writes its keys and values; `extended` then adds them."""
         return replace(self, written=[])
 
     def extended(self) -> KVCache:
-        """The cache after the forward of a finished segment, without the positions that the window evicts."""
+        """Returns the cache with the segment that the last forward wrote, and without the positions that the window
+        evicts."""
         assert self.written and len(self.written) == len(self.layers), "one entry per layer"
         total = self.num_positions + len(self.written[0])
         sink, first = self.segmentation.cached(total)
@@ -210,7 +217,7 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of everything cached, as it is stored."""
+        """Returns the bytes of all cached tensors."""
         texts = [text.keys_and_values for text in self.texts if text.keys_and_values is not None]
         pairs = [pair for cached in self.layers for pair in cached]
         return sum(tensor.untyped_storage().nbytes() for pair in (*pairs, *texts) for tensor in pair)

@@ -1,19 +1,18 @@
-"""The attention interface, and its dense form.
+"""The interface of attention cores, and dense attention.
 
-A transformer block owns projections, norms and rotary phases; an *attention core* only mixes tokens. That cut is what
-lets each role choose dense, sparse or causal attention without the block knowing. Whether the tokens of a sample are
-all on this rank or shared with others is a second choice, made by `sharded`.
+A transformer block has the projections, norms and rotary phases; an *attention core* only mixes tokens. Each role can
+therefore have dense, sparse or causal attention with the same block. `sharded` handles tokens that several ranks share.
 
-A core has two outputs because sparse attention has: a *fine* one for each token and, where the model has a gate for it,
-a *coarse* one for each tile. The gate stays where its tokens are; only outputs travel.
+A core has two outputs, because sparse attention has two: a *fine* output per token and, if the model has a gate for it,
+a *coarse* output per tile. The caller applies the gate, so ranks that share tokens exchange outputs but no gates.
 
-PyTorch has several fused kernels for dense attention and takes the first of an order that fits. On Hopper and
-data-centre Blackwell GPUs cuDNN's is about twice as fast as FlashAttention-2 by published figures, which torch 2.11
-would take, so `order_backends` puts it first.
-The order is set once, where a run starts: it is the process's, so backwards on autograd's own thread, recomputed blocks
-and graphs that torch.compile traces all see it, and a call costs nothing. A context manager in a call would be traced
-into every graph, and left again before the backward. cuDNN takes 16-bit numbers and head dims up to 128 that 8 divides;
-it has no deterministic mode and no forward-mode derivative. PyTorch gives inputs that it refuses to the next backend.
+PyTorch has several fused kernels for dense attention, in an order, and uses the first one that supports the inputs.
+torch 2.11 would use FlashAttention-2. On Hopper and data-centre Blackwell GPUs cuDNN's kernel is about twice as fast by
+published figures, so `order_backends` puts it first. A run sets the order once at its start, for the whole process. It
+then holds for backwards on autograd's thread, for recomputed blocks and for compiled graphs, and costs nothing per
+call. A context manager around each call would be traced into every graph, and would have ended before the backward.
+cuDNN supports 16-bit dtypes and head dims that are multiples of 8 up to 128. It has no deterministic mode and no
+forward-mode derivative. If a backend does not support the inputs, PyTorch uses the next one.
 
 Shape suffixes: B batch, L query tokens, S key tokens, H heads, D head dim, N query tiles.
 """
@@ -34,22 +33,23 @@ BACKENDS = {
     SDPBackend.EFFICIENT_ATTENTION: "memory-efficient attention",
     SDPBackend.MATH: "unfused products",
 }
-"""Ways to compute dense attention, the fastest on Hopper and Blackwell first."""
+"""Kernels for dense attention, in the order of their speed on Hopper and Blackwell."""
 
 _OLDEST_CUDNN = 91501
-"""Before 9.15.1 results are wrong where 128 does not divide the tokens (pytorch/pytorch#169849), as in Wan's videos."""
+"""Oldest usable cuDNN. Before 9.15.1 results are wrong unless 128 divides the number of tokens, which it does not in
+Wan's videos (pytorch/pytorch#169849)."""
 
 
 class AttentionCall(NamedTuple):
     """The arguments of one self-attention.
 
     Attributes:
-        q_BLHD: queries, of the tokens in the tiles `queries`.
+        q_BLHD: queries of the tokens in the tiles `queries`.
         k_BSHD, v_BSHD: keys and values.
         layout: the tile layout of the tokens.
-        gate_BLHD: weight of the coarse output in each query token's result; None for a core without a coarse output.
-        num_selected: key tiles that each query tile reads; None reads all, by dense attention.
-        queries: a run of query tiles; None is all tiles.
+        gate_BLHD: weight of the coarse output per query token; None for a core without a coarse output.
+        num_selected: number of key tiles that each query tile reads; None for all, computed by dense attention.
+        queries: range of query tiles; None for all tiles.
     """
 
     q_BLHD: Tensor
@@ -62,24 +62,26 @@ class AttentionCall(NamedTuple):
 
 
 class AttentionCore(Protocol):
-    """Mixes values by query-key similarity, scaled by 1/sqrt(D)."""
+    """Interface of attention: mixes values by query-key similarity, scaled by 1/sqrt(D)."""
 
     def mix(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Return the fine output [B, L, H, D] and the coarse one [B, N, H, D], or None, both in the dtype of the
-        queries. The gate is left to the caller."""
+        """Returns the fine output [B, L, H, D] and the coarse output [B, N, H, D] or None, in the dtype of the queries.
+        The caller applies the gate."""
         ...
 
 
 def dense_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
-    """Full softmax attention through PyTorch's fused kernels; the order of tokens does not matter to it."""
+    """Computes full softmax attention with PyTorch's fused kernels. The result does not depend on the order of
+    tokens."""
     q_BHLD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q_BLHD, k_BSHD, v_BSHD))
     return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD).transpose(1, 2)
 
 
 def order_backends(device: torch.device) -> None:
-    """Prefer cuDNN's attention in this process on data-centre Hopper and Blackwell GPUs (compute capability 9 and 10).
+    """Makes this process prefer cuDNN's attention on data-centre Hopper and Blackwell GPUs (compute capability 9 and
+    10).
 
-    Elsewhere PyTorch's order stays.
+    On other devices PyTorch's order does not change.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return
@@ -88,7 +90,7 @@ def order_backends(device: torch.device) -> None:
 
 
 def set_order(backends: list[SDPBackend]) -> None:
-    """Make PyTorch try these first, in this order, and then the others in theirs."""
+    """Makes PyTorch try `backends` first, in this order, and then the other backends in PyTorch's order."""
     first = [backend.value for backend in backends]
     # The order's only other entrance is a context manager, `sdpa_kernel(..., set_priority=True)`.
     others = [backend for backend in torch._C._get_sdp_priority_order() if backend not in first]
@@ -96,14 +98,15 @@ def set_order(backends: list[SDPBackend]) -> None:
 
 
 def dense_backend(num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, trained: bool) -> str:
-    """The name of what PyTorch would compute `dense_attention` with here; it asks PyTorch, with small tensors."""
+    """Returns the name of the backend that PyTorch would use for `dense_attention` on `device`. It asks PyTorch, with
+    small tensors."""
     q_BHLD = torch.zeros(1, 256, num_heads, head_dim, dtype=dtype, device=device).transpose(1, 2)
     q_BHLD.requires_grad_(trained)
     return BACKENDS[SDPBackend(torch._fused_sdp_choice(q_BHLD, q_BHLD, q_BHLD))]
 
 
 class DenseAttention:
-    """The core of a dense role: every token reads every other."""
+    """Attention core of a role with dense attention: every token attends to every token."""
 
     def mix(self, call: AttentionCall) -> tuple[Tensor, None]:
         return dense_attention(call.q_BLHD, call.k_BSHD, call.v_BSHD), None

@@ -1,7 +1,7 @@
-"""Self-attention of the tokens that one rank holds among all tokens of their samples.
+"""Self-attention for tokens that are distributed over ranks.
 
-The attention core mixes tokens; this file brings queries, keys and values together for it and returns the outputs to
-the rank that holds their tokens, where the gate of the coarse branch is. `parallelisms.sequence` describes how ranks
+An attention core mixes tokens. This file collects the queries, keys and values that the core needs, and sends each
+output to the rank that holds its token and the gate of the coarse branch. `parallelisms.sequence` describes how ranks
 share tokens, by Ulysses or with gathered keys and values.
 
 Shape suffixes: B batch, L tokens of the core's call, R a rank's tokens with padding, U without, H all heads, h a rank's
@@ -25,18 +25,19 @@ from titan_distill.parallelisms.sequence import SequenceParallel, TokenShards
 
 @dataclass(frozen=True, eq=False)
 class ShardedAttention:
-    """Self-attention by a core, for tokens that are all on this rank or shared among sequence ranks.
+    """Self-attention with a core, for tokens that are all on this rank or distributed over sequence ranks.
 
     Attributes:
-        core: mixes the tokens.
-        sequence: the sharing of tokens. Default: all tokens are on this rank, without padding.
+        core: attention core, which mixes the tokens.
+        sequence: distribution of the tokens. Default: all tokens are on this rank, without padding.
     """
 
     core: AttentionCore
     sequence: SequenceParallel | None = None
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        """Return [B, R, H, D] for queries, keys, values and gate of this rank's tokens; rows of padding are zeros."""
+        """Returns [B, R, H, D] for the queries, keys, values and gate of this rank's tokens. Rows of padding are
+        zero."""
         if self.sequence is None:
             return _attend(self.core, call)
         shards, group = self.sequence.shards(call.layout), self.sequence.group
@@ -52,7 +53,7 @@ def _attend(core: AttentionCore, call: AttentionCall) -> Tensor:
 
 
 def add_coarse(fine_BLHD: Tensor, coarse_BNHD: Tensor | None, gate_BLHD: Tensor | None, tiles: Tiles) -> Tensor:
-    """The fine output plus, for a sparse core, the gated coarse output."""
+    """Returns the fine output plus, for a sparse core, the gated coarse output."""
     if coarse_BNHD is None or gate_BLHD is None:
         assert coarse_BNHD is gate_BLHD, "a block has a gate exactly where its core is sparse"
         return fine_BLHD
@@ -66,7 +67,7 @@ def _unpadded(call: AttentionCall, shards: TokenShards) -> AttentionCall:
 
 
 def _ulysses(core: AttentionCore, call: AttentionCall, shards: TokenShards, group: dist.ProcessGroup) -> Tensor:
-    """All tokens and some heads: Ulysses (Jacobs et al., 2309.14509)."""
+    """Computes attention over all tokens for this rank's heads: Ulysses (Jacobs et al., 2309.14509)."""
     # One message for all three.
     qkv_3BRHD = torch.stack((call.q_BLHD, call.k_BSHD, call.v_BSHD))
     by_head_P3BRhD = qkv_3BRHD.unflatten(3, (group.size(), -1)).movedim(3, 0)
@@ -89,12 +90,12 @@ def _ulysses(core: AttentionCore, call: AttentionCall, shards: TokenShards, grou
 
 
 def _by_rank(runs: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Equal runs along dim 1, with the rank they go to as dim 0."""
+    """Splits equal runs along dim 1 into a new dim 0, the rank that receives each run."""
     return runs.unflatten(1, (group.size(), -1)).movedim(1, 0)
 
 
 def _gathered(core: AttentionCore, call: AttentionCall, shards: TokenShards, group: dist.ProcessGroup) -> Tensor:
-    """Own queries, all keys and values."""
+    """Computes attention of this rank's queries over all keys and values, which it gathers."""
     gathered_2BLHD = collectives.gather_for_parts(torch.stack((call.k_BSHD, call.v_BSHD)), 2, group)
     k_BLHD, v_BLHD = shards.unpad(gathered_2BLHD, 2).unbind(0)
     length, run = shards.lengths[group.rank()], shards.tile_run(group.rank())

@@ -1,17 +1,17 @@
 """Video sparse attention: the attention core of a sparse role, and its sparsity schedule.
 
-A model trained with dense attention becomes sparse step by step: every `schedule_interval` steps the sparsity grows
-by `schedule_rate` until it reaches its target. All arithmetic is exact, in fractions of the decimals that the user
-wrote. In floats 0.95 by 0.05 stops at 0.90, and one tile too many is selected wherever (1 - sparsity) x tiles should
-have been whole.
+A model trained with dense attention becomes sparse gradually: every `schedule_interval` steps the sparsity grows by
+`schedule_rate` until it reaches its target. The arithmetic uses exact fractions of the decimals that the user wrote.
+With floats, a schedule to 0.95 in steps of 0.05 would stop at 0.90, and one tile too many would be selected where (1 -
+sparsity) × tiles is a whole number.
 
-At low sparsity the kernels' irregular access costs more than the skipped tiles save. Below `crossover` the fine branch
-therefore runs dense, which is the mathematics of sparsity 0; the coarse branch and its gate stay, so nothing jumps but
-the selection.
+At low sparsity the irregular memory access of the kernels costs more than the skipped tiles save. Below `crossover` the
+fine branch therefore uses dense attention over all tiles. The coarse branch and its gate do not change at the
+crossover.
 
-The core is one object shared by all blocks of a role. The number of tiles to read, which the schedule changes,
-reaches the blocks as an argument of their forward: the compiler makes such a number a variable of one graph, where it
-would make an attribute of a module a constant, and a graph for each of its values.
+All blocks of a role share one core. The schedule changes the number of tiles to read, which is an argument of the
+blocks' forward. The compiler turns an argument into a variable of one graph; for an attribute of a module it would make
+one graph per value.
 
 Shape suffixes: B batch, L query tokens, S key tokens, H heads, D head dim, N query tiles.
 """
@@ -35,18 +35,18 @@ register_selection(torch.ops.titan_kernels.block_topk.default)
 
 
 def exact(decimal: float) -> Fraction:
-    """The number that was written, rather than the binary one nearest to it."""
+    """Returns the decimal number that was written, as a fraction; the float is only the nearest binary number."""
     return Fraction(str(decimal))
 
 
 @dataclass(frozen=True)
 class SparsitySchedule:
-    """Sparsity over training steps.
+    """Schedule of the sparsity over training steps.
 
     Attributes:
         target: final sparsity: fraction of key tiles that a query tile skips.
-        rate: sparsity added every `interval` steps; 0 starts at the target.
-        interval: training steps.
+        rate: sparsity added every `interval` steps, starting at 0. A rate of 0 uses the target from the first step.
+        interval: number of training steps between two changes.
     """
 
     target: Fraction
@@ -58,7 +58,7 @@ class SparsitySchedule:
         return cls(exact(config.sparsity), exact(config.schedule_rate), config.schedule_interval)
 
     def at(self, step: int) -> Fraction:
-        """Sparsity of the given step, counted from 0 at the very start of the run."""
+        """Returns the sparsity of a step, counted from 0 at the start of the run."""
         if not self.rate:
             return self.target
         return min(step // self.interval * self.rate, self.target)
@@ -66,12 +66,12 @@ class SparsitySchedule:
 
 @dataclass(frozen=True)
 class TilesRead:
-    """The numbers of tiles that one forward of a sparse core reads; its cost depends on nothing else.
+    """Numbers of tiles in one forward of a sparse core. They determine its cost.
 
     Attributes:
         num_tiles: tiles of the whole grid.
-        num_selected: key tiles that the fine branch reads per query tile; all of them while it runs dense.
-        num_lists: query blocks that choose their tiles; 0 while the fine branch runs dense.
+        num_selected: key tiles that the fine branch reads per query tile; all while it is dense.
+        num_lists: query blocks that select tiles; 0 while the fine branch is dense.
     """
 
     num_tiles: int
@@ -80,7 +80,7 @@ class TilesRead:
 
 
 class SparseAttention:
-    """The attention core of a sparse role. Its blocks own a gate, `to_gate_compress`, for the coarse branch."""
+    """Attention core of a sparse role. The role's blocks have a gate, `to_gate_compress`, for the coarse branch."""
 
     def __init__(self, config: SparseAttentionConfig) -> None:
         self.schedule = SparsitySchedule.of(config)
@@ -89,25 +89,27 @@ class SparseAttention:
         self.start_step(0)
 
     def start_step(self, step: int) -> None:
-        """Follows the schedule to a training step."""
+        """Sets the sparsity to the schedule's value at a training step."""
         self.sparsity = self.schedule.at(step)
         self.is_dense = self.sparsity < self.crossover
 
     def num_selected(self, num_tiles: int) -> int:
-        """Key tiles that the fine branch reads per query tile: (1 - sparsity) of all, rounded up, at least one."""
+        """Returns the number of key tiles that the fine branch reads per query tile: (1 - sparsity) × `num_tiles`,
+        rounded up, at least 1."""
         return num_tiles if self.is_dense else max(1, math.ceil((1 - self.sparsity) * num_tiles))
 
     def selection(self, num_tiles: int) -> int | None:
-        """`AttentionCall.num_selected` for a grid of `num_tiles`: None while the fine branch runs dense."""
+        """Returns `AttentionCall.num_selected` for a grid of `num_tiles`: None while the fine branch is dense."""
         return None if self.is_dense else self.num_selected(num_tiles)
 
     def tiles_read(self, num_tiles: int) -> TilesRead:
-        """The tiles read by one forward on a grid of `num_tiles`."""
+        """Returns the tiles that one forward reads on a grid of `num_tiles`."""
         num_lists = 0 if self.is_dense else -(-num_tiles // self.tiles_per_list)
         return TilesRead(num_tiles, self.num_selected(num_tiles), num_lists)
 
     def mix(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """The fine output [B, L, H, D] and the coarse one [B, N, H, D], one row per query tile; see `AttentionCore`."""
+        """Returns the fine output [B, L, H, D] and the coarse output [B, N, H, D] with one row per query tile; see
+        `AttentionCore`."""
         q_BLHD, k_BSHD, v_BSHD = call.q_BLHD, call.k_BSHD, call.v_BSHD
         if call.num_selected is None:
             fine_BLHD = dense_attention(q_BLHD, k_BSHD, v_BSHD)

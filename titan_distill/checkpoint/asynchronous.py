@@ -1,16 +1,16 @@
-"""Asynchronous saves: a thread that writes, and a copy of the run's state in host memory for it to write from.
+"""Asynchronous saves: a thread copies the run's state to host memory and writes the copy to disk.
 
-A save beside training must write the state of one step, so it writes a copy. Parameters, moments and averages only
-change when a role steps or is swapped with its average; for most of a step they stand still. So the saving thread
-copies them, and the run waits for the copy only before it changes them. Everything that may change at other moments
+A save that runs during training must write the state of one step, so it writes a copy. Parameters, optimizer moments
+and EMA change only when a role steps or its EMA is swapped in. The saving thread copies these tensors while training
+continues, and the run waits for the copy only before it changes them. Everything that may change at other moments
 (buffers in a forward pass, numbers, schedulers) is small and is copied at once. The version counters of the tensors
-prove that nothing changed them too early.
+verify that nothing changed during the copy.
 
-Host buffers are kept from save to save, page-locked where the state is on a GPU (`pinned.py`), whose copies then run on
-a stream of their own. The price of asynchronous saving is this one copy of the state in host memory.
+Host buffers are reused from save to save. For a state on a GPU they are page-locked (`pinned.py`), and the copies run
+on a separate CUDA stream. The price of asynchronous saving is this copy of the state in host memory.
 
-Torch's DefaultStager is no replacement: it copies whole values, numbers included, in its thread, where they may have
-changed, and offers no wait later than the call.
+Torch's DefaultStager is not used: it copies all values in its thread, including numbers that training may change
+meanwhile, and a caller cannot wait for the copy later than in the call itself.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from titan_distill.parallelisms.tensor import local
 
 
 def in_background(name: str, work: Callable[[], None]) -> Future[None]:
-    """Runs `work` on a daemon thread; the future holds its failure for whoever waits.
+    """Runs `work` on a daemon thread. The returned future has its result or error.
 
-    An executor would not do: Python waits for its threads at exit, and a save that hangs (another rank is gone, a file
-    system does not answer) must not keep a process from ending.
+    The threads of an executor would not do, because Python waits for them at exit. A save that hangs (a rank is lost, a
+    file system does not respond) must not keep the process alive.
     """
     future: Future[None] = Future()
 
@@ -49,21 +49,22 @@ def in_background(name: str, work: Callable[[], None]) -> Future[None]:
 
 
 class Stage:
-    """The state of one moment, for a save to write from. `copies` is complete after `finish`."""
+    """State of the run at one moment, from which a save writes. `copies` is complete after `finish`."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state = state
-        """As DCP plans it: live tensors, and copies of everything else."""
+        """State for DCP to plan with: the live tensors, and copies of all other values."""
         self.copies: dict[str, Tensor] = {}
-        """This rank's part of each tensor, by flat name; empty where the live tensors are written."""
+        """This rank's part of each tensor, by flat name; empty if the live tensors are written."""
         self.is_complete = threading.Event()
-        """Set when the run may change its state again, whether copying succeeded or not."""
+        """Event that is set when the run may change its state again, also if copying failed."""
         self._later: list[tuple[str, Tensor, int]] = []
         self._stream: torch.cuda.Stream | None = None
         self._began: torch.cuda.Event | None = None
 
     def finish(self) -> None:
-        """Copies the tensors that were left for later, in any thread. Raises RuntimeError when the run changed one."""
+        """Copies the tensors that `Stager.begin` left uncopied, in any thread. Raises RuntimeError if the run has
+        changed one."""
         try:
             with torch.no_grad(), torch.cuda.stream(self._stream):
                 if self._stream is not None and self._began is not None:
@@ -81,7 +82,7 @@ class Stage:
 
 
 class Stager:
-    """Stages one state at a time, in the buffers of the stage before."""
+    """Copies one state at a time, into the buffers of the previous copy."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -90,8 +91,8 @@ class Stager:
 
     @torch.no_grad()
     def begin(self, state: dict[str, Any], steady: Iterable[Tensor]) -> Stage:
-        """Copies all of `state` but tensors that share memory with `steady`: those must not change before
-        `is_complete`."""
+        """Copies all of `state` except tensors that share memory with `steady`, which must not change before
+        `is_complete` is set."""
         tensors = {name: value for name, value in flatten(state).items() if isinstance(value, Tensor)}
         sources = {name: local(tensor) for name, tensor in tensors.items()}
         stage = Stage(copy.deepcopy(state, {id(tensor): tensor for tensor in tensors.values()}))
@@ -109,7 +110,7 @@ class Stager:
         return stage
 
     def _prepare_buffers(self, sources: Mapping[str, Tensor]) -> None:
-        """Reuses the buffers where they fit, and else replaces all: a run's state seldom changes its shape."""
+        """Reuses the buffers if all of them fit, and otherwise replaces all. Shapes of a run's state seldom change."""
         wanted = {name: (source.shape, source.dtype) for name, source in sources.items()}
         if wanted == {name: (buffer.shape, buffer.dtype) for name, buffer in self._buffers.items()}:
             return

@@ -1,11 +1,12 @@
-"""Publishes a checkpoint folder in one instant, complete, from all ranks of a run or from one process.
+"""Atomic publication of a checkpoint folder, written by all ranks of a run or by one process.
 
-The ranks write to `step-00000100.tmp-<id>/`. Their files are compared with the disk, described in the manifest and
-flushed, and then the folder is renamed; only after that are older steps removed, and they too disappear by a rename
-first. Each phase ends in an agreement, so a failure on one rank is raised on all of them and nothing is published. The
-process may die between any two lines: a folder with a plain step name is complete, and the next save removes the rest.
+The ranks write to the temporary folder `step-00000100.tmp-<id>/`. They verify the sizes of their files, write the
+manifest and flush everything to disk. Then the folder is renamed to `step-00000100`. Only after that are older steps
+removed, each renamed before it is deleted. Each phase ends with a collective, so a failure on one rank is raised on all
+ranks and nothing is published. A process may die at any moment: a folder without the suffix `.tmp-<id>` is complete,
+and the next save removes the others.
 
-A save runs in the training thread or in one of its own, in both cases over a process group that nothing else uses.
+A save runs in the training thread or in its own thread, over a process group that nothing else uses.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from titan_distill.fault_tolerance.files import FileRecord, flush_folder, tempor
 from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 
 Write = Callable[[Path], Mapping[str, FileRecord]]
-"""Writes the data of a checkpoint into a folder, collectively, and returns the records of this rank's files."""
+"""Function that writes the data of a checkpoint into a folder and returns the records of this rank's files.
+Collective."""
 
 
 def publish_step(
@@ -35,9 +37,9 @@ def publish_step(
 ) -> Path:
     """Publishes a step of a run in `folder`, then removes all but the newest `keep` steps and those in `needed`.
 
-    `check` is called on rank 0 before anything in `folder` changes, and again before the step appears; what it raises
-    ends the save. A step of the same number is replaced. Raises as `publish` does, and RankFailure for a step that is
-    pinned.
+    `check` is called on rank 0 before anything in `folder` changes, and again before the step appears; its error ends
+    the save. An existing step of the same number is replaced. Raises the errors of `publish`, and RankFailure if that
+    step is pinned.
     """
     path = folder / discovery.step_name(manifest.step)
     ranks.on_rank_zero(lambda: _make_way(path, check))
@@ -49,7 +51,8 @@ def publish_step(
 def publish(
     path: Path, manifest: Manifest, write: Write, ranks: Ranks, check: Callable[[], None] = lambda: None
 ) -> None:
-    """Publishes what `write` writes as `path`, with `manifest` and the records that `write` returns.
+    """Publishes the files that `write` writes as the folder `path`, with `manifest` and the records that `write`
+    returns.
 
     On failure nothing is published and nothing is left behind. Raises RankFailure or ValueError, on every rank.
     """
@@ -85,7 +88,8 @@ def _make_temporary(path: Path) -> Path:
 
 
 def _compared(temporary: Path, written: Mapping[str, FileRecord]) -> Mapping[str, FileRecord]:
-    """Compares this rank's files with the disk: on network disks it alone is sure to see what it wrote."""
+    """Compares the sizes of this rank's files with the disk. On a network disk other ranks may not see the files
+    yet."""
     verify_sizes(temporary, written, "is the disk full?")
     return written
 
@@ -104,7 +108,7 @@ def _finish(temporary: Path, path: Path, manifest: Manifest, check: Callable[[],
 
 
 def _retire(folder: Path, keep: int, needed: Collection[Path]) -> None:
-    """Removes old complete steps; pinned ones stay and don't count."""
+    """Removes all but the newest `keep` complete steps. Pinned steps are not removed and not counted."""
     free = [path for path in discovery.complete_steps(folder) if not discovery.is_pinned(path)]
     others = [path for path in free if path not in needed]
     for path in others[max(0, keep - (len(free) - len(others))) :]:
@@ -112,7 +116,8 @@ def _retire(folder: Path, keep: int, needed: Collection[Path]) -> None:
 
 
 def _move_aside(path: Path) -> Path:
-    """Takes a checkpoint from discovery in one instant: dying while it is deleted must not leave half of one."""
+    """Renames a checkpoint so that discovery no longer finds it. If the process dies while deleting it, no partial
+    checkpoint is left under its name."""
     aside = temporary_beside(path)
     path.rename(aside)
     return aside

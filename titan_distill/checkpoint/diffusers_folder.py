@@ -1,8 +1,8 @@
 """Diffusers folders of safetensors, read one tensor, or one part of a tensor, at a time.
 
 A folder holds `config.json` and either one `diffusion_pytorch_model.safetensors` or several with an index. Shapes come
-from the file headers. A file is opened anew for every tensor: safetensors maps files into memory, and the pages of a
-mapping that stays open would add up to the whole model.
+from the file headers. A file is opened again for every tensor, because safetensors maps files into memory: a mapping
+that stays open would in the end hold the whole model.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 PIPELINE_INDEX = "model_index.json"
-"""Index of a pipeline: the classes of its parts, by folder."""
+"""File name of a pipeline's index, which lists the class of each part by folder."""
 TRANSFORMER = "transformer"
 TRANSFORMER_2 = "transformer_2"
-"""The second network of a pipeline that has two."""
+"""Folder of the second network in a pipeline with two networks."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DiffusersFolder:
     """File that holds each tensor."""
 
     def read(self, name: str) -> Tensor:
-        """Returns one tensor as it is stored: mapped into memory, not copied."""
+        """Returns one tensor as it is stored. It is mapped into memory, not copied."""
         with _opened(self.files[name]) as file:
             return file.get_tensor(name)
 
@@ -52,7 +52,7 @@ class DiffusersFolder:
 def network_folder(folder: Path, module: str = TRANSFORMER) -> Path:
     """Returns the folder of a network, given that folder or its pipeline's.
 
-    In a pipeline of two networks `module` chooses one; in others it is the transformer.
+    In a pipeline with two networks `module` chooses one. In other pipelines the folder is that of the transformer.
     """
     inner = (folder / name for name in (module, TRANSFORMER))
     return next((path for path in inner if path.is_dir()), folder)
@@ -61,8 +61,8 @@ def network_folder(folder: Path, module: str = TRANSFORMER) -> Path:
 def open_folder(folder: Path, module: str = TRANSFORMER) -> DiffusersFolder:
     """Opens the folder of a network, or of one in a pipeline.
 
-    Raises ValueError for a missing or damaged file, and for an index that disagrees with the files or leads out of the
-    folder.
+    Raises ValueError for a missing or damaged file, and for an index that contradicts the files or names files outside
+    of the folder.
     """
     folder = network_folder(folder, module)
     if not folder.is_dir():
@@ -116,7 +116,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a file that holds a JSON object; parsed once as long as it does not change. Raises ValueError."""
+    """Returns the JSON object in a file. The file is parsed again only after it has changed. Raises ValueError."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     found = path.stat()

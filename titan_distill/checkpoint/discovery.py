@@ -1,7 +1,8 @@
-"""Discovery of usable checkpoints in a folder, and of the checkpoint that a name means.
+"""Search for usable checkpoints in a folder, and for the checkpoint that a path such as `.../latest` means.
 
-A name alone proves nothing: a killed save leaves a folder behind. A step counts only when its name is exact
-(`step-00000100`, no suffix), its manifest is intact and every file has its size. Loading compares the hashes.
+A killed save leaves a folder behind. A folder therefore counts as a checkpoint only if its name is exact
+(`step-00000100`, no suffix), its manifest is intact, and every file has the size in the manifest. Loading also compares
+the hashes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from titan_distill.fault_tolerance.run_folder import read_run
 
 LATEST = "latest"
 PIN_NAME = "pin"
-"""File name of a pin: retention never removes a step whose folder holds it (`touch .../step-00000100/pin`)."""
+"""Name of the file that pins a step: saves never remove a step whose folder contains it (`touch
+.../step-00000100/pin`)."""
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY_NAME = re.compile(r"step-\d{8,}\.tmp-.+")
 
@@ -35,12 +37,12 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def is_pinned(path: Path) -> bool:
-    """Whether the step is pinned: retention neither removes nor counts it."""
+    """Returns whether the step is pinned. `checkpoint.keep` neither removes nor counts pinned steps."""
     return (path / PIN_NAME).exists()
 
 
 def temporary_folders(folder: Path) -> list[Path]:
-    """Returns the temporary folders in `folder`, of saves in progress or of saves that died."""
+    """Returns the temporary folders in `folder`, of saves that are in progress or were killed."""
     return [path for path in _children(folder) if _TEMPORARY_NAME.fullmatch(path.name)]
 
 
@@ -62,10 +64,10 @@ def complete_steps(folder: Path) -> Iterator[Path]:
 
 
 def find_latest(folder: Path) -> Path | None:
-    """Returns the newest complete checkpoint, or None when there has never been one.
+    """Returns the newest complete checkpoint, or None if the folder has no checkpoint.
 
-    Raises ValueError when there are checkpoints but none is complete: starting again at step 0 must be someone's
-    decision.
+    Raises ValueError if there are checkpoints but all are incomplete, because a run must not silently start again at
+    step 0.
     """
     newest = next(complete_steps(folder), None)
     if newest is None and (broken := step_folders(folder)):

@@ -1,8 +1,8 @@
 """Initial weights of a role from a role of a checkpoint, named as `".../step-00000100#student:ema"`.
 
-Unlike a resume this takes weights only, nothing else has to agree, and a role may read its weights in another dtype (a
-frozen role in bf16 from fp32 masters). Names and shapes must be the same, both ways. Each rank reads the parts that
-its own layout needs, whatever the layout that wrote them.
+In contrast to a resume, only the weights are read, the two runs may otherwise differ, and the dtype may change (a
+frozen role reads fp32 weights as bf16). The names and shapes of the weights must be the same in model and checkpoint.
+Each rank reads the parts that its layout needs, whatever layout wrote them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FORM = "write PATH#ROLE, PATH#ROLE:ema or PATH#ROLE:raw, where PATH is a step's
 
 @dataclass(frozen=True)
 class WeightsReference:
-    """Weights in a checkpoint that is known to exist and to have them."""
+    """Reference to weights in a checkpoint that exists and contains them."""
 
     checkpoint: Path
     manifest: Manifest
@@ -39,30 +39,31 @@ class WeightsReference:
 
     @property
     def text(self) -> str:
-        """The reference with its step and its kind of weights spelled out, so that its meaning does not change."""
+        """Returns the reference with its step and `ema` or `raw` spelled out, so that it always means the same
+        weights."""
         return f"{self.checkpoint}#{self.role}:{'ema' if self.use_ema else 'raw'}"
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest, which holds the hash of every file of the checkpoint."""
+        """Returns the SHA-256 of the manifest, which contains the hash of every file of the checkpoint."""
         return record_file(self.checkpoint / MANIFEST_NAME).sha256
 
     @property
     def trained(self) -> TrainedRole:
-        """The role's entry in the manifest, with its architecture."""
+        """Returns the role's entry in the manifest, with its architecture."""
         return self.manifest.trained[self.role]
 
 
 def is_reference(text: str) -> bool:
-    """Whether `init_from` names a role of a checkpoint rather than a folder of weights."""
+    """Returns whether `init_from` names a role of a checkpoint. Otherwise it names a folder of weights."""
     return "#" in text
 
 
 def resolve_reference(text: str) -> WeightsReference:
-    """Finds the weights that `PATH#ROLE[:ema|:raw]` names; reads the manifest and no weights.
+    """Finds the weights that `PATH#ROLE[:ema|:raw]` names. It reads the manifest and no weights.
 
-    `:ema` or `:raw` may be left out only where there is no average to confuse the weights with. Raises ValueError
-    for anything else, an unusable checkpoint, an unknown role and an average that was never kept.
+    `:ema` or `:raw` may be left out only if the role has no EMA. Raises ValueError for a reference in another form, an
+    unusable checkpoint, an unknown role, and `:ema` for a role without EMA.
     """
     path, _, rest = text.rpartition("#")
     role, colon, weights = rest.partition(":")
@@ -82,7 +83,8 @@ def resolve_reference(text: str) -> WeightsReference:
 
 
 def trained_role(checkpoint: Path, manifest: Manifest, role: str, *, use_ema: bool = False) -> TrainedRole:
-    """Returns the manifest's entry of a trained role. Raises ValueError for any other, and for an EMA that it lacks."""
+    """Returns the manifest's entry of a trained role. Raises ValueError for a frozen or unknown role, and if `use_ema`
+    is true but the role has no EMA."""
     if role in manifest.frozen:
         raise ValueError(
             f"role {role!r} is frozen, so {checkpoint} does not hold it; its weights are in "
@@ -96,10 +98,10 @@ def trained_role(checkpoint: Path, manifest: Manifest, role: str, *, use_ema: bo
 
 
 def stored_names(metadata: Metadata, trained: TrainedRole, role: str, module: str, *, use_ema: bool) -> dict[str, str]:
-    """Returns the names in the checkpoint by the names in the model, of one of a role's modules.
+    """Returns a dict for one module of a role: from each tensor's name in the model to its name in the checkpoint.
 
-    A role without that module has one network, which stands for it. Buffers are not averaged: they come from the model
-    in any case.
+    If the role lacks that module it has a single network, whose names are returned. Buffers have no EMA; their names
+    are always those of the raw weights.
     """
     module = module if module in trained.modules else TRANSFORMER
     stored = sorted(metadata.state_dict_metadata)
@@ -121,9 +123,9 @@ def weights_digest(weights: str) -> str:
 def read_weights(reference: str, module: nn.Module, name: str = TRANSFORMER) -> None:
     """Fills a materialised module, plain or sharded in any layout, with the weights that a reference names.
 
-    `name` chooses one of the role's modules where it has several. Collective where there are several ranks. Everything
-    is checked before any tensor changes. Raises as `resolve_reference`, CheckpointDamaged naming the file, or
-    ValueError naming the first weight that the module and the checkpoint do not share.
+    `name` chooses one module of a role with several. Collective if there are several ranks. Everything is checked
+    before any tensor changes. Raises the errors of `resolve_reference`, CheckpointDamaged with the name of the file, or
+    ValueError with the name of the first weight that only the module or only the checkpoint has.
     """
     ranks = Ranks()
     found = ranks.on_rank_zero(lambda: resolve_reference(reference))

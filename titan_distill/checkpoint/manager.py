@@ -1,13 +1,14 @@
-"""The checkpoints of a run: saves that leave a usable run whenever a crash comes, and loads of complete steps only.
+"""Checkpoints of a run: saving that leaves a usable checkpoint if the process dies at any moment, and loading of
+complete checkpoints.
 
-`commit.py` makes a checkpoint appear in one instant, or not at all. With `checkpoint.mode = "sync"` training waits
-until a step is published. With `"async"` it waits only for a copy of its state (`asynchronous.py`): a thread writes and
-publishes while training goes on, over a process group of its own. Both write the same files. At most one save runs at a
-time; the next one waits for it. The price of "sync" is time; the price of "async" is one copy of the state in host
-memory, and that a failure is noticed some steps later.
+`commit.py` makes a checkpoint folder appear only when it is complete. With `checkpoint.mode = "sync"` training waits
+until the checkpoint is published. With `"async"` it waits only until its state is copied (`asynchronous.py`); a thread
+with its own process group writes and publishes while training continues. Both modes write the same files. At most one
+save runs at a time, and the next one waits for it. The price of "sync" is time. The price of "async" is a copy of the
+state in host memory, and a failed save is noticed some steps later.
 
-Rank 0 decides (names, discovery, retention) and tells the others; a failure on one rank is raised on all of them, at
-the same step.
+Rank 0 chooses names, finds checkpoints and removes old ones, and tells the other ranks. A failure on one rank is raised
+on all ranks, at the same step.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ from titan_distill.fault_tolerance.run_lock import RunLock
 from titan_distill.roles import RoleManager
 
 PATIENCE_SECONDS = 60.0
-"""Seconds that a run which ends by an error waits for the save in progress. Earlier checkpoints don't depend on it."""
+"""Seconds that a failed run waits for a save in progress. Earlier checkpoints do not depend on that save."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The description of a run that its checkpoints carry in their manifests. All of it must be JSON-able."""
+    """Description of a run that is stored in the manifests of its checkpoints. All values must be representable in
+    JSON."""
 
     family: str
     config_digest: str
@@ -55,9 +57,9 @@ class RunInfo:
     architectures: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Architecture of each trainable role (`ModelFamily.architecture`), to build it again."""
     frozen: dict[str, FrozenRole] = field(default_factory=dict)
-    """Frozen roles: the folder of their weights, and its `fingerprint`."""
+    """Frozen roles: the folder of the weights and its `fingerprint`."""
     bases: dict[str, AdaptedBase] = field(default_factory=dict)
-    """Base weights of each role of which only a LoRA adapter is saved."""
+    """Base weights of each role that trains a LoRA adapter; the checkpoint contains only the LoRA adapter."""
     run: str = ""
     """Id of the run (`run_folder.Run`)."""
     noise_version: int | None = None
@@ -65,11 +67,12 @@ class RunInfo:
 
 
 class CheckpointManager:
-    """The checkpoints of one run. Construct and use it on every rank: all methods are collective, unless they say so.
+    """Saves and loads the checkpoints of one run. Use it on every rank: all methods are collective unless stated
+    otherwise.
 
-    It is a context manager for the time of training, and waits at the end for the last save. `timeout_seconds` is how
-    long ranks wait for each other when they save and load, see `Ranks`. With a `lock`, which rank 0 holds, nothing is
-    published after the folder was taken over.
+    It is a context manager around training, and waits at the end for the last save. `timeout_seconds` limits the time
+    that ranks wait for each other in a save or load, see `Ranks`. With a `lock`, which rank 0 holds, nothing is published
+    after another process has taken the folder over.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class CheckpointManager:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Waits for the save in progress: without limit, or for PATIENCE_SECONDS when the run has failed."""
+        """Waits for the save in progress: without limit, or for at most PATIENCE_SECONDS if the run has failed."""
         if error is None:
             self.wait()
         elif self._saving is not None:
@@ -108,14 +111,15 @@ class CheckpointManager:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save is in progress, or done and not yet looked at; the same on all ranks."""
+        """Whether a save is in progress, or has ended and its result is not yet checked. Equal on all ranks."""
         return self._saving is not None
 
     def save(self, roles: RoleManager, train_state: TrainState) -> Path:
-        """Publishes the step and removes old ones; asynchronously, it waits for the save before and begins this one.
+        """Publishes the step and removes old ones. In mode "async" it waits for the previous save and starts this one.
 
-        Returns the folder that the step has, or will have. On failure nothing is published and earlier steps are
-        unchanged. A step that exists already is replaced. Raises RankFailure or ValueError, on every rank.
+        Returns the folder of the step, which may not exist yet in mode "async". On failure nothing is published and
+        earlier steps are unchanged. An existing step of the same number is replaced. Raises RankFailure or ValueError,
+        on every rank.
         """
         self.wait()
         name = discovery.step_name(train_state.step)
@@ -132,18 +136,19 @@ class CheckpointManager:
         return self.folder / name
 
     def before_change(self) -> None:
-        """Waits until the state is copied. Call it before weights, moments or averages change. Not collective."""
+        """Waits until the state is copied. Call it before weights, optimizer moments or EMA change. Not collective."""
         if self._stage is not None:
             self._stage.is_complete.wait()
             self._stage = None
 
     def poll(self) -> None:
-        """Raises the failure of the save in progress, on all ranks at the same step. Call it between two steps."""
+        """Raises the error of the save in progress if it has failed, on all ranks at the same step. Call it between two
+        steps."""
         if self._saving is not None and self.ranks.all(self._saving.done()):
             self.wait()
 
     def wait(self) -> None:
-        """Waits until no save is in progress. Raises as `save` does when it has failed."""
+        """Waits until no save is in progress. Raises the errors of `save` if it has failed."""
         if (saving := self._saving) is not None:
             self._saving = None
             self.ranks.together(saving.result)
@@ -151,8 +156,8 @@ class CheckpointManager:
     def find(self, resume_from: str) -> Path | None:
         """Returns the checkpoint that `checkpoint.resume_from` names: a path, or `latest` of this run.
 
-        None stands for `latest` before the first. Raises ValueError for a path without a complete checkpoint, and when
-        this run has only incomplete ones.
+        Returns None for `latest` if this run has no checkpoint yet. Raises ValueError for a path without a complete
+        checkpoint, and for `latest` if this run has only incomplete ones.
         """
         if resume_from == discovery.LATEST:
             return self.ranks.on_rank_zero(lambda: discovery.find_latest(self.folder))
@@ -161,8 +166,8 @@ class CheckpointManager:
     def load(self, path: Path, roles: RoleManager) -> TrainState:
         """Restores all trainable roles, in any layout. Everything is checked before any tensor changes.
 
-        Raises CheckpointDamaged naming the file, or ValueError naming the first value that this run and the
-        checkpoint do not share.
+        Raises CheckpointDamaged with the name of the file, or ValueError with the name of the first value that only
+        this run or only the checkpoint has.
         """
         manifest = self.ranks.on_rank_zero(lambda: _resumable(path))
         metadata = storage.open_together(path, manifest, self.ranks)
@@ -216,7 +221,7 @@ class CheckpointManager:
             stage.is_complete.set()  # whatever has failed, nobody waits for it in vain
 
     def _wait_alone(self, saving: Future[None]) -> None:
-        """Waits without asking the other ranks, which may be gone."""
+        """Waits for a save without a collective, because the other ranks may be lost."""
         name = self._saving_name
         logger.warning("Waiting up to %.0f s until %s is saved; interrupt again to give it up", PATIENCE_SECONDS, name)
         if not wait([saving], PATIENCE_SECONDS).done:
@@ -268,7 +273,7 @@ def _resumable(path: Path) -> Manifest:
 
 
 def _steady(roles: RoleManager) -> Iterator[Tensor]:
-    """Tensors that only change when a role steps or is swapped with its average: nearly all of a run's state."""
+    """Returns the tensors that change only when a role steps or its EMA is swapped in: nearly all of a run's state."""
     for handle in roles.trainable:
         for module in handle.modules.values():
             yield from module.parameters()

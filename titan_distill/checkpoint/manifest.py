@@ -1,7 +1,7 @@
 """The manifest of a checkpoint, `manifest.json`: sizes and hashes of its files, and a description of the run.
 
-The manifest has the SHA-256 of every file and a digest over itself, so damage is found before it is loaded. Roles,
-layouts and architectures stand here as JSON, which discovery and export read without torch.
+The manifest contains the SHA-256 of every file and of itself, so damage is found before loading. It describes roles,
+layouts and architectures in JSON, which discovery and export read without torch.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ MANIFEST_NAME = "manifest.json"
 
 
 class CheckpointDamaged(ValueError):
-    """A checkpoint's files are not what its manifest says; the message names the file."""
+    """A file of a checkpoint does not match the manifest. The message names the file."""
 
 
 @dataclass(frozen=True)
 class AdaptedBase:
-    """The weights that a LoRA adapter changes; they are named, not saved."""
+    """Base weights of a LoRA adapter. The checkpoint contains a reference to them, not the weights."""
 
     path: str
-    """A folder, or a role in a checkpoint, as in `init_from`."""
+    """Folder, or role in a checkpoint, in the form of `init_from`."""
     digest: str
-    """`initial_weights.weights_digest` of `path`."""
+    """Digest of the weights at `path`, from `initial_weights.weights_digest`."""
     scale: float
     """LoRA scaling, alpha / rank."""
 
@@ -45,20 +45,20 @@ class TrainedRole:
     num_updates: int
     has_ema: bool
     mesh: dict[str, int]
-    """Degree by mesh axis of the layout that saved it; empty for plain tensors. Any layout can load it."""
+    """Degrees by mesh axis of the layout that saved the role; empty for plain tensors. Any layout can load it."""
     architecture: dict[str, Any]
     """Architecture of the module, to build it again; the diffusers config for families that diffusers knows."""
     base: AdaptedBase | None = None
-    """Base weights of a LoRA adapter. None where the checkpoint holds all weights."""
+    """Base weights of the LoRA adapter. None if the checkpoint contains all weights of the role."""
 
 
 @dataclass(frozen=True)
 class FrozenRole:
-    """A frozen role, which is named and not saved."""
+    """A frozen role. The checkpoint contains a reference to its weights, not the weights."""
 
     path: str
     digest: str
-    """`fingerprint` of the folder at `path`; empty when the role has no folder."""
+    """`fingerprint` of the folder at `path`; empty if the role has no folder."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,14 @@ class Manifest:
     trained: dict[str, TrainedRole]
     frozen: dict[str, FrozenRole]
     files: dict[str, FileRecord]
-    """By name within the folder; all files but the manifest itself."""
+    """All files of the folder except the manifest, by name within the folder."""
     weights_only: bool = False
-    """Whether there are no optimizers, schedulers and progress: roles can start from it, but no run resumes from it."""
+    """Whether the checkpoint contains only weights, without optimizers, schedulers and progress. Roles can start from
+    it, but a run cannot resume from it."""
     run: str = ""
     """Id of the run (`run_folder.Run`). Empty in checkpoints from before this field."""
     noise_version: int | None = None
-    """Version of the noise that the run drew. None in checkpoints from before this field."""
+    """Version of the noise that the run drew. None in checkpoints older than this field."""
     format_version: int = FORMAT_VERSION
 
 
@@ -97,7 +98,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Reads and checks `manifest.json`.
 
-    Raises CheckpointDamaged when it is missing, unreadable or was edited, ValueError when a newer version wrote it.
+    Raises CheckpointDamaged if the manifest is missing, unreadable or edited, and ValueError if a newer version wrote
+    it.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -135,7 +137,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def verify_sizes(folder: Path, files: Mapping[str, FileRecord], remedy: str = "use another checkpoint") -> None:
-    """Checks that every file is there with its size; cheap, reads nothing. Raises CheckpointDamaged."""
+    """Checks that every file exists and has its recorded size, without reading it. Raises CheckpointDamaged."""
     for name, record in files.items():
         path = folder / name
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""The state of a run: its keys in a checkpoint, and its way from the roles and back.
+"""The state of a run: its keys in a checkpoint, and functions that collect it from the roles and restore it.
 
     models/{role}/{module}        parameters and buffers; of a role with a LoRA adapter, only that
     optimizers/{role}/{name}      moments and hyperparameters, by parameter name
@@ -7,12 +7,12 @@
     random/torch                  torch's CPU generator
     train_state                   step, samples_seen, seed, num_updates and num_skips by role
 
-Sharded tensors are DTensors, so any layout loads any other. Frozen roles are not here: the manifest names them. Noise
-is a function of seed, step and sample, so no generator state is needed for it; torch's own is kept for whatever else
-draws.
+Sharded tensors are DTensors, so any layout can load the checkpoint of any other. Frozen roles are not saved; the
+manifest names them. Noise is a function of seed, step and sample, so it needs no generator state. The state of torch's
+generator is saved for other random numbers.
 
-An optimizer that has never stepped has no state and is left out. DCP's helper would give it one by stepping with zero
-gradients, which also counts as a step: saving a checkpoint would change Adam's bias correction, and so the training.
+An optimizer that has never stepped has no state and is not saved. DCP's helper would create a state by a step with zero
+gradients. That step would count, so saving a checkpoint would change Adam's bias correction and the training.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ _RANDOM = "random/torch"
 
 @dataclass
 class TrainState:
-    """The position of a run."""
+    """Progress of a run."""
 
     step: int = 0
-    """Steps completed."""
+    """Number of completed steps."""
     samples_seen: int = 0
-    """Samples taken from the data, over all ranks; the data position."""
+    """Number of samples taken from the data, over all ranks. It is the position in the data."""
     seed: int = 0
-    """Keys every random draw."""
+    """Seed of every random draw."""
 
 
 def model_key(role: str, module: str) -> str:
-    """Returns the key of a module's state; a dot and the tensor's name follow it."""
+    """Returns the key prefix of a module's state. In a checkpoint a dot and the tensor's name follow it."""
     return f"models/{role}/{module}"
 
 
 def ema_key(role: str) -> str:
-    """Returns the key of a role's averaged weights; a dot and the tensor's name follow it."""
+    """Returns the key prefix of a role's EMA. In a checkpoint a dot and the tensor's name follow it."""
     return f"ema/{role}"
 
 
 def mesh_of(handle: RoleHandle) -> dict[str, int]:
-    """Returns the degrees of a role's layout by mesh axis; empty when its parameters are plain tensors."""
+    """Returns the degrees of a role's layout by mesh axis; empty if its parameters are plain tensors."""
     for parameter in handle.parameters():
         if isinstance(parameter, DTensor):
             mesh = parameter.device_mesh
@@ -75,7 +75,7 @@ def mesh_of(handle: RoleHandle) -> dict[str, int]:
 
 
 def collect(roles: RoleManager, train_state: TrainState) -> dict[str, Any]:
-    """Returns the state of all trainable roles, for DCP. Tensors are the live ones, not copies."""
+    """Returns the state of all trainable roles, for DCP. It contains the live tensors, not copies."""
     state = _without_optimizers(roles, train_state)
     for key, handle, optimizer in _optimizers(roles):
         if handle.num_updates:
@@ -86,7 +86,8 @@ def collect(roles: RoleManager, train_state: TrainState) -> dict[str, Any]:
 
 
 def template(roles: RoleManager, saved_names: Collection[str]) -> dict[str, Any]:
-    """Returns state to read a checkpoint of these names into: as `collect`, with room for the optimizer state."""
+    """Returns a state into which a checkpoint with these names can be read: that of `collect`, with tensors for the
+    optimizer state."""
     state = _without_optimizers(roles, TrainState())
     if not any(saved.startswith(f"{_PROGRESS}.num_skips.") for saved in saved_names):
         del state[_PROGRESS]["num_skips"]  # the checkpoint is older than the count
@@ -104,7 +105,7 @@ def template(roles: RoleManager, saved_names: Collection[str]) -> dict[str, Any]
 
 
 def restore(state: dict[str, Any], roles: RoleManager) -> TrainState:
-    """Puts a `template` that was read back into the roles. Returns the position of the run."""
+    """Restores the roles from a `template` that has been read. Returns the progress of the run."""
     progress = state[_PROGRESS]
     for key, handle, optimizer in _optimizers(roles):
         if (saved := state.get(key)) is not None:
@@ -155,7 +156,7 @@ def _optimizers(roles: RoleManager) -> Iterator[tuple[str, RoleHandle, Optimizer
 
 
 def _warn_of_kept_settings(handle: RoleHandle, optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> None:
-    """Warns of every optimizer setting of the configuration that the checkpoint overrides."""
+    """Warns about every optimizer setting of the configuration that the checkpoint overrides."""
     warning = "The optimizer of %s keeps %s = %s from the checkpoint; %s, as configured now, has no effect"
     for group, saved in zip(optimizer.param_groups, saved_groups):
         for name in sorted(group.keys() & saved.keys() - {"params", "lr"}):
@@ -168,6 +169,6 @@ def _scheduler_key(handle: RoleHandle, name: str) -> str:
 
 
 def _network(handle: RoleHandle) -> nn.ModuleDict:
-    """Returns all modules of a role as one, so an optimizer over several of them names its parameters without
-    clashes."""
+    """Returns all modules of a role as one module, so that parameters of different modules have different names in the
+    optimizer state."""
     return nn.ModuleDict(handle.modules)

@@ -1,18 +1,18 @@
 """Reads and writes a checkpoint folder with torch.distributed.checkpoint (DCP), without trusting the folder.
 
-DCP stores tensors that any layout can load back. Reading differs from its defaults in this: DCP unpickles `.metadata`
-and every value that is not a tensor, so a checkpoint from elsewhere could run code. Here `.metadata` goes through an
-unpickler that knows only DCP's own plain records, and values through `torch.load(weights_only=True)`.
+DCP stores tensors that any layout can load. By default DCP unpickles `.metadata` and every value that is not a tensor,
+so a checkpoint from elsewhere could run code. Here an unpickler that accepts only DCP's own plain records reads
+`.metadata`, and `torch.load(weights_only=True)` reads values.
 
-Writing differs in this:
+Writing differs from DCP's defaults as follows:
 
 - Files are hashed on their way to the disk (`HashedFile`).
-- Rank 0 knows every rank's plan before a byte is written, and so the size of the checkpoint: a disk that is too full is
-  refused there, on all ranks at once, instead of failing some of them minutes later.
-- Tensors may be taken from copies in host memory (`asynchronous.py`) instead of the live ones. The plan is always made
-  from the live ones, whose layouts it needs; so asynchronous and synchronous saves write the same files.
-- DCP's writer threads can swallow an OSError and report success (https://github.com/pytorch/pytorch/issues/191391).
-  So one thread writes, and `commit.py` compares what `written_files` returns with the disk.
+- Rank 0 knows every rank's plan, and so the size of the checkpoint, before anything is written. If the disk has too
+  little space, all ranks fail at once, instead of some of them minutes later.
+- The values may come from copies in host memory (`asynchronous.py`). The plan is always made from the live tensors,
+  because it needs their layouts; so asynchronous and synchronous saves write the same files.
+- DCP's writer threads can swallow an OSError and report success (https://github.com/pytorch/pytorch/issues/191391). So
+  only one thread writes, and `commit.py` compares the sizes that `written_files` returns with the disk.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 
 METADATA_NAME = ".metadata"
 _ITEM_BYTES = 4096
-"""Bytes of a value on top of its numbers: header, alignment, index entry. All bytes of one that is no tensor."""
+"""Estimated bytes of a tensor beyond its elements (header, alignment, index entry), and of any other value."""
 _MARGIN = 1.01
 
 # DCP says it to whoever has no process group on purpose. For good, because warnings.catch_warnings is not for threads.
@@ -77,8 +77,8 @@ def write(
 ) -> dict[str, FileRecord]:
     """Writes `state` to `folder` from all ranks of `group`; returns the records of the files that this rank wrote.
 
-    `copies` holds tensors to write instead of those in `state`, by flat name. Raises NotEnoughSpace before anything is
-    written, and RankFailure when any rank fails, on every rank.
+    `copies` contains, by flat name, tensors to write instead of those in `state`. Every rank raises NotEnoughSpace
+    before anything is written, and RankFailure if any rank fails.
     """
     writer, planner = Writer(folder), _SavePlanner(copies or {})
     # Files need no CRC-32 of each tensor: nobody reads it, the manifest has SHA-256, and it takes a core as long as
@@ -89,7 +89,7 @@ def write(
 
 
 def read(state: dict[str, Any], folder: Path, metadata: Metadata, group: dist.ProcessGroup | None = None) -> None:
-    """Reads into the tensors of `state` in place, in any layout, and replaces its other values."""
+    """Reads a checkpoint into the tensors of `state` in place, in any layout, and replaces its other values."""
     reader = _Reader(folder, metadata)
     with _dcp_errors("reading", folder):
         dcp.load(state, storage_reader=reader, planner=_LoadPlanner(), process_group=group, no_dist=group is None)
@@ -98,8 +98,8 @@ def read(state: dict[str, Any], folder: Path, metadata: Metadata, group: dist.Pr
 def read_metadata(folder: Path) -> Metadata:
     """Returns DCP's index of the checkpoint.
 
-    Raises CheckpointDamaged when it is no index, refers to other code or to files outside the folder, or when the parts
-    of a value that it lists do not make the whole.
+    Raises CheckpointDamaged if the file is not an index, refers to other code or to files outside the folder, or lists
+    parts that do not cover their tensor.
     """
     path = folder / METADATA_NAME
     try:
@@ -120,7 +120,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def read_index(folder: Path, files: Mapping[str, FileRecord]) -> Metadata:
-    """Returns `read_metadata` after comparing it with the sizes of the files. Raises CheckpointDamaged."""
+    """Returns the index after comparing it with the sizes of the files. Raises CheckpointDamaged."""
     metadata = read_metadata(folder)
     for name, num_bytes in written_files(folder, metadata).items():
         found = files[name].num_bytes if name in files else 0
@@ -130,7 +130,7 @@ def read_index(folder: Path, files: Mapping[str, FileRecord]) -> Metadata:
 
 
 def open_together(folder: Path, manifest: Manifest, ranks: Ranks) -> Metadata:
-    """Returns `read_metadata` after comparing the hashes of all files, of which each rank reads its share.
+    """Returns the index after comparing the hashes of all files. Each rank reads a share of the files.
 
     Raises CheckpointDamaged on every rank.
     """
@@ -140,7 +140,7 @@ def open_together(folder: Path, manifest: Manifest, ranks: Ranks) -> Metadata:
 
 
 def written_files(folder: Path, metadata: Metadata) -> dict[str, int]:
-    """Returns the bytes that each data file must have, by name. Raises CheckpointDamaged as `read_metadata` does."""
+    """Returns the expected size of each data file in bytes, by name. Raises CheckpointDamaged like `read_metadata`."""
     num_bytes: dict[str, int] = {}
     for info in metadata.storage_data.values():
         if Path(info.relative_path).name != info.relative_path:
@@ -160,7 +160,7 @@ def written_files(folder: Path, metadata: Metadata) -> dict[str, int]:
 
 
 def check_matches(state: dict[str, Any], folder: Path, metadata: Metadata) -> None:
-    """Compares names, shapes and dtypes, both ways. Raises ValueError naming the first difference."""
+    """Compares names, shapes and dtypes of `state` and checkpoint. Raises ValueError with the first difference."""
     saved, wanted = metadata.state_dict_metadata, flatten(state)
     if missing := sorted(wanted.keys() - saved.keys()):
         raise ValueError(f"{folder} has no {missing[0]}{_more(missing)}, which this run needs; {_SAME_RUN}")
@@ -176,7 +176,7 @@ _SAME_RUN = "resume with the same roles, models, EMA and precision, or start a n
 
 
 class _Untrusted(Exception):
-    """The pickle is no index, or refers to something that no index needs."""
+    """The pickle is not an index, or refers to a name that an index never needs."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -189,15 +189,15 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class NotEnoughSpace(RankFailure):
-    """The disk has less room than the checkpoint needs; nothing was written."""
+    """The disk has less space than the checkpoint needs. Nothing has been written."""
 
 
 class _HashedFiles(FileSystem):
-    """DCP's access to a folder, which records every file that it writes."""
+    """File access of DCP that records size and SHA-256 of every file it writes."""
 
     def __init__(self) -> None:
         self.records: dict[str, FileRecord] = {}
-        """By file name."""
+        """Size and SHA-256 by file name."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
@@ -217,7 +217,7 @@ class _HashedFiles(FileSystem):
 
 
 class Writer(dcp.FileSystemWriter):
-    """Writes one checkpoint: one file per rank, flushed to disk."""
+    """DCP's writer of one checkpoint: one file per rank, flushed to disk."""
 
     def __init__(self, folder: Path) -> None:
         # One thread: further ones are where DCP loses an OSError (https://github.com/pytorch/pytorch/issues/191391).
@@ -231,7 +231,7 @@ class Writer(dcp.FileSystemWriter):
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
-    """Plans by the state that it is given, and takes data from `copies` (by flat name) where there are any."""
+    """Plans from the live state, and writes the values of `copies` (by flat name) in place of live tensors."""
 
     def __init__(self, copies: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class _SavePlanner(dcp.DefaultSavePlanner):
 
 
 def check_space(folder: Path, plans: list[SavePlan]) -> None:
-    """Raises NotEnoughSpace when the shards that all ranks plan to write don't fit on the disk of `folder`."""
+    """Raises NotEnoughSpace if the shards that all ranks plan to write do not fit on the disk of `folder`."""
     needed = planned_bytes(plans)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -253,7 +253,7 @@ def check_space(folder: Path, plans: list[SavePlan]) -> None:
 
 
 def planned_bytes(plans: list[SavePlan]) -> int:
-    """Returns the bytes that a checkpoint needs: the shards of all ranks, each once, and a little more."""
+    """Returns the bytes that a checkpoint needs: the shards of all ranks, and `_ITEM_BYTES` for each value."""
     return math.ceil(_MARGIN * sum(_item_bytes(item) for plan in plans for item in plan.items))
 
 
@@ -264,7 +264,7 @@ def _item_bytes(item: WriteItem) -> int:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads data files by an index that was read safely before."""
+    """DCP's reader of data files, with an index that `read_metadata` has read safely."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
@@ -275,7 +275,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):
-    """Loads values that are not tensors without executing anything."""
+    """DCP's load planner, which loads values that are not tensors without running code from the file."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         safe = io.BytesIO()  # for DCP's own load, which is not safe
@@ -285,7 +285,7 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
 
 def flatten(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns nested values by the flat names that they have in a checkpoint."""
+    """Returns the values of a nested state by their flat names in a checkpoint."""
     planner = dcp.DefaultLoadPlanner()
     planner.set_up_planner(state)
     return planner.state_dict
@@ -300,7 +300,7 @@ def _planned(metadata: Metadata) -> Iterator[MetadataIndex]:
 
 
 def _check_covered(path: Path, metadata: Metadata, name: str, entry: TensorStorageMetadata) -> None:
-    """Checks that chunks lie within the tensor and make all of it, and that their bytes suffice for its elements."""
+    """Checks that the chunks lie within the tensor and cover it, and that their bytes suffice for its elements."""
     within = all(
         len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
         and all(min(o, s) >= 0 and o + s <= n for o, s, n in zip(chunk.offsets, chunk.sizes, entry.size))
@@ -325,10 +325,10 @@ def _more(names: list[str]) -> str:
 
 
 def _let_go(failure: BaseException) -> None:
-    """Clears the local variables in a failure's frames: they hold shards on their way to the disk.
+    """Clears the local variables in the frames of an error's traceback, which refer to shards that were being written.
 
-    A traceback keeps them as long as anybody keeps the failure. Worse, views of DCP's buffers that are garbage in a
-    cycle crash Python 3.12.0 and 3.12.1 (https://github.com/python/cpython/issues/111049).
+    Otherwise these shards stay allocated as long as the error does. Also, views of DCP's buffers in a garbage cycle
+    crash Python 3.12.0 and 3.12.1 (https://github.com/python/cpython/issues/111049).
     """
     known: list[BaseException] = []
     reached: BaseException | None = failure
@@ -340,7 +340,8 @@ def _let_go(failure: BaseException) -> None:
 
 @contextmanager
 def _dcp_errors(doing: str, folder: Path) -> Iterator[None]:
-    """Turns DCP's exception, which is no Exception and prints every rank's traceback, into one sentence."""
+    """Turns DCP's error into a RankFailure with one sentence. DCP's error is not an Exception, and it prints every
+    rank's traceback."""
     try:
         yield
     except CheckpointException as error:

@@ -144,7 +144,8 @@ def _world(config: Config) -> Iterator[World]:
 
 
 def with_teacher(config: Config, teacher: Path | None) -> Config:
-    """The configuration with `teacher` in the role of that name. Raises ValueError where neither has one."""
+    """Returns the configuration with the folder `teacher` as weights of the role `teacher`. Raises ValueError if
+    neither names a teacher."""
     if teacher is None and "teacher" not in config.roles:
         raise ValueError(f"{config.job.config_file} has no [roles.teacher]; add it, or name its folder by --teacher")
     roles = dict(config.roles)
@@ -177,19 +178,19 @@ def trajectory_request(config: Config, options: OdePairsOptions) -> TrajectoryRe
 
 
 def pair_id(seed: int, index: int) -> str:
-    """The id of a row, which is the key of its initial noise."""
+    """Returns the id of a row, which is the key of its initial noise."""
     return f"{seed}-{index:06d}"
 
 
 def initial_noise(row_id: str, shape: Sequence[int]) -> Tensor:
-    """The noise [*shape] from which a row's trajectory started, float32 on the CPU."""
+    """Returns the noise [*shape] from which a row's trajectory started, float32 on the CPU."""
     seed, index = map(int, row_id.split("-"))
     return KeyedNoise(seed).normal("ode_pairs/noise", 0, [index], shape, device="cpu")[0]
 
 
 def missing_batches(out: Path, settings: dict[str, Any], num_pairs: int, options: OdePairsOptions) -> list[list[int]]:
-    """Indices of the pairs that no file in `out` has, one list per file. Raises ValueError where other data lies
-    there."""
+    """Returns the indices of the pairs that no file in `out` contains, one list per file to write. Raises ValueError if
+    `out` contains other data."""
     _check_settings(out, settings)
     found = set(read_ids(out)) if list(out.glob("*.parquet")) else set()
     starts = range(0, num_pairs, options.batch_size)
@@ -264,12 +265,12 @@ def _run(batches: list[list[int]], layouts: Layouts, make: Callable[[list[int], 
 
 
 def _in_row_dims(latent: Tensor) -> Tensor:
-    """A dataset's latents have four dims; those of families with fewer get sizes of 1."""
+    """Returns a latent with the four dims of a dataset. Missing dims get size 1."""
     return latent.reshape(*latent.shape, *itertools.repeat(1, _ROW_DIMS - latent.ndim))
 
 
 def _settings(config: Config, options: OdePairsOptions, request: TrajectoryRequest) -> dict[str, Any]:
-    """The settings that a pair depends on beside its index, as JSON stores them."""
+    """Returns the settings that determine a pair, except its index, in the form in which JSON stores them."""
     role = config.roles["teacher"]
     return {
         "teacher": role.path or role.init_from,

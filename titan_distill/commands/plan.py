@@ -30,7 +30,7 @@ from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.train import build_layouts, build_roles
 
 MAX_COMBINED = 4
-"""Changes to combine when no single one is enough."""
+"""Largest number of changes to combine if no single change makes the job fit."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def planner(num_ranks: int, gpu: Gpu) -> Iterator[Planner]:
 
 @dataclass
 class Planner:
-    """Plans configurations that differ little, and builds no role twice."""
+    """Plans similar configurations of one run. A role that does not differ is built only once."""
 
     world: World
     gpu: Gpu
@@ -85,7 +85,8 @@ class Planner:
         return make_plan(run, RoleManager([self._built[key] for key in keys.values()]), self.gpu)
 
     def remedies(self, argv: Sequence[str], first: Plan) -> str:
-        """A table of the changes that help, cheapest first. When no single one is enough, changes that are together."""
+        """Returns a table of the changes that lower the memory, cheapest first. If no single change makes the job fit,
+        the table has combined changes."""
         helpful = self._helpful(argv, first)
         helpful.sort(key=lambda option: (not option[1].fits, option[1].seconds))
         rows = [
@@ -128,7 +129,8 @@ class Planner:
 
 
 def _regret(other: Plan, plan: Plan) -> float:
-    """Added seconds per byte saved. Among changes that cost no time, the larger saving."""
+    """Returns the sort key of a change: added seconds per byte saved. Among changes that cost no time, the larger
+    saving is first."""
     saved = plan.peak - other.peak
     return (other.seconds - plan.seconds) / saved if other.seconds > plan.seconds else -saved
 

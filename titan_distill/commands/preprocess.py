@@ -106,7 +106,7 @@ def read_captions(path: Path) -> dict[str, str]:
     for where, entry in READERS[path.suffix](path, columns):
         name, caption = non_empty(where, entry, columns)
         if name in captions:
-            raise ValueError(f"{where}: {name} has a caption already: keep one")
+            raise ValueError(f"{where}: {name} has a second caption here: keep only one")
         captions[name] = caption
     return captions
 

@@ -1,8 +1,10 @@
-"""The layout of the ranks, as numbers: the degrees of the data and of every role, and the micro-batches.
+"""Parallel degrees of the data loader and of every role, and the number of micro-batches, computed from the
+configuration.
 
 Ranks are laid out as `dp_replicate × dp_shard × sequence × tensor` with tensor innermost: ranks that communicate most
 are neighbours and share a node. Everything here is arithmetic on the configuration and needs no process group. The
-family checks what depends on a network's heads or tokens (`ModelFamily.check_layouts`).
+model family checks that the degrees fit each network, for instance that ranks divide its attention heads
+(`ModelFamily.check_layouts`).
 """
 
 from __future__ import annotations
@@ -91,7 +93,8 @@ def role_degrees(config: Config, name: str, world_size: int) -> Degrees:
 
 
 def needs_group(config: Config) -> bool:
-    """Whether a single process needs a process group. FSDP does mixed precision and offloading, also on one rank."""
+    """Returns whether a single process needs a process group: FSDP implements mixed precision and offloading on one
+    rank, too."""
     offloaded = any(role.parallelism.cpu_offload for role in config.roles.values())
     return config.training.dtype != "float32" or offloaded
 

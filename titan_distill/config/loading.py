@@ -119,7 +119,7 @@ def help_text(argv: Sequence[str]) -> str:
 
 
 def check_paths(config: Config) -> None:
-    """Raises ValueError for the first file or folder that the configuration names and that does not exist."""
+    """Raises ValueError if a file or folder in the configuration does not exist; the message names the first one."""
     folders: dict[str, str] = {}
     for name, role in config.roles.items():
         folders |= {f"roles.{name}.path": role.path, f"roles.{name}.init_from": role.init_from}
@@ -180,7 +180,7 @@ def _complete_role(role: Any, raw: dict[str, Any], at: Place) -> Any:
 
 
 def _import_scorer(name: str) -> None:
-    """Raises ValueError for a scorer that nothing registers."""
+    """Raises ValueError if no module registers the scorer."""
     if name == "shapes" and name not in SCORERS.entries:
         logger.warning('validation.scorer = "shapes" needs job.imports = ["tiny_world"] from version 0.3 on')
         import_user_modules(["tiny_world"])
@@ -188,7 +188,8 @@ def _import_scorer(name: str) -> None:
 
 
 def _read_config_file(overrides: Sequence[tuple[str, Text]]) -> tuple[str, dict[str, Any]]:
-    """Name and tables of the chosen file. Without a file: the command line, and no tables."""
+    """Returns name and tables of the configuration file. Without a file it returns the command line's name and no
+    tables."""
     chosen = dict(overrides).get("job.config_file")
     if chosen is None or chosen.text is None:  # `convert` refuses an option without its value
         return COMMAND_LINE, {}

@@ -63,7 +63,8 @@ class CommandLineTable(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Place:
-    """The position of a value: file (or command line) and dotted key. `root` is the schema to search for near keys."""
+    """Position of a value: file (or command line) and dotted key. `root` is the schema in which errors search for
+    similar keys."""
 
     source: str
     key: str
@@ -176,7 +177,8 @@ def _convert_table(kind: Any, value: Any, at: Place) -> Any:
 
 
 def _located(message: str, kind: Any, table: Mapping[str, Any], at: Place) -> str:
-    """A section's own error, which starts with the name of a field, with file and key before it."""
+    """Returns the error of a section, whose message starts with the name of a field, with file and key put before
+    it."""
     name = message.partition(" ")[0]
     if name in field_types(kind):
         place = at.child(name, table.get(name))
@@ -215,7 +217,8 @@ def _convert_sequence(kind: Any, value: Any, at: Place) -> Any:
 
 
 def _items_from_text(text: str) -> Any:
-    """Items of `0.0,0.999` as Text, items of `[0.0, 0.999]` as TOML reads them. None for any other text."""
+    """Returns the items of `0.0,0.999` as Text, and those of `[0.0, 0.999]` as TOML reads them. None for any other
+    text."""
     if not text.startswith("["):
         return [Text(item.strip()) for item in text.split(",")] if text.strip() else []
     try:
@@ -244,7 +247,7 @@ def _convert_scalar(kind: Any, value: Any, at: Place) -> Any:
 
 
 def _scalar_from_text(kind: Any, text: str | None) -> Any:
-    """The value that TOML would have read for this kind, or the text itself."""
+    """Returns the value that TOML would read for this kind, or the text itself."""
     if kind is bool:
         return {None: True, "true": True, "false": False}.get(text and text.lower(), text)
     try:
@@ -264,7 +267,7 @@ def _dotted_keys(kind: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _nearest_key(name: str, siblings: Sequence[str], at: Place) -> str | None:
-    """The closest key of the same table, else a key of that name elsewhere, else the closest dotted key."""
+    """Returns the closest key of the same table, else a key of that name elsewhere, else the closest dotted key."""
     if near := difflib.get_close_matches(name, siblings, n=1):
         return at.child(near[0], None).key
     everywhere = list(_dotted_keys(at.root))
@@ -274,7 +277,7 @@ def _nearest_key(name: str, siblings: Sequence[str], at: Place) -> str | None:
 
 
 def plain_text(value: Any) -> Any:
-    """The text of a command-line value; any other value as it is."""
+    """Returns the text of a command-line value, and any other value unchanged."""
     return value.text if isinstance(value, Text) else value
 
 
@@ -282,9 +285,9 @@ def plain_text(value: Any) -> Any:
 
 
 def check_range(section: Any, *names: str, **limits: float) -> None:
-    """Raises ValueError unless each named field keeps the limits `least`, `most`, `above` and `below` that are given.
+    """Raises ValueError unless each named field is within the given limits `least`, `most`, `above` and `below`.
 
-    A tuple keeps them in every item. None passes.
+    The limits hold for every item of a tuple. A field that is None passes.
     """
     allowed = " and ".join(f"{_LIMITS[limit][1]} {bound}" for limit, bound in limits.items())
     for name in names:
@@ -305,13 +308,13 @@ def check_no_effect(section: Any, *names: str, given: str) -> None:
 
 
 def nearest_multiples(value: int, unit: int) -> str:
-    """The multiples of `unit` around `value`, for an error: "8 or 12"."""
+    """Returns the multiples of `unit` nearest to `value`, for an error: "8 or 12"."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else str(unit)
 
 
 def nearest_divisors(value: int, whole: int) -> str:
-    """The divisors of `whole` around `value`, for an error: "2 or 4"."""
+    """Returns the divisors of `whole` nearest to `value`, for an error: "2 or 4"."""
     divisors = [number for number in range(1, whole + 1) if whole % number == 0]
     below = [number for number in divisors if number <= value]
     above = [number for number in divisors if number > value]

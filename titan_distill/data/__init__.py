@@ -1,1 +1,2 @@
-"""Latents and text embeddings: from footage to parquet, and from parquet to the batches of any number of ranks."""
+"""Training data: conversion of footage to parquet files of latents and text embeddings, and loading of batches for any
+number of ranks."""

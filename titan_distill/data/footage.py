@@ -1,8 +1,8 @@
 """Reader of video files: decodes, resamples in time, resizes and crops, and cuts into clips.
 
-A frame is decoded, resized at once and held only until its clips are cut, so that an hour of 4K costs no more memory
-than a clip. Time is taken from the frames' timestamps, not from their count, which makes variable
-frame rates come out right. Pixels are taken to be square, and rotation metadata is honoured.
+Each frame is resized right after it is decoded, and freed when the clips that contain it are complete. An hour of 4K
+video therefore needs no more memory than one clip. Times come from the frames' timestamps, so variable frame rates are
+handled correctly. Pixels are assumed to be square. Rotation metadata is applied.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MAX_STANDSTILL_SECONDS = 600.0
 
 
 class TimedFrame(NamedTuple):
-    """A decoded frame and the interval for which it is shown, in seconds."""
+    """A decoded frame, and the interval in seconds during which it is shown."""
 
     start: float
     end: float
@@ -46,7 +46,7 @@ class Clip(NamedTuple):
 
 @dataclass(frozen=True)
 class VideoSize:
-    """Size of a clip: frames and pixels; `fps` frames per second, or every frame of the video where it is None."""
+    """Size of a clip in frames and pixels. `fps` is in frames per second; None uses every frame of the video."""
 
     num_frames: int
     height: int
@@ -59,8 +59,8 @@ def read_clips(path: Path, size: VideoSize, stride: int | None = None) -> Iterat
 
     Args:
         path: anything FFmpeg decodes.
-        size: frames after resampling, by nearest timestamp; each is scaled to cover height × width and its centre is
-            cropped.
+        size: size of a clip. Frames are resampled by nearest timestamp, scaled to cover height × width, and cropped at
+            the centre.
         stride: frames between the starts of two clips, counted after resampling. Default: `size.num_frames`, which
             cuts without overlap.
 
@@ -82,14 +82,14 @@ def read_clips(path: Path, size: VideoSize, stride: int | None = None) -> Iterat
             yield Clip(torch.stack([pixels for _, _, pixels in window]), duration)
     if count < num_frames:
         rate = "" if size.fps is None else f" at {size.fps:g} frames per second"
-        raise ValueError(f"{path} has {count} frames{rate}, a clip takes {num_frames}: remove it or ask for less")
+        raise ValueError(f"{path} has {count} frames{rate}, but a clip needs {num_frames}: remove it or ask for fewer")
 
 
 def read_picture(path: Path, height: int, width: int) -> Tensor:
-    """A picture, or a video's first frame, scaled to cover height × width and cropped: uint8 [height, width, 3].
+    """Reads a picture, or a video's first frame, scaled to cover height × width and cropped: uint8 [height, width, 3].
 
     Raises:
-        ValueError: a file that is not there or can't be decoded.
+        ValueError: the file is missing or can't be decoded.
     """
     if not path.is_file():
         raise ValueError(f"there is no picture {path}; correct the path")
@@ -97,7 +97,7 @@ def read_picture(path: Path, height: int, width: int) -> Tensor:
 
 
 def decode(path: Path) -> Iterator[TimedFrame]:
-    """All frames of the first video stream, in order of display.
+    """Yields all frames of the first video stream, in order of display.
 
     Raises:
         ValueError: not a video, damaged, or shorter than its header says.
@@ -134,7 +134,7 @@ def decode(path: Path) -> Iterator[TimedFrame]:
 
 
 def _stated_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Seconds of video that the header promises, 0 where it does not say."""
+    """Returns the duration in the header, in seconds; 0 if the header has none."""
     import av
 
     if stream.duration is not None:
@@ -146,10 +146,10 @@ def _stated_duration(container: av.container.InputContainer, stream: av.VideoStr
 
 
 def resample(frames: Iterable[TimedFrame], fps: float) -> Iterator[TimedFrame]:
-    """For each instant k / fps after the first frame's start, the frame whose start is nearest to it.
+    """Yields, for each time k / fps after the first frame's start, the frame whose start is nearest.
 
-    Nearest, not "the one on screen": timestamps are rounded (Matroska counts milliseconds), and a frame that seems to
-    start a microsecond late must not be replaced by its predecessor.
+    It is not the frame on screen at that time: timestamps are rounded (to milliseconds in Matroska), and a frame that
+    seems to start slightly late must not be replaced by its predecessor.
     """
     tick = 0
     origin: float | None = None
@@ -163,7 +163,7 @@ def resample(frames: Iterable[TimedFrame], fps: float) -> Iterator[TimedFrame]:
 
 
 def _fit(frame: av.VideoFrame, height: int, width: int) -> Tensor:
-    """Scale an RGB frame to cover height × width and crop its centre: `[3, height, width]` uint8."""
+    """Scales an RGB frame to cover height × width and crops its centre: uint8 `[3, height, width]`."""
     upright = np.rot90(frame.to_ndarray(), k=round(frame.rotation / 90))
     pixels_HWC = torch.from_numpy(np.ascontiguousarray(upright))
     scale = max(height / pixels_HWC.shape[0], width / pixels_HWC.shape[1])
@@ -174,7 +174,7 @@ def _fit(frame: av.VideoFrame, height: int, width: int) -> Tensor:
 
 
 def read_mp4(path: Path | str) -> tuple[npt.NDArray[np.uint8], float]:
-    """All frames `[T, H, W, 3]` of a video that `write_mp4` wrote, and its frames per second."""
+    """Reads all frames `[T, H, W, 3]` of a video that `write_mp4` wrote, and its frames per second."""
     import av
 
     with av.open(str(path)) as container:

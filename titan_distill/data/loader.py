@@ -1,13 +1,13 @@
-"""The loader makes batches; its whole state is one number, the samples that the run has seen.
+"""Loader of batches. Its state is one number: the number of samples that the run has seen.
 
-Sample `g` of a run, counted over all ranks from 0, is row `permutation(seed, g // len)[g % len]` of the dataset.
-Nothing else decides what is trained on. A global batch is the next `global_batch_size` ids, and a rank takes its
-contiguous slice of them, so any number of ranks sees the same samples under the same ids, an epoch may end inside a
-batch, and resuming on another cluster is exact: the counter is all there is to save.
+Sample `g` of a run, counted over all ranks from 0, is row `permutation(seed, g // len)[g % len]` of the dataset. A
+global batch consists of the next `global_batch_size` sample ids, and each rank takes a contiguous slice of them. So any
+number of ranks sees the same samples with the same ids, and an epoch may end inside a batch. A run can resume exactly
+on another number of ranks, because only the counter is saved.
 
-Trade-off: a slice is cut from the batch, not from the dataset, so that every rank reads the whole dataset's files;
-in return no sample is dropped at an epoch's end and no per-rank state exists. Workers read ahead, yet the counter moves
-only when a batch is handed out, so a checkpoint never skips what was prefetched and not trained on.
+Trade-off: ranks divide each batch, not the dataset, so every rank reads from all files; in return no sample is dropped
+at the end of an epoch, and ranks have no state of their own. Workers read ahead, but the counter advances only when a
+batch is returned, so a checkpoint never skips samples that were prefetched and not yet trained on.
 
 Shape legend: B samples of this rank, L max_text_tokens, D text width, C F H W latent channels, frames, height, width.
 """
@@ -35,7 +35,7 @@ from titan_distill.diffusion.transfer import to_device
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one rank and step; `sample_ids` are unique over the run and key every random draw."""
+    """Samples of one rank in one step. `sample_ids` are unique over the run; every random draw is keyed by them."""
 
     sample_ids: list[int]
     captions: list[str]
@@ -47,15 +47,15 @@ class Batch:
     extra_on_host: dict[str, Tensor] = field(default_factory=dict)  # what `to` was given as extra, for `on_host`
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`, and its further tensors on the host as well."""
+        """Returns the batch with its tensors on `device`. Tensors of `extra` stay available on the host, too."""
         return replace(self._map(lambda tensor: to_device(tensor, device)), extra_on_host=self.extra)
 
     def on_host(self, name: str) -> Tensor:
-        """A further tensor where values can be looked at without waiting for the device."""
+        """Returns the tensor `name` of `extra` on the host, so that reading values does not wait for the device."""
         return self.extra_on_host.get(name, self.extra[name])
 
     def split(self, local_batch_size: int) -> list[Batch]:
-        """Micro-batches of `local_batch_size` samples, in order; the last one is smaller where it does not divide."""
+        """Splits the batch into micro-batches of `local_batch_size` samples, in order. The last one may be smaller."""
         return [self._slice(slice(i, i + local_batch_size)) for i in range(0, len(self.sample_ids), local_batch_size)]
 
     def _slice(self, part: slice) -> Batch:
@@ -79,13 +79,13 @@ def open_dataset(
     """The rows to train on.
 
     Args:
-        data: where they are.
+        data: the section [data] of the configuration.
         tensors: further tensors that each row must have.
-        video_size: (frames, height, width) of a sample in pixels; None for families whose samples are no videos.
-        needs_latents: whether rows without a latent, or a video, can't be trained on.
+        video_size: (frames, height, width) of a sample in pixels; None for a family whose samples are not videos.
+        needs_latents: whether each row must have a latent or a video.
 
     Raises:
-        ValueError: data that can't be read, or that lacks what is needed.
+        ValueError: the data can't be read, or lacks required latents or tensors.
     """
     dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
     if data.holds_videos:
@@ -111,7 +111,7 @@ class SampleOrder:
     seed: int
 
     def row(self, sample_id: int) -> int:
-        """Row of `sample_id`: every row once an epoch, in an order keyed by (seed, epoch)."""
+        """Returns the row of `sample_id`. Every row occurs once per epoch, in an order keyed by (seed, epoch)."""
         epoch, position = divmod(sample_id, self.num_rows)
         return int(_permutation(self.num_rows, self.seed, epoch)[position])
 
@@ -120,17 +120,17 @@ class SampleLoader(Iterator[Batch]):
     """Endless iterator over this rank's slices of the global batches.
 
     Args:
-        dataset: its rows all have latents of one shape, or all none.
+        dataset: rows that all have latents of one shape, or all have none.
         global_batch_size: samples per step over all data ranks; a multiple of `data_world_size`.
         data_rank: index of this rank's data group, in [0, data_world_size).
         data_world_size: number of data groups.
-        seed: of the epoch permutations.
+        seed: seed of the permutation of each epoch.
         max_text_tokens: length to which text embeddings are zero-padded.
-        samples_seen: samples that the run has consumed, over all ranks.
-        num_workers: reader processes; 0 reads in this process. It changes when rows are read, not which.
+        samples_seen: number of samples that the run has already consumed, over all ranks.
+        num_workers: number of reader processes; 0 reads in this process. The batches do not depend on it.
 
     Raises:
-        RuntimeError: from iterating, with the path and the fault, whatever went wrong in whichever process.
+        RuntimeError: during iteration, for an error in any process; the message has the path and the error.
     """
 
     def __init__(
@@ -178,11 +178,11 @@ class SampleLoader(Iterator[Batch]):
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """`{"samples_seen": n}`: what all ranks together were handed, not what was read ahead."""
+        """Returns `{"samples_seen": n}`: the samples returned to all ranks together, without those read ahead."""
         return {"samples_seen": self._samples_seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after `state["samples_seen"]` samples, saved with any number of ranks and workers."""
+        """Continues after `state["samples_seen"]` samples. The number of ranks and workers may have changed."""
         self._samples_seen = self._ids.first = state["samples_seen"]
         # StatefulDataLoader takes an empty state as "start anew": it drops its iterator and what workers read ahead.
         self._loader.load_state_dict({})
@@ -191,7 +191,7 @@ class SampleLoader(Iterator[Batch]):
 
 @dataclass
 class _RankSampleIds:
-    """Sampler: the sample ids of one rank, one list per step, from global sample number `first` on."""
+    """Sampler of the ids of one rank: one list per step, beginning at global sample number `first`."""
 
     global_batch_size: int
     data_rank: int
@@ -208,7 +208,7 @@ class _RankSampleIds:
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error on its way from a worker: text survives pickling, many exceptions of pyarrow and torch do not."""
+    """Error message from a worker process. Text can be pickled; many exceptions of pyarrow and torch cannot."""
 
     message: str
     traceback: str
@@ -216,7 +216,7 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _BatchReader(torch.utils.data.Dataset["Batch | _Failure"]):
-    """Map-style dataset from a list of sample ids to the batch that holds them."""
+    """Map-style dataset whose index is a list of sample ids and whose item is their batch."""
 
     dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
     order: SampleOrder
@@ -234,7 +234,8 @@ class _BatchReader(torch.utils.data.Dataset["Batch | _Failure"]):
 
 
 def collate(sample_ids: list[int], rows: Sequence[LatentRow], max_text_tokens: int) -> Batch:
-    """One batch of dataset rows. Raises ValueError for a row that does not fit the others or `max_text_tokens`."""
+    """Makes a batch of dataset rows. Raises ValueError for a row whose shapes differ from the others, or with more than
+    `max_text_tokens`."""
     embeddings = [row.text_embedding.float() for row in rows]
     for row, embedding in zip(rows, embeddings, strict=True):
         if len(embedding) > max_text_tokens:
@@ -253,7 +254,7 @@ def collate(sample_ids: list[int], rows: Sequence[LatentRow], max_text_tokens: i
 
 
 def collate_clips(sample_ids: list[int], rows: Sequence[ClipRow]) -> Batch:
-    """One batch of rows that the adapter is to encode."""
+    """Makes a batch of videos and prompts, which the adapter will encode."""
     clips = [row.pixels for row in rows if row.pixels is not None]
     return Batch(
         sample_ids=sample_ids,
@@ -280,7 +281,7 @@ def _stack(rows: Sequence[LatentRow], tensors: Sequence[Tensor], what: str) -> T
         if tensor.shape != tensors[0].shape:
             raise ValueError(
                 f"row {row.id!r} has a {what} of {list(tensor.shape)}, row {rows[0].id!r} of {list(tensors[0].shape)}: "
-                "a dataset has one size"
+                "all rows of a dataset must have the same shape"
             )
     return torch.stack(list(tensors))
 

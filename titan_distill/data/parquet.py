@@ -1,16 +1,16 @@
 """Reader and writer of parquet files of latents and text embeddings, in FastVideo's column scheme.
 
-A tensor is three columns: `<name>_bytes` (raw little-endian values), `<name>_shape` (list of int64) and
-`<name>_dtype` (`"float32"`, `"float16"` or `"bfloat16"`), for `vae_latent` and `text_embedding`. Beside
-them stand the caption and facts about the clip. A text-only row, for data-free distillation, leaves `vae_latent` out.
-Further tensors, of any shape, are three columns under their own name; a reader gets those that it asks for by name.
+Each tensor has three columns: `<name>_bytes` (raw little-endian values), `<name>_shape` (list of int64) and
+`<name>_dtype` (`"float32"`, `"float16"` or `"bfloat16"`). The standard tensors are `vae_latent` and `text_embedding`.
+Other columns have the caption and facts about the clip. A text-only row, for data-free distillation, has no
+`vae_latent`. A file may have further tensors of any shape; a reader asks for them by name.
 
-Trade-offs. Training reads rows in random order, and parquet's smallest readable piece is a row group. So the writer
-keeps groups small (`MAX_GROUP_ROWS`, `MAX_GROUP_BYTES`), at the price of a little compression, and the reader keeps the
-groups it used last, up to `cache_bytes`: a small dataset ends up in memory whole, a large one costs one group per row.
-Opening a folder reads only the footers. Every row is checked when it is read, not when the folder is opened, because
-checking means reading everything; `titan_distill.data.summary.inspect` does that in advance. The writer adds parquet's
-own checksum to each page: a byte that changed on disk is then noticed, not trained on.
+Trade-offs. Training reads rows in random order, and the smallest unit that parquet can read is a row group. So the
+writer makes small groups (`MAX_GROUP_ROWS`, `MAX_GROUP_BYTES`), with slightly worse compression. The reader caches the
+last groups, up to `cache_bytes`: a small dataset is then entirely in memory, and for a large one each row costs reading
+one group. Opening a folder reads only the footers. A row is checked when it is read, because checking all rows means
+reading everything; `titan_distill.data.summary.inspect` does that in advance. The writer adds parquet's checksum to
+each page, so a byte that changed on disk is detected.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _TENSOR_TYPES = {"bytes": pa.binary(), "shape": pa.list_(pa.int64()), "dtype": p
 
 
 def _columns(name: str) -> dict[str, pa.DataType]:
-    """The three columns of a tensor."""
+    """Returns the names of the three columns of a tensor."""
     return {f"{name}_{part}": kind for part, kind in _TENSOR_TYPES.items()}
 
 
@@ -67,14 +67,15 @@ REQUIRED_COLUMNS = ("caption", *_columns("text_embedding"))
 LATENT_COLUMNS = tuple(_columns("vae_latent"))
 
 _READ_ERRORS = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)
-"""Errors that pyarrow raises for a damaged file; a damaged length makes it ask for any amount of memory."""
+"""Errors that pyarrow raises for a damaged file. They include MemoryError, because a damaged length may request any
+amount of memory."""
 
 _REMEDY = "remove it or write it again"
 
 
 @dataclass(frozen=True)
 class LatentRow:
-    """One sample. The text embedding has the prompt's true length: padding belongs to the loader."""
+    """One sample. The text embedding has the prompt's true length; the loader adds the padding."""
 
     id: str
     caption: str
@@ -91,13 +92,13 @@ class LatentRow:
 
 
 def write_rows(path: str | Path, rows: Iterable[LatentRow]) -> int:
-    """Write `rows` to one parquet file and return their number; tensors keep their dtype.
+    """Writes `rows` to one parquet file and returns their number. Tensors are stored in their dtype.
 
     Rows are consumed one row group at a time. The file appears under its name only when it is complete.
 
     Raises:
-        ValueError: a tensor has non-finite values or a dtype the scheme does not know, a caption is empty, or there is
-            no row, or the rows have different `extra` tensors.
+        ValueError: there is no row, a caption is empty, a tensor has non-finite values or an unknown dtype, or the rows
+            have different `extra` tensors.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,12 +120,12 @@ def write_rows(path: str | Path, rows: Iterable[LatentRow]) -> int:
 
 
 def schema_with(names: Iterable[str]) -> pa.Schema:
-    """`SCHEMA` and the columns of further tensors."""
+    """Returns `SCHEMA` with the columns of further tensors."""
     return pa.schema([*SCHEMA, *(pa.field(*column) for name in names for column in _columns(name).items())])
 
 
 def read_ids(path: str | Path) -> list[str]:
-    """The ids of all rows of a parquet file or folder, in order, without reading anything else.
+    """Returns the ids of all rows of a parquet file or folder, in order. No other column is read.
 
     Raises:
         ValueError: as `ParquetDataset`.
@@ -137,7 +138,7 @@ def read_ids(path: str | Path) -> list[str]:
 
 
 def extra_names(path: str | Path) -> tuple[str, ...]:
-    """The names of the further tensors that the first file of a dataset has columns for, sorted.
+    """Returns the names of the further tensors in the first file of a dataset, sorted.
 
     Raises:
         ValueError: as `ParquetDataset`.
@@ -163,14 +164,14 @@ class ParquetDataset(RowDataset[LatentRow]):
 
     Args:
         path: file or folder.
-        tensors: names of the further tensors that every row must have; they become `LatentRow.extra`.
+        tensors: names of the further tensors that every row must have; they are returned in `LatentRow.extra`.
         max_bad_rows: see `RowDataset`.
         cache_bytes: memory for decoded row groups, per process.
 
     Raises:
-        ValueError: nothing there, a file that is empty, truncated or without rows, columns that are missing or of
+        ValueError: the path does not exist, a file is empty, truncated or without rows, or columns are missing or of
             another type.
-        BadRowError: from indexing, at the first bad row beyond `max_bad_rows`.
+        BadRowError: while indexing, at the first bad row beyond `max_bad_rows`.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class ParquetDataset(RowDataset[LatentRow]):
 
 
 class _Group(NamedTuple):
-    """Where a row group lies: `first_row` counts within the file."""
+    """Position of a row group: its file, its index and its `first_row` within the file."""
 
     file: Path
     number: int
@@ -265,7 +266,7 @@ def _check_columns(file: Path, columns: list[tuple[str, pa.DataType]], expected:
 
 
 def _reads_as(kind: pa.DataType, expected: pa.DataType) -> bool:
-    """Whether values of a column's type are, in Python, what the scheme's type gives."""
+    """Returns whether values of a column's type read as the same Python type as those of the expected type."""
     types = pa.types
     if types.is_null(kind):
         return True
@@ -295,13 +296,14 @@ def _read_group(group: _Group, schema: pa.Schema) -> pa.Table:
 
 
 def _brief(value: object, width: int = 200) -> str:
-    """As one short printable line: pyarrow's messages have several and quote bytes of the file."""
+    """Returns a value as one short printable line. pyarrow's messages have several lines and contain bytes of the
+    file."""
     words = textwrap.shorten(str(value), width, placeholder=" ...")
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
 
 
 def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Cut a stream of records into row groups of at most `MAX_GROUP_ROWS` rows and about `MAX_GROUP_BYTES`."""
+    """Cuts a stream of records into row groups of at most `MAX_GROUP_ROWS` rows and about `MAX_GROUP_BYTES`."""
     group: list[dict[str, Any]] = []
     num_bytes = 0
     for record in records:
@@ -319,7 +321,7 @@ def _to_record(row: LatentRow, extra: Iterable[str]) -> dict[str, Any]:
         raise ValueError(f"row {row.id!r}: caption is empty: a dataset has one for each row")
     if set(row.extra) != set(extra):
         raise ValueError(
-            f"row {row.id!r} has the tensors {sorted(row.extra)}, the first row {sorted(extra)}: a file has one set"
+            f"row {row.id!r} has the tensors {sorted(row.extra)}, the first row {sorted(extra)}: use the same in all"
         )
     record = {name: getattr(row, name) for name in SCHEMA.names if hasattr(row, name)}
     for name, tensor in {"vae_latent": row.vae_latent, "text_embedding": row.text_embedding, **row.extra}.items():
@@ -359,7 +361,8 @@ def _plain(record: Mapping[str, pa.Scalar], name: str, where: str) -> Any:
 
 
 def _tensor(record: Mapping[str, pa.Scalar], name: str, num_dims: int | None, where: str) -> Tensor | None:
-    """Rebuild one tensor from its three columns, of `num_dims` dims or of any; None where they are absent or empty."""
+    """Builds a tensor from its three columns; None if they are absent or empty. `num_dims` is its number of dims; None
+    allows any."""
     if f"{name}_bytes" not in record:
         return None
     data = record[f"{name}_bytes"].as_buffer() if record[f"{name}_bytes"].is_valid else pa.py_buffer(b"")

@@ -8,15 +8,15 @@ from titan_distill.data.parquet import ParquetDataset
 from titan_distill.data.tables import READERS, non_empty, read_lines
 
 COLUMNS = {".csv": "prompt", ".jsonl": "caption"}
-"""Column of a table's prompts by the file's suffix."""
+"""Name of the column (or key) with the prompts, by the file's suffix."""
 
 
 def read_prompts(path: str | Path, num_prompts: int | None) -> list[str]:
-    """The first `num_prompts` prompts, or all, of a .txt (one per line), .jsonl (key `caption`), .csv (column `prompt`)
-    or parquet file or folder.
+    """Returns the first `num_prompts` prompts, or all prompts, of a file: .txt (one per line), .jsonl (key `caption`),
+    .csv (column `prompt`), or a parquet file or folder.
 
-    A shorter file is repeated: the same prompt then starts from other noise. Raises ValueError for a file without
-    prompts, that cannot be read, or with a line that is no prompt.
+    If the file has fewer prompts they are repeated; a repeated prompt starts from other noise. Raises ValueError for a
+    file that can't be read, has no prompts, or has a line that is not a prompt.
     """
     path = Path(path)
     if path.suffix == ".txt":

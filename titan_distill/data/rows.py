@@ -1,7 +1,7 @@
-"""Base of datasets, some of whose rows may turn out to be bad.
+"""Base class of datasets that tolerate bad rows.
 
-A bad row is found when it is read. Up to `max_bad_rows` of them are named in the log, and each is replaced by the next
-good one. That depends on the files alone, so every layout and every resumed run trains on the same data.
+A bad row is detected when it is read. Up to `max_bad_rows` of them are logged, and each is replaced by the next good
+row. The replacement depends only on the files, so every layout and every resumed run trains on the same data.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Row = TypeVar("Row", covariant=True)
 
 
 class BadRowError(ValueError):
-    """A row that can't be used; the message names file, row and fault."""
+    """A row can't be used. The message names file, row and fault."""
 
 
 class RowDataset(torch.utils.data.Dataset[Row]):
     """Map-style dataset of the rows of `path`.
 
     Args:
-        path: file or folder, for messages.
-        max_bad_rows: how many distinct bad rows this process may meet.
+        path: file or folder, used in messages.
+        max_bad_rows: largest number of distinct bad rows that this process tolerates.
 
     Raises:
-        BadRowError: from indexing, at the first bad row beyond `max_bad_rows`.
+        BadRowError: while indexing, at the first bad row beyond `max_bad_rows`.
     """
 
     def __init__(self, path: str | Path, max_bad_rows: int = 0) -> None:
@@ -41,17 +41,17 @@ class RowDataset(torch.utils.data.Dataset[Row]):
     @property
     @abstractmethod
     def has_latents(self) -> bool:
-        """Whether rows bring latents, or what latents are made of."""
+        """Whether rows have latents, or videos from which latents are encoded."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def read(self, index: int) -> Row:
-        """Row `index` itself, 0 <= index < len(self); raises `BadRowError` if it is bad."""
+        """Reads row `index`, 0 <= index < len(self). Raises `BadRowError` if the row is bad."""
 
     def __getitem__(self, index: int) -> Row:
-        """Row `index`, or the next good one after it (wrapping around) where bad rows are tolerated."""
+        """Returns row `index` or, if it is bad and tolerated, the next good row (after the last row, the first)."""
         for row in range(index, index + len(self)):
             try:
                 return self.read(row % len(self))

@@ -1,7 +1,7 @@
-"""Summary of a dataset from reading all of it: sizes, statistics and every bad row.
+"""Summary of a dataset, from reading all of it: sizes, statistics and every bad row.
 
-Training checks rows as it meets them, hours into a run; this is the same check in advance. The latents' mean and
-standard deviation tell at a glance whether they were normalised: then they are near 0 and 1.
+Training checks each row when it reads it, which may be hours into a run; this module does the same check in advance. If
+the latents are normalised, their mean is near 0 and their standard deviation near 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from titan_distill.data.parquet import DTYPE_NAMES, BadRowError, LatentRow, Parq
 
 @dataclass
 class DatasetSummary:
-    """Contents of a dataset; `str()` is what `titan-distill data inspect` prints."""
+    """Contents of a dataset. `titan-distill data inspect` prints its `str()`."""
 
     path: Path
     num_files: int
@@ -34,16 +34,16 @@ class DatasetSummary:
 
     @property
     def latent_mean(self) -> float:
-        """Mean over all latent values, 0 where there are none."""
+        """Mean over all latent values; 0 if there are none."""
         return self._sum / max(1, self._num_values)
 
     @property
     def latent_std(self) -> float:
-        """Standard deviation over all latent values, 0 where there are none."""
+        """Standard deviation over all latent values; 0 if there are none."""
         return max(0.0, self._sum_of_squares / max(1, self._num_values) - self.latent_mean**2) ** 0.5
 
     def add(self, row: LatentRow) -> None:
-        """Count one good row."""
+        """Adds one good row to the summary."""
         width = row.text_embedding.shape[1]
         self.text_widths[f"{width} {DTYPE_NAMES[row.text_embedding.dtype]}"] += 1
         self.text_tokens[len(row.text_embedding)] += 1
@@ -74,10 +74,11 @@ class DatasetSummary:
 
 
 def inspect(path: str | Path) -> DatasetSummary:
-    """Read every row of a parquet file or folder and say what is there.
+    """Reads every row of a parquet file or folder and returns its summary.
 
     Raises:
-        ValueError: nothing there, or a file that is empty, truncated or lacks columns. Bad rows are listed instead.
+        ValueError: the path does not exist, or a file is empty, truncated or lacks columns. Bad rows raise nothing; the
+            summary lists them.
     """
     dataset = ParquetDataset(path, tensors=extra_names(path))
     summary = DatasetSummary(dataset.path, dataset.num_files, len(dataset))

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def read_text(path: Path) -> str:
-    """The whole file, with any line ends as `\\n`. Raises ValueError naming it when it is not there or no UTF-8."""
+    """Returns the text of a file, with all line ends as `\\n`. Raises ValueError if it is missing or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -23,10 +23,10 @@ def read_text(path: Path) -> str:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row as ("<path>, line n", values by column); further columns are there, too.
+    """Yields each row as ("<path>, line n", values by column), further columns included.
 
     Raises:
-        ValueError: a file that can't be read or is no CSV, or that lacks one of `columns`.
+        ValueError: the file can't be read, is not CSV, or lacks one of `columns`.
     """
     reader = csv.DictReader(io.StringIO(read_text(path)))
     try:
@@ -39,17 +39,17 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Each line that is not blank as ("<path>, line n", line). Raises ValueError as `read_text`."""
+    """Yields each non-blank line as ("<path>, line n", line). Raises ValueError like `read_text`."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             yield f"{path}, line {number}", line
 
 
 def read_jsonl(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line of a file of JSON objects as ("<path>, line n", values by key).
+    """Yields each line of a file of JSON objects as ("<path>, line n", values by key).
 
     Raises:
-        ValueError: a file that can't be read, or a line that is no JSON object; `keys` are named in the message.
+        ValueError: the file can't be read, or a line is not a JSON object; the message names `keys`.
     """
     for where, line in read_lines(path):
         try:
@@ -66,7 +66,7 @@ READERS = {".csv": read_csv, ".jsonl": read_jsonl}
 
 
 def non_empty(where: str, entry: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
-    """The values of `columns`. Raises ValueError where one is missing or blank."""
+    """Returns the values of `columns`. Raises ValueError if one is missing or blank."""
     values = [entry.get(column) for column in columns]
     found = [value for value in values if isinstance(value, str) and value.strip()]
     if len(found) < len(columns):

@@ -1,15 +1,14 @@
-"""A CSV of videos and prompts as a training set, without a preprocessing run before it.
+"""Training set from a CSV of videos and prompts, without preprocessing.
 
-The file has the columns `video` (a path, relative to the CSV) and `prompt`. A row is the first clip of its video:
-loader processes decode, resample, scale and crop it, and the rank that trains on it encodes it (`Batch.clips`), each
-clip and each prompt alone, so that a sample's latents and text depend on nothing else in its batch.
+The file has the columns `video` (a path, relative to the CSV) and `prompt`. Each row gives one sample, the first clip
+of its video. Loader processes decode, resample, scale and crop the clip. The rank that trains on the sample encodes
+clip and prompt (`Batch.clips`), each one alone, so that a sample does not depend on the rest of its batch.
 
-Trade-off: nothing to prepare and nothing to store, and in return every epoch decodes and encodes every video again.
-Where one trains on more than a few epochs, or VAE and text encoder do not fit beside the model, `titan-distill data
-preprocess` once is the better way; the rows come in the same keyed order from either.
+Trade-off: nothing is prepared and stored, but every epoch decodes and encodes every video again. For more than a few
+epochs, or if VAE and text encoder do not fit in memory beside the model, run `titan-distill data preprocess` once
+instead. The keyed order of the rows is the same.
 
-That all files exist is checked when the CSV is opened; that they can be decoded and are long enough, when their row is
-read.
+Opening the CSV checks that all files exist. Reading a row checks that its video can be decoded and is long enough.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ VIDEO, PROMPT = "video", "prompt"
 
 @dataclass(frozen=True)
 class ClipRow:
-    """One sample before anything is encoded."""
+    """One sample before encoding."""
 
     id: str
     caption: str
@@ -36,11 +35,12 @@ class ClipRow:
 
 
 class VideoDataset(RowDataset[ClipRow]):
-    """Rows of a CSV of videos and prompts; with `size` None, of prompts alone.
+    """Dataset of the rows of a CSV with videos and prompts. With `size` None the rows have only prompts.
 
     Raises:
-        ValueError: a file that is no CSV, a missing column, a row without video or prompt, a video that is not there.
-        BadRowError: from indexing, for a video that can't be decoded or is too short.
+        ValueError: the file is not CSV, a column is missing, a row lacks its video or prompt, or a video file does not
+            exist.
+        BadRowError: while indexing, for a video that can't be decoded or is too short.
     """
 
     def __init__(self, path: str | Path, size: VideoSize | None, max_bad_rows: int = 0) -> None:

@@ -1,9 +1,9 @@
-"""Noise as a function, not a stream.
+"""Random noise as a function of keys, instead of a generator with a position.
 
-A random generator with a position is the usual reason why a run on eight ranks differs from the same run on one: what a
-sample gets depends on how many draws came before it on its rank. Here each draw is a pure function of
-(seed, step, global sample id, purpose). Ranks, meshes, micro-batches and resumed jobs then see the same noise with
-nothing to broadcast, save or restore. The price is one discipline: two draws that must differ need two purposes.
+With a random generator, the noise of a sample depends on the number of earlier draws on its rank, so a run on eight
+ranks differs from the same run on one. Here each draw is a pure function of (seed, step, global sample id, purpose).
+Any number of ranks, any layout, micro-batches and resumed jobs then get the same noise, and no state is broadcast or
+saved. The price: two draws that must differ need different purposes.
 
 Normal noise comes from a counter-based generator (`titan_kernels.philox`): CPUs and GPUs of any kind draw the same
 numbers, to the last bit. 128 bits of the key's hash choose a stream of 2^64 calls, and a sample's elements are numbered
@@ -22,8 +22,8 @@ from torch import Tensor
 from titan_distill.diffusion.transfer import to_device
 
 NOISE_VERSION = 2
-"""Raised when a key gives different noise. Checkpoints record it. Version 1 used PyTorch's generators, which differ
-between CPUs and GPUs."""
+"""Version of the noise; it increases when the same key gives different noise. Checkpoints record it. Version 1 used
+PyTorch's generators, which differ between CPUs and GPUs."""
 
 
 class KeyedNoise:
@@ -69,19 +69,19 @@ class KeyedNoise:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
     def _text(self, purpose: str, step: int, sample_id: int | None) -> str:
-        """A key as text. `purpose` comes last, as the only part that could contain the separator."""
+        """Returns a key as text. `purpose` is last, because only it could contain the separator."""
         whose = "batch" if sample_id is None else str(int(sample_id))
         return f"{self.seed}:{int(step)}:{whose}:{purpose}"
 
 
 def keyed_generator(key: str) -> torch.Generator:
-    """A CPU generator that depends on `key` alone: on no rank, no layout, and no draw before."""
+    """Returns a CPU generator that depends only on `key`, not on rank, layout or earlier draws."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def keyed_normal(keys: Sequence[str], shape: Sequence[int], device: torch.device | str) -> Tensor:
-    """Standard normal numbers, fp32 [len(keys), *shape], drawn on `device`.
+    """Returns standard normal numbers, fp32 [len(keys), *shape], drawn on `device`.
 
     Each row depends on its own key alone, and its element i in raster order on the key and i: the same bits on CPUs and
     GPUs, and no host wait. 128 bits of the key's hash choose the stream (`titan_kernels.philox`).

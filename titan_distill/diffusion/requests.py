@@ -1,4 +1,4 @@
-"""Requests of a method to sampling: sets of samples for validation, and trajectories to train on."""
+"""Requests of a method for sampling: sets of samples for validation, and trajectories to train on."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class SampleRequest:
     baseline: bool = False
     """True: sampled once, before the first step, and stored for comparison (a teacher, the student before training)."""
     scored: bool = True
-    """False: no scorer sees this set; videos that are shown are decoded, and its distance to the reference is
-    measured."""
+    """False: this set is not scored. Its distance to the reference is still measured, and the videos that are shown are
+    decoded."""
     context_sigma: float = 0.0
     """Noise level at which a causal role reads its finished segments."""
 

@@ -1,10 +1,10 @@
-"""A teacher's ODE sampling, with some of the states on its way kept.
+"""Recording of trajectories: a teacher's ODE sampling that also returns some of its intermediate states.
 
 A solver visits a fixed list of noise levels, its *grid*, and what it holds there is a state: the latents that the
 network is shown. A student that learns trajectories (CausVid 2412.07772, Self-Forcing 2506.08009) is fed the states of
-a few levels, so these levels must be on the grid. The nearest state would do for the eye and not for the student: it is
-told one level, its input has another, and it learns a wrong map at a loss that looks right. A level that is not on the
-grid is therefore refused, by arithmetic, before any forward.
+a few levels, so these levels must be on the grid. The nearest state would not do: the student would be told one level
+while its input has another, and would learn a wrong map at a loss that looks right. A level that is not on the grid is
+therefore an error, raised before any forward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from titan_distill.diffusion.sampler import Predictor, Solver, grid_sigmas, samp
 from titan_distill.diffusion.schedule import NUM_TRAIN_TIMESTEPS
 
 TIMESTEP_TOLERANCE = 0.01
-"""Two timesteps nearer than this are the same: enough for a number printed with two decimals to find its way back."""
+"""Largest difference of two timesteps that count as equal. It allows for timesteps printed with two decimals."""
 
 
 def grid_indices(sigmas: Sequence[float], *, num_steps: int, shift: float, solver: Solver) -> list[int]:

@@ -1,8 +1,8 @@
 """Copies from the host to the GPU for which the host does not wait.
 
-The host queues kernels far ahead of the GPU. A plain `tensor.to("cuda")` takes that lead away: it returns when the GPU
-has done all that was queued before it. A copy from page-locked memory is queued like a kernel. PyTorch keeps a pool of
-such memory and reuses a block only after the copies from it are done, so nobody has to keep the source alive.
+The host queues kernels far ahead of the GPU. A plain `tensor.to("cuda")` ends that lead, because it returns only after
+the GPU has finished everything queued before. A copy from page-locked memory is queued like a kernel. PyTorch keeps a
+pool of such memory and reuses a block only after the copies from it are done, so nobody has to keep the source alive.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
-"""A failure of the program or the machine; the output says which. Start again once the cause is known."""
+"""The program or the machine failed; the output names the cause. Remove the cause before starting the run again."""
 EXIT_BAD_INPUT = 2
-"""Wrong input; one sentence names it. Starting again gives the same."""
+"""The input is wrong; one sentence names it. Starting again without a change fails again."""
 EXIT_COME_AGAIN = 75
-"""Stopped by SIGTERM or SIGUSR1, saved, and ready to resume: EX_TEMPFAIL of sysexits.h."""
+"""SIGTERM or SIGUSR1 stopped the run, which saved a checkpoint and can resume. The value is EX_TEMPFAIL of
+sysexits.h."""
 EXIT_INTERRUPTED = 130
-"""Ctrl-C: stopped at once, nothing saved."""
+"""Ctrl-C stopped the run at once; nothing was saved."""

@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole: atomic replacement, flushing, and SHA-256 digests of files and folders."""
+"""Safe file writing: atomic replacement, flushing to disk, and SHA-256 digests of files and folders."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from typing import Any
 
 _READ_BYTES = 4 << 20
 _PIECE_BYTES = 8 << 20
-"""Bytes per write call: a full disk or a killed process is noticed after this many, not after a whole tensor."""
+"""Bytes per write call. A full disk is noticed after this many bytes instead of after a whole tensor."""
 _OVERLAP_BYTES = 128 << 10
-"""Smallest write that is hashed on a second thread: below it, the handover costs more than it hides."""
+"""Smallest write, in bytes, that is hashed on a second thread. For smaller writes, starting the thread costs more time
+than it saves."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,15 @@ class FileRecord:
 
 
 def temporary_beside(path: Path) -> Path:
-    """Returns a new name beside `path` for something unfinished: `<name>.tmp-<id>`."""
+    """Returns a new path in the same folder, `<name>.tmp-<id>`, for an unfinished version of `path`."""
     return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path` for a file or folder, and renames it to `path` when the block succeeds.
+    """Yields a temporary path for a file or folder, and renames it to `path` when the block succeeds.
 
-    A block that fails leaves neither the temporary nor a change of `path`.
+    When the block fails, the temporary file or folder is removed and `path` is unchanged.
     """
     temporary = temporary_beside(path)
     try:
@@ -52,7 +53,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Waits until the entries of a folder are on disk; without this, a power cut can undo a rename."""
+    """Waits until the entries of a folder are on disk. Without this wait a power cut can undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,7 +62,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def record_file(path: Path) -> FileRecord:
-    """Returns size and SHA-256 of a file as it is on disk now."""
+    """Reads a file and returns its size and SHA-256."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_READ_BYTES):
@@ -72,8 +73,8 @@ def record_file(path: Path) -> FileRecord:
 def fingerprint(folder: Path, end_bytes: int = 1 << 20) -> str:
     """Identifies the contents of a folder: SHA-256 over the names, the sizes and both ends of its files.
 
-    Both ends are `end_bytes` each. Reading a teacher of tens of GB to the last byte would take minutes per start, and
-    would tell no more weights apart.
+    Each end is `end_bytes` long. Reading all of a teacher's tens of GB would take minutes at every start, and in
+    practice would distinguish no more sets of weights.
     """
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -87,7 +88,7 @@ def fingerprint(folder: Path, end_bytes: int = 1 << 20) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Formats a size with the largest binary unit that leaves at least one."""
+    """Formats a size in the largest binary unit in which it is at least 1, such as `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -96,14 +97,14 @@ def format_bytes(num_bytes: float) -> str:
 
 
 class HashedFile(io.FileIO):
-    """A new file that takes bytes in order and knows their number and SHA-256. Unbuffered.
+    """A new file that computes its size and SHA-256 while it is written, in order and unbuffered.
 
-    Hashing a checkpoint afterwards means reading all of it again, which on a shared disk costs as much as writing it.
-    Here a second thread hashes the bytes while the first hands the same bytes to the kernel: both release the
-    interpreter lock, so hashing is free wherever it is faster than the disk (1.4 GB/s on one core).
+    Hashing a checkpoint after it is written means reading all of it again, which on a shared disk takes as long as
+    writing it. Here a second thread hashes the bytes while the first thread writes them. Both release the interpreter
+    lock, so hashing costs no time if it is faster than the disk (it reaches 1.4 GB/s on one core).
 
-    The hash is of the bytes that were meant to be written. Comparing sizes with the disk finds a disk that drops bytes;
-    reading the checkpoint finds one that alters them.
+    The hash covers the bytes passed to `write`, not those on disk. A disk that drops bytes is found by comparing file
+    sizes; a disk that alters bytes is found when the checkpoint is read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,7 +112,7 @@ class HashedFile(io.FileIO):
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._num_bytes = 0
         self.failure: OSError | None = None
-        """The error of a failed write."""
+        """Error of a failed write; None while all writes have succeeded."""
         super().__init__(path, "wb")
 
     def write(self, data: Any) -> int:
@@ -133,7 +134,7 @@ class HashedFile(io.FileIO):
         super().close()
 
     def record(self) -> FileRecord:
-        """Returns size and SHA-256 of the bytes so far."""
+        """Returns size and SHA-256 of the bytes written so far."""
         return FileRecord(self._num_bytes, self._digest.hexdigest())
 
     def _write_all(self, view: memoryview) -> None:

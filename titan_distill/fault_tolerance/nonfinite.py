@@ -1,8 +1,9 @@
-"""Updates whose loss or gradient is not finite: they end the run, or are left out.
+"""Handling of updates whose loss or gradient is not finite: they end the run or are skipped.
 
-The flag is reduced with the sums of the update, before the optimizer step, so all ranks do the same: NaN in one rank's
-copy of a gradient must not send ranks different ways. A second exchange, which happens once, tells who saw it.
-Nothing is repaired: `nan_to_num` on gradients would train on made-up numbers and hide the fault.
+Before the optimizer step, ranks reduce the number of non-finite values together with the sums of the update. All ranks
+therefore make the same decision, even if only one of them has a NaN. When there is one, a second collective tells all
+ranks which ranks saw it. Nothing is repaired: `nan_to_num` on gradients would train on made-up numbers and hide the
+fault.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient norm is not finite; raised on all ranks before the optimizer could spread it."""
+    """A loss or gradient norm is not finite. All ranks raise this error before the optimizer step."""
 
 
 def count_nonfinite(losses_N: Tensor, grad_norm: float) -> Tensor:
-    """Returns the count of this rank's numbers that are not finite: [] fp64 on the losses' device, without waiting."""
+    """Returns the number of this rank's losses and norms that are not finite, as a scalar fp64 tensor on their device;
+    the host does not wait."""
     return (~losses_N.isfinite()).sum().double() + (not math.isfinite(grad_norm))
 
 
 def describe_nonfinite(role: str, step: int, sample_ids: list[int], losses_N: Tensor, grad_norm: float) -> str:
-    """Returns one sentence, equal on all ranks, with role, step and samples of the ranks that saw it. Collective."""
+    """Returns a sentence that names role, step, and the samples of the ranks with non-finite values. Collective; the
+    result is equal on all ranks."""
     bad = [sample for sample, finite in zip(sample_ids, losses_N.isfinite().tolist(), strict=True) if not finite]
     found: list[Any] = [(bad, sample_ids, grad_norm)]
     if dist.is_initialized():
@@ -45,7 +48,10 @@ def describe_nonfinite(role: str, step: int, sample_ids: list[int], losses_N: Te
 
 
 def skip_or_raise(sentence: str, num_skips: int, max_skips: int) -> None:
-    """Returns when the update may be left out, as the role's skip number `num_skips`; else raises NonFiniteError."""
+    """Returns if the update may be skipped; raises NonFiniteError otherwise.
+
+    The update would be the role's skip number `num_skips` (the first one is 1); `max_skips` are allowed.
+    """
     if num_skips > max_skips:
         allowed = f"; {max_skips} such updates were allowed and skipped" if max_skips else ""
         raise NonFiniteError(

@@ -1,8 +1,9 @@
 """Agreement between ranks: a failure on one rank is raised on every rank.
 
-A checkpoint is only as good as its worst shard, so every phase of a save or load ends in an agreement. It runs over a
-gloo group of its own: checkpoint traffic then never waits for NCCL kernels, nor mixes with the collectives of the
-training thread. Alone (no process group) the same calls run directly.
+A checkpoint is usable only if every rank has written its part. Every phase of a save or load therefore ends with a
+collective in which the ranks tell each other whether they succeeded. It uses a separate gloo group, so it does not wait
+for NCCL kernels and does not mix with the collectives of the training thread. Without a process group the same calls
+run on this process alone.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ T = TypeVar("T")
 
 
 class RankFailure(RuntimeError):
-    """A failure on some rank, raised on all of them; the message says which rank and why."""
+    """A failure on one rank, raised on all ranks. The message names the rank and the cause."""
 
 
 class Ranks:
-    """All ranks of the run, or this process alone. Constructing it is collective when there are several.
+    """All ranks of the run, or this process alone. With several ranks the constructor is collective.
 
-    `timeout_seconds` is how long ranks wait for each other; None takes torch's default for gloo, half an hour.
+    `timeout_seconds` limits the time that ranks wait for each other. None takes torch's default for gloo, half an hour.
     """
 
     def __init__(self, timeout_seconds: float | None = None) -> None:
@@ -37,8 +38,8 @@ class Ranks:
     def together(self, work: Callable[[], T]) -> T:
         """Runs `work` on every rank and returns this rank's result. `work` itself must not communicate.
 
-        Raises on every rank when it raised on any: user errors (ValueError) and what all ranks know already
-        (RankFailure) as they are, others as RankFailure naming the rank.
+        If `work` raises on one rank, every rank raises: a ValueError or RankFailure unchanged, any other error as a
+        RankFailure that names the rank.
         """
         result, failure = None, None
         try:
@@ -53,15 +54,15 @@ class Ranks:
         return cast(T, result)
 
     def gather(self, work: Callable[[], T]) -> list[T]:
-        """Runs `work` as `together` and returns the results of all ranks, by rank, on each."""
+        """Runs `work` like `together`, and returns the list of all ranks' results on every rank."""
         return self._all_gather(self.together(work))
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
-        """Runs `work` on rank 0 alone and returns its result on every rank; its failure is everyone's."""
+        """Runs `work` on rank 0 only and returns its result on every rank. If it fails, every rank raises."""
         return cast(T, self.gather(work if self.rank == 0 else lambda: None)[0])
 
     def all(self, is_so: bool) -> bool:
-        """Returns whether it is so on every rank; one small message, for a question asked every step."""
+        """Returns whether `is_so` is true on every rank. It sends one small message, so it may be called every step."""
         if self.group is None:
             return is_so
         votes = torch.tensor(int(is_so))
@@ -69,7 +70,7 @@ class Ranks:
         return bool(votes)
 
     def wait(self) -> None:
-        """Returns when every rank has called it."""
+        """Waits until every rank has called it."""
         if self.group is not None:
             dist.barrier(self.group)
 
@@ -82,7 +83,7 @@ class Ranks:
 
 
 def _portable(error: Exception, rank: int) -> Exception:
-    """Returns an error that other ranks can unpickle."""
+    """Returns an error that other ranks can unpickle in place of `error`."""
     if isinstance(error, ValueError | RankFailure):
         return error
     return RankFailure(f"rank {rank} failed with {type(error).__name__}: {error}")

@@ -1,12 +1,13 @@
 """Stop requests: SIGTERM and SIGUSR1 end a run after the current step, with a checkpoint.
 
-A signal reaches some ranks at some line, and ranks that act on it by themselves leave the others waiting in a
-collective. So a handler only sets a flag, and the ranks agree on it where they meet anyway: the trainer adds the flag
-to the sums that every update reduces, which costs nothing. A validation has no such sum; there `poll` reduces one
-number over gloo before each forward pass, a fraction of a millisecond beside seconds of sampling. A step is always
-finished, because half a step is no state to save; a validation is left at once, at the same pass on all ranks.
+A signal may reach only some ranks, each at another line. A rank that stopped by itself would leave the others waiting
+in a collective. The signal handler therefore only sets a flag, and the ranks agree on it in a collective. During
+training the trainer adds the flag to the sums that every update reduces, at no extra cost. During validation `poll`
+reduces one number over gloo before each forward pass, which takes a fraction of a millisecond. A training step is
+always completed, because a partial step cannot be saved. A validation ends before the next forward pass, the same one
+on all ranks.
 
-Ctrl-C (SIGINT) stops at once and saves nothing, as everywhere.
+Ctrl-C (SIGINT) stops at once and saves nothing.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequested(Exception):
-    """Ends a validation when all ranks have agreed to stop."""
+    """Raised on all ranks to end a validation after they have agreed to stop."""
 
 
 class Stop:
-    """The stop request of a run. `with Stop() as stop:` installs the signal handlers, in the main thread only."""
+    """Stop request of a run. `with Stop() as stop:` installs the signal handlers; use it in the main thread."""
 
     def __init__(self) -> None:
         self.is_signalled = False
         """Whether this rank has received a signal."""
         self.is_agreed = False
-        """Whether some rank has received one, as all ranks know."""
+        """Whether all ranks know that some rank has received a signal."""
         self.is_interrupted = False
         """Whether somebody pressed Ctrl-C."""
         self._previous: dict[int, Any] = {}
@@ -43,8 +44,11 @@ class Stop:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Puts the old handlers back; after an agreed stop only that of Ctrl-C: launchers signal more than once, and
-        that must not turn the exit code of a run that has saved into that of a killed one."""
+        """Restores the old signal handlers. After an agreed stop it restores only the handler of Ctrl-C.
+
+        Launchers may repeat SIGTERM. The old handler would then kill a run that has already saved, and its exit code
+        would no longer be 75.
+        """
         for number, handler in self._previous.items():
             if number == signal.SIGINT or not self.is_agreed:
                 signal.signal(number, handler)
@@ -57,11 +61,12 @@ class Stop:
         raise KeyboardInterrupt
 
     def agree(self, num_signalled: float) -> None:
-        """Takes the number of signalled ranks, which the caller has summed over all of them."""
+        """Records the agreement of all ranks. `num_signalled` is the number of ranks with a signal, summed over all
+        ranks."""
         self.is_agreed = self.is_agreed or num_signalled > 0
 
     def poll(self) -> None:
-        """Raises StopRequested on all ranks when any has received a signal. Collective until it has raised once."""
+        """Raises StopRequested on all ranks if any rank has received a signal. Collective until it has raised once."""
         if not self.is_agreed:
             num_signalled = torch.tensor(float(self.is_signalled))
             if dist.is_initialized():

@@ -1,23 +1,24 @@
 """A watchdog that names the rank that died or hangs, and ends the run.
 
-A collective that waits for a lost rank fails after its timeout, on every rank but the lost one, with an error that
-names network addresses at best; torchrun then calls the first *survivor* to fail the root cause. So every rank keeps a
-heartbeat: a thread writes a counter, the step and the line its main thread is at into the store through which the ranks
-found each other. Within `timeout` seconds of losing a rank one of three things happens:
+When a rank is lost, collectives on the other ranks fail after their timeout, with an error that names network addresses
+at best. torchrun then reports the first *surviving* rank that fails as the root cause. To name the right one, every
+rank has a heartbeat: a thread that writes a counter, the step, and the current line of the main thread into
+torch.distributed's key-value store. Within `timeout` seconds after a rank is lost, one of three things happens:
 
-- *No heartbeat* (killed, stopped, machine down): the other ranks' threads notice after three quarters of the timeout,
-  say who it is, kill it where it is a sibling under the same torchrun (a stopped process would otherwise hold the job
-  for torchrun's 30 s of grace), and leave. This needs no collective and is the same on gloo and NCCL.
-- *Heartbeat, but the others wait for it* (deadlock, endless loop, dead file system): nothing but the collectives' own
-  timeout can tell this from a long step, so they end the run. gloo raises in the main thread; `__exit__` then names
-  the ranks that have not failed. NCCL aborts the process without asking Python; so a rank that has been in one and the
-  same call for three quarters of the timeout already says which ranks are elsewhere, and where.
-- *It failed by itself*: it says so in the store on its way out, and the others repeat that instead of their own error.
-  torchrun then asks them to leave, which they take for a request to stop after this step, so those that cannot finish
-  it leave after two beats.
+- *No heartbeat* (the rank is killed or stopped, or its machine is down): the other ranks notice after three quarters of
+  the timeout. They name the lost rank and exit. If it belongs to the same torchrun they also kill it, because torchrun
+  would wait 30 s for a stopped process. This needs no collective and is the same on gloo and NCCL.
+- *A heartbeat, but the other ranks wait for the rank* (deadlock, endless loop, dead file system): only the timeout of
+  the collective can distinguish this from a long step, so that timeout ends the run. gloo raises an error in the main
+  thread, and `__exit__` names the ranks that have not failed. NCCL aborts the process without running Python code. A
+  rank that has been in the same call for three quarters of the timeout therefore logs which ranks are not in that
+  collective, and the lines they are at.
+- *The rank raised an error*: it writes the error to the store before it exits, and the other ranks report that error
+  instead of their own. torchrun then sends them SIGTERM, which they take for a request to stop after the current step.
+  A rank that cannot finish the step exits after two beats.
 
-The store is served by torchrun's agent on the first node, not by a rank, so it outlives any rank; when the agent's
-machine goes, every other rank says that and leaves. The price is one small message per rank and tenth of the timeout.
+torchrun's agent on the first node serves the store, so the store outlives every rank. If the agent's machine is lost,
+every other rank reports that and exits. The cost is one small message per rank in every tenth of the timeout.
 """
 
 from __future__ import annotations
@@ -45,20 +46,20 @@ log = logging.getLogger(__name__)
 
 BEATS_A_TIMEOUT = 10
 PATIENCE = 0.75
-"""Share of the timeout after which a rank without heartbeat is lost: noticing takes up to two beats more."""
+"""Share of the timeout after which a rank without heartbeat counts as lost. Noticing takes up to two more beats."""
 BEATS_AFTER_FAILURE = 2
-"""Beats that a rank has to notice by itself that another has failed."""
+"""Number of beats in which a rank may notice by itself that another rank has failed."""
 SECONDS_TO_BE_ENDED = 3.0
-"""Seconds that a survivor waits for torchrun to end it, so that torchrun sees the lost rank's death first."""
+"""Seconds that a surviving rank waits for torchrun to end it, so that torchrun notices the lost rank first."""
 
 
 class LostRankError(RuntimeError):
-    """Another rank died, hangs or failed; the message says which."""
+    """Another rank died, hangs or failed. The message names the rank."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """The message of a rank about itself."""
+    """Message that a rank writes about itself to the store."""
 
     host: str
     pid: int
@@ -67,24 +68,25 @@ class Beat:
     count: int = 0
     step: int = 0
     position: str = "start"
-    """Position of the main thread: the innermost line outside of torch."""
+    """Innermost line of the main thread outside of torch."""
     waits: bool = False
     """Whether that line is inside torch.distributed."""
     same_call_seconds: float = 0.0
     """Seconds that the main thread has been in the same call."""
     state: Literal["running", "failed", "done"] = "running"
     error: str = ""
-    """Error of a failed rank; "" when that was only a collective's complaint."""
+    """Error of a failed rank; "" if only a collective failed, which is a consequence of another rank's failure."""
 
 
 class Silence:
-    """The time at which each rank's counter last moved, by this process's clock: clocks of machines need not agree."""
+    """Time at which each rank's counter last changed, by this process's clock, because clocks of machines may
+    differ."""
 
     def __init__(self) -> None:
         self._last: dict[int, tuple[int, float]] = {}
 
     def update(self, beats: Mapping[int, Beat], now: float) -> dict[int, float]:
-        """Returns the seconds without a new beat of every rank that should still beat."""
+        """Returns the seconds since the last beat of every rank that has neither ended nor failed."""
         for rank, beat in beats.items():
             if rank not in self._last or self._last[rank][0] != beat.count:
                 self._last[rank] = (beat.count, now)
@@ -92,12 +94,12 @@ class Silence:
 
 
 class Watchdog:
-    """The heartbeat of this rank and the watch over the others, for the whole run: `with watchdog: trainer.run()`."""
+    """Heartbeat of this rank, and check of the other ranks' heartbeats: `with watchdog: trainer.run()`."""
 
     def __init__(self, rank: int, world_size: int, timeout_seconds: float) -> None:
-        """Starts beating. Needs torchrun's environment; with one rank there is nobody to watch and nothing starts."""
+        """Starts the heartbeat. It needs torchrun's environment. With one rank nothing starts."""
         self.step = 0
-        """Steps done; the trainer sets it."""
+        """Number of completed steps; the trainer sets it."""
         self._rank, self._world_size, self._timeout = rank, world_size, timeout_seconds
         self._beat = Beat(socket.gethostname(), os.getpid(), os.getppid())
         self._main_thread = threading.get_ident()
@@ -116,7 +118,8 @@ class Watchdog:
             self._thread.start()
 
     def tighten(self, timeout_seconds: float) -> None:
-        """Sets the timeout from now on: start-up, with loading and compiling, has a longer one."""
+        """Sets the timeout for the rest of the run. The timeout during start-up is longer, because loading and
+        compiling take time."""
         # The others beat as rarely as before until they come here, too: their silence so far says nothing.
         self._silence = Silence()
         self._timeout = timeout_seconds
@@ -126,7 +129,8 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Says goodbye. Raises LostRankError in place of a collective's error that another rank caused."""
+        """Marks this rank as ended or failed in the store. Raises LostRankError in place of a collective's error that
+        another rank caused."""
         if self._thread is None:
             return
         self._is_over = True
@@ -217,8 +221,8 @@ class Watchdog:
         return {rank: Beat(**json.loads(value)) for rank, value in enumerate(values)}
 
     def _find_cause(self) -> str:
-        """Names the rank that made a collective fail: one that failed by itself, else one that fell silent, else one
-        that neither failed nor waits."""
+        """Returns a sentence that names the rank that made a collective fail: a rank that raised an error, else one
+        without heartbeat, else one that has not failed and does not wait in a collective."""
         interval = self._timeout / BEATS_A_TIMEOUT
         before, deadline = self._read(), time.monotonic() + 2.5 * interval
         while True:
@@ -240,10 +244,12 @@ class Watchdog:
 
 
 def record_collectives(folder: Path, init_timeout_seconds: int) -> None:
-    """Sets the variables of NCCL's own watchdog that the user has not set; call it before the process group is made.
+    """Sets the environment variables of NCCL's flight recorder that the user has not set. Call it before the process
+    group is created.
 
-    Each rank then records its last collectives and writes them to `folder`, which is made, when one times out:
-    `torchfrtrace` reads the files of all ranks and says who never entered which. gloo has no such record.
+    Each rank then records its last collectives and writes them to `folder` (created if missing) when a collective times
+    out. `torchfrtrace` reads the files of all ranks and names the ranks that did not enter a collective. gloo has no
+    such recorder.
     """
     settings = {
         "TORCH_FR_BUFFER_SIZE": "2000",
@@ -261,12 +267,12 @@ _OLD_NAMES = {
     "TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE",
     "TORCH_FR_DUMP_TEMP_FILE": "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
 }
-"""Deprecated names of the flight recorder's variables, which torch 2.11 to 2.13 still read, with a warning."""
+"""Deprecated names of the flight recorder's variables. torch 2.11 to 2.13 still read them, with a warning."""
 
 
 def describe_position(frame: FrameType) -> tuple[str, bool]:
-    """Returns the innermost line outside of torch, as `trainer.py:113 in forward_backward`, and whether
-    torch.distributed runs there."""
+    """Returns the innermost line outside of torch, such as `trainer.py:113 in forward_backward`, and whether this line
+    calls torch.distributed."""
     waits = frame.f_globals.get("__name__", "").startswith("torch.distributed")
     outer: FrameType | None = frame
     while outer is not None and outer.f_globals.get("__name__", "").partition(".")[0] == "torch":
@@ -284,7 +290,8 @@ def _connect(timeout_seconds: float) -> dist.Store:
 
 
 def _is_from_collective(error: BaseException) -> bool:
-    """Returns whether a collective raised: NCCL's errors have types of their own, gloo's name its source file."""
+    """Returns whether a collective raised the error. NCCL's errors have their own types; gloo's messages name its
+    source file."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo/" in str(error))
 
 

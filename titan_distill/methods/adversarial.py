@@ -54,7 +54,7 @@ from titan_distill.models.base import Condition
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
 
 MAX_RATIO = 10.0
-"""Where forward_kl's weight ends: a discriminator that is sure of itself would make one sample the whole batch."""
+"""Largest weight of forward_kl. Without it, a confident discriminator could let one sample dominate the batch."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,17 @@ class AdversarialConfig(GuidedFewStepConfig):
                 "above 0, or remove them"
             )
         if len(set(self.discriminator_depths)) < len(self.discriminator_depths):
-            raise ValueError(f"discriminator_depths = {list(self.discriminator_depths)} names a block twice")
+            raise ValueError(f"discriminator_depths = {list(self.discriminator_depths)} names a block twice; drop one")
 
 
 def discriminator_loss(z_real_B: Tensor, z_made_B: Tensor) -> Tensor:
-    """softplus(−z_real) + softplus(z_made), [B]: logistic regression of real against made."""
+    """Returns softplus(−z_real) + softplus(z_made), [B]: logistic regression of real against generated samples."""
     return F.softplus(-z_real_B) + F.softplus(z_made_B)
 
 
 def deception_loss(z_made_B: Tensor) -> Tensor:
-    """softplus(−z_made), [B]: non-saturating, its gradient is largest where the discriminator is right."""
+    """Returns softplus(−z_made), [B]. It is non-saturating: its gradient is largest where the discriminator is
+    right."""
     return F.softplus(-z_made_B)
 
 
@@ -111,17 +112,18 @@ DIVERGENCE_WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
     "forward_kl": lambda z_B: z_B.exp().clamp(max=MAX_RATIO),
     "jensen_shannon": torch.sigmoid,
 }
-"""h(r) = r² f″(r) at r = exp(z), as functions of the logits z [B] of made samples; forward_kl's ends at MAX_RATIO."""
+"""Weight h(r) = r² f″(r) at r = exp(z) per divergence, as a function of the logits z [B] of generated samples.
+forward_kl's is limited to MAX_RATIO."""
 
 
 @torch.no_grad()
 def divergence_weight(divergence: Divergence, z_made_B: Tensor) -> Tensor:
-    """The weights [B] of made samples with these logits."""
+    """Returns the weights [B] of generated samples with these logits."""
     return DIVERGENCE_WEIGHTS[divergence](z_made_B)
 
 
 class AdversarialTraining(FewStepTraining):
-    """Everything about the discriminator, for methods with a student, a critic and samples of the student."""
+    """Training of the discriminator, for methods with a student, a critic and samples of the student."""
 
     @classmethod
     def heads(cls, config: Any) -> dict[str, Head]:
@@ -143,7 +145,7 @@ class AdversarialTraining(FewStepTraining):
 
     @classmethod
     def adversarial_passes(cls, config: Any, rollout: float, students: float, critics: float) -> list[Passes]:
-        """The passes that the discriminator adds, where a rollout makes `rollout` forwards."""
+        """Returns the passes that the discriminator adds, if a rollout makes `rollout` forwards."""
         if not config.has_discriminator:
             return []
         judged = 3 if config.r1_weight else 2
@@ -154,11 +156,11 @@ class AdversarialTraining(FewStepTraining):
         ]
 
     def discriminator_updates(self) -> list[Update]:
-        """The updates that are due whenever the critic's is."""
+        """Returns the discriminator's updates, which are due whenever the critic's is."""
         return [Update("discriminator", self.discriminator_loss)] if self.config.has_discriminator else []
 
     def sample_for_discriminator(self, batch: Batch, condition: Condition, step: int) -> tuple[Tensor, Tensor]:
-        """Samples of the student, and noise levels [B] at which to judge them. Called without gradient."""
+        """Returns samples of the student, and the noise levels [B] at which to judge them. Called without gradient."""
         raise NotImplementedError
 
     def discriminator_loss(self, batch: Batch, step: int) -> LossResult:
@@ -185,7 +187,7 @@ class AdversarialTraining(FewStepTraining):
     def adversarial_term(
         self, batch: Batch, condition: Condition, step: int, x0: Tensor, sigma_of: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """The weighted deception loss of the student's samples, [B]: its value, and its gradient in `x0` alone.
+        """Returns the weighted deception loss of the student's samples, [B]. Its gradient reaches only `x0`.
 
         `sigma_of` turns uniform draws into noise levels.
         """
@@ -199,14 +201,14 @@ class AdversarialTraining(FewStepTraining):
 
     @torch.no_grad()
     def weighted(self, direction: Tensor, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """The difference of scores at `x`, made the direction of another divergence where one is asked for."""
+        """Returns `direction`, the difference of scores at `x`, weighted for the configured divergence."""
         if self.config.f_divergence == "reverse_kl":
             return direction
         h_B = divergence_weight(self.config.f_divergence, self._logits(x, sigma_B, condition, through=False))
         return direction * schedule.broadcast_sigma(h_B, direction)
 
     def _logits(self, x: Tensor, sigma_B: Tensor, condition: Condition, *, through: bool) -> Tensor:
-        """[B], float64. `through`: whether gradients reach `x`; those of the head are made in any case."""
+        """Returns the logits [B], float64. `through` says whether gradients reach `x`; they always reach the head."""
         critic, head = self.roles["critic"], self.roles["discriminator"].transformer
         with self.timer("discriminator"), torch.set_grad_enabled(through):
             features = self.adapter.features(critic, x, sigma_B, condition, self.config.discriminator_depths)

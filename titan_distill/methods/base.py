@@ -1,9 +1,9 @@
 """A training method is a list of updates.
 
-At each step the trainer runs the updates of `method.updates(step)` in order: accumulate over micro-batches,
-backward, finiteness, clip, optimizer, schedule, EMA. Cadence (the critic five times for one student update) is thus a
-property of the method; the trainer knows neither roles nor losses, and the method knows no model family: it speaks to
-models only through the family's Adapter. That is what makes N methods and M families cost N + M.
+At each step the trainer runs the updates of `method.updates(step)` in order: accumulate over micro-batches, backward,
+finiteness, clip, optimizer, schedule, EMA. The cadence (for instance five critic updates per student update) is thus a
+property of the method. The trainer knows neither roles nor losses. The method knows no model family, because it uses
+models only through the family's Adapter. So N methods and M families need N + M implementations, not N × M.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class LossResult:
     """Per-sample values of one micro-batch. The trainer sums over samples and divides by the global count."""
 
     losses_B: Tensor
-    """[B], differentiable. Its sum over the global batch, divided by the global batch size, is what is minimised."""
+    """Differentiable losses [B]. Training minimises their sum over the global batch divided by the global batch
+    size."""
     metrics_B: dict[str, Tensor] = field(default_factory=dict)
     """Detached [B] values, averaged over the global batch and logged under their key."""
 
@@ -44,19 +45,20 @@ class Update:
     loss: Callable[[Batch, int], LossResult]
     """Called as `loss(micro_batch, step)` once per micro-batch, with gradients enabled."""
     ema: bool = True
-    """Whether this update ticks the role's EMA (when the role has one)."""
+    """Whether this update also updates the role's EMA, if the role has one."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Forward passes that an update makes through one role: the method's costs, declared, for the planner.
+    """Forward passes that an update makes through one role. A method declares its passes so that the planner knows its
+    costs.
 
-    `num_forwards` counts calls for one micro-batch, averaged over random choices; `num_conditions` how often a
-    call's batch holds each sample (2 where guidance needs both conditions).
+    `num_forwards` is the number of calls per micro-batch, averaged over random choices. `num_conditions` is the number
+    of copies of each sample in a call's batch (2 if guidance needs both conditions).
     """
 
     update: str
-    """Role whose update makes them."""
+    """Role whose update makes the passes."""
     role: str
     phase: str
     """Purpose of the passes, as the method's timers name it."""
@@ -64,10 +66,10 @@ class Passes:
     updates_per_step: float
     num_conditions: int = 1
     backward: bool = False
-    """Whether they carry gradients; at most one call of an update does."""
+    """Whether the passes have a backward. At most one call of an update has one."""
     segments: int | None = None
-    """Number of calls where a causal role makes a sample segment by segment, one call per segment; 0 for as many as a
-    sample has, None for calls on whole samples."""
+    """Number of segments if a causal role generates segment by segment, with one call per segment. 0 means as many as a
+    sample has, None means calls on whole samples."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ class Head:
     """Input of a role that is a small head on the features of another role, not a network of the family."""
 
     of: str
-    """Role whose network has the features."""
+    """Role whose network provides the features."""
     depths: tuple[int, ...]
-    """Parts of that network, counted from 0, behind which they are read."""
+    """Blocks of that network, counted from 0, whose outputs are the features."""
 
 
 class TrainingMethod(ABC):
@@ -86,46 +88,47 @@ class TrainingMethod(ABC):
     config_class: ClassVar[type]
     """Frozen dataclass that types `[method_config]`."""
     roles_required: ClassVar[dict[str, bool]]
-    """Role name -> whether it must be trainable; `required_roles` refines it."""
+    """Role name -> whether the role must be trainable. `required_roles` adapts it to the configuration."""
     causal_roles: ClassVar[frozenset[str]] = frozenset()
-    """Roles that may make a sample segment by segment."""
+    """Roles that may generate a sample segment by segment."""
 
     def __init__(self, config: Any, roles: RoleManager, adapter: Adapter, noise: KeyedNoise, timer: PhaseTimer) -> None:
         self.config, self.roles, self.adapter, self.noise, self.timer = config, roles, adapter, noise, timer
 
     uses_loss_mask: ClassVar[bool] = False
-    """Whether every loss leaves out the parts of a sample that the condition gives (`Adapter.loss_mask`); families
-    refuse to give parts to a method that would count them."""
+    """Whether every loss leaves out the parts of a sample that the condition gives (`Adapter.loss_mask`). Families give
+    such parts only to methods for which this is true."""
 
     @classmethod
     def required_roles(cls, config: Any) -> dict[str, bool]:
-        """The roles under this `method_config`: name -> whether it must be trainable."""
+        """Returns the roles under this `method_config`: name -> whether the role must be trainable."""
         return cls.roles_required
 
     @classmethod
     def heads(cls, config: Any) -> dict[str, Head]:
-        """The roles that are heads under this `method_config`; their `flavor` is "head"."""
+        """Returns the roles that are heads under this `method_config`; their `flavor` is "head"."""
         return {}
 
     @classmethod
     def needs_latents(cls, config: Any) -> bool:
-        """Whether the data must carry latents; text-only rows are enough otherwise."""
+        """Returns whether the data must have latents. Otherwise rows with text suffice."""
         return True
 
     @classmethod
     def extra_tensors(cls, config: Any) -> tuple[str, ...]:
-        """Names of the further tensors that every row of the data must have; they arrive in `Batch.extra`."""
+        """Returns the names of further tensors that every row of the data must have. `Batch.extra` contains them."""
         return ()
 
     @classmethod
     def teacher_trajectory(cls, config: Any, flow_shift: float) -> TrajectoryRequest | None:
-        """The sampling of a teacher that the data must hold under this `method_config`, if any."""
+        """Returns the teacher's sampling whose trajectories the data must contain under this `method_config`; None if
+        it needs none."""
         return None
 
     @classmethod
     def passes(cls, config: Any) -> list[Passes]:
-        """The passes of all updates under this `method_config`, in the order they run, for the planner. Default:
-        unknown, an empty list."""
+        """Returns the passes of all updates under this `method_config`, in the order they run, for the planner.
+        Default: an empty list, for unknown passes."""
         return []
 
     @classmethod
@@ -168,18 +171,19 @@ class TrainingMethod(ABC):
 
     @abstractmethod
     def updates(self, step: int) -> list[Update]:
-        """The updates due at `step` (0-based), in the order they must run."""
+        """Returns the updates due at `step` (counted from 0), in the order they must run."""
 
     def normal(self, purpose: str, batch: Batch, step: int, shape: Sequence[int] | None = None) -> Tensor:
-        """Standard normal noise [B, *shape] keyed by `purpose`, step and sample; in the shape of latents by default."""
+        """Returns standard normal noise [B, *shape] keyed by `purpose`, step and sample. Default shape: that of
+        latents."""
         shape, device = self.adapter.latent_shape if shape is None else shape, batch.text_embeddings.device
         return self.noise.normal(purpose, step, batch.sample_ids, shape, device=device)
 
     @abstractmethod
     def validation_request(self) -> ValidationRequest:
-        """The samples that show whether this method works."""
+        """Returns the sample sets that a validation compares."""
 
 
 def method_class(name: str) -> type[TrainingMethod]:
-    """The method registered under `name`. Raises ValueError naming the known methods and the nearest one."""
+    """Returns the method registered under `name`. Raises ValueError with the known methods and the nearest name."""
     return lookup(METHODS, name)

@@ -1,12 +1,13 @@
 """Distribution matching distillation, DMD2 (arXiv 2405.14867), for few-step generators.
 
-Three roles. The *student* rolls out a few denoising steps from pure noise, just as it will at inference (backward
-simulation). The *teacher* says in which direction the data lie from a re-noised student sample, the *critic* in which
-direction the student's own samples lie; their difference is the gradient of the KL divergence between the two laws. The
-critic is trained on student samples all the while, several times for each student update.
+There are three roles. The *student* runs a few denoising steps from pure noise, as at inference (backward simulation).
+For a re-noised student sample, the *teacher* estimates the direction towards the data, and the *critic* the direction
+towards the student's own samples. The difference of these scores is the gradient of the KL divergence between the two
+distributions. The critic is trained on the student's current samples, several times per student update.
 
-Every random choice is a keyed draw. The exit of the rollout is one draw for the whole global batch, so all ranks stop
-after the same number of forward passes without being told; nothing is broadcast and no forward is wasted.
+Every random choice is a keyed draw. The *exit* of a rollout is the random step at which it ends. It is drawn once for
+the global batch from a key that all ranks have, so all ranks run the same number of forward passes without
+communication.
 
 Equation numbers and defaults: DMD (2311.18828) eq. 7–8, DMD2 §4; Self-Forcing (2506.08009).
 """
@@ -85,12 +86,12 @@ class Dmd2Config(AdversarialConfig):
 
 @dataclass(frozen=True)
 class Rollout:
-    """Student samples of one micro-batch, and where in the schedule they were made."""
+    """Student samples of one micro-batch, and the exit step of their rollout."""
 
     x0: Tensor
     exit_index: int
     mask: Tensor | None = None
-    """Where the scores are compared, broadcasting to `x0`; None for everywhere."""
+    """Mask of the elements whose scores are compared, broadcast to `x0`; None for all."""
 
 
 @register_method("dmd2")
@@ -128,8 +129,8 @@ class Dmd2(AdversarialTraining):
         ]
 
     def updates(self, step: int) -> list[Update]:
-        """Student first when it is due, then the critic, and the discriminator if there is one (unless student and
-        critic exclude each other)."""
+        """Returns the updates due at a step: the student's when it is due, then the critic's and that of a
+        discriminator. With `exclusive`, a step with a student update has no other."""
         student = Update("student", self.student_loss)
         critics = [Update("critic", self.critic_loss), *self.discriminator_updates()]
         if step % self.config.update_ratio != 0:
@@ -156,7 +157,7 @@ class Dmd2(AdversarialTraining):
         return rollout.x0, self._score_sigma(u_B, rollout.exit_index)
 
     def critic_loss(self, batch: Batch, step: int) -> LossResult:
-        """Teaches the critic the law of the student's current samples."""
+        """Trains the critic to denoise the student's current samples."""
         condition = self.adapter.text_condition(batch)
         with torch.no_grad():
             rollout = self.rollout(batch, condition, step, purpose="dmd2/critic")
@@ -170,9 +171,9 @@ class Dmd2(AdversarialTraining):
         return LossResult(losses.critic_loss(self.config.critic_loss, velocity, x, rollout.x0, noise, sigma_B, mask))
 
     def rollout(self, batch: Batch, condition: Condition, step: int, purpose: str) -> Rollout:
-        """Runs the student up to a random exit; only the exit's forward may carry gradients.
+        """Runs the student up to a random exit step. Only the forward at the exit step may have gradients.
 
-        All forwards before it run without gradient, as they will at inference, so memory is that of one step.
+        All earlier forwards run without gradient, so the memory is that of one step.
         """
         num_steps = len(self.sigmas)
         last = num_steps - 1
@@ -196,7 +197,7 @@ class Dmd2(AdversarialTraining):
     def denoise(
         self, predict_x0: Callable[[Tensor, int], Tensor], normal: Callable[[int], Tensor], exit_index: int
     ) -> Tensor:
-        """From the noise `normal(0)` to the input of the exit's forward, as at inference."""
+        """Denoises `normal(0)` up to the input of the forward at the exit step, as at inference."""
         x = normal(0)
         for index in range(exit_index):
             x0 = predict_x0(x, index)
@@ -225,11 +226,12 @@ class Dmd2(AdversarialTraining):
         return self.weighted(direction, x, sigma_B, condition)
 
     def _mask(self, rollout: Rollout, condition: Condition) -> Tensor | None:
-        """Where scores are compared: where the rollout says so, or else where the condition gives nothing."""
+        """Returns the mask of elements whose scores are compared: the rollout's, or else the elements that the
+        condition does not give."""
         return self.adapter.loss_mask(condition) if rollout.mask is None else rollout.mask
 
     def _score_sigma(self, u_B: Tensor, exit_index: int) -> Tensor:
-        """Noise levels at which the scores are compared, one per sample, from uniform draws."""
+        """Returns the noise levels at which scores are compared, one per sample, from uniform draws."""
         low, high = 0.0, 1.0
         if self.config.ts_schedule:
             bounds = [*self.sigmas, 0.0]

@@ -42,7 +42,7 @@ class FewStepConfig:
         self.sigmas(flow_shift=1.0)
 
     def sigmas(self, flow_shift: float) -> tuple[float, ...]:
-        """Noise levels of the schedule, descending. Raises ValueError for timesteps that do not descend."""
+        """Returns the noise levels of the schedule, descending. Raises ValueError if the timesteps do not descend."""
         return tuple(schedule.few_step_sigmas(self.denoising_steps, flow_shift, self.warp).tolist())
 
     @property
@@ -75,13 +75,13 @@ class FewStepTraining(TrainingMethod):
 
     @torch.no_grad()
     def teacher_velocity(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """The teacher's guided velocity."""
+        """Returns the teacher's guided velocity."""
         with self.timer("teacher"):
             guidance = self.config.teacher_guidance
             return self.adapter.guided_velocity(self.roles["teacher"], x, sigma_B, condition, guidance)
 
     def student_sample(self) -> SampleRequest:
-        """Request for samples of the student: without guidance, with fresh noise between its steps."""
+        """Returns the request for samples of the student: without guidance, with fresh noise between its steps."""
         return SampleRequest("student", "student", "sde", len(self.sigmas), self.sigmas)
 
     def validation_request(self) -> ValidationRequest:
@@ -98,5 +98,5 @@ class FewStepTraining(TrainingMethod):
 
 
 def guided_passes(update: str, role: str, guidance: Guidance, updates_per_step: float) -> Passes:
-    """One forward pass of a frozen role, which guidance doubles."""
+    """Returns one forward pass of a frozen role, which guidance doubles."""
     return Passes(update, role, role, 1, updates_per_step, num_conditions=1 if guidance.is_identity else 2)

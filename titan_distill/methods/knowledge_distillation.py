@@ -1,8 +1,8 @@
-"""Knowledge distillation: a few-step student regresses where a teacher's sampling ends.
+"""Knowledge distillation: a few-step student regresses the clean latents at which a teacher's sampling ends.
 
-The probability-flow ODE joins each noise to one clean latent, and whoever stands anywhere on that path can be asked
-for its end. The student is asked at the few noise levels of its schedule: its input is the state x_t of a recorded
-trajectory, its x0 prediction is drawn to the end of the same trajectory,
+The probability-flow ODE leads from each noise to one clean latent, and every state on its path determines this end. The
+student is trained at the few noise levels of its schedule. Its input is the state x_t of a recorded trajectory, and its
+x0 prediction is regressed to the end of the same trajectory,
 
     ‖x0_θ(x_t, t) − x_end‖²        (the ODE initialisation of CausVid 2412.07772 and Self-Forcing 2506.08009).
 
@@ -101,13 +101,13 @@ class KnowledgeDistillation(FewStepTraining):
         return LossResult(losses.regression_loss(x0, batch.latents))
 
     def _whole(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """States at one level per sample, and the levels [B]."""
+        """Returns the states at one level per sample, and the levels [B]."""
         u_B = self.noise.uniform("knowledge_distillation/time", step, batch.sample_ids)
         choice_B = (u_B * len(self.sigmas_K)).long()
         return self._states(batch, choice_B), self.sigmas_K[choice_B]
 
     def _by_segment(self, batch: Batch, step: int, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """States at a level of its own for every segment, and the levels, which broadcast to the states."""
+        """Returns states in which every segment has its own level, and the levels, which broadcast to the states."""
         assert batch.latents is not None
         dim, start, parts, levels = self.adapter.sequence_dim, 0, [], []
         num_levels, ends = len(self.sigmas_K), torch.cat((self.sigmas_K, self.sigmas_K.new_zeros(1)))
@@ -123,7 +123,8 @@ class KnowledgeDistillation(FewStepTraining):
         return torch.cat(parts, dim), torch.cat(levels, dim)
 
     def _states(self, batch: Batch, choice_B: Tensor) -> Tensor:
-        """Each sample's recorded state at its chosen level of the schedule. Raises ValueError where it has none."""
+        """Returns each sample's recorded state at its chosen level of the schedule. Raises ValueError if that level was
+        not recorded."""
         assert batch.latents is not None
         states_BS, wanted_B = batch.extra[STATES], self.sigmas_K[choice_B] * schedule.NUM_TRAIN_TIMESTEPS
         timesteps_BS = batch.on_host(TIMESTEPS).double()
@@ -137,13 +138,14 @@ class KnowledgeDistillation(FewStepTraining):
             row = int(distance_B.argmax())
             raise ValueError(
                 f"the data's trajectories hold the timesteps {[round(t, 2) for t in timesteps_BS[row].tolist()]}, but "
-                f"denoising_steps at shift {self.adapter.flow_shift:g} ask for {wanted_B[row]:.2f}; change these, or "
-                "make the pairs again"
+                f"denoising_steps at shift {self.adapter.flow_shift:g} need {wanted_B[row]:.2f}; change "
+                "denoising_steps or the flow shift, or record the trajectories again"
             )
         index_B = to_device(index_B, states_BS.device)
         return states_BS[torch.arange(len(index_B), device=states_BS.device), index_B]
 
     def validation_request(self) -> ValidationRequest:
-        """The teacher as the pairs were made, the student before training and now."""
+        """Returns requests for the teacher (sampled like the recorded pairs), the student before training, and the
+        student now."""
         request = super().validation_request()
         return replace(request, samples=tuple(x for x in request.samples if x.label != "teacher_few_steps"))

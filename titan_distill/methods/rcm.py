@@ -65,21 +65,21 @@ class Rcm(TangentTraining, Dmd2):
 
     @classmethod
     def passes(cls, config: Any) -> list[Passes]:
-        """The passes of a step after the warm-up. Both forwards of the student are alive in one backward, as two
-        conditions would be."""
+        """Returns the passes of a step after the warm-up. Both forwards of the student share one backward, so they
+        count as two conditions."""
         assert isinstance(config, RcmConfig)
         matching = Dmd2.passes(config)
         both = [replace(p, num_conditions=2) if p.backward and p.role == p.update == "student" else p for p in matching]
         return [*cls.tangent_passes(config, 1 / config.update_ratio), *both]
 
     def updates(self, step: int) -> list[Update]:
-        """The student alone during the warm-up, then the cadence of DMD2."""
+        """Returns the updates due at a step: the student's during the warm-up, and those of DMD2 afterwards."""
         if step < self.config.tangent_warmup:
             return [Update("student", self.student_loss)]
         return super().updates(step)
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:
-        """The weighted sum of both terms; the consistency term alone during the warm-up."""
+        """Returns the weighted sum of both terms; during the warm-up the consistency term alone."""
         consistency = self.tangent_loss(batch, step)
         assert batch.latents is not None
         weighted_B = consistency.losses_B * (self.config.consistency_weight / batch.latents[0].numel())

@@ -94,7 +94,7 @@ class TangentTraining(FewStepTraining):
 
     @classmethod
     def tangent_passes(cls, config: TangentConfig, updates_per_step: float) -> list[Passes]:
-        """The passes that make one tangent. The dual pass counts as two."""
+        """Returns the passes that compute one tangent. The forward-mode pass counts as two."""
         num_forwards, num_conditions = (3, 1) if config.derivative_step else (1, 2)
         return [
             guided_passes("student", "teacher", config.teacher_guidance, updates_per_step),
@@ -102,7 +102,8 @@ class TangentTraining(FewStepTraining):
         ]
 
     def tangent_loss(self, batch: Batch, step: int) -> LossResult:
-        """‖F − F⁻ − g‖² of each sample, with the size of g before it was normalised."""
+        """Returns ‖F − F⁻ − g‖² of each sample, where F⁻ is F without gradient, and as a metric the norm of g before
+        normalisation."""
         assert batch.latents is not None
         config = self.config
         sigma_B = schedule.training_sigma(
@@ -124,7 +125,7 @@ class TangentTraining(FewStepTraining):
 
     @torch.no_grad()
     def tangent(self, batch: Batch, x: Tensor, sigma_B: Tensor, step: int) -> Tensor:
-        """g at x_σ, not yet normalised; float64, shape of x."""
+        """Returns the tangent g at x_σ before normalisation: float64, shape of x."""
         condition = self.adapter.text_condition(batch)
         v_teacher = self.teacher_velocity(x, sigma_B, condition)
         with self.timer("tangent"):
@@ -136,7 +137,7 @@ class TangentTraining(FewStepTraining):
     def _velocity_and_slope(
         self, x: Tensor, sigma_B: Tensor, dx: Tensor, condition: Condition
     ) -> tuple[Tensor, Tensor]:
-        """The student's velocity, and its derivative along (dx, 1)."""
+        """Returns the student's velocity and its derivative along (dx, 1)."""
         student, h = self.roles["student"], self.config.derivative_step
         if not h:
             return self.adapter.predict_velocity_jvp(student, x, sigma_B, dx, torch.ones_like(sigma_B), condition)

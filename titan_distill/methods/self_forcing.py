@@ -1,17 +1,19 @@
 """Self-Forcing (arXiv 2506.08009): distribution matching for a causal student, trained on its own rollouts.
 
-A causal student makes a sample segment by segment, each from the segments before it. Trained on true pasts it would
-meet, at inference, pasts of its own making and drift away. So training unrolls it just as inference will: every segment
-is denoised in a few steps, and its result becomes the context of the next. The losses are `dmd2`'s, unchanged, on the
-whole rollout at once: teacher and critic see a complete sample, and judge how its segments go together.
+A causal student generates a sample segment by segment, each from the segments before it. If it were trained on segments
+of real data, it would drift at inference, where it continues its own segments. Training therefore unrolls the student
+exactly as inference does: each segment is denoised in a few steps, and the result becomes context of the next segment.
+The *exit* is the step at which denoising a segment stops; its x0 prediction is the result. The losses are those of
+`dmd2`, applied to the whole rollout at once. Teacher and critic see a complete sample, so they also judge whether its
+segments fit together.
 
-Memory is what decides how. Gradients flow through one forward of a segment, the one at its exit, and never through the
-context: that is computed by one more forward without gradient, at noise level 0 (or `context_noise`, which hides from
-later segments the fine errors of earlier ones). A rollout then keeps activations of one forward over a whole sample.
+Memory limits where gradients flow. Per segment only the forward at the exit has gradients. The context has none: one
+more forward without gradient computes it, at noise level 0 or at `context_noise`, which hides small errors of earlier
+segments from later ones. A rollout therefore stores the activations of one forward over a whole sample.
 
-A rollout may be longer than a sample. Its last segments, as many as a sample has, are then what is trained on: they
-become a sample that begins in the middle (`Adapter.last_sample`), whose first segment has no gradient, because its past
-was cut off for the teacher and not for the student.
+A rollout may be longer than a sample. Then only its last segments, as many as a sample has, are trained on
+(`Adapter.last_sample`). The first of these has no gradient: the student generated it from earlier segments, which the
+teacher does not see.
 """
 
 from __future__ import annotations
@@ -78,8 +80,8 @@ class SelfForcing(Dmd2):
         self.sample_lengths, self.lengths = self._segment_lengths(self.config.num_rollout_segments)
 
     def _segment_lengths(self, num_segments: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Lengths of the segments of a sample and of a rollout. Raises ValueError for a rollout that leaves nothing to
-        train."""
+        """Returns the lengths of the segments of a sample and of a rollout. Raises ValueError for a rollout without a
+        segment to train."""
         if "student" not in self.roles:  # `titan-distill generate` may hold the critic alone
             return (), ()
         own = self.adapter.segment_lengths(self.roles["student"])
@@ -108,9 +110,12 @@ class SelfForcing(Dmd2):
 
     @classmethod
     def passes(cls, config: Dmd2Config) -> list[Passes]:
-        """A segment costs its forwards up to the exit, and one that writes its context. For a rollout
-        longer than a sample all exits are counted without gradient, and those of the sample again with it: a little too
-        much."""
+        """Returns the passes of all updates. A segment takes the forwards up to its exit, and one that writes its
+        context.
+
+        For a rollout longer than a sample, all exits are counted without gradient, and those of the sample also with
+        gradient, which slightly overestimates the cost.
+        """
         assert isinstance(config, SelfForcingConfig)
         segments = config.num_rollout_segments
 
@@ -123,7 +128,8 @@ class SelfForcing(Dmd2):
         return [unrolled(passes) for passes in super().passes(config)]
 
     def rollout(self, batch: Batch, condition: Condition, step: int, purpose: str) -> Rollout:
-        """Unrolls the student over all segments; of each, only the exit's forward may carry gradients."""
+        """Runs the student over all segments. Within a segment, only the forward at its exit step may have
+        gradients."""
         stream = self.adapter.open_stream(self.roles["student"], condition)
         exits = [self._exit_index(step, purpose, segment) for segment in range(len(self.lengths))]
         is_longer = len(self.lengths) > len(self.sample_lengths)
@@ -143,7 +149,8 @@ class SelfForcing(Dmd2):
         return Rollout(sample, exits[-1], self._all_but_the_first(sample))
 
     def _exit_index(self, step: int, purpose: str, segment: int) -> int:
-        """One draw for the whole global batch: equally many forwards on all ranks."""
+        """Returns the random exit step, drawn once for the global batch, so that all ranks make the same number of
+        forwards."""
         last = len(self.sigmas) - 1
         if self.config.last_step_only:
             return last
@@ -153,7 +160,7 @@ class SelfForcing(Dmd2):
     def _segment(
         self, stream: SegmentStream, batch: Batch, step: int, purpose: str, segment: int, exit_index: int
     ) -> Tensor:
-        """One segment's prediction at its exit."""
+        """Returns the x0 prediction of one segment at its exit step."""
         length = self.lengths[segment]
 
         def predict_x0(x: Tensor, index: int) -> Tensor:
@@ -180,12 +187,12 @@ class SelfForcing(Dmd2):
         return self.normal(purpose, batch, step, shape)
 
     def _all_but_the_first(self, sample: Tensor) -> Tensor:
-        """A mask over the segments of `sample`, without its first."""
+        """Returns a loss mask that leaves out the first segment of `sample`."""
         dim = self.adapter.sequence_dim
         mask = sample.new_ones([sample.shape[dim] if d == dim else 1 for d in range(sample.ndim)])
         mask.narrow(dim, 0, self.sample_lengths[0]).zero_()
         return mask
 
     def student_sample(self) -> SampleRequest:
-        """As dmd2's, segment by segment."""
+        """Returns the request of dmd2's student samples, sampled segment by segment."""
         return replace(super().student_sample(), context_sigma=self.context_sigma)

@@ -1,12 +1,11 @@
 """The two halves of a model family: a build-time plugin and the run-time operations that methods use.
 
-`ModelFamily` turns configuration into modules (it may know about meshes, checkpoints, text encoders). `Adapter` is the
-only part that a training method sees: predict a velocity, encode a prompt, decode latents. A method written against the
-Adapter runs on every family; a family that implements it runs every method. Neither contains a word of the other's
-vocabulary.
+`ModelFamily` builds modules from the configuration; it may use meshes, checkpoints and text encoders. `Adapter` is the
+only part that a training method sees: it predicts velocities, encodes prompts and decodes latents. A method that uses
+only the Adapter runs on every family, and a family that implements the Adapter runs every method.
 
 Shapes: B batch, C latent channels, F latent frames, H and W latent height and width. Families whose latents are not
-videos (the toy family of the tests) use fewer dims after B; nothing outside a family assumes five.
+videos (the toy family of the tests) have fewer dims after B. Code outside of a family must not assume five dims.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from titan_distill.registry import FAMILIES, lookup
 from titan_distill.roles import RoleHandle, RoleManager
 
 Condition = Mapping[str, Tensor]
-"""The condition of a prediction: batch-first tensors by name. Opaque to methods."""
+"""Condition of a prediction: batch-first tensors by name. Methods pass it on without reading it."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +51,20 @@ class Guidance:
 
 
 class Adapter(ABC):
-    """Run-time operations on the models of one family. No method's vocabulary appears here."""
+    """Run-time operations on the models of one family, for all methods."""
 
     latent_shape: tuple[int, ...]
     """Shape of one sample's latents, without the batch dim."""
     sequence_dim: int = 1
-    """Dim of batched latents along which causal roles make a sample segment by segment."""
+    """Dim of batched latents along which causal roles generate a sample segment by segment."""
     flow_shift: float
     """Shift of the noise schedule, the same for every role of a run."""
     work: WorkCounter | None = None
-    """Counts FLOPs of every forward, where the family knows them."""
+    """Counter of the FLOPs of every forward; None if the family does not know them."""
 
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
-        """Lets models follow schedules of their own to a training step, counted from 0, before anything of it runs.
-        Returns what to log of them."""
+        """Sets the models' own schedules (of sparsity, for instance) to a training step, counted from 0, before the
+        step runs. Returns metrics of the schedules to log."""
         return {}
 
     @abstractmethod
@@ -74,102 +73,112 @@ class Adapter(ABC):
 
     @abstractmethod
     def text_condition(self, batch: Batch) -> Condition:
-        """The condition of the batch's captions."""
+        """Returns the condition of the batch's captions."""
 
     @abstractmethod
     def negative_condition(self, batch_size: int) -> Condition:
-        """The condition of the negative prompt, repeated `batch_size` times."""
+        """Returns the condition of the negative prompt, repeated `batch_size` times."""
 
     @abstractmethod
     def predict_velocity(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """The role's velocity `ε - x0` at noise level `sigma_B` in [0, 1], on the host; shape and dtype of `x`.
+        """Returns the role's velocity `ε - x0` at the noise level `sigma_B` in [0, 1], a tensor on the host. The result
+        has shape and dtype of `x`.
 
-        A causal role reads all segments of `x` at once, each with those before it as its context; their noise levels
-        may differ: then `sigma_B` has the dims of `x` and varies along the sequence's alone.
+        A causal role processes all segments of `x` at once, each with the segments before it as context. If the
+        segments' noise levels differ, `sigma_B` has as many dims as `x` and varies only along the sequence's dim.
         """
 
     def features(
         self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Sequence[int]
     ) -> list[Tensor]:
-        """Hidden states of the role's network behind those of its parts that `depths` names, counted from 0, while it
-        predicts a velocity: [B, positions, width] each, of the positions that this rank has."""
+        """Returns the hidden states of the role's network after each of the blocks `depths` (counted from 0) while it
+        predicts a velocity.
+
+        Each is [B, positions, width], for the positions on this rank.
+        """
         raise NotImplementedError  # a family whose `feature_width` answers has them
 
     def mean_over_positions(self, role: RoleHandle, x: Tensor, values_BL: Tensor) -> Tensor:
-        """Mean over all positions of what a head made of `features` of `x`: [B], float64, equal on all ranks that
-        share the samples."""
+        """Returns the mean over all positions of `values_BL`, the output of a head on the `features` of `x`: [B],
+        float64, equal on all ranks that share the samples."""
         raise NotImplementedError
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents to uint8 videos `[B, frames, height, width, 3]`."""
+        """Decodes latents to uint8 videos `[B, frames, height, width, 3]`."""
 
     @abstractmethod
     def encode_video(self, videos: Tensor) -> Tensor:
-        """uint8 videos `[B, frames, height, width, 3]` to latents."""
+        """Encodes uint8 videos `[B, frames, height, width, 3]` to latents."""
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Condition:
-        """Runs the text encoder. Raises ValueError when the run was configured without one."""
+        """Returns the condition of prompts. Raises ValueError if the run has no text encoder."""
 
     def embed_prompts(self, prompts: list[str]) -> list[Tensor]:
-        """Text embeddings [tokens, width] as a dataset's rows hold them, without padding. Raises ValueError where
-        the family has no text encoder, or the run was configured without one."""
+        """Returns text embeddings [tokens, width] without padding, as in the rows of a dataset. Raises ValueError if
+        the family or the run has no text encoder."""
         raise ValueError("this model family has no text encoder; take prompts from a parquet file with embeddings")
 
     def prompt_conditions(self, path: str, prompts: Sequence[str]) -> Callable[[Sequence[int]], Condition]:
         """Returns a function from prompt indices to the condition of their samples, for the `prompts` read from `path`.
-        A family whose models also start from pictures takes these from the same file. Raises ValueError for a file
-        that lacks what the models need."""
+        If the models also start from pictures, these come from the same file. Raises ValueError for a file without the
+        data that the models need."""
         return lambda ids: self.encode_prompts([prompts[index] for index in ids])
 
     def segment_lengths(self, role: RoleHandle, length: int | None = None) -> tuple[int, ...] | None:
-        """Lengths of the segments in which a causal role makes a sequence of `length`, a sample's by default; None
-        for a role that makes it as a whole. Raises ValueError for a length that segments don't fill."""
+        """Returns the lengths of the segments in which a causal role generates a sequence of `length` (default: that of
+        a sample). None for a role that generates samples as a whole. Raises ValueError for a length that is not a whole
+        number of segments."""
         return None
 
     def open_stream(self, role: RoleHandle, condition: Condition) -> SegmentStream:
-        """Begins a batch of sequences, which a causal role makes segment by segment. Raises ValueError for a role that
-        can't."""
+        """Begins a batch of sequences that a causal role generates segment by segment. Raises ValueError for other
+        roles."""
         raise ValueError(f"role {role.name!r} makes samples as a whole; set roles.{role.name}.attention to 'causal'")
 
     def segment_shape(self, length: int) -> tuple[int, ...]:
-        """Shape of one sample's latents, without the batch dim, when it is `length` long along the sequence's dim."""
+        """Returns the shape of one sample's latents, without the batch dim, for `length` along the sequence's dim."""
         before, behind = self.sequence_dim - 1, self.sequence_dim
         return (*self.latent_shape[:before], length, *self.latent_shape[behind:])
 
     def last_sample(self, sequence: Tensor) -> Tensor:
-        """The end of a sequence longer than a sample, as a sample that begins there. A family whose first latent means
-        something else than those behind it encodes it anew, without a graph."""
+        """Returns the end of a longer sequence as a sample of its own.
+
+        If the first latent of a sample has another meaning than later ones (in Wan it stands for one picture instead of
+        four), the family encodes it again, without an autograd graph.
+        """
         length = self.latent_shape[self.sequence_dim - 1]
         return sequence.narrow(self.sequence_dim, sequence.shape[self.sequence_dim] - length, length)
 
     def num_latents(self, role: RoleHandle, num_frames: int) -> int:
-        """Length of the latents of a video of `num_frames`, where the role can make such a one; else ValueError."""
+        """Returns the length of the latents of a video of `num_frames`. Raises ValueError if the role cannot generate
+        such a video."""
         raise ValueError(f"only a causal role makes videos of any length, and {role.name!r} is none; leave it out")
 
     def with_image(self, condition: Condition, images: Tensor) -> Condition:
-        """The condition that samples also start from these pictures, uint8 [B, height, width, 3]. Raises ValueError
-        where the models of the run can't."""
+        """Returns the condition with pictures, uint8 [B, height, width, 3], from which the samples start. Raises
+        ValueError if the models of the run cannot start from pictures."""
         raise ValueError("the models of this run make videos from text only; leave the image out")
 
     def held(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """The input of a network: `x` at level `sigma_B` with those parts in place that the condition gives, and its
-        noise level, [B] or broadcastable to x. Nothing is given by default."""
+        """Returns the input of a network and its noise level, [B] or broadcastable to x: `x` at level `sigma_B`, in
+        which the parts given by the condition (such as a first frame) are replaced. Default: no part is given."""
         return x, sigma_B
 
     def loss_mask(self, condition: Condition) -> Tensor | None:
-        """1 where losses count an element of a sample, 0 where the condition gives it; None where it gives nothing."""
+        """Returns 1 for the elements of a sample that losses count and 0 for those that the condition gives; None if it
+        gives none."""
         return None
 
     def add_noise(self, x0: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
-        """`x_σ = (1 - σ) x0 + σ ε`."""
+        """Returns `x_σ = (1 - σ) x0 + σ ε`."""
         return schedule.add_noise(x0, noise, sigma_B)
 
     def predict_x0(
         self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, guidance: Guidance | None = None
     ) -> Tensor:
-        """The role's estimate of the clean latents, with classifier-free guidance when asked for."""
+        """Returns the role's estimate of the clean latents, with classifier-free guidance if `guidance` is given."""
         velocity = self.guided_velocity(role, x, sigma_B, condition, guidance or Guidance())
         shown, sigma = self.held(x, sigma_B, condition)
         return schedule.x0_from_velocity(shown, velocity, sigma)
@@ -178,14 +187,14 @@ class Adapter(ABC):
     def predict_velocity_jvp(
         self, role: RoleHandle, x: Tensor, sigma_B: Tensor, dx: Tensor, dsigma_B: Tensor, condition: Condition
     ) -> tuple[Tensor, Tensor]:
-        """The role's velocity, and its derivative along `(dx, dsigma_B)`: shape and dtype of `x`, without a graph.
+        """Returns the role's velocity and its derivative along `(dx, dsigma_B)`, both in shape and dtype of `x` and
+        without an autograd graph.
 
-        Forward-mode differentiation, one pass of about twice a forward's FLOPs and no stored activations; nothing is
-        approximated. No fused attention kernel has a forward mode, so PyTorch's own attention runs as its plain
-        mathematics here, which holds the [queries, keys] matrix of scores in memory. Anything but a PyTorch operation
-        with a forward mode (sparse attention, compiled blocks, float8) raises NotImplementedError or RuntimeError: a
-        method that needs derivatives refuses it beforehand. Between ranks, tangents travel as what they are tangents of
-        does.
+        The derivative is exact. Forward-mode differentiation takes one pass with about twice the FLOPs of a forward,
+        and stores no activations. Fused attention kernels have no forward-mode derivative, so attention runs as plain
+        matrix products, which hold the [queries, keys] matrix of scores in memory. Operations without a forward-mode
+        derivative (sparse attention, compiled blocks, float8) raise NotImplementedError or RuntimeError; a method that
+        needs derivatives must refuse them in its validation. Collectives also exchange the tangents.
         """
         counting = self.work.forward_mode() if self.work else nullcontext()
         with counting, sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
@@ -197,7 +206,8 @@ class Adapter(ABC):
     def guided_velocity(
         self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, guidance: Guidance
     ) -> Tensor:
-        """Conditional and unconditional velocity from one doubled forward, combined; one plain forward at scale 1."""
+        """Returns the guided velocity. One forward of a doubled batch gives the conditional and the unconditional
+        velocity; at scale 1 one plain forward suffices."""
         if guidance.is_identity:
             return self.predict_velocity(role, x, sigma_B, condition)
         negative = {**condition, **self.negative_condition(x.shape[0])}
@@ -207,13 +217,14 @@ class Adapter(ABC):
         return schedule.guide(conditional, unconditional, self.guidance_scale(role, sigma_B, guidance), guidance.form)
 
     def guidance_scale(self, role: RoleHandle, sigma_B: Tensor, guidance: Guidance) -> float | Tensor:
-        """The scale to guide with, or one for each sample, broadcast over its dims; a family may know better."""
+        """Returns the guidance scale, or one scale per sample that broadcasts over its dims. A family may override the
+        method's scale."""
         return guidance.scale
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderFolders:
-    """Folders of a family's encoders."""
+    """Folders of a model family's encoders."""
 
     vae: Path
     """Video encoder (VAE): its diffusers folder, or the pipeline folder that has it as vae/."""
@@ -222,9 +233,11 @@ class EncoderFolders:
     tokenizer: Path | None = None
     """Tokenizer folder. Default: tokenizer/ beside the text encoder."""
     images: bool = False
-    """Also encode the first frame of each clip as the picture that image-to-video models with channels for it take."""
+    """Also encode the first frame of each clip as a picture, for image-to-video models that take a picture in separate
+    channels."""
     image_encoder: Path | None = None
-    """With --images: pipeline folder with image_encoder/ and image_processor/ (CLIP), for models that attend to it."""
+    """With --images: pipeline folder with image_encoder/ and image_processor/ (CLIP), for models that attend to CLIP
+    embeddings."""
 
 
 class FootageEncoder(ABC):
@@ -232,20 +245,21 @@ class FootageEncoder(ABC):
 
     @abstractmethod
     def check_size(self, num_frames: int, height: int, width: int) -> None:
-        """Raises ValueError unless the encoder takes clips of this size in pixels."""
+        """Raises ValueError if the encoder cannot encode clips of this size in pixels."""
 
     @abstractmethod
     def encode_video(self, videos: Tensor) -> Tensor:
-        """uint8 videos [B, frames, height, width, 3] to latents."""
+        """Encodes uint8 videos [B, frames, height, width, 3] to latents."""
 
     @abstractmethod
     def embed_prompt(self, prompt: str, max_tokens: int) -> Tensor:
-        """Text embedding [tokens, width] of one prompt, cut to `max_tokens` with a warning."""
+        """Returns the text embedding [tokens, width] of one prompt. Longer prompts are cut to `max_tokens` with a
+        warning."""
 
     @abstractmethod
     def encode_pictures(self, images: Tensor, num_frames: int) -> dict[str, Tensor]:
-        """Further tensors by name that models take of uint8 pictures [B, height, width, 3] beside videos of
-        `num_frames`; empty where pictures are not asked for."""
+        """Returns further tensors by name that image-to-video models need for uint8 pictures [B, height, width, 3] and
+        videos of `num_frames`. Empty unless `EncoderFolders.images` is true."""
 
 
 class ModelFamily(ABC):
@@ -264,8 +278,8 @@ class ModelFamily(ABC):
 
     @classmethod
     def given_parts(cls, config: Config) -> str | None:
-        """The key that gives parts of the training samples, as the beginning of a sentence; None where nothing is
-        given. Only methods with `uses_loss_mask` train such a run."""
+        """Returns the configuration key by which conditions give parts of the training samples, as the beginning of a
+        sentence; None if no part is given. Only methods with `uses_loss_mask` can train with given parts."""
         return None
 
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
@@ -273,85 +287,90 @@ class ModelFamily(ABC):
         return
 
     def token_grid(self) -> tuple[int, int, int] | None:
-        """Tokens of a sample along (frames, height, width), for the planner; None where samples are no videos."""
+        """Returns the tokens of a sample along (frames, height, width), for the planner; None if samples are not
+        videos."""
         return None
 
     def video_size(self) -> tuple[int, int, int] | None:
-        """(frames, height, width) of a sample in pixels; None where samples are no videos."""
+        """Returns (frames, height, width) of a sample in pixels; None if samples are not videos."""
         return None
 
     @property
     def needs_latents(self) -> bool:
-        """True where training conditions are made of the data's latents, whatever the method needs."""
+        """Returns whether training conditions are made from the data's latents. The data must then have latents for
+        every method."""
         return False
 
     def encoder_memory(self) -> tuple[float, float]:
-        """For the planner: bytes of the encoders that stay on a rank, and most bytes that decoding one sample of a
-        validation holds beside them, both in the compute type."""
+        """Returns two numbers of bytes for the planner: the encoders that a rank holds, and the peak of decoding one
+        sample in addition to them, both in the compute dtype."""
         return 0.0, 0.0
 
     def extra_tensors(self) -> tuple[str, ...]:
-        """Names of the tensors beside text that training conditions take from every row of the data."""
+        """Returns the names of the tensors, apart from text, that training conditions need from every row of the
+        data."""
         return ()
 
     @abstractmethod
     def build_module(self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device) -> nn.Module:
-        """Builds, lays out and loads the network of one role. On `device("meta")` nothing is allocated or loaded."""
+        """Builds, shards and loads the network of one role. On `device("meta")` nothing is allocated or loaded."""
 
     def build_modules(
         self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device
     ) -> dict[str, nn.Module]:
-        """All networks of one role by name, made of `build_module`: `transformer`, and what stands beside it."""
+        """Builds all networks of one role with `build_module` and returns them by name: `transformer`, and a second
+        expert if there is one."""
         return {"transformer": self.build_module(name, role, mesh, device)}
 
     def spelled_out(self) -> Config:
-        """The configuration with what the files that it names say of the family's own keys, for `config.toml` to
-        keep. Raises ValueError."""
+        """Returns the configuration in which keys of the family that come from files (such as `model_index.json`) have
+        their values, for `config.toml` to record. Raises ValueError."""
         return self.config
 
     @abstractmethod
     def architecture(self, module: nn.Module) -> dict[str, Any]:
-        """Everything needed to build the module again, as JSON-able values; written beside checkpoints and exports."""
+        """Returns everything needed to build the module again, as JSON values. Checkpoints and exports contain it."""
 
     @abstractmethod
     def restore_module(
         self, architecture: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], device: torch.device
     ) -> nn.Module:
-        """A whole, frozen module from what a checkpoint holds: its architecture and full tensors by name. Its
-        parameters are of the dtype in which the run computes, training.dtype."""
+        """Builds an unsharded, frozen module from its architecture and its full tensors by name, as in a checkpoint.
+        Its parameters have the dtype training.dtype."""
 
     @staticmethod
     @abstractmethod
     def write_weights(
         tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path, dtype: torch.dtype | None
     ) -> None:
-        """Writes a module's weights as the family's other tools read them (for Wan, a diffusers folder)."""
+        """Writes a module's weights in the family's usual format (for Wan, a diffusers folder)."""
 
     @staticmethod
     def pipeline_index(index: dict[str, Any], modules: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the `model_index.json` of an exported role with these modules, from its pipeline's `index` and the
-        run's [pipeline_config]. Default: `index`. Raises ValueError where the two don't say enough."""
+        run's [pipeline_config]. Default: `index` unchanged. Raises ValueError if a needed value is in neither of the
+        two."""
         return index
 
     @abstractmethod
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
-        """Properties of the latents a module works on. All roles of a run must agree on them."""
+        """Returns properties of the latents that a module processes. All roles of a run must agree on them."""
 
     def feature_width(self, module: nn.Module, depths: Sequence[int]) -> int:
-        """Width of the features behind `depths` (see `Adapter.features`). Raises ValueError for depths that the
-        network does not have, and where the family offers no features."""
+        """Returns the width of the features after each of `depths` (see `Adapter.features`). Raises ValueError for
+        depths that the network does not have, and if the family has no features."""
         raise ValueError(f"recipe.family = {self.config.recipe.family!r} offers no features for a head to read")
 
     @classmethod
     def footage_encoder(cls, folders: EncoderFolders, device: torch.device) -> FootageEncoder:
-        """The encoder of this family's data sets. Raises ValueError for folders that lack what it needs."""
+        """Returns the encoder of this family's datasets. Raises ValueError for folders without the required files."""
         raise ValueError(f"{cls.__name__} encodes no footage; choose another --family")
 
     @abstractmethod
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
-        """The run-time half."""
+        """Returns the Adapter, the run-time half of the family."""
 
 
 def model_family(name: str) -> type[ModelFamily]:
-    """The family registered under `name`. Raises ValueError naming the known families and the nearest one."""
+    """Returns the family registered under `name`. Raises ValueError with the known families and the nearest name."""
     return lookup(FAMILIES, name)

@@ -1,11 +1,10 @@
-"""A head: a small network that reads, position by position, what another network holds inside.
+"""A head: a small network that reads the hidden states of another network, position by position.
 
-A role need not be a network of the family. A network that judges samples is best built on features that exist already:
-those between two parts of a denoiser, which know at every noise level what a sample should look like. Reading costs
-three thin layers; making features of its own would cost a second denoiser.
-
-A head makes one number a position, and whoever asks takes the mean over positions. So it may run on whichever
-positions a rank has: gradients of its weights are then parts of one sum, as those of every other layer are.
+A role may be a head instead of a network of the family. A discriminator is best built on existing features: the hidden
+states of a denoiser, which represent samples at every noise level. A head on them needs three thin layers; computing
+separate features would need a second denoiser. A head returns one number per position, and the caller takes the mean
+over positions. Each rank may therefore run it on its own positions; the gradients of its weights are partial sums, like
+those of every other layer.
 
 Shape suffixes: B batch, L positions of this rank, W width of the features.
 """
@@ -24,10 +23,10 @@ HIDDEN_WIDTH = 128
 
 
 class FeatureHead(nn.Module):
-    """For the features of each depth a norm and two linear layers; the sum over depths is the head's number.
+    """Head with a norm and two linear layers for the features of each depth. The sum over depths is the output.
 
-    The last layers start at zero: a head that has learnt nothing says nothing. They have no bias: where as many samples
-    pull it up as down, its gradient is rounding alone, which an optimizer that divides by it would make a step of.
+    The last layers start at zero, so an untrained head returns zero. They have no bias: with as many real as generated
+    samples its gradient would be only rounding error, which Adam would scale up to a full step.
     """
 
     def __init__(self, width: int, num_depths: int) -> None:
@@ -39,7 +38,7 @@ class FeatureHead(nn.Module):
         )
 
     def forward(self, *features_BLW: Tensor) -> Tensor:
-        """[B, L], from the features of each depth."""
+        """Returns [B, L] from the features of each depth."""
         numbers = [
             reader(features.to(next(reader.parameters()).dtype))
             for reader, features in zip(self.readers, features_BLW, strict=True)
@@ -47,7 +46,7 @@ class FeatureHead(nn.Module):
         return torch.stack(numbers).sum(0).squeeze(-1)
 
     def architecture(self) -> dict[str, Any]:
-        """The head's architecture as checkpoint manifests record it."""
+        """Architecture of the head as checkpoint manifests record it."""
         return {"_class_name": type(self).__name__, "width": self.width, "num_depths": len(self.readers)}
 
 
@@ -60,7 +59,7 @@ def _zero_linear(width: int) -> nn.Linear:
 def build_head(
     width: int, num_depths: int, mesh: RoleMesh | None, device: torch.device, options: FsdpOptions, seed: int
 ) -> FeatureHead:
-    """A head with weights drawn from `seed`, the same in every layout; ranks share them as they share others."""
+    """Builds a head with weights drawn from `seed`, equal in every layout, and shards it like other networks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = FeatureHead(width, num_depths)

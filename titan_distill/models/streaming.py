@@ -1,9 +1,9 @@
-"""A sequence made piece by piece: what a causal role offers to those who unroll it.
+"""Interface for generating a sequence segment by segment with a causal role.
 
-A sample is a sequence along one dim of its latents, cut into *segments*. A `SegmentStream` walks through them: it
-predicts the segment at hand given the *context* of all finished ones, and is told when a segment is finished, at which
-noise level its context shall be read. That is all that training and sampling need, so they know neither what a segment
-is nor what a context is made of (for a video transformer: frames, and the keys and values of every layer).
+A sample is a sequence along one dim of its latents, cut into *segments*. A `SegmentStream` goes through them in order.
+It predicts the current segment given the *context* of all finished segments. The caller tells it when a segment is
+finished, and the noise level of its context. Training and sampling use only this interface. They need not know the
+contents of segments and contexts (in a video transformer: frames, and the keys and values of every layer).
 """
 
 from __future__ import annotations
@@ -18,30 +18,32 @@ from titan_distill.diffusion import schedule
 
 
 class SegmentStream(ABC):
-    """One batch of sequences under way. Segments are [B, ...], shorter than a sample along the sequence's dim."""
+    """A batch of sequences in progress. Segments are [B, ...], shorter than a sample along the sequence's dim."""
 
     @abstractmethod
     def predict_velocity(self, x: Tensor, sigma_B: Tensor) -> Tensor:
-        """The velocity of the next segment at noise level `sigma_B`; shape and dtype of `x`.
+        """Returns the velocity of the current segment `x` at noise level `sigma_B`, in shape and dtype of `x`.
 
         Gradients reach the weights through this forward alone, never through the context.
         """
 
     def predict_x0(self, x: Tensor, sigma_B: Tensor) -> Tensor:
-        """The clean next segment."""
+        """Returns the x0 prediction of the current segment."""
         return schedule.x0_from_velocity(x, self.predict_velocity(x, sigma_B), sigma_B)
 
     @torch.no_grad()
     def write(self, x: Tensor, sigma_B: Tensor) -> None:
-        """Adds a finished segment, noised to `sigma_B`, to the context; the one after it is the next from now on."""
+        """Adds a finished segment, noised to `sigma_B`, to the context. The following segment becomes the current
+        one."""
         self._write(x.detach(), sigma_B)
 
     @abstractmethod
     def _write(self, x: Tensor, sigma_B: Tensor) -> None:
-        """`write`, without gradients."""
+        """Does the work of `write`; runs without gradients."""
 
 
 def write_context(stream: SegmentStream, x0: Tensor, sigma: float, noise: Callable[[], Tensor]) -> None:
-    """Finishes a segment whose context is read at the noise level `sigma`; `noise` is asked for only above 0."""
+    """Finishes a segment and writes its context at the noise level `sigma`. `noise` is called only if `sigma` is above
+    0."""
     sigma_B = torch.full((len(x0),), sigma, dtype=torch.float64)
     stream.write(schedule.add_noise(x0, noise(), sigma_B) if sigma else x0, sigma_B)

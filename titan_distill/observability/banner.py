@@ -1,4 +1,5 @@
-"""The lines that a run prints before its first step and after its last: all that decides its numbers and its speed."""
+"""Banner: the lines that a run prints before its first step (everything that determines its numbers and speed) and
+after its last."""
 
 from __future__ import annotations
 
@@ -95,8 +96,8 @@ def layout(degrees: Degrees, *, cpu_offload: bool) -> str:
 
 
 def _attention(config: Config, kind: str, module: Module, device: torch.device, trained: bool) -> str:
-    """The role's attention, and the kernel of dense attention, which sparse roles also need: below their crossover and
-    between video and text."""
+    """Returns the role's attention and the kernel of its dense attention. Sparse roles use dense attention, too: below
+    their crossover, and between video and text."""
     segmentation = getattr(module, "segmentation", None)
     words = f"{kind} attention" + (f" in {segmentation.describe()}" if segmentation else "")
     architecture: Any = getattr(module, "config", None)

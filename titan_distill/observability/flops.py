@@ -1,4 +1,4 @@
-"""FLOPs of a step, and the share of the machine's peak that it reaches.
+"""FLOPs of a step, and utilisation: the achieved share of the machine's peak.
 
 FLOPs of a Wan-like DiT follow from its configuration: 2 per multiply-add, matrix products and attention only (norms,
 modulation and softmax are below half a percent). For N video tokens, T text tokens, width d, hidden width f and L
@@ -34,7 +34,7 @@ from titan_distill.config.sections import ActivationCheckpointConfig
 from titan_distill.parallelisms.activation_checkpoint import is_checkpointed, is_kept
 
 BACKWARD_FORWARDS = 2
-"""A backward pass in forwards: gradients of the inputs and of the weights."""
+"""Cost of a backward pass in forward passes: one for the gradients of the inputs, one for those of the weights."""
 
 PEAK_BF16_FLOPS = (
     ("GB200", 2500e12),
@@ -50,7 +50,7 @@ device's name; the first match counts. Float8 runs are measured against it too, 
 
 
 class DiTConfig(Protocol):
-    """The numbers of a transformer's configuration that its cost depends on, under diffusers' names."""
+    """Fields of a transformer's configuration that determine its cost, under diffusers' names."""
 
     @property
     def num_layers(self) -> int: ...
@@ -78,7 +78,7 @@ class ForwardFlops:
 
     linear: float
     self_attention: float
-    """Everything between projections, selection included."""
+    """FLOPs of self-attention without its projections; the selection of tiles is included."""
     cross_attention: float
     embeddings: float
     """Patch, text and time embedding, and the output head."""
@@ -187,7 +187,7 @@ class WorkCounter:
         self._copies = 1
 
     def paused(self) -> AbstractContextManager[None]:
-        """Counts nothing for the duration of the block: validation is no training."""
+        """Suspends counting within the block, for instance for a validation."""
         return self._counting(0)
 
     def forward_mode(self) -> AbstractContextManager[None]:
@@ -213,7 +213,7 @@ class WorkCounter:
         self._hardware_flops += flops * (1 + (backwards + recompute) * backward)
 
     def drain(self) -> Work:
-        """The FLOPs since the last call."""
+        """Returns the FLOPs since the last call."""
         work = Work(self._model_flops, self._hardware_flops)
         self._model_flops = self._hardware_flops = 0.0
         return work

@@ -1,4 +1,5 @@
-"""Metrics of a run: always in `metrics.jsonl`, in trackers when asked for, and as progress on the terminal.
+"""Metrics of a run: always written to `metrics.jsonl`, to trackers if configured, and shown as progress on the
+terminal.
 
 A line of `metrics.jsonl` holds, for one logged step, the latest value of every key since the line before (a student
 that is updated every fifth step appears in every tenth line), the seconds of each phase, and rates. Two rules keep them
@@ -37,7 +38,7 @@ from titan_distill.observability.timing import PhaseTimer
 from titan_distill.observability.trackers import Tracker, build_trackers
 
 PAUSES = ("time/checkpoint", "time/validation")
-"""Phases that are no training: left out of the seconds that rates are computed over."""
+"""Phases other than training. Their seconds do not count in rates."""
 
 
 class MetricsFile:
@@ -110,7 +111,7 @@ class MetricsLogger:
             self._progress = Progress(self._num_steps, start_step)
 
     def step(self, step: int, values: Mapping[str, float], *, samples_seen: int) -> None:
-        """Takes the values of one finished step (`step` steps are done now); writes a line when one is due."""
+        """Records the values of one finished step, the step number `step`. Writes a line if one is due."""
         self._pending |= values
         if self._file is not None:
             self._progress.update(step, values)
@@ -123,7 +124,7 @@ class MetricsLogger:
             self._phases.clear()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs what belongs to no training step, such as a validation's scores, in the line of `step`.
+        """Logs values outside of training, such as a validation's scores, in the line of `step`.
 
         The seconds of pauses go with it and leave the interval; those of training phases wait for the next line.
         """

@@ -30,8 +30,8 @@ Profiler = profile | NoProfile
 
 
 def build_profiler(config: ProfilingConfig, folder: Path, world: World, first_step: int = 0) -> Profiler:
-    """The profiler that `config` asks for, writing below `folder`. `first_step`: step that the run starts at, 0-based
-    like `config.start_step`."""
+    """Builds the profiler that `config` describes, which writes below `folder`. `first_step` is the step at which the
+    run starts, counted from 0 like `config.start_step`."""
     wait = config.start_step - first_step
     if config.enabled and wait < 0:
         log.warning(

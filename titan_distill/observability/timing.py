@@ -1,4 +1,4 @@
-"""The phase timer adds up the seconds of a step by phase.
+"""Phase timer, which adds up the seconds of a step by phase.
 
 Phases may nest (a teacher inside a critic update); each second belongs to the innermost open phase only, so phases add
 up to at most the whole and none is counted twice.

@@ -31,7 +31,7 @@ else:
 
 
 def build_trackers(config: MetricsConfig, folder: Path, name: str, start_step: int) -> list[Tracker]:
-    """The trackers that are switched on, for a run in `folder` that continues after `start_step` steps.
+    """Returns the enabled trackers, for a run in `folder` that continues after `start_step` steps.
 
     Raises ValueError when TensorBoard is not installed or W&B has no key.
     """
@@ -129,7 +129,7 @@ def _identity(folder: Path) -> dict[str, dict[str, object]]:
 
 
 def _run_id(path: Path, start_step: int) -> str:
-    """The id of the W&B run that a resumed job left in `path`; a new one, left there, for a fresh job."""
+    """Returns the id of the W&B run. A resumed job reads it from `path`; a new job creates it and writes it there."""
     if start_step == 0 or not path.exists():
         path.write_text(uuid.uuid4().hex[:8])
     return path.read_text()

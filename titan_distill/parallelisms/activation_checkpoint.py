@@ -1,19 +1,19 @@
 """Activation checkpointing: recompute activations in the backward to save memory.
 
-*full* saves a block's input only: least memory, a third more FLOPs. *selective* saves in addition activations that are
-expensive to compute and cheap to store: attention outputs, whose FLOPs grow with the square of the tokens and whose
-size does not, and every n-th matrix product. *Block skip* leaves every n-th block alone: the coarse knob for memory
-that is left over.
+*full* saves only a block's input. It needs the least memory and a third more FLOPs. *selective* also saves activations
+that are expensive to compute and cheap to store: attention outputs (their FLOPs grow with the square of the number of
+tokens, their size only linearly), and the output of every n-th matrix product. *Block skip* leaves every n-th block
+without checkpointing, to use memory that would otherwise be free.
 
-A block that *selects*, as sparse attention does, must not select again: a recomputed score may differ in its last bit,
-turn a tie around, and give the backward other tiles than the forward had. Every mode saves selections; they are small.
+Sparse attention *selects* tiles, and the selection must not be recomputed: a recomputed score may differ in its last
+bit, so the backward could use other tiles than the forward. Every mode therefore saves selections, which are small.
 
-Saved products are chosen by order, not by name: a counter runs over the products of one block's forward and
-starts anew with each block. PyTorch up to 2.12 asks the policy a second time, in the recomputation, later ones look the
-first answer up; forward and recomputation are therefore counted apart.
+Matrix products are chosen by their order: a counter numbers the products in one block's forward and restarts with each
+block. PyTorch up to 2.12 asks the policy again during recomputation, later versions reuse the first answer; forward and
+recomputation therefore have separate counters.
 
-The block's `forward` is replaced rather than the block wrapped: parameter names stay what checkpoints and exports
-expect, and FSDP's hooks, which sit around `forward`, run once and outside of the recomputation.
+The block is not wrapped; its `forward` is replaced. So parameters have the names that checkpoints and exports expect,
+and FSDP's hooks, which run around `forward`, run once and outside of the recomputation.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ Operation = torch._ops.OpOverload | torch._ops.HigherOrderOperator
 
 
 def _existing(*names: str) -> set[Operation]:
-    """The ATen operations of these names that the torch at hand has."""
+    """Returns the ATen operations with these names that the installed torch has."""
     packets = [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
     return {packet.default for packet in packets}
 
 
 MATMULS = frozenset(_existing("mm", "addmm", "_scaled_mm", "_scaled_mm_v2"))
-"""Operations of a linear layer, in high precision or in float8."""
+"""Operations that compute a linear layer's matrix product, in high precision or in float8."""
 
 _ATTENTION = {
     *_existing(
@@ -62,27 +62,29 @@ _SELECTIONS: set[Operation] = set()
 
 
 def register_attention(operation: Operation) -> None:
-    """Lets `selective` save the outputs of one more attention operation; its module calls this at import."""
+    """Makes `selective` save the outputs of another attention operation. The operation's module calls this at
+    import."""
     _ATTENTION.add(operation)
 
 
 def register_selection(operation: Operation) -> None:
-    """Lets every mode save the outputs of an operation that selects; its module calls this at import."""
+    """Makes every mode save the outputs of an operation that selects tiles. The operation's module calls this at
+    import."""
     _SELECTIONS.add(operation)
 
 
 def is_checkpointed(index: int, config: ActivationCheckpointConfig) -> bool:
-    """True where block `index` recomputes anything: every `skip_interval`-th does not."""
+    """Returns whether block `index` recomputes anything. Every `skip_interval`-th block does not."""
     return config.mode != "none" and not (config.skip_interval and (index + 1) % config.skip_interval == 0)
 
 
 def is_kept(matmul: int, config: ActivationCheckpointConfig) -> bool:
-    """True where a checkpointed block saves the output of its `matmul`-th matrix product, counted from 0."""
+    """Returns whether a checkpointed block saves the output of its matrix product number `matmul`, counted from 0."""
     return config.mode == "selective" and (matmul + 1) % config.interval == 0
 
 
 def describe(config: ActivationCheckpointConfig) -> str:
-    """The activations that are saved for the backward, in one phrase."""
+    """Returns a phrase for the activations that are saved for the backward."""
     if config.mode == "none":
         return "no activation recomputed"
     text = "full: saves each block's input"
@@ -95,9 +97,10 @@ def describe(config: ActivationCheckpointConfig) -> str:
 def apply_activation_checkpointing(
     blocks: Iterable[nn.Module], config: ActivationCheckpointConfig, *, selects: bool = False
 ) -> None:
-    """Makes the blocks recompute themselves in backward as `config` says.
+    """Makes the blocks recompute their activations in the backward, as `config` says.
 
-    `selects`: they have selections to save. Without them *full* need not look at every operation.
+    `selects` says whether the blocks make selections, which must be saved. Otherwise *full* need not inspect every
+    operation.
     """
     # No block draws random numbers, so there is no generator state to keep.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
@@ -109,7 +112,7 @@ def apply_activation_checkpointing(
 
 
 def _run(forward: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs a block's `forward`, to be recomputed in the backward if there will be one."""
+    """Runs a block's `forward`, and recomputes it in the backward if there is one."""
     # Without a graph nothing is saved anyway, and the checkpoint of PyTorch up to 2.11 has no forward mode.
     return checkpoint(forward, *args, **options, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
 
@@ -117,12 +120,12 @@ def _run(forward: Callable[..., Any], options: dict[str, Any], *args: Any, **kwa
 def _selective_contexts(
     config: ActivationCheckpointConfig,
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """One forward's and its recomputation's contexts, with counters of their own."""
+    """Returns the contexts of one forward and of its recomputation, each with its own counter."""
     return create_selective_checkpoint_contexts(_Policy(config))
 
 
 class _Policy:
-    """Decides for each operation in a block whether its output is saved."""
+    """Policy that decides for each operation in a block whether its output is saved."""
 
     def __init__(self, config: ActivationCheckpointConfig) -> None:
         self.config = config

@@ -1,10 +1,10 @@
-"""Differentiable collectives, each a pair of a forward and a backward.
+"""Differentiable collectives, each with a forward and a backward.
 
-The backward of a collective depends on what the ranks do with its result; a wrong one scales gradients by the number of
-ranks or loses parts of them. Two words decide it. A tensor is *replicated* when all ranks of
-the group hold it and compute the same with it; its gradient is then whole and equal on all of them. A result is used
-*differently* when every rank makes its own of it (its heads, its queries); the gradient on a rank is then only a part,
-and the parts must be summed.
+The correct backward of a collective depends on the use of its result. A wrong backward multiplies gradients by the
+number of ranks or loses parts of them. There are two cases. A tensor is *replicated* if all ranks of the group hold it
+and compute the same from it; its gradient is then complete and equal on all ranks. A tensor is used *differently* if
+each rank computes its own part from it (its heads, its queries); the gradient on each rank is then a part, and the
+parts must be summed.
 
     forward                          backward                     where
     shard: take own slice            all-gather                   a replicated tensor is cut up
@@ -16,10 +16,10 @@ and the parts must be summed.
     sum_statistics: all-reduce       all-reduce                   a sum of parts that every rank uses differently
     all_to_all                       all_to_all                   slices change places
 
-All of them are linear, so a forward-mode derivative needs no such choice: the tangent goes through the forward's own
-collective, in a second message.
+All of them are linear, so forward-mode differentiation has only one case: the tangent goes through the same collective
+as the tensor, in a second message.
 
-Every function takes and returns plain tensors. Slices are of equal size: callers pad.
+Every function takes and returns plain tensors. Slices must have equal sizes; callers pad.
 """
 
 from __future__ import annotations
@@ -94,9 +94,10 @@ class _Collective(torch.autograd.Function):
 
 
 def _apply(name: str, x: Tensor, group: Group, dim: int = 0) -> Tensor:
-    """Runs a collective of `PAIRS`, also on the tangent of `x` where it has one.
+    """Runs a collective of `PAIRS` on `x`, and on the tangent of `x` if it has one.
 
-    The function has no forward mode of its own, because torch.compile refuses functions that have one.
+    The autograd function itself does not define a forward-mode derivative, because torch.compile refuses functions that
+    do.
     """
     if not torch.compiler.is_compiling():
         value, tangent = forward_ad.unpack_dual(x)
@@ -107,40 +108,40 @@ def _apply(name: str, x: Tensor, group: Group, dim: int = 0) -> Tensor:
 
 
 def shard(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's slice of a replicated tensor."""
+    """Returns this rank's slice of a replicated tensor."""
     return _apply("shard", x, group, dim)
 
 
 def gather(x: Tensor, dim: int, group: Group) -> Tensor:
-    """All ranks' slices, as one replicated tensor."""
+    """Returns the slices of all ranks as one replicated tensor."""
     return _apply("gather", x, group, dim)
 
 
 def gather_for_parts(x: Tensor, dim: int, group: Group) -> Tensor:
-    """All ranks' slices, for ranks that then do different things."""
+    """Returns the slices of all ranks, for ranks that use the result differently."""
     return _apply("gather_for_parts", x, group, dim)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's slice of the sum of all ranks' tensors."""
+    """Returns this rank's slice of the sum of all ranks' tensors."""
     return _apply("reduce_scatter", x, group, dim)
 
 
 def enter_parts(x: Tensor, group: Group) -> Tensor:
-    """A replicated tensor, for ranks that then do different things."""
+    """Returns a replicated tensor unchanged, for ranks that use it differently."""
     return _apply("enter_parts", x, group)
 
 
 def sum_parts(x: Tensor, group: Group) -> Tensor:
-    """The sum of all ranks' tensors, replicated."""
+    """Returns the sum of all ranks' tensors, replicated."""
     return _apply("sum_parts", x, group)
 
 
 def sum_statistics(x: Tensor, group: Group) -> Tensor:
-    """The sum of all ranks' tensors, for ranks that then do different things."""
+    """Returns the sum of all ranks' tensors, for ranks that use it differently."""
     return _apply("sum_statistics", x, group)
 
 
 def all_to_all(x: Tensor, group: Group) -> Tensor:
-    """Slice i of dim 0 goes to rank i; slice i of the result came from rank i."""
+    """Sends slice i of dim 0 to rank i. Slice i of the result comes from rank i."""
     return _apply("all_to_all", x, group)

@@ -1,12 +1,12 @@
 """torch.compile, one transformer block at a time.
 
-A transformer repeats one block. Compiling the whole model would unroll it (minutes of compilation, a graph that breaks
-at every FSDP hook); compiling the block costs one graph that all blocks of a shape share, and FSDP's gathering stays
-between graphs, where it overlaps with them. Fusion inside a block (norms, modulation, casts) is all there is to
-win: between blocks lies only the residual stream.
+A transformer repeats one block. Compiling the whole model would unroll all blocks, take minutes, and break the graph at
+every FSDP hook. Compiling one block gives a single graph that all blocks of the same shape share. FSDP gathers weights
+between graphs, so gathering overlaps with computation. The gain is fusion inside a block (norms, modulation, casts);
+between blocks there is only the residual stream, so nothing to fuse.
 
-The block's `forward` is compiled rather than the block: its hooks stay outside of the graph, its parameters keep
-their names, and activation checkpointing, applied before, becomes part of the graph.
+The block's `forward` is compiled, not the block. So its hooks run outside of the graph and its parameters keep their
+names. Activation checkpointing is applied before and becomes part of the graph.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from torch import nn
 from titan_distill.config.sections import CompileConfig
 
 NUM_GRAPHS_OF_A_BLOCK = 64
-"""All roles' blocks share the code that torch counts graphs by. One role needs a graph with and one without gradients,
-both for a single and for a doubled batch and for each form of timesteps; torch's own limit of 8 is soon reached."""
+"""Limit of graphs per block. torch counts graphs per code object, which the blocks of all roles share. One role alone
+needs a graph with and one without gradients, each for a single and a doubled batch and for each form of timesteps, so
+torch's default limit of 8 is too low."""
 
 NUM_COMPILED_SEGMENTS = 8
-"""Segments that a compiled causal role may make: each number of cached segments takes some six graphs more."""
+"""Largest number of segments that a compiled causal role may generate. Each number of cached segments takes about six
+more graphs."""
 
 
 def check_num_segments(config: CompileConfig, num_segments: int) -> None:
-    """Raises ValueError where a causal role makes more segments than there are graphs for."""
+    """Raises ValueError if a causal role generates more than `NUM_COMPILED_SEGMENTS` segments."""
     if config.enabled and num_segments > NUM_COMPILED_SEGMENTS:
         raise ValueError(
             f"compile.enabled = true does not go with {num_segments} segments of a causal role: every number of "
@@ -40,7 +42,7 @@ def check_num_segments(config: CompileConfig, num_segments: int) -> None:
 def compile_blocks(
     blocks: Iterable[nn.Module], config: CompileConfig, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
-    """Compiles every block as one graph; does nothing unless `config.enabled`. A graph break is an error."""
+    """Compiles every block as one graph; a graph break is an error. Does nothing unless `config.enabled`."""
     if not config.enabled:
         return
     limit = torch._dynamo.config.recompile_limit
@@ -51,7 +53,7 @@ def compile_blocks(
 
 
 def describe(config: CompileConfig) -> str:
-    """One phrase for the banner."""
+    """Returns a phrase for the banner."""
     if not config.enabled:
         return "not compiled"
     return "blocks compiled" if config.mode == "default" else f"blocks compiled ({config.mode})"

@@ -1,13 +1,14 @@
 """Float8 matrix products: twice the tensor-core rate of bf16 on Ada, Hopper and later, for two casts per operand.
 
-Weights stay what they were, in fp32 or bf16, under their old names; inputs, weights and gradients are scaled and cast
-just before each product. One scale per *tensor* is the fastest; one per *row* is not upset by a single outlier; one per
-row with weight gradients in high precision is the most exact. Casting reads and writes the operands once more, so small
-layers lose, and layers that set noise levels and modulation lose more than speed: both stay in high precision.
+Weights are stored in fp32 or bf16 under their old names. Inputs, weights and gradients are scaled and cast just before
+each product. One scale per *tensor* is fastest; one scale per *row* is robust against single outliers; one scale per
+row with weight gradients in high precision is most accurate. Casting reads and writes the operands once more, which
+makes small layers slower. Small layers, and layers that compute timesteps and modulation, where accuracy matters, stay
+in high precision.
 
-`torchao` does the work and can also let FSDP2 gather weights in float8. Its *emulation* rounds operands the same way
-and multiplies in fp32: it shows float8's numbers on any machine. `transformer_engine` is an alternative with kernels of
-its own; its library is an extra, and nothing of it but its refusal has been run on the machines of this project.
+The default backend is `torchao`. It also lets FSDP2 gather weights in float8. Its *emulation* rounds operands the same
+way and multiplies in fp32, so it shows float8's numerics on any machine. The backend `transformer_engine` has its own
+kernels and is an optional dependency. This project has tested only its error message, not its kernels.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from titan_distill.parallelisms.lora import linear_layers
 from titan_distill.parallelisms.pinned import local_storage
 
 ALIGNMENT = 16
-"""Float8 kernels take matrices whose sizes are multiples of this."""
+"""Divisor of the matrix sizes that float8 kernels accept."""
 
 MIN_CAPABILITY = (8, 9)
-"""CUDA compute capability from which on there are float8 tensor cores: Ada."""
+"""Lowest CUDA compute capability with float8 tensor cores (Ada)."""
 
 
 def apply_float8(
@@ -39,9 +40,9 @@ def apply_float8(
 
     Args:
         module: a model that is not sharded yet.
-        config: what to do; nothing unless it is enabled.
-        high_precision: names of submodules, at any depth, that are left as they are.
-        device: where the model will run; `meta`, a dry run, does not ask for the hardware.
+        config: the float8 settings; without `enabled` nothing is changed.
+        high_precision: names of submodules, at any depth, that are not changed.
+        device: device on which the model will run. `meta` (a dry run) skips the check of the hardware.
 
     Raises:
         ValueError: this machine cannot run it, or no layer is large enough.
@@ -62,13 +63,14 @@ def apply_float8(
 
 
 def finish_float8(module: nn.Module, config: Float8Config) -> None:
-    """Completes float8 all-gather on a module that FSDP has sharded: all scales in one reduction before each forward.
+    """Adds a hook that computes all weight scales in one reduction before each forward, for float8 all-gather under
+    FSDP.
 
-    Without it every weight would reduce its own maximum over the ranks when it is gathered. Scales are taken anew
-    before each forward, since not only optimizers change weights: so do EMA swaps and checkpoints.
+    Without it each weight would need its own reduction of its maximum when it is gathered. Scales are computed before
+    each forward, and not only after optimizer steps, because EMA swaps and loaded checkpoints change weights, too.
 
     Raises:
-        ValueError: nothing is sharded, so there is nothing to gather.
+        ValueError: `module` is not sharded.
     """
     if not (config.enabled and config.all_gather):
         return
@@ -101,7 +103,7 @@ def check_hardware(config: Float8Config, device: torch.device) -> None:
 
 
 def describe(config: Float8Config, module: nn.Module) -> str:
-    """One phrase for the banner: the number of linear layers that compute in float8, recipe and backend."""
+    """Returns a phrase for the banner: the number of linear layers that compute in float8, recipe and backend."""
     linears = [m for m in module.modules() if isinstance(m, nn.Linear) or _is_float8(m)]
     extras = ", gathered in float8" * config.all_gather + ", emulated" * config.emulate
     return (
@@ -142,8 +144,8 @@ def _torchao_layer(layer: nn.Linear, config: Float8Config) -> nn.Module:
 
 
 def _torchao_product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`layer`'s product with other parameters than its own, e.g. a tensor-parallel shard, which is scaled by itself
-    then."""
+    """Computes `layer`'s float8 product with the given `weight` and `bias`, e.g. a tensor-parallel shard, which then
+    has its own scale."""
     from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
 
     product = matmul_with_hp_or_float8_args.apply(x, weight.t(), layer.linear_mm_config, layer.config)
@@ -151,9 +153,11 @@ def _torchao_product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None)
 
 
 def _plain_weight(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Takes torchao's wrapper, which FSDP needs around the weight, off what checkpoints and exports see.
+    """State-dict hook that removes torchao's wrapper from the weight, so that checkpoints and exports contain a plain
+    tensor.
 
-    The storage is shared, so that reading a checkpoint into the state fills the weight itself.
+    FSDP needs the wrapper around the parameter. Both share their storage, so loading a checkpoint into the state fills
+    the parameter.
     """
     weight = state[f"{prefix}weight"]
     local = local_storage(weight)
@@ -183,7 +187,7 @@ def _transformer_engine_layer(layer: nn.Linear, config: Float8Config) -> nn.Modu
     recipe = Float8CurrentScaling()
 
     class Float8Linear(te.Linear):  # type: ignore[name-defined]
-        """te.Linear in float8, with the state of an nn.Linear: current scaling keeps no history to save."""
+        """te.Linear in float8 with the state dict of an nn.Linear, because current scaling has no history to save."""
 
         get_extra_state = nn.Module.get_extra_state
         set_extra_state = nn.Module.set_extra_state

@@ -1,8 +1,8 @@
 """Fully sharded data parallel (FSDP2, HSDP) for any network with a list of equal blocks.
 
-Losses are already divided by the global sample count, so gradients must be summed over ranks, not averaged: uneven
-shards stay right and one rank, many ranks and micro-batches give the same update. Sequence ranks are part of the
-sharded axis: their gradients are parts of one sum, too.
+Losses are already divided by the global batch size, so gradients are summed over ranks, not averaged. One rank, many
+ranks and any number of micro-batches then give the same update. Sequence ranks belong to the sharded axis, because the
+gradients that they compute are also parts of one sum.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class FsdpOptions:
     """The sharding of one role.
 
     Attributes:
-        compute_dtype: of forward and backward; gradients are reduced in fp32.
+        compute_dtype: dtype of forward and backward; gradients are reduced in fp32.
         reshard_after_forward: free a block's gathered weights after its forward and gather them again for its backward.
         cpu_offload: keep shards, gradients and optimizer state in host memory.
     """
@@ -33,8 +33,8 @@ class FsdpOptions:
 
 
 def apply_fsdp(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, options: FsdpOptions) -> None:
-    """Shards `blocks` one by one and the rest of `module` as the root unit. Inputs keep their dtype: timesteps must
-    never be cast down."""
+    """Shards each of `blocks` as one unit and the rest of `module` as the root unit. Inputs are not cast, because
+    timesteps must not lose precision."""
     policy = MixedPrecisionPolicy(
         param_dtype=options.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -57,10 +57,10 @@ def apply_fsdp(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh,
 
 
 def reshard(module: nn.Module) -> None:
-    """Puts every parameter back to its shard.
+    """Frees all gathered weights, so that `module.parameters()` are the shards again.
 
-    FSDP leaves what it does not reshard (the root, the last block) gathered after a forward that no backward follows, a
-    rollout for instance; `module.parameters()` would then be tensors that nobody keeps.
+    After a forward without a backward, for instance in a rollout, FSDP leaves the root and the last block gathered.
+    `module.parameters()` would then return these temporary tensors.
     """
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
@@ -68,6 +68,6 @@ def reshard(module: nn.Module) -> None:
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """Sets whether the next backward reduces gradients over ranks; micro-batches before the last one need not."""
+    """Sets whether the next backward reduces gradients over ranks. Only the last micro-batch needs to."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)

@@ -1,15 +1,17 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): train two thin matrices beside each weight, and leave the weight alone.
 
 A linear layer becomes `W x + s B (A x)` with A [rank, inputs] and B [outputs, rank]; s is alpha / rank. Gradients,
-moments, averages and checkpoints then hold the adapters only: at rank 64 about 2 % of a 14B model, and the base can be
-stored in the compute type like any frozen weight. The price is two thin products per layer, some rounding between the
-adapted model and the one it is merged into, and an update of low rank.
+optimizer moments, EMA and checkpoints then contain only the LoRA adapters, at rank 64 about 2 % of a 14B model. The
+base weights can be stored in the compute dtype, like any frozen weight. The price is two thin products per layer, a
+rounding difference between the model with LoRA adapters and the merged model, and updates of low rank.
 
-The layers are `peft`'s. B starts at zero, so that an adapted model begins as its base, bit for bit; A is drawn by name,
-so that its values depend on no layout. Dropout is not offered: it would draw from a stream that knows ranks and order.
+The layers are `peft`'s. B starts at zero, so the model first equals its base, bit for bit. The random values of A are
+keyed by the parameter's name, so they do not depend on the layout. Dropout is not offered, because its random numbers
+would depend on the number of ranks.
 
 `peft` wraps a layer, which renames its weight: `to_q.weight` becomes `to_q.base_layer.weight` beside
-`to_q.lora_A.default.weight` and `to_q.lora_B.default.weight`. The functions at the end know that, and nobody else.
+`to_q.lora_A.default.weight` and `to_q.lora_B.default.weight`. Only the functions at the end of this file know these
+names.
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ def apply_lora(module: nn.Module, config: LoraConfig, *, excluded: Collection[st
 
     Args:
         module: a model that is not sharded yet.
-        config: what to do; nothing unless it is enabled.
-        excluded: names of submodules, at any depth, whose layers get none.
+        config: the LoRA settings; without `enabled` nothing is changed.
+        excluded: names of submodules, at any depth, whose layers get no LoRA adapter.
 
     Raises:
-        ValueError: a target names no linear layer.
+        ValueError: an entry of `target_modules` matches no linear layer.
     """
     if not config.enabled:
         return
@@ -58,17 +60,16 @@ def apply_lora(module: nn.Module, config: LoraConfig, *, excluded: Collection[st
 
 
 def linear_layers(module: nn.Module, excluded: Collection[str]) -> Iterator[tuple[str, nn.Linear]]:
-    """Linear layers by name, without those of the submodules `excluded`, at any depth."""
+    """Returns the linear layers by name, except those inside the submodules `excluded`, at any depth."""
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and set(name.split(".")).isdisjoint(excluded):
             yield name, layer
 
 
 def initial_adapters(module: nn.Module, seed: int, device: torch.device) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each LoRA adapter's parameter with its whole first value, drawn on `device`: A normal, as in the paper, and B
-    zero.
+    """Yields each parameter of the LoRA adapters with its initial value, unsharded and on `device`.
 
-    The variance of A is that of the paper's code, 1 / (3 inputs).
+    A is normal, as in the paper, with the variance of the paper's code, 1 / (3 inputs). B is zero.
     """
     for name, parameter in module.named_parameters():
         if A in name:
@@ -79,25 +80,27 @@ def initial_adapters(module: nn.Module, seed: int, device: torch.device) -> Iter
 
 
 def describe(config: LoraConfig, module: nn.Module) -> str:
-    """One phrase for the banner: the number of adapted layers and of trained parameters."""
+    """Returns a phrase for the banner: the number of layers with LoRA adapters and of trained parameters."""
     sizes = [p.numel() for name, p in module.named_parameters() if is_adapter(name)]
     return f"LoRA of rank {config.rank} on {len(sizes) // 2} layers, {sum(sizes) / 1e6:,.1f} M trained"
 
 
 def is_adapter(name: str) -> bool:
-    """True for the name of a LoRA adapter's parameter."""
+    """Returns whether `name` is that of a LoRA adapter's parameter."""
     return A in name or B in name
 
 
 def without_adapters(named: Mapping[str, T]) -> dict[str, T]:
-    """The base's parameters, under the names that they have in a model without adapters."""
+    """Yields the base parameters under the names that they have in a model without LoRA adapters."""
     return {name.replace(BASE, "."): value for name, value in named.items() if not is_adapter(name)}
 
 
 @torch.no_grad()
 def merge(name: str, weight: Tensor, adapters: Mapping[str, Tensor], scale: float) -> Tensor:
-    """The base's tensor `name` with its LoRA adapter added, if it has one, in fp32: what training changed by little
-    would be lost in the rounding of a bf16 base."""
+    """Returns the base tensor `name` with its LoRA adapter added, if it has one.
+
+    The result is fp32, because rounding to a bf16 base would lose small changes.
+    """
     layer, _, leaf = name.rpartition(".")
     a, b = (adapters.get(f"{layer}{part}{leaf}") for part in (A, B))
     if a is None or b is None:

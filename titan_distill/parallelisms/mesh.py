@@ -1,13 +1,15 @@
 """Device meshes: the groups of ranks that share parameters, tokens and batches.
 
-One grid of ranks, `dp_replicate × dp_shard × sequence × tensor` with tensor innermost, is seen in three ways:
+One grid of ranks, `dp_replicate × dp_shard × sequence × tensor` with tensor innermost, has three meshes:
 
-- *parameters*, `dp_replicate × fsdp × tensor` with fsdp = dp_shard × sequence. All parameters of a role are DTensors
-  on this one mesh, so one gradient norm is right. Ranks of a sequence group hold partial gradients (each saw its own
-  tokens), exactly like ranks with different samples; that is why they share FSDP's axis.
-- *tokens*, `data × sequence × tensor`: who exchanges tokens with whom.
-- *exchange*, `data × exchange × data group`: where a role's ranks span several data groups, who hands samples to
-  whom. A *data group* is the sequence × tensor ranks of the default layout: they load the same samples.
+- *parameters*, `dp_replicate × fsdp × tensor` with fsdp = dp_shard × sequence. All parameters of a role are DTensors on
+  this mesh, so their gradient norm is one reduction. Each rank of a sequence group computes the gradients of its own
+  tokens, which are partial sums like the gradients of ranks with different samples; sequence is therefore part of
+  FSDP's axis.
+- *tokens*, `data × sequence × tensor`: the groups of ranks that exchange tokens.
+- *exchange*, `data × exchange × data group`: the groups of ranks that exchange samples, if a role's ranks span several
+  data groups. A *data group* is a set of ranks that load the same samples: the sequence × tensor ranks of the default
+  layout.
 """
 
 from __future__ import annotations
@@ -27,19 +29,19 @@ from titan_distill.config.degrees import Degrees
 from titan_distill.parallelisms import collectives
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Environment variables by which a user sets up PyTorch's CUDA allocator."""
+"""Environment variables with which a user can configure PyTorch's CUDA allocator."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes. One process without torchrun is a world of size 1 and needs no process
+    """Rank, number of ranks and device of this process. Without torchrun the world has size 1 and needs no process
     group."""
 
     rank: int
     size: int
     device: torch.device
     timeout_seconds: float | None = None
-    """Limit of each collective during start-up; None leaves groups the one that they are made with."""
+    """Timeout of each collective during start-up. None leaves process groups with torch's default."""
 
     @property
     def is_main(self) -> bool:
@@ -47,10 +49,7 @@ class World:
 
 
 class RoleMesh:
-    """The meshes of one layout.
-
-    `data_group` is the number of ranks that load the same samples.
-    """
+    """Meshes of one layout of ranks. `data_group` is the number of ranks that load the same samples."""
 
     def __init__(self, degrees: Degrees, data_group: int, device_type: str) -> None:
         self.degrees, self.data_group = degrees, data_group
@@ -68,33 +67,35 @@ class RoleMesh:
 
     @property
     def fsdp(self) -> DeviceMesh:
-        """The axes over which FSDP shards, and replicates where there are replicas."""
+        """Mesh over which FSDP shards, and also replicates if there are replicas."""
         return self.parameters["dp_replicate", "fsdp"] if self.degrees.dp_replicate > 1 else self.parameters["fsdp"]
 
     @property
     def tensor(self) -> DeviceMesh | None:
-        """The tensor axis of the parameters; None where it has one rank."""
+        """Tensor axis of the parameters; None if it has one rank."""
         return self.parameters["tensor"] if self.degrees.tensor > 1 else None
 
     @property
     def sequence_group(self) -> dist.ProcessGroup | None:
-        """Ranks that share the tokens of a sample; None for one rank."""
+        """Process group of the ranks that share the tokens of a sample; None for one rank."""
         return None if self._tokens is None else self._tokens.get_group("sequence")
 
     @property
     def exchange_group(self) -> dist.ProcessGroup | None:
-        """One rank of each data group that this layout's sequence × tensor ranks span; None where it is one."""
+        """Process group with one rank of each data group that this layout's sequence × tensor ranks span; None if they
+        span one."""
         return None if self._exchange is None else self._exchange.get_group("exchange")
 
     def groups(self) -> list[dist.ProcessGroup]:
-        """Every process group of these meshes."""
+        """All process groups of these meshes."""
         meshes = [mesh for mesh in (self.parameters, self._tokens, self._exchange) if mesh is not None]
         return [group for mesh in meshes for group in mesh.get_all_groups()]
 
 
 @dataclass(frozen=True)
 class BatchExchange:
-    """The batch exchange of a role whose ranks span several data groups: it serves all of them at once.
+    """Exchange of batches for a role whose ranks span several data groups: the role processes the samples of all of
+    them together.
 
     Example: four data-parallel copies of one role, each with its own prompt, and a role that is tensor-parallel over
     the same four ranks. Its ranks must all see the same input, so the four inputs are gathered, the role runs once on a
@@ -114,16 +115,17 @@ class BatchExchange:
         sigma_B: Tensor,
         condition: Mapping[str, Tensor],
     ) -> Tensor:
-        """`forward` of all groups' samples, of which this rank's are returned. Tensors are batch-first."""
+        """Runs `forward` on the samples of all data groups and returns the results of this rank's samples. Tensors are
+        batch-first."""
         whole = {name: collectives.gather(value, 0, self.group) for name, value in condition.items()}
         everything = forward(collectives.gather(x, 0, self.group), collectives.gather(sigma_B, 0, self.group), whole)
         return collectives.shard(everything, 0, self.group)
 
 
 class Layouts:
-    """The layouts of a run: one for the data, one for each role; equal layouts share their process groups.
+    """Meshes of a run: one layout for the data and one for each role. Equal layouts share their process groups.
 
-    Without a process group (one process) there are no meshes, and `role` answers None.
+    Without a process group (one process) there are no meshes, and `role` returns None.
     """
 
     def __init__(self, world: World, default: Degrees, roles: dict[str, Degrees]) -> None:
@@ -140,16 +142,16 @@ class Layouts:
             _limit_waiting(self.groups(), world.timeout_seconds)  # a mesh can't be told when it makes its groups
 
     def role(self, name: str) -> RoleMesh | None:
-        """The meshes of a role; None without a process group."""
+        """Returns the meshes of a role; None without a process group."""
         return self._meshes.get(self.degrees[name]) if self._meshes else None
 
     @classmethod
     def alone(cls, device: torch.device) -> Layouts:
-        """The layouts of a single process."""
+        """Returns the layouts of a single process."""
         return cls(World(rank=0, size=1, device=device), Degrees(), {})
 
     def exchange(self, name: str) -> BatchExchange | None:
-        """The batch exchange of a role; None where each data group has its own ranks for it."""
+        """Returns the batch exchange of a role; None if the role's ranks do not span several data groups."""
         mesh = self.role(name)
         group = None if mesh is None else mesh.exchange_group
         return None if group is None else BatchExchange(group)
@@ -163,7 +165,7 @@ def _mesh(device_type: str, **shape: int) -> DeviceMesh:
 
 
 def num_ranks() -> int:
-    """Ranks of this run, from torchrun's environment; known before any process group exists."""
+    """Returns the number of ranks from torchrun's environment. It works before a process group exists."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -173,10 +175,10 @@ def is_main_process() -> bool:
 
 
 def default_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none.
+    """Returns this rank's GPU, or the CPU if there is none.
 
-    Call it before the first allocation on a GPU: it also lets PyTorch's allocator grow its segments, without which
-    memory is lost to fragmentation when sizes change, unless the user's environment sets the allocator up.
+    Call it before the first allocation on a GPU. It also sets PyTorch's allocator to expandable segments, which reduces
+    fragmentation when tensor sizes change, unless the user's environment configures the allocator.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -187,7 +189,8 @@ def default_device() -> torch.device:
 
 
 def check_local_ranks() -> None:
-    """Raises ValueError where torchrun starts more ranks on this machine than it has GPUs; CPUs have no limit."""
+    """Raises ValueError if torchrun starts more ranks on this machine than it has GPUs. Without GPUs there is no
+    limit."""
     num_local, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if torch.cuda.is_available() and num_local > num_gpus:
         raise ValueError(
@@ -197,9 +200,9 @@ def check_local_ranks() -> None:
 
 
 def start_world(timeout_seconds: float, force_group: bool = False) -> World:
-    """Reads torchrun's environment, picks the device and starts NCCL or gloo. Call once a process.
+    """Reads torchrun's environment, selects the device and starts NCCL or gloo. Call it once per process.
 
-    One process gets a process group only when `force_group` asks for one: see `config.degrees.needs_group`. Raises
+    A single process gets a process group only if `force_group` is true, see `config.degrees.needs_group`. Raises
     ValueError for more ranks than GPUs.
     """
     check_local_ranks()
@@ -215,8 +218,8 @@ def start_world(timeout_seconds: float, force_group: bool = False) -> World:
 
 
 def tighten_timeout(seconds: float, layouts: Layouts) -> None:
-    """Limits how long ranks wait for each other from now on; start-up, with compilation and loading, has a longer
-    limit."""
+    """Sets the timeout of collectives for the rest of the run. During start-up it is longer, because compiling and
+    loading take time."""
     if dist.is_initialized():
         _limit_waiting([None, *layouts.groups()], seconds)
 
@@ -229,7 +232,8 @@ def _limit_waiting(groups: Iterable[dist.ProcessGroup | None], seconds: float) -
 
 @contextmanager
 def main_rank_first() -> Iterator[None]:
-    """Rank 0 runs the block before all others do: it fills a cache on disk that the others then read."""
+    """Runs the block on rank 0 first and then on all other ranks, so that rank 0 fills a cache on disk and the others
+    read it."""
     if dist.is_initialized() and dist.get_rank() > 0:
         dist.barrier()
     yield
@@ -238,9 +242,10 @@ def main_rank_first() -> Iterator[None]:
 
 
 def sum_over_samples(values: torch.Tensor, data_group: int) -> torch.Tensor:
-    """In-place sum of a small tensor over all samples of a global batch, where every rank holds the sum over its own.
+    """Sums a small tensor in place over all samples of a global batch; before the call every rank holds the sum over
+    its own samples.
 
-    All ranks of a data group hold the same samples, so each is counted as often as the group has ranks.
+    All ranks of a data group hold the same samples, so the sum over ranks is divided by `data_group`.
     """
     if dist.is_initialized():
         dist.all_reduce(values)

@@ -1,12 +1,12 @@
 """Page-locked host memory of the exact size of its tensors.
 
 Copies between a GPU and page-locked (pinned) memory overlap with everything else; copies of other memory make the host
-wait. PyTorch pins tensor by tensor and rounds each up to a power of two, so the weights of an offloaded 14B model would
-take half as much again as they are large. Here all tensors of one dtype lie one behind the other in a *slab* of
-ordinary pages, which CUDA then locks as they are. Locked pages stay with this process: a data worker that is forked
-would otherwise be given copies of all of them at once.
+wait. PyTorch pins each tensor separately and rounds its size up to a power of two, so the weights of an offloaded 14B
+model would take 50 % more memory than their size. Here all tensors of one dtype lie next to each other in a *slab* of
+ordinary pages, which CUDA then locks. Forked data workers do not inherit the locked pages; otherwise each worker would
+at once get a copy of all of them.
 
-Without a GPU the same code runs on pages that are not locked.
+Without a GPU the same code runs with unlocked pages.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from titan_distill.parallelisms.tensor import local
 Name = TypeVar("Name", bound=Hashable)
 
 ALIGNMENT_BYTES = 64
-"""Alignment of tensors in a slab: the length of a cache line."""
+"""Alignment of the tensors in a slab, in bytes: one cache line."""
 _PORTABLE = 1
-"""cudaHostRegisterPortable: locked for all GPUs of the process."""
+"""Value of cudaHostRegisterPortable, which locks pages for all GPUs of the process."""
 
 
 def slabs(wanted: Mapping[Name, tuple[torch.Size, torch.dtype]], *, page_locked: bool) -> dict[Name, Tensor]:
-    """Contiguous tensors of the wanted shapes and dtypes, zero, in one slab per dtype.
+    """Returns contiguous tensors of zeros with the `wanted` shapes and dtypes, in one slab per dtype.
 
-    Each has a storage of its own, so that whoever saves it or counts its changes sees nothing of the others. A slab is
-    freed, and unlocked before, with the last of its tensors.
+    Each tensor has its own storage object and version counter, so saving or changing one does not involve the others. A
+    slab is unlocked and freed together with the last of its tensors.
     """
     by_dtype: dict[torch.dtype, list[Name]] = defaultdict(list)
     for name, (_, dtype) in wanted.items():
@@ -62,9 +62,9 @@ def slabs(wanted: Mapping[Name, tuple[torch.Size, torch.dtype]], *, page_locked:
 
 @torch.no_grad()
 def materialise_on_host(module: nn.Module, *, page_locked: bool) -> None:
-    """`module.to_empty(device="cpu")` for a module on the meta device, with the parameters in slabs.
+    """Does `module.to_empty(device="cpu")` for a module on the meta device, and places the parameters in slabs.
 
-    FSDP takes parameters that are page-locked as they are. Shards that it pads are its own copies; they are small.
+    FSDP uses page-locked parameters without a copy. It copies only shards that it must pad, and these are small.
     """
     parameters = {id(parameter): parameter for parameter in module.parameters()}
     wanted = {key: (local_storage(parameter).shape, parameter.dtype) for key, parameter in parameters.items()}
@@ -80,19 +80,19 @@ def materialise_on_host(module: nn.Module, *, page_locked: bool) -> None:
 
 
 def local_storage(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, without the wrapper that float8 has around weights."""
+    """Returns this rank's part of a tensor, without the wrapper that float8 puts around weights."""
     part = local(tensor)
     return getattr(part, "_tensor", part)
 
 
 class _Pages(mmap.mmap):
-    """Anonymous memory of this process, which CUDA has locked until it is freed.
+    """Anonymous memory of this process that CUDA locks until it is freed.
 
-    A `__del__`, because an mmap frees its memory before a `weakref.finalize` hears of it.
+    It unlocks in `__del__`, because an mmap frees its memory before a `weakref.finalize` runs.
     """
 
     _locked_by: tuple[int, int] | None = None
-    """Process and address."""
+    """Id of the process that locked the pages, and their address. None while they are not locked."""
 
     def lock(self) -> None:
         address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()

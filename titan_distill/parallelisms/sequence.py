@@ -1,20 +1,21 @@
 """Sequence parallelism: the ranks of an axis share the tokens of a sample.
 
-Tokens are in tile order, and a rank holds a run of whole tiles. Everything but attention is token-wise and needs
-nothing from others. Attention has two ways to see all tokens:
+Tokens are in tile order, and each rank holds a contiguous run of whole tiles. All operations except attention are
+token-wise and need no communication. Attention has two ways to reach all tokens:
 
-- *Ulysses*: one all-to-all turns "some tokens, all heads" into "all tokens, some heads" and another turns back. Its
-  traffic falls with the number of ranks, but that number must divide the heads.
-- *all-gather*: each rank keeps its queries and gathers all keys and values. It moves more bytes, and any number of
-  ranks will do.
+- *Ulysses*: an all-to-all turns "some tokens, all heads" into "all tokens, some heads", and a second one turns the
+  result back. Its traffic per rank falls with the number of ranks, which must divide the number of heads.
+- *all-gather*: each rank has its own queries and gathers all keys and values. It moves more bytes, and works with any
+  number of ranks.
 
-Runs differ in length (a boundary lies at the tile nearest to an even split, and edge tiles are ragged), and collectives
-want equal slices, so runs are padded to the longest with zeros. Attention drops the padding before it looks at tokens
-and puts it back afterwards: no mask, and a token's result does not depend on the number of ranks. Padded rows travel
-through norms and linear layers, and are dropped at the end; no result ever reads them.
+Runs differ in length, because each boundary is at the tile nearest to an even split and tiles at the edge are smaller.
+Collectives need slices of equal size, so runs are padded with zeros to the longest run. Attention removes the padding
+first and adds it back afterwards. So it needs no mask, and a token's result does not depend on the number of ranks.
+Rows of padding pass through norms and linear layers and are dropped at the end.
 
-A sparse core has a coarse output too, one row a tile: it travels with the fine one, in the same message and a 64th of
-its size, to where the gate is. The gate itself, as large as the queries, never travels.
+Sparse attention also has a coarse output with one row per tile. It is sent together with the fine output, in the same
+message, to the rank that holds the gate, and has 1/64 of the fine output's size. The gate is as large as the queries
+and is not sent.
 
 Shape suffixes: B batch, L all tokens, R a rank's tokens with padding, U without, H heads, D head dim, P ranks, N tiles,
 T a rank's tiles with padding, X rows of tokens and of tiles.
@@ -39,17 +40,18 @@ Method = Literal["ulysses", "all_gather"]
 def choose_method(
     num_heads: int, sequence: int, tensor: int, asked: Literal["auto", "ulysses", "all_gather"] = "auto"
 ) -> Method:
-    """The method that was asked for; for `auto`, Ulysses where sequence × tensor ranks divide the heads."""
+    """Returns the method `asked` for. For `auto` this is Ulysses if sequence × tensor ranks divide the heads, and
+    all-gather otherwise."""
     if asked != "auto":
         return asked
     return "all_gather" if num_heads % (sequence * tensor) else "ulysses"
 
 
 def tile_bounds(layout: TileLayout, num_ranks: int, join: int = 1) -> list[int]:
-    """The tile with which each rank's run begins, and at the end the number of tiles.
+    """Returns the index of the first tile of each rank's run, followed by the number of tiles.
 
-    The bound before rank i is the tile start nearest to an even split of the tokens, among those with a multiple of
-    `join` tiles before them. Raises ValueError when there are fewer runs of `join` tiles than ranks.
+    Rank i begins at the tile nearest to an even split of the tokens, among the tiles whose index is a multiple of
+    `join`. Raises ValueError if there are fewer groups of `join` tiles than ranks.
     """
     starts = [*layout.start.tolist(), layout.num_tokens]
     cuts = [*range(0, layout.num_tiles, join), layout.num_tiles]
@@ -68,12 +70,12 @@ def tile_bounds(layout: TileLayout, num_ranks: int, join: int = 1) -> list[int]:
 
 
 def describe_tiles(num_tiles: int, join: int = 1) -> str:
-    """A phrase for errors: the tiles, or groups of tiles, that runs are made of."""
+    """Returns a phrase for errors: the number of tiles, or of groups of `join` tiles, that can be distributed."""
     return f"{num_tiles} tiles" if join == 1 else f"{-(-num_tiles // join)} groups of {join} tiles"
 
 
 def token_bounds(layout: TileLayout, num_ranks: int, join: int = 1) -> list[int]:
-    """The first token of each rank's run of whole tiles, and at the end the number of tokens. Raises as
+    """Returns the index of the first token of each rank's run, followed by the number of tokens. Raises ValueError like
     `tile_bounds`."""
     starts = [*layout.start.tolist(), layout.num_tokens]
     return [starts[tile] for tile in tile_bounds(layout, num_ranks, join)]
@@ -81,9 +83,9 @@ def token_bounds(layout: TileLayout, num_ranks: int, join: int = 1) -> list[int]
 
 @dataclass(frozen=True)
 class Runs:
-    """Rows that lie one after the other, cut into a run for each rank.
+    """Cut of a sequence of rows into one contiguous run per rank.
 
-    `multiple`: padded runs are a multiple of this, for what cuts them further.
+    The length of padded runs is a multiple of `multiple`, so that tensor ranks can cut them further.
     """
 
     bounds: tuple[int, ...]
@@ -91,12 +93,12 @@ class Runs:
 
     @property
     def lengths(self) -> list[int]:
-        """Rows of each rank, without padding."""
+        """Number of rows of each rank, without padding."""
         return [end - start for start, end in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
 
     @property
     def padded_length(self) -> int:
-        """Rows that every rank holds."""
+        """Number of rows that every rank holds, padding included."""
         return -(-max(self.lengths) // self.multiple) * self.multiple
 
     @property
@@ -104,50 +106,51 @@ class Runs:
         return any(length < self.padded_length for length in self.lengths)
 
     def pad(self, x: Tensor, dim: int) -> Tensor:
-        """All runs one after the other, each padded with zeros."""
+        """Returns all runs one after the other, each padded with zeros."""
         if not self.is_padded:
             return x
         return torch.cat([self.pad_run(run, dim) for run in x.split(self.lengths, dim=dim)], dim=dim)
 
     def unpad(self, x: Tensor, dim: int) -> Tensor:
-        """The inverse of `pad`."""
+        """Removes the padding: the inverse of `pad`."""
         if not self.is_padded:
             return x
         runs = zip(x.split(self.padded_length, dim=dim), self.lengths, strict=True)
         return torch.cat([run.narrow(dim, 0, length) for run, length in runs], dim=dim)
 
     def pad_run(self, run: Tensor, dim: int) -> Tensor:
-        """One rank's rows, padded with zeros."""
+        """Pads one rank's rows with zeros."""
         missing = self.padded_length - run.shape[dim]
         return run if not missing else F.pad(run, (0, 0) * (run.ndim - 1 - dim % run.ndim) + (0, missing))
 
 
 @dataclass(frozen=True)
 class TokenShards(Runs):
-    """The tokens of one grid spread over sequence ranks: runs of tokens, which are runs of whole `tiles`."""
+    """Cut of the tokens of one grid into runs for the sequence ranks. Each run of tokens is a run of whole `tiles`."""
 
     tiles: Runs = field(kw_only=True)
 
     @classmethod
     def of(cls, layout: TileLayout, num_ranks: int, multiple: int = 1, join: int = 1) -> TokenShards:
-        """Runs of `multiple` tokens when padded, which begin after a multiple of `join` tiles."""
+        """Cuts the tokens of `layout`. Padded runs have a multiple of `multiple` tokens and begin after a multiple of
+        `join` tiles."""
         tiles = Runs(tuple(tile_bounds(layout, num_ranks, join)))
         return cls(tuple(token_bounds(layout, num_ranks, join)), multiple, tiles=tiles)
 
     def tile_run(self, rank: int) -> range:
-        """The tiles of a rank's tokens."""
+        """Returns the tiles of a rank's tokens."""
         return range(self.tiles.bounds[rank], self.tiles.bounds[rank + 1])
 
 
 @dataclass(frozen=True, eq=False)
 class SequenceParallel:
-    """The sharing of a sample's tokens among sequence ranks, seen from one rank.
+    """Distribution of a sample's tokens over the sequence ranks, as one rank uses it.
 
     Attributes:
-        group: the sequence axis; None for one rank, which still pads where `multiple` asks for it.
-        method: how attention sees all tokens.
-        multiple: padded runs are a multiple of this.
-        join: runs begin after a multiple of this many tiles, which attention looks at together.
+        group: process group of the sequence ranks; None for one rank, which pads to `multiple` as well.
+        method: the way in which attention reaches all tokens.
+        multiple: divisor of the length of padded runs.
+        join: number of tiles that must be on one rank, because attention reads them with one list.
     """
 
     group: dist.ProcessGroup | None
@@ -166,11 +169,11 @@ class SequenceParallel:
         return self._shards[layout]
 
     def shard(self, x: Tensor, layout: TileLayout, dim: int = 1) -> Tensor:
-        """This rank's run of tokens, padded; the gradient of `x` is whole on every rank."""
+        """Returns this rank's run of tokens, padded. The gradient of `x` is complete on every rank."""
         padded = self.shards(layout).pad(x, dim)
         return padded if self.group is None else collectives.shard(padded, dim, self.group)
 
     def gather(self, x: Tensor, layout: TileLayout, dim: int = 1) -> Tensor:
-        """All tokens of all ranks, replicated."""
+        """Returns the tokens of all ranks, replicated."""
         whole = x if self.group is None else collectives.gather(x, dim, self.group)
         return self.shards(layout).unpad(whole, dim)

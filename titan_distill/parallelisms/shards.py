@@ -1,4 +1,4 @@
-"""The part of a whole tensor that a rank holds, without communication."""
+"""Conversion of whole tensors to the shards that a rank holds, without communication."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from titan_distill.parallelisms.tensor import local
 
 
 def local_region(tensor: Tensor) -> tuple[slice, ...]:
-    """The slices of the whole tensor that make this rank's values of `tensor`; all of it for a plain tensor.
+    """Returns the slices of the whole tensor that this rank holds of `tensor`. For a plain tensor they cover all of it.
 
-    Parameters are cut by tensor parallelism first and by FSDP within what that left, whatever the order of the axes in
-    the mesh; DTensor calls the second cut strided where both are along one dim.
+    Tensor parallelism cuts a parameter first, and FSDP then cuts the resulting part, whatever the order of the axes in
+    the mesh. If both cuts are along one dim, DTensor calls the placement of the second one strided.
     """
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
@@ -29,7 +29,8 @@ def local_region(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def _chunk(whole: slice, num_chunks: int, index: int) -> slice:
-    """Chunk `index` as torch.chunk cuts: equal sizes rounded up, so that the last ones may be short or empty."""
+    """Returns the slice of chunk `index` as torch.chunk cuts: sizes are rounded up, so the last chunks may be short or
+    empty."""
     length = whole.stop - whole.start
     size = -(-length // num_chunks)
     return slice(whole.start + min(length, index * size), whole.start + min(length, (index + 1) * size))
@@ -37,11 +38,12 @@ def _chunk(whole: slice, num_chunks: int, index: int) -> slice:
 
 @torch.no_grad()
 def copy_full_tensor(parameter: Tensor, full: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or this rank's shard of it into a DTensor; no communication."""
+    """Copies a whole tensor into a plain parameter, or this rank's shard of it into a DTensor, without
+    communication."""
     fill(parameter, full[local_region(parameter)])
 
 
 def fill(parameter: Tensor, part: Tensor) -> None:
-    """Copy this rank's part of a tensor into its parameter."""
+    """Copies this rank's part of a tensor into its parameter."""
     assert not parameter.is_meta, "materialise the model with to_empty before filling it"
     local(parameter).copy_(part)

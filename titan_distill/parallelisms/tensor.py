@@ -1,21 +1,23 @@
 """Tensor parallelism: the ranks of an axis share each weight matrix.
 
-A *region* is a stretch of a network in which every rank does its own part of the arithmetic: it begins with column-wise
-linear layers (each rank some of the outputs, so some heads or some hidden features) and ends with a row-wise one (each
-rank some of the inputs), whose partial results are summed. Between regions activations are replicated, or, with
-`TokenRegion`, each rank holds a run of the tokens, so that norms and residuals are neither computed nor stored twice.
+A *region* is a part of a network in which every rank computes a part of the result. It begins with column-wise linear
+layers, in which each rank computes some of the outputs (some heads or some hidden features). It ends with a row-wise
+linear layer, in which each rank uses some of the inputs, and the partial results are summed. Between regions
+activations are replicated. With `TokenRegion` each rank instead holds a run of the tokens there, so that norms and
+residuals are not computed and stored on every rank.
 
     region         enter                    leave
     Region         nothing  / all-reduce    all-reduce     / nothing        (forward / backward)
     TokenRegion    all-gather / reduce-sc.  reduce-scatter / all-gather
 
-Both move the same bytes. Weights are DTensors on the tensor axis, so FSDP and checkpoints know what they hold; the
-computation is written in local tensors and named collectives, which a profile shows by the same names.
+Both move the same number of bytes. Weights are DTensors on the tensor axis, so FSDP and checkpoints know their shards.
+The computation uses local tensors and the functions of `collectives`, whose names appear in a profile.
 
-A weight that is replicated and used inside a region must *enter* it too, or its gradient is only this rank's part.
+A replicated weight that is used inside a region must *enter* the region as well; otherwise its gradient is only this
+rank's part.
 
-Layers get their new `forward` as a method and what it needs as an attribute: code and objects that all blocks share
-are what lets the compiler make one graph for all of them.
+A layer's new `forward` is a method, and the objects that it needs are attributes. All blocks thus share code and
+objects, which lets the compiler make one graph for all of them.
 """
 
 from __future__ import annotations
@@ -39,32 +41,32 @@ TOKEN_DIM = 1
 
 
 def local(parameter: Tensor) -> Tensor:
-    """A parameter's values on this rank: its tensor-parallel shard, or the parameter itself."""
+    """Returns a parameter's values on this rank: its tensor-parallel shard, or the parameter itself."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 @dataclass(frozen=True)
 class Region:
-    """A stretch of the network in which ranks compute on parts of replicated activations."""
+    """Region between replicated activations; see the module's docstring."""
 
     group: dist.ProcessGroup
 
     def enter(self, x: Tensor) -> Tensor:
-        """A replicated activation, to be used differently by each rank."""
+        """Takes a replicated activation into the region, where each rank uses it differently."""
         return collectives.enter_parts(x, self.group)
 
     def hook(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """`enter` as a forward pre-hook of a module's first argument."""
+        """Forward pre-hook that applies `enter` to a module's first argument."""
         return self.enter(args[0]), *args[1:]
 
     def leave(self, x: Tensor) -> Tensor:
-        """The sum of the ranks' partial results."""
+        """Returns the sum of the ranks' partial results."""
         return collectives.sum_parts(x, self.group)
 
 
 @dataclass(frozen=True)
 class TokenRegion(Region):
-    """The same between stretches where each rank holds its own tokens [B, L / ranks, ...]."""
+    """Region between activations of which each rank holds its own tokens, [B, L / ranks, ...]."""
 
     def enter(self, x: Tensor) -> Tensor:
         return collectives.gather_for_parts(x, TOKEN_DIM, self.group)
@@ -73,7 +75,7 @@ class TokenRegion(Region):
         return collectives.reduce_scatter(x, TOKEN_DIM, self.group)
 
     def share(self, x: Tensor) -> Tensor:
-        """A replicated tensor, to be applied by each rank to its own tokens."""
+        """Takes a replicated tensor that each rank applies to its own tokens."""
         return collectives.enter_parts(x, self.group)
 
 
@@ -100,23 +102,23 @@ def distribute_parameters(module: nn.Module, mesh: DeviceMesh, shards: Mapping[s
 
 
 def use_local_parameters(linear: nn.Module) -> None:
-    """Lets a linear layer compute with its own shard: some of the outputs (column-wise), or all where it is
-    replicated."""
+    """Makes a linear layer compute with its local weight: some of the outputs if it is sharded column-wise, all if it
+    is replicated."""
     _replace_forward(linear, _linear)
 
 
 def make_row_wise(linear: nn.Module, region: Region) -> None:
-    """Lets a linear layer compute with its inputs' shard, sum over ranks and then add its bias."""
+    """Makes a linear layer compute with its shard of the inputs, sum the results over ranks, and then add its bias."""
     _replace_forward(linear, _row_wise, region=region)
 
 
 def gather_outputs(linear: nn.Module, group: dist.ProcessGroup) -> None:
-    """Lets a column-wise layer return all outputs, for small results that everything else needs whole."""
+    """Makes a column-wise layer gather and return all outputs, for small results that all ranks need."""
     _replace_forward(linear, _gathered, group=group)
 
 
 def share_norm(norm: nn.Module, group: dist.ProcessGroup) -> None:
-    """Lets an RMS norm over features that are spread over ranks take its mean square over all of them."""
+    """Makes an RMS norm compute its mean square over the features of all ranks."""
     _replace_forward(norm, _shared_rms_norm, group=group)
 
 
@@ -127,12 +129,12 @@ def _replace_forward(layer: nn.Module, forward: Callable[..., Tensor], **attribu
 
 
 def enter_region(module: nn.Module, region: Region) -> None:
-    """The module's first argument enters `region`; its last layer, a row-wise one, leaves it."""
+    """Makes the module's first argument enter `region`. The module's last layer, a row-wise one, leaves it."""
     module.register_forward_pre_hook(region.hook)
 
 
 def _compute(linear: nn.Linear) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """The product of a layer; layers with a precision of their own bring one."""
+    """Returns the function that computes a layer's product. Layers with their own precision define one."""
     return getattr(linear, "compute", F.linear)
 
 
@@ -163,7 +165,8 @@ def _shared_rms_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def check_async_communication(device: torch.device) -> None:
-    """Raises ValueError where regions' communication can't overlap with products: without CUDA's symmetric memory."""
+    """Raises ValueError if the communication of regions cannot overlap with matrix products, which needs CUDA's
+    symmetric memory."""
     if device.type != "cuda":
         raise ValueError(
             f"parallelism.async_tensor = true needs CUDA and symmetric memory, but this run is on {device.type}; "
@@ -172,9 +175,9 @@ def check_async_communication(device: torch.device) -> None:
 
 
 def enable_async_communication(mesh: DeviceMesh) -> None:
-    """Lets the compiler split regions' collectives and overlap them with the matrix products next to them.
+    """Lets the compiler split the collectives of regions and overlap them with neighbouring matrix products.
 
-    Process-wide, as PyTorch has it.
+    The setting holds for the whole process.
     """
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 

@@ -1,10 +1,10 @@
-"""The traffic of a step, in bytes per rank, by collective.
+"""Traffic of a training step, in bytes sent per rank, by collective.
 
-A ring moves S (P - 1) / P bytes through each of P ranks to gather or to reduce-scatter a tensor of S bytes, and twice
-as many to all-reduce it. An all-to-all sends a rank's whole tensor but its own slice. All-gathers of weights and
-reductions of gradients overlap with computation, so only their excess costs time. Exchanges of tokens happen within a
-block, where everything waits. Omitted, because each is below a percent: statistics of norms, embedders and head, the
-loss and the gradient norm.
+To all-gather or reduce-scatter a tensor of S bytes over P ranks, each rank sends S (P - 1) / P bytes; an all-reduce
+takes twice that. In an all-to-all a rank sends all of its tensor except its own slice. All-gathers of weights and
+reductions of gradients overlap with computation, so they cost time only where they last longer than it. Exchanges of
+tokens happen inside a block and cannot overlap. Omitted, because each is below 1 %: statistics of norms, embedders and
+head, the loss and the gradient norm.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Weights:
     """A role's weights as FSDP gathers them.
 
     Attributes:
-        blocks: numbers in each block on a tensor-parallel rank.
-        root: numbers outside of blocks.
-        compute_bytes: bytes per number in the compute type.
+        blocks: parameters of each block on one tensor-parallel rank.
+        root: parameters outside of the blocks.
+        compute_bytes: bytes per element in the compute dtype.
         reshards: whether gathered blocks are freed after their forward.
-        num_modules: networks that share the blocks equally.
-        trained_share: fraction of the numbers with gradients: 1, or that of the LoRA adapters.
+        num_modules: networks of the role; each has an equal share of `blocks`.
+        trained_share: fraction of the parameters that have gradients: 1, or the fraction in LoRA adapters.
     """
 
     blocks: tuple[int, ...]
@@ -43,47 +43,51 @@ class Weights:
 
     @property
     def lasting(self) -> float:
-        """Bytes that stay gathered between forwards: the last block and the root of each network, or everything."""
+        """Bytes of weights that stay gathered between forwards: the last block and the root of each network, or,
+        without resharding, all weights."""
         last = self.num_modules * self.blocks[-1]
         return self.compute_bytes * (last + self.root if self.reshards else self.total)
 
     @property
     def passing(self) -> float:
-        """Bytes of a gathered block and of the block gathered ahead."""
+        """Bytes of the weights gathered during a forward: the current block and the next one, which is prefetched."""
         return 2 * self.compute_bytes * max(self.blocks) if self.reshards else 0.0
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """The bytes and seconds of one kind of collective of one role."""
+    """Bytes and seconds of one kind of collective of one role."""
 
     collective: str
     bytes_sent: float
     seconds: float
     overlaps: bool
-    """Whether it overlaps with computation."""
+    """Whether the transfer overlaps with computation."""
 
     def repeated(self, times: float) -> Transfer:
-        """The transfer, `times` over."""
+        """Returns this transfer `times` times: bytes and seconds are multiplied."""
         return replace(self, bytes_sent=times * self.bytes_sent, seconds=times * self.seconds)
 
 
 @dataclass(frozen=True)
 class Links:
-    """The links between the ranks of one layout, which give a transfer its seconds."""
+    """Links between the ranks of one layout. Their bandwidth determines the seconds of a transfer."""
 
     degrees: Degrees
     gpu: Gpu
 
     def transfer(self, collective: str, axis: str, size: float, *, overlaps: bool = False) -> Transfer:
-        """A transfer over the ranks of `axis`. `size` is that of the whole tensor for gathers and reductions, and that
-        of a rank's own part for an all-to-all. An all-reduce counts twice."""
+        """Returns a transfer over the ranks of `axis`.
+
+        `size` is in bytes: of the whole tensor for gathers and reductions, of one rank's part for an all-to-all. An
+        all-reduce counts twice.
+        """
         num_ranks, stride = self._group(axis)
         sent = size * (num_ranks - 1) / num_ranks * (2 if "all-reduce" in collective else 1)
         return Transfer(collective, sent, sent / self.gpu.bandwidth(num_ranks, stride), overlaps)
 
     def _group(self, axis: str) -> tuple[int, int]:
-        """Number of ranks of an axis, and the distance between their numbers."""
+        """Returns the number of ranks of an axis, and the difference between the numbers of neighbouring ranks."""
         d = self.degrees
         return {
             "tensor": (d.tensor, 1),
@@ -95,8 +99,10 @@ class Links:
 
 
 def weight_transfers(weights: Weights, links: Links, *, backward: bool, reduces: float) -> Iterator[Transfer]:
-    """Transfers of weights in one forward, and in its backward if it has one. `reduces`: fraction of backwards that
-    reduce gradients."""
+    """Yields the transfers of weights of one forward, and of its backward if `backward` is true.
+
+    `reduces` is the fraction of backwards that reduce gradients over ranks.
+    """
     size = weights.compute_bytes
     held = 0 if weights.reshards else weights.total - weights.root
     if not backward:  # what stayed gathered need not be gathered again
@@ -111,8 +117,11 @@ def weight_transfers(weights: Weights, links: Links, *, backward: bool, reduces:
 
 
 def token_transfers(forward: LocalForward, links: Links, *, directions: float) -> Iterator[Transfer]:
-    """Transfers of tokens in the blocks of one forward. `directions`: 1, plus 1 for a backward, plus the fraction of
-    forwards that it recomputes."""
+    """Yields the transfers of tokens in the blocks of one forward.
+
+    `directions` counts passes through the blocks: 1 for the forward, 1 for a backward if there is one, and the fraction
+    of the forward that the backward recomputes.
+    """
     times = directions * forward.architecture.num_layers
     # Self-attention, cross-attention and feed-forward each end (and, backwards, begin) with a sum over tensor ranks.
     if forward.token_region:

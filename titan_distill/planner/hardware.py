@@ -1,7 +1,7 @@
-"""GPUs to plan for, and the fraction of their data sheets that a training run reaches.
+"""Peak performance of GPUs from their data sheets, and the fractions of it that a training run is assumed to reach.
 
-Data sheets give peaks. The fractions are assumptions, stated here once and printed with every plan. Compare layouts by
-the seconds of a plan; measure seconds with a benchmark.
+The fractions are assumptions, not measurements; every plan prints them. Use the seconds of a plan to compare layouts.
+To know the seconds of a run, measure them with a benchmark.
 """
 
 from __future__ import annotations
@@ -9,40 +9,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 COMPUTE_EFFICIENCY = 0.35
-"""Executed FLOP/s as a fraction of the bf16 peak while a rank computes. Published distillation runs of Wan imply 24 %
-(SF on H100) to 32 % (FastWan on H200) with all waiting included, so a little more without it."""
+"""FLOP/s while a rank computes, as a fraction of the bf16 peak. Published distillation runs of Wan imply 24 %
+(Self-Forcing on H100) to 32 % (FastWan on H200). These include waiting for other ranks; without it the fraction is a
+little higher."""
 NETWORK_EFFICIENCY = 0.75
-"""Bytes per second of a large collective as a fraction of the links' peak, as nccl-tests commonly show."""
+"""Bytes per second of a large collective, as a fraction of the links' peak. nccl-tests commonly show this value."""
 RESERVE = 0.10
-"""Fraction of a GPU's memory left to the CUDA context, NCCL's buffers, cuBLAS workspaces and fragmentation."""
+"""Fraction of a GPU's memory reserved for the CUDA context, NCCL's buffers, cuBLAS workspaces and fragmentation."""
 GPUS_PER_NODE = 8
-"""Ranks that share NVLink, in HGX and DGX machines."""
+"""GPUs connected by NVLink in one HGX or DGX machine."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The peaks of a GPU, from NVIDIA's data sheets."""
+    """Peak performance of a GPU, from NVIDIA's data sheets."""
 
     name: str
     peak_flops: float
-    """Dense bf16, FLOP/s."""
+    """FLOP/s of dense bf16 matrix products."""
     memory_gib: float
-    """GiB that CUDA reports, which are less than the advertised GB."""
+    """Memory in GiB as CUDA reports it, which is less than the advertised GB."""
     nvlink_bytes: float
-    """Bytes per second to the other GPUs of its node, one direction."""
+    """Bytes per second to the other GPUs of its node, in one direction."""
     network_bytes: float
-    """Bytes per second of its share of the node's network cards, one direction."""
+    """Bytes per second of its share of the node's network cards, in one direction."""
     host_bytes: float
-    """Bytes per second to the host, one direction of PCIe × 16."""
+    """Bytes per second to the host over PCIe × 16, in one direction."""
 
     @property
     def usable_gib(self) -> float:
         return self.memory_gib * (1 - RESERVE)
 
     def bandwidth(self, num_ranks: int, stride: int) -> float:
-        """Bytes per second of each of `num_ranks` ranks, `stride` apart, in a ring over all of them.
+        """Returns the bytes per second that each rank sends in a ring of `num_ranks` ranks, whose numbers are `stride`
+        apart.
 
-        A ring enters a node as often as the node has cards that serve it, so ranks of one node lend one another theirs.
+        A ring over several nodes uses the network cards of all its ranks in a node together.
         """
         in_node = max(1, GPUS_PER_NODE // stride)
         if num_ranks <= in_node:

@@ -1,20 +1,21 @@
-"""The memory of training on a rank, in bytes, before anything is allocated.
+"""Estimate of the training memory of one rank, in bytes, computed without allocating anything.
 
-States (weights, gradients, optimizer, EMA) are exact: they are the local shards of a role that is built on the meta
-device. The activations that a forward stores for its backward follow from the operations of a block. With c bytes per
-number in the compute type, width d, hidden width f and tensor degree t, a block without activation checkpointing stores
-for each token of a rank
+Model and optimizer states (weights, gradients, optimizer, EMA) are exact: they are counted from the local shards of a
+role built on the meta device. The activations that a forward stores for its backward are computed from the operations
+of a block. With c bytes per element in the compute dtype, width d, hidden width f and tensor degree t, a block without
+activation checkpointing stores for each token of a rank
 
     28 d                                   fp32: inputs of three layer norms, two normed values, two gated updates
     c (3 d + 6 d / t + 2 f / t) + norms    inputs of linear layers; q, k, v, out and cross-attention's q, out; FFN
 
-(norms: the inputs of q/k norms, 3 c d / t where they are fused), and log-sum-exps and the text's keys and values.
-With full checkpointing it stores c d, its input. `saved_by_block` has the rest: token regions, Ulysses, gathered keys.
+where *norms* are the inputs of q/k norms, 3 c d / t if they are fused. It also stores log-sum-exps and the keys and
+values of the text. With full checkpointing a block stores only its input, c d. `saved_by_block` adds the terms of token
+regions, Ulysses and gathered keys.
 
-Only one autograd graph is alive at a time. A run's peak is therefore its states plus the largest update: gradients and
-graph of one role, and the largest working set beside them. The working sets are those of eager mode; the compiler fuses
-part of them away. Measured on a CPU, a training forward and backward of the small Wan peaks at 87 to 100 % of the
-estimate.
+Only one autograd graph exists at a time. The peak of a run is therefore the sum of all states and of the largest
+update: gradients and autograd graph of one role, and the largest working set (temporary tensors of one operation).
+Working sets are those of eager mode; the compiler removes part of them by fusion. Measured on a CPU, a training forward
+and backward of the small Wan peaks at 87 to 100 % of the estimate.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of one role on a rank: between steps, and of its gradients within a step."""
+    """Bytes of one role's weights, gradients, optimizer and EMA on one rank. Gradients exist only during an update."""
 
     parameters: int
     gradients: int
@@ -47,14 +48,14 @@ class States:
 
     @property
     def lasting(self) -> int:
-        """Bytes that stay while another role is updated."""
+        """Bytes that remain allocated while another role is updated: all but the gradients."""
         return self.parameters + self.optimizer + self.ema
 
 
 def states(module: nn.Module, *, has_ema: bool) -> States:
-    """The exact states of a role on this rank, from its local shards. `module` may be on the meta device.
+    """Returns the exact states of a role on this rank, from its local shards. `module` may be on the meta device.
 
-    Shards have equal numbers of rows, and the last ranks get the remainder, so no rank has more than rank 0.
+    FSDP gives every rank equally many rows, and the last ranks fewer, so no rank holds more than rank 0.
     """
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -68,7 +69,8 @@ def states(module: nn.Module, *, has_ema: bool) -> States:
 
 
 def num_gathered(parameters: list[nn.Parameter]) -> int:
-    """Numbers in `parameters` after FSDP has gathered them: all, or the part of a tensor-parallel rank."""
+    """Returns the number of elements in `parameters` after FSDP has gathered them: all, or the part of one
+    tensor-parallel rank."""
     return sum(p.numel() // _tensor_shards(p) for p in parameters)
 
 
@@ -90,15 +92,16 @@ class LocalForward:
 
     Attributes:
         architecture: of the network.
-        samples: samples in the batch, after the exchange between ranks and with all conditions.
-        num_tokens: video tokens of a sample on this rank, with padding.
+        samples: samples in the batch. It includes samples received from other ranks, and counts a sample once per
+            condition.
+        num_tokens: video tokens of one sample on this rank, padding included.
         num_text_tokens: text tokens of a sample.
         sequence: ranks that share a sample's tokens.
         tensor: ranks that share each weight.
-        gathers_keys: attention gathers keys and values, instead of Ulysses.
-        token_region: tensor ranks shard the tokens between tensor-parallel layers.
-        compute_bytes: bytes per number in the compute type.
-        fused_norms: RMS norms save their input alone, as on GPUs. On CPUs they save two fp32 tensors.
+        gathers_keys: whether attention all-gathers keys and values; otherwise it uses Ulysses.
+        token_region: whether tensor ranks shard the tokens between tensor-parallel layers.
+        compute_bytes: bytes per element in the compute dtype.
+        fused_norms: whether RMS norms save only their input, as on GPUs. On CPUs they save two fp32 tensors.
         sparse: tiles that sparse attention reads, over all heads and ranks; None for dense attention.
     """
 
@@ -120,49 +123,50 @@ class LocalForward:
 
     @property
     def tokens(self) -> int:
-        """All tokens in a region: inside attention and feed-forward."""
+        """Tokens of the batch inside attention and feed-forward, where tensor ranks have gathered them."""
         return self.samples * self.num_tokens
 
     @property
     def activation(self) -> float:
-        """Bytes of all features of all tokens."""
+        """Bytes of one activation: all tokens at full model width."""
         return self.compute_bytes * self.width * self.tokens
 
     @property
     def heads(self) -> float:
-        """Bytes of all tokens' features in this rank's heads."""
+        """Bytes of one activation in this rank's heads, for instance of its queries."""
         return self.activation / self.tensor
 
     @property
     def hidden(self) -> float:
-        """Bytes of the feed-forward's hidden features."""
+        """Bytes of the feed-forward's hidden activation on this rank."""
         return self.compute_bytes * self.architecture.ffn_dim * self.tokens / self.tensor
 
     @property
     def residual(self) -> float:
-        """Bytes of the residual stream: a block's input."""
+        """Bytes of the residual stream, which is a block's input."""
         return self.activation / (self.tensor if self.token_region else 1)
 
     @property
     def residual_fp32(self) -> float:
-        """Bytes of a residual in fp32."""
+        """Bytes of the residual stream in fp32."""
         return self.residual * FP32 / self.compute_bytes
 
     @property
     def norm(self) -> float:
-        """Bytes that a q/k norm saves, as a multiple of its input: fused, shared over tensor ranks, or written out."""
+        """Tensors that a q/k norm saves, as a multiple of the bytes of its input. It depends on whether the norm is
+        fused, shared over tensor ranks, or made of single operations."""
         if self.tensor > 1:
             return 1 + FP32 / self.compute_bytes
         return 1 if self.fused_norms else 2 * FP32 / self.compute_bytes
 
     @property
     def log_sums(self) -> float:
-        """Bytes that one fused attention saves beside its inputs and outputs."""
+        """Bytes that a fused attention saves in addition to its inputs and outputs: the log-sum-exps."""
         return FP32 * self.architecture.num_attention_heads / self.tensor * self.tokens
 
     @property
     def selection(self) -> float:
-        """Bytes of the lists of chosen tiles."""
+        """Bytes of the lists of selected tiles."""
         if self.sparse is None:
             return 0.0
         listed = self.sparse.num_lists * self.sparse.num_selected
@@ -170,19 +174,19 @@ class LocalForward:
 
     @property
     def coarse(self) -> float:
-        """Bytes of one tensor of tile means."""
+        """Bytes of one tensor of tile means, for the coarse branch."""
         if self.sparse is None:
             return 0.0
         return FP32 * self.samples * self.sparse.num_tiles * self.width / (self.sequence * self.tensor)
 
     @property
     def text_heads(self) -> float:
-        """Bytes of all text tokens' features in this rank's heads."""
+        """Bytes of the activation of all text tokens in this rank's heads."""
         return self.compute_bytes * self.width * self.samples * self.num_text_tokens / self.tensor
 
 
 def saved_by_block(forward: LocalForward) -> float:
-    """Bytes that one block without activation checkpointing stores for its backward."""
+    """Returns the bytes that a block without activation checkpointing stores for its backward."""
     # Own copies of other ranks' keys and values, or of the heads that come back from Ulysses.
     foreign = 2 * (forward.sequence - 1) if forward.gathers_keys else int(forward.sequence > 1)
     layer_norms = 7 * forward.residual_fp32 + 3 * 2 * FP32 * forward.tokens
@@ -196,7 +200,8 @@ def saved_by_block(forward: LocalForward) -> float:
 
 
 def kept_by_block(forward: LocalForward, index: int, config: ActivationCheckpointConfig) -> float:
-    """Bytes that block `index` stores under activation checkpointing. It recomputes the rest of `saved_by_block`."""
+    """Returns the bytes that block `index` stores under activation checkpointing. The backward recomputes the rest of
+    `saved_by_block`."""
     if not is_checkpointed(index, config):
         return saved_by_block(forward)
     kept = forward.residual + forward.selection
@@ -207,21 +212,22 @@ def kept_by_block(forward: LocalForward, index: int, config: ActivationCheckpoin
 
 
 def matmul_outputs(forward: LocalForward) -> list[float]:
-    """Bytes of the outputs of a block's linear layers, in the order they run."""
+    """Returns the bytes of the outputs of a block's linear layers, in the order they run."""
     heads, text, whole = forward.heads, forward.text_heads, forward.activation
     gate = [] if forward.sparse is None else [heads]
     return [heads, heads, heads, *gate, whole, heads, text, text, whole, forward.hidden, whole]
 
 
 def graph(forward: LocalForward, config: ActivationCheckpointConfig) -> float:
-    """Bytes that a forward with gradients stores: all blocks, the head, and the rotary phases."""
+    """Returns the bytes that a forward with gradients stores: in all blocks, in the head, and as rotary phases."""
     blocks = sum(kept_by_block(forward, index, config) for index in range(forward.architecture.num_layers))
     head = forward.activation * (1 + 2 * FP32 / forward.compute_bytes)
     return blocks + head + _phases(forward)
 
 
 def forward_working_set(forward: LocalForward) -> float:
-    """Most bytes that a block's forward needs at once and does not store: inside attention or inside the FFN."""
+    """Returns the peak bytes of the temporary tensors of a block's forward, inside attention or inside the
+    feed-forward."""
     # Residual, modulated input in fp32 (the caller holds it) and in the compute type.
     held = forward.residual + forward.residual_fp32 + forward.activation
     rotary = (4 + 2 * FP32 / forward.compute_bytes) * forward.heads
@@ -229,8 +235,11 @@ def forward_working_set(forward: LocalForward) -> float:
 
 
 def backward_working_set(forward: LocalForward, config: ActivationCheckpointConfig) -> float:
-    """Most bytes that a backward needs beyond the graph that it starts with: what a block recomputes, and gradients of
-    activations, less what the later blocks have freed."""
+    """Returns the peak bytes that a backward needs beyond the autograd graph that it starts with.
+
+    These are the activations that a block recomputes and the gradients of activations, minus what later blocks have
+    already freed.
+    """
     # At the FFN's hidden features everything recomputed is still there; later, attention's gradients replace it.
     gradients = 2 * forward.residual_fp32 + forward.activation + 2 * forward.hidden
     saved, freed, most = saved_by_block(forward), 0.0, 0.0
@@ -246,7 +255,8 @@ def _phases(forward: LocalForward) -> float:
 
 
 def _exchange_buffers(forward: LocalForward) -> float:
-    """Copies around sequence parallelism's collectives: stacked, sent, received and unpadded."""
+    """Returns the bytes of the copies around the collectives of sequence parallelism: stacked, sent, received and
+    unpadded."""
     if forward.sequence == 1:
         return 0.0
     if forward.gathers_keys:

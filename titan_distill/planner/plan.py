@@ -1,8 +1,9 @@
 """The plan of a run, computed on a CPU: memory per rank, FLOPs, bytes between ranks and seconds per step.
 
-In a `fake_world` one process is rank 0 of any number of ranks and builds the roles on the meta device, with the meshes
-of the run. Rank 0 has the largest shard of everything, so no rank needs more. The rest is arithmetic: `memory` and
-`communication` give the costs of one forward, the method's `work` gives the number of forwards per role.
+In a `fake_world` this process acts as rank 0 of any number of ranks. It builds the roles on the meta device with the
+meshes of the run. Rank 0 has the largest shard of every tensor, so no rank needs more memory. The rest is arithmetic:
+`memory` and `communication` give the costs of one forward, and the method's `passes` give the number of forwards per
+role.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class RolePlan:
-    """The part of a role on rank 0.
+    """Plan of one role: its part on rank 0.
 
     Attributes:
-        num_exchanged: data groups whose samples the role runs together.
-        num_experts: networks of which a sample goes through one.
-        sparse: tiles that its attention reads at the end of the schedule; None for dense attention.
+        num_exchanged: number of data groups whose samples the role processes in one batch.
+        num_experts: networks of the role; each sample goes through one of them.
+        sparse: tiles that sparse attention reads at the end of its schedule; None for dense attention.
         segmentation: the segments of a causal role's videos; None for other roles.
-        graph: bytes of activations stored for its backward.
-        temporary: most bytes needed beside states and graph: gathered weights, working sets, buffers.
+        graph: bytes of the activations stored for the backward.
+        temporary: peak bytes in addition to `states` and `graph`: gathered weights, working sets, buffers.
     """
 
     name: str
@@ -71,16 +72,16 @@ class RolePlan:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """The costs of one declared phase of a step."""
+    """Costs of one phase of a training step that the method declares."""
 
     passes: Passes
     executed_flops: float
-    """FLOPs of the global batch, with recomputation."""
+    """FLOPs for the global batch, recomputation included."""
     dense_flops: float
-    """FLOPs of the global batch with dense attention and without recomputation."""
+    """FLOPs for the global batch if attention were dense and nothing were recomputed."""
     compute_seconds: float
     transfers: tuple[Transfer, ...]
-    """Transfers of one rank, with their seconds."""
+    """Transfers of one rank."""
 
     @property
     def exposed_seconds(self) -> float:
@@ -99,15 +100,15 @@ class Plan:
     roles: dict[str, RolePlan]
     phases: tuple[PhasePlan, ...]
     encoders: float
-    """Bytes of VAE and text encoder."""
+    """Bytes of the weights of VAE and text encoder."""
     decoding: float
     """Bytes of the VAE's activations while a validation decodes a clip. 0 without validation."""
     peak: float
-    """Most bytes on the fullest rank, in the update of a role or in a validation."""
+    """Peak memory in bytes on the rank that needs most, during the update of a role or during validation."""
     peak_update: str | None
-    """Role whose update has the peak. None for a validation."""
+    """Role whose update reaches `peak`. None if validation reaches it."""
     left_out: tuple[str, ...]
-    """Features of the run whose costs the plan does not contain."""
+    """Features of the run whose costs are missing from the plan."""
 
     @property
     def seconds(self) -> float:
@@ -122,7 +123,8 @@ class Plan:
 
 @contextmanager
 def fake_world(num_ranks: int) -> Iterator[World]:
-    """Makes this process rank 0 of `num_ranks`, whose collectives do nothing, to build on the meta device."""
+    """Makes this process rank 0 of `num_ranks` pretended ranks. Collectives do nothing; models are built on the meta
+    device."""
     assert not dist.is_initialized(), "a process has one world"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     try:
@@ -132,7 +134,7 @@ def fake_world(num_ranks: int) -> Iterator[World]:
 
 
 def can_plan(run: ResolvedRun, roles: RoleManager) -> bool:
-    """Whether the family's networks are video transformers, whose costs are known."""
+    """Returns whether the family's networks are video transformers. Only their costs are known."""
     return run.family.token_grid() is not None and all(hasattr(role.transformer, "config") for role in _networks(roles))
 
 
@@ -154,7 +156,7 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
     encoders, decoding = run.family.encoder_memory()
     peaks: dict[str | None, float] = {None: lasting + encoders + decoding} if decoding else {}
     for update in [passes.update for passes in work] or [role.name for role in roles.trainable]:
-        # A head's gradients are not worth counting.
+        # The gradients of a head are too small to count.
         gradients = plans[update].states.gradients if update in plans and not plans[update].offloaded else 0
         peaks[update] = (
             lasting + encoders + gradients + sum(_most(each for each in calls if each.passes.update == update))
@@ -176,7 +178,7 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
 
 @dataclass(frozen=True)
 class _Calls:
-    """The calls of one kind of passes through one role, as rank 0 runs them."""
+    """Costs on rank 0 of the calls that one declared kind of passes makes to one role."""
 
     run: ResolvedRun
     gpu: Gpu
@@ -186,12 +188,12 @@ class _Calls:
 
     @property
     def unrolling(self) -> Unrolling:
-        """The segments of a sample, each a call of its own where the role generates segment by segment."""
+        """Segments of a sample. Each is one call if the role generates segment by segment."""
         return Unrolling.of(self.role.segmentation, self.grid, self.passes)
 
     @property
     def sample(self) -> LocalForward:
-        """A forward of whole samples."""
+        """Forward pass over whole samples."""
         role, config = self.role, self.run.config
         return LocalForward(
             architecture=role.architecture,
@@ -208,12 +210,12 @@ class _Calls:
 
     @property
     def forward(self) -> LocalForward:
-        """The longest call."""
+        """Forward pass of the longest call."""
         return self.unrolling.longest_call(self.sample, self.grid[0])
 
     @property
     def graph(self) -> float:
-        """Bytes of activations stored for the backward."""
+        """Bytes of the activations stored for the backward."""
         if not self.passes.backward:
             return 0.0
         unrolling, sample = self.unrolling, self.sample
@@ -222,7 +224,7 @@ class _Calls:
 
     @property
     def working_set(self) -> float:
-        """Most bytes needed beside graph and states."""
+        """Peak memory in bytes beyond the autograd graph and the weight, gradient and optimizer states."""
         weights, forward = self.role.weights, self.forward
         # In the role's own update the graph contains the KV cache until the backward.
         cache = 0.0 if self.passes.update == self.role.name else self.unrolling.cache_bytes(self.sample)
@@ -239,7 +241,7 @@ class _Calls:
 
     @property
     def phase(self) -> PhasePlan:
-        """The costs of the calls in a step."""
+        """Costs of all these calls in a step."""
         role, passes, config = self.role, self.passes, self.run.config
         unrolling, architecture = self.unrolling, role.architecture
         sizes = unrolling.num_tokens, config.data.max_text_tokens
@@ -293,13 +295,13 @@ class _Calls:
 
 
 def _most(calls: Iterable[_Calls]) -> tuple[float, float]:
-    """The largest graph and the largest working set."""
+    """Returns the largest autograd graph and the largest working set of `calls`, in bytes."""
     pairs = [(each.graph, each.working_set) for each in calls]
     return max((graph for graph, _ in pairs), default=0.0), max((working for _, working in pairs), default=0.0)
 
 
 def _networks(roles: RoleManager) -> list[RoleHandle]:
-    """All roles but heads, whose few thin layers cost next to nothing."""
+    """Returns all roles except heads, whose few thin layers cost next to nothing."""
     return [role for role in roles if not isinstance(role.transformer, FeatureHead)]
 
 
@@ -330,7 +332,8 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
 
 
 def _weights(role: RoleHandle, compute_bytes: int, reshards: bool) -> Weights:
-    """The weights of all modules in a row, because a batch gathers both experts of a role that has two."""
+    """Returns the weights of all modules of a role together, because a batch gathers both experts of a role that has
+    two."""
     module = role.network
     stacks = [cast(nn.ModuleList, single.blocks) for single in role.modules.values()]
     blocks = [list(block.parameters()) for stack in stacks for block in stack]

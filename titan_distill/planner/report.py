@@ -1,4 +1,4 @@
-"""A plan as text: one table per question."""
+"""Text of a plan: tables of layout, tokens, memory, FLOPs, traffic and seconds."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from titan_distill.planner.plan import Plan, RolePlan
 
 
 def report(plan: Plan) -> str:
-    """Formats all tables but the remedies."""
+    """Returns the text of a plan: all tables except the table of changes that would lower its memory."""
     return "\n\n".join([layout_table(plan), token_table(plan), memory_table(plan), *_work_tables(plan)])
 
 
 def layout_table(plan: Plan) -> str:
-    """The layout of each role, and its attention under sequence parallelism."""
+    """Returns a table of each role's layout and of its attention under sequence parallelism."""
     rows = [
         (role.name, str(role.degrees), _heads(role), _method(role), str(role.num_exchanged), _choices(role))
         for role in plan.roles.values()
@@ -33,7 +33,7 @@ def layout_table(plan: Plan) -> str:
 
 
 def token_table(plan: Plan) -> str:
-    """The tokens of a sample on the ranks that share it."""
+    """Returns a table of the tokens that each rank holds of one sample."""
     layout = tile_layout(plan.grid)
     num_ragged = int((layout.length < math.prod(layout.tile)).sum())
     title = (
@@ -49,7 +49,7 @@ def token_table(plan: Plan) -> str:
 
 
 def memory_table(plan: Plan) -> str:
-    """GiB per role on the fullest rank."""
+    """Returns a table of the memory of each role on rank 0, in GiB."""
     names = ("role", "parameters", "gradients", "optimizer", "EMA", "activations", "temporary", "where")
     rows = []
     for role in plan.roles.values():
@@ -75,13 +75,13 @@ def memory_table(plan: Plan) -> str:
 
 def _peak_phase(plan: Plan) -> str:
     if plan.peak_update is None:
-        return "validation: all states, and what decoding a clip takes"
+        return "validation: all states, and the decoding of a clip"
     return f"the update of {plan.peak_update}: all states, and its gradients, activations and largest temporary"
 
 
 def _work_tables(plan: Plan) -> Iterable[str]:
     if not plan.phases:
-        return ["WORK     not known: the method declares none (TrainingMethod.work)"]
+        return ["WORK     not known: the method declares no passes (TrainingMethod.passes)"]
     return [_flops_table(plan), _communication_table(plan), _seconds(plan)]
 
 
@@ -142,7 +142,8 @@ def _heads(role: RolePlan) -> str:
 
 
 def _choices(role: RolePlan) -> str:
-    """Degrees that this role's network and the number of ranks allow, other degrees unchanged."""
+    """Returns the other degrees that a role could have: those that its network and the number of ranks allow, one
+    degree changed at a time."""
     heads, ffn, degrees = role.architecture.num_attention_heads, role.architecture.ffn_dim, role.degrees
     ranks = degrees.world_size // degrees.dp_replicate
     tensor = [n for n in range(1, ranks // degrees.sequence + 1) if not (ranks % n or heads % n or ffn % n)]
@@ -164,7 +165,7 @@ def _method(role: RolePlan) -> str:
 
 
 def table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Formats columns as wide as they need to be. Columns of numbers are flush right."""
+    """Formats rows as a table below `title`. Columns of numbers are flush right."""
     columns = []
     for name, *cells in zip(names, *rows, strict=True):
         width = max(map(len, [name, *cells]))

@@ -1,6 +1,6 @@
-"""Suggestions: changes to a configuration that may lower its memory, as overrides to plan and compare.
+"""Suggestions: overrides of a configuration that may lower its memory.
 
-They leave the mathematics of the training alone. Smaller videos or models are for the user to choose.
+They do not change the mathematics of the training. Smaller videos or models are therefore not suggested.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ Change = dict[str, bool | int | str]
 
 
 def describe(change: Change) -> str:
-    """A change in the words of the TOML file."""
+    """Returns a change as it would stand in the TOML file."""
     return ", ".join(f"{key} = {toml_value(value)}" for key, value in change.items())
 
 
 def arguments(change: Change) -> list[str]:
-    """A change in the words of the command line."""
+    """Returns a change as command-line arguments."""
     return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in change.items()]
 
 
 def changes(config: Config, plan: Plan) -> Iterator[Change]:
-    """Candidates for `config`. Some are not valid for its models and number of ranks."""
+    """Yields changes to try on `config`. Some may be invalid for its models or its number of ranks."""
     yield from _recompute(config)
     yield from _shard(config, plan)
     yield from _split_roles(plan)
@@ -57,7 +57,7 @@ def _shard(config: Config, plan: Plan) -> Iterator[Change]:
 
 
 def _split_roles(plan: Plan) -> Iterator[Change]:
-    """More ranks for the weights of one role, larger roles first."""
+    """Yields changes that shard one role's weights over more ranks, larger roles first."""
     for role in sorted(plan.roles.values(), key=lambda role: -role.weights.total):
         for tensor in (2, 4, 8):
             if tensor > role.degrees.tensor:

@@ -1,11 +1,11 @@
 """Unrolling: the calls, FLOPs and memory of a causal role that generates samples segment by segment.
 
-Through its linear layers, all segments of a sample cost as much as the whole sample. Attention costs what it reads: on
-average half of the sequence, and never more than the window. There are as many calls as segments, and each gathers the
-weights. Two things take memory beside activations: the KV cache with 2 L T d numbers for L layers, T tokens and width d
-(6.04 GB per sample at 1.3B, 480p, 81 frames in bf16), and, for blocks without activation checkpointing, the copies in
-which the attention of each segment joins the cache with its own keys and values. A role that sees whole samples has one
-segment and no cache.
+In the linear layers, all segments of a sample together cost as much as the whole sample. The cost of attention depends
+on the tokens read: on average half of the sequence, and never more than the window. There is one call per segment, and
+each call gathers the weights. Two things take memory in addition to activations: the KV cache with 2 L T d numbers for
+L layers, T tokens and width d (6.04 GB per sample at 1.3B, 480p, 81 frames in bf16), and, for blocks without activation
+checkpointing, a copy per segment of the cache concatenated with the segment's own keys and values. A role that
+processes whole samples has one segment and no cache.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from titan_distill.planner.memory import LocalForward
 
 @dataclass(frozen=True)
 class Unrolling:
-    """The calls that generate or read one sample, or a longer rollout.
+    """Calls in which a role generates or reads one sample, or a rollout longer than a sample.
 
     Attributes:
         segmentation: the segments of a causal role's videos; None for other roles.
-        by_segment: whether each segment is a call of its own.
-        num_positions: positions along the sequence, over all segments.
+        by_segment: whether there is one call per segment.
+        num_positions: positions along the sequence (latent frames), over all segments.
         tokens_per_position: tokens at one position.
     """
 
@@ -35,7 +35,7 @@ class Unrolling:
 
     @classmethod
     def of(cls, segmentation: Segmentation | None, grid: tuple[int, int, int], passes: Passes) -> Unrolling:
-        """The calls of `passes` for samples with a `grid` of tokens along (positions, height, width)."""
+        """Returns the calls of `passes` for samples with a `grid` of tokens along (positions, height, width)."""
         num_positions = grid[0]
         if segmentation is not None and passes.segments:
             num_more = max(0, passes.segments - len(segmentation.lengths(num_positions)))
@@ -45,33 +45,33 @@ class Unrolling:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Positions in each call."""
+        """Number of positions in each call."""
         if self.segmentation is None or not self.by_segment:
             return (self.num_positions,)
         return self.segmentation.lengths(self.num_positions)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all calls."""
+        """Number of tokens in all calls together."""
         return self.num_positions * self.tokens_per_position
 
     @property
     def num_keys(self) -> float | None:
-        """Tokens that a token reads, on average. None for all."""
+        """Mean number of tokens that a token attends to. None if it attends to all."""
         if self.segmentation is None:
             return None
         return self.segmentation.num_keys(self.num_positions) * self.tokens_per_position
 
     def longest_call(self, sample: LocalForward, num_positions: int) -> LocalForward:
-        """The longest call, from the forward of a whole `sample` of `num_positions`."""
+        """Returns the forward pass of the longest call, given that of a whole `sample` of `num_positions`."""
         return replace(sample, num_tokens=-(-sample.num_tokens * max(self.lengths) // num_positions))
 
     def cache_bytes(self, forward: LocalForward) -> float:
-        """Bytes of the KV cache when it is largest, in this rank's heads."""
+        """Returns the bytes of the KV cache in this rank's heads when it is largest."""
         return self._bytes(forward, self._num_cached(self.num_positions))
 
     def copied_bytes(self, forward: LocalForward) -> float:
-        """Bytes of the keys and values before each segment, once per segment that reads them."""
+        """Returns the bytes of the copies of cached keys and values: one copy per segment that reads them."""
         starts = [sum(self.lengths[:index]) for index in range(len(self.lengths))]
         return self._bytes(forward, sum(map(self._num_cached, starts)))
 

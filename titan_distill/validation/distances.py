@@ -5,19 +5,19 @@ transport is sorting:
 
     SW₂(a, b) = sqrt( mean over θ of mean over i of (sort(aθ)_i − sort(bθ)_i)² ),   θ uniform on the unit sphere of R^D
 
-A unit direction averages over coordinates, so the unit of SW₂ is that of one coordinate: latents of unit variance
-project to unit variance, and a shift by δ gives |δ| / √D. It needs no network and no fit, unlike Fréchet distances, and
-works on a hundred samples.
+SW₂ has the unit of one coordinate: latents of unit variance have projections of unit variance, and a shift by δ gives
+|δ| / √D. In contrast to Fréchet distances it needs no network and no fit, and it works with a hundred samples.
 
-Its floor is not zero: two sets of N samples of one law differ by about 1.9 / √N standard deviations, which for N = 96
-is as much as a good sampler differs from its reference. `sliced_wasserstein_excess` takes the floor away. Both sets are
-cut into the same random halves A and B, and what two halves of one law differ by is subtracted from what halves of
-different laws do:
+Its floor is not zero: two sets of N samples from the same distribution have a distance of about 1.9 / √N standard
+deviations. For N = 96 this is as large as the distance of a good sampler from its reference.
+`sliced_wasserstein_excess` removes the floor. It cuts both sets into the same random halves A and B, and subtracts the
+squared distances between halves of one set from those between halves of different sets:
 
     excess² = ½ (SW₂²(a_A, b_B) + SW₂²(a_B, b_A) − SW₂²(a_A, a_B) − SW₂²(b_A, b_B)),   mean over cuts
 
-If the laws are equal the four terms have equal means, so the mean is zero for any N; and as samples with a common
-index (one prompt, one noise) are never compared, a sampler gains nothing from starting at the reference's noise.
+If the two distributions are equal, the four terms have equal means, so the mean of excess² is zero for any N. Samples
+with the same index (same prompt, same noise) are never compared, so a sampler gains no advantage from the noise that it
+shares with the reference.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _DIRECTIONS_AT_ONCE, _VALUES_AT_ONCE = 16, 2**18
 
 
 def project(samples: Sequence[Tensor], *, num_projections: int = NUM_PROJECTIONS, seed: int = 0) -> Tensor:
-    """Projections of samples, of any one shape, on random unit directions: [N, P], float64 on the CPU.
+    """Projects samples of one shape on random unit directions: [N, P], float64 on the CPU.
 
-    Directions are drawn from `seed` on the CPU: equal on every machine. The projections of a sample do not depend on
-    the samples beside it (but for the last bits), so sets can be projected in parts, on any rank.
+    The directions are drawn from `seed` on the CPU, so they are equal on every machine. The projections of a sample do
+    not depend on the other samples (except for the last bits), so sets can be projected in parts, on any rank.
     """
     if not samples:
         return torch.empty(0, num_projections, dtype=torch.float64)
@@ -56,18 +56,19 @@ def project(samples: Sequence[Tensor], *, num_projections: int = NUM_PROJECTIONS
 
 
 def sliced_wasserstein(a_NP: Tensor, b_NP: Tensor) -> float:
-    """SW₂ between two sets of N samples, projected on the same directions; in the unit of one coordinate."""
+    """Returns SW₂ between two sets of N samples, projected on the same directions, in the unit of one coordinate."""
     return _squared_gap(a_NP, b_NP) ** 0.5
 
 
 def sliced_wasserstein_excess(a_NP: Tensor, b_NP: Tensor, *, num_cuts: int = 32, seed: int = 0) -> float:
-    """SW₂ between the laws of two projected sets, without what the finite N adds; see the module's docstring.
+    """Returns SW₂ between the distributions of two projected sets, without the floor from finite N; see the module's
+    docstring.
 
-    The squared excess of two equal laws scatters around zero; where it is negative this returns 0. Raises ValueError
-    for fewer than four samples.
+    The squared excess of two equal distributions scatters around zero; for a negative square this returns 0. Raises
+    ValueError for fewer than four samples.
     """
     if len(a_NP) < 4:
-        raise ValueError(f"{len(a_NP)} samples can't be cut into halves that tell anything; compare at least 4")
+        raise ValueError(f"{len(a_NP)} samples are too few for the distance without its floor; compare at least 4")
     generator = torch.Generator().manual_seed(seed)
     half = len(a_NP) // 2
     total = 0.0
@@ -79,6 +80,6 @@ def sliced_wasserstein_excess(a_NP: Tensor, b_NP: Tensor, *, num_cuts: int = 32,
 
 
 def _squared_gap(a_NP: Tensor, b_NP: Tensor) -> float:
-    """SW₂² of projected sets."""
+    """Returns SW₂² of two projected sets."""
     assert a_NP.shape == b_NP.shape, f"sets of {list(a_NP.shape)} and {list(b_NP.shape)}"
     return (a_NP.sort(dim=0).values - b_NP.sort(dim=0).values).square().mean().item()

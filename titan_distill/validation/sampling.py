@@ -1,7 +1,8 @@
-"""Sampling runs one sample request of a method: a role, a solver and its steps, guidance.
+"""Sampling for validation: runs a sample request of a method, which names the role, the solver, its steps and the
+guidance.
 
-Noise is keyed by the prompt's index and the validation seed, so the same prompt starts from the same noise in every
-run, on any number of ranks, for every sample set.
+Noise is keyed by the prompt's index and the validation seed. A prompt therefore starts from the same noise in every
+run, on any number of ranks, and in every sample set.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from titan_distill.models.streaming import write_context
 from titan_distill.roles import RoleHandle
 
 CONTEXT = -1
-"""Sampling step that keys the noise of a finished segment's context."""
+"""Step number in the key of the noise that is added to a finished segment before its context is written."""
 
 
 def go_on() -> None:
@@ -37,7 +38,7 @@ class Sampling:
     noise: KeyedNoise
     device: torch.device
     poll: Callable[[], None] = go_on
-    """As `Validator.poll`."""
+    """Function called before every forward pass, see `Validator.poll`."""
 
     @torch.no_grad()
     def run(
@@ -48,8 +49,8 @@ class Sampling:
         prompt_ids: Sequence[int],
         length: int | None = None,
     ) -> Tensor:
-        """Latents [B, *latent_shape] of the prompts whose global indices are `prompt_ids`; of a causal role also
-        those of another `length`."""
+        """Samples the latents [B, *latent_shape] of the prompts with the global indices `prompt_ids`. A causal role may
+        sample another `length`."""
         adapter, guidance = self.adapter, Guidance(request.guidance_scale)
         if adapter.segment_lengths(role, length) is not None:
             segments = list(self.stream(request, role, condition, prompt_ids, length))
@@ -72,10 +73,11 @@ class Sampling:
         prompt_ids: Sequence[int],
         length: int | None = None,
     ) -> Iterator[Tensor]:
-        """A causal role's segments [B, ...], one after the other, as they are finished; a sample's, or as many as make
-        a sequence of `length`. A longer sequence begins as a shorter one does.
+        """Yields the segments [B, ...] of a causal role as they are finished: those of a sample, or of a sequence of
+        `length`.
 
-        Raises ValueError for a role that is not causal, for a length that segments don't fill, and for guidance.
+        The first segments do not depend on `length`. Raises ValueError for a role that is not causal, for a length that
+        is not a whole number of segments, and for guidance.
         """
         adapter = self.adapter
         if request.guidance_scale != 1:
@@ -98,7 +100,7 @@ class Sampling:
     def _solve(
         self, request: SampleRequest, x0: Predictor, velocity: Predictor, normal: Callable[[int], Tensor]
     ) -> Tensor:
-        """Runs the request's solver from `normal(0)`."""
+        """Runs the request's solver from the noise `normal(0)`."""
 
         def predict(x: Tensor, sigma_B: Tensor) -> Tensor:
             self.poll()

@@ -1,14 +1,15 @@
 """Validation draws the samples that the method asks for, decodes, scores and shows them, and measures distances.
 
-Prompts are spread over data groups, prompt k to group k modulo their number; every rank samples equally many (the last
-ones may repeat), because with sharded weights a forward pass is a collective. Each prompt has one owner among the ranks
-of its group, which decodes, scores, projects and writes its samples. Only projections, scores and thumbnails go to
-rank 0, which compares the sets and draws one contact sheet per validation; latents and videos stay where they are.
+A *data group* is a set of ranks that load the same samples. Prompt k belongs to data group k modulo their number. All
+groups sample equally many prompts (the last ones may be repetitions), because with sharded weights a forward pass is a
+collective. Each prompt has one owner among the ranks of its group, which decodes, scores, projects and writes its
+samples. Only projections, scores and thumbnails are sent to rank 0, which compares the sets and draws one contact sheet
+per validation.
 
 Baselines (the teacher, the student before training) are sampled once, before the first step, and stored in
-`baselines/`, one file per prompt: a resumed run compares with the very same samples, whatever its ranks.
+`baselines/`, one file per prompt. A resumed run compares with the same samples, on any number of ranks.
 
-A family whose samples are no videos gets distances alone: nothing is decoded, scored or shown.
+For a family whose samples are not videos only distances are computed; nothing is decoded, scored or shown.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class Sample:
     """One sample of a prompt, on the CPU of its owner."""
 
     latents: Tensor
-    """In the adapter's `latent_shape`, fp32."""
+    """Latents in the adapter's `latent_shape`, fp32."""
     scores: dict[str, float]
     video: Tensor | None
-    """uint8 [T, height, width, 3] where the prompt is shown."""
+    """Video as uint8 [T, height, width, 3] if the prompt is shown, else None."""
     projections_P: Tensor | None = None
 
     def save(self, path: Path) -> None:
@@ -65,7 +66,7 @@ class Sample:
 
 
 Samples = dict[int, Sample]
-"""Samples of one request by prompt: those that this rank owns."""
+"""Samples of one request that this rank owns, by prompt."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,18 @@ class Row:
 
 
 Rows = dict[int, Row]
-"""Rows of one request by prompt: all prompts, in their order."""
+"""Rows of one request for all prompts, by prompt and in their order."""
 
 
 class Validator:
-    """Runs validations. Called on all ranks alike.
+    """Runs validations. All ranks must call its methods.
 
     Attributes:
-        ranks: all ranks. Here they may wait for each other longer than a collective of training may last, because one
-            of them may be alone at something long (scores, videos).
-        makes_videos: whether latents decode to videos, which are scored and shown.
-        poll: called before every forward pass of a sampling, on all ranks; raises StopRequested on all when one was
-            asked to stop. The trainer sets it.
+        ranks: all ranks, with a longer timeout than collectives during training, because one rank may score or write
+            videos for a long time while the others wait.
+        makes_videos: whether latents are decoded to videos, which are scored and shown.
+        poll: function called before every forward pass, on all ranks. It raises StopRequested on all ranks if one of
+            them was asked to stop. The trainer sets it.
     """
 
     def __init__(
@@ -105,7 +106,8 @@ class Validator:
         self._baselines: dict[str, Samples] = {}
 
     def validate(self, step: int, request: ValidationRequest, roles: RoleManager) -> dict[str, float]:
-        """Writes videos below the validation folder. Returns metrics as `<sample label>/<metric>`; empty off rank 0."""
+        """Samples, scores and writes videos below the validation folder. Returns metrics as `<sample label>/<metric>`
+        on rank 0, and nothing on other ranks."""
         sets: dict[str, Samples] = {}
         baselines = tuple(sample for sample in request.samples if sample.baseline)
         # Before the first step the trained role still equals one of the baselines, so it is not sampled.
@@ -129,13 +131,13 @@ class Validator:
         return {f"{label}/{name}": value for label, named in values.items() for name, value in named.items()}
 
     def media(self, step: int) -> list[Path]:
-        """Pictures and videos that the last `validate(step, …)` wrote, for the trackers."""
+        """Returns the pictures and videos that the last `validate(step, …)` wrote, for the trackers."""
         folder = self._step_folder(step)
         return [*sorted(folder.glob("*.png")), *sorted(folder.glob("*.mp4"))]
 
     def _baseline(self, step: int, request: SampleRequest, roles: RoleManager) -> Samples | None:
-        """The samples of a baseline: drawn at step 0, read back after a resume; None for a role that was never sampled
-        and has been trained since."""
+        """Returns the samples of a baseline, drawn at step 0 or read from the file after a resume. None if the role was
+        not sampled before its training began."""
         if request.label in self._baselines:
             return self._baselines[request.label]
         folder, role = self.folder / "baselines" / request.label, roles[request.role]
@@ -163,7 +165,7 @@ class Validator:
         return samples
 
     def _finish(self, request: SampleRequest, ids: list[int], latents: Tensor) -> Samples:
-        """Decodes the videos that the scorer or a person looks at, and scores them."""
+        """Decodes and scores the samples whose videos are scored or shown."""
         shown = [index < self.config.num_videos for index in ids]
         seen = [row for row in range(len(ids)) if self.makes_videos and (request.scored or shown[row])]
         decoded = self.adapter.decode_latents(latents[seen]).cpu() if seen else ()
@@ -176,8 +178,11 @@ class Validator:
         return samples
 
     def _batches(self) -> Iterator[list[int]]:
-        """This data group's prompts in batches; as many batches on every rank, and of the same sizes. A position is a
-        prompt's index, or one beyond the last, which repeats a prompt and has no owner."""
+        """Returns this data group's prompts in batches, equal in number and size on every rank.
+
+        A batch lists positions. A position is the index of a prompt, or a larger number that repeats a prompt and has
+        no owner.
+        """
         num_groups = self.layouts.num_data_groups
         num_rounds = -(-len(self.prompts) // num_groups)
         positions = [self.layouts.data_rank + round_ * num_groups for round_ in range(num_rounds)]
@@ -185,7 +190,7 @@ class Validator:
             yield positions[start : start + self.config.batch_size]
 
     def _owns(self, position: int) -> bool:
-        """Whether, among the ranks of this data group, this one decodes, scores and shows the sample."""
+        """Returns whether this rank is the one in its data group that decodes, scores and shows the sample."""
         round_, own = position // self.layouts.num_data_groups, self.ranks.rank % self.layouts.data_group
         return position < len(self.prompts) and round_ % self.layouts.data_group == own
 
@@ -235,7 +240,7 @@ def _mean_scores(rows: Rows) -> dict[str, float]:
 
 
 def _distances(rows: dict[str, Rows], reference: str) -> dict[str, dict[str, float]]:
-    """Distances of each set from the reference."""
+    """Returns the distances of each sample set from the reference set."""
     projected = {
         label: torch.stack([row.projections_P for row in named.values() if row.projections_P is not None])
         for label, named in rows.items()
@@ -249,7 +254,8 @@ def _distances(rows: dict[str, Rows], reference: str) -> dict[str, dict[str, flo
 
 
 def _title(request: SampleRequest, scores: dict[str, float]) -> str:
-    """The sampler and its settings; behind the line break, in smaller type, the scorer's first score."""
+    """Returns the title of a column: sampler and settings and, after a line break, the first score, which is set in
+    smaller type."""
     guidance = f", CFG {request.guidance_scale:g}" if request.guidance_scale != 1 else ""
     title = f"{request.label.replace('_', ' ')}, {request.num_steps} steps{guidance}"
     return "\n".join([title, *(f"{name.replace('_', ' ')} {value:.2f}" for name, value in [*scores.items()][:1])])

@@ -1,8 +1,8 @@
 """Writer of videos: mp4 files to play, and a contact sheet to compare many at a glance.
 
-The sheet has one row per prompt and one column per sampler (teacher, student before, student now); a cell is a
-filmstrip of frames evenly spread over the video. All cells of a row started from the same noise, so differences are the
-sampler's.
+The contact sheet has one row per prompt and one column per sampler (teacher, student before training, student now). A
+cell shows frames evenly spread over the video. All cells of a row start from the same noise, so they differ only by the
+sampler.
 
 Shapes: T frames, H and W height and width in pixels; videos are uint8 RGB `[T, H, W, 3]`.
 """
@@ -19,15 +19,16 @@ from PIL import Image, ImageDraw, ImageFont
 Video = npt.NDArray[np.uint8]
 
 FRAMES_PER_VIDEO, FRAME_HEIGHT = 5, 96
-"""Frames of a video on the contact sheet, and their height in pixels."""
+"""Number of frames of a video on the contact sheet, and their height in pixels."""
 
 CODECS = {"libx264": {"crf": "16"}, "mpeg4": {"qscale": "3"}}
-"""Encoders in the order of preference: H.264 plays everywhere, MPEG-4 part 2 is in every FFmpeg. Quality settings are
-near transparent: these files are looked at to judge a model, so the codec must not add artefacts of its own."""
+"""Video encoders in order of preference: H.264 plays everywhere, and every FFmpeg has MPEG-4 part 2. The quality is
+high, because the videos are used to judge a model and the codec must not add visible artefacts."""
 
 
 def write_mp4(path: Path | str, video_THW3: Video, fps: int) -> None:
-    """Writes an mp4 that plays everywhere (H.264, yuv420p, which cannot hold odd sizes: ValueError)."""
+    """Writes an mp4 that plays everywhere (H.264, yuv420p). Raises ValueError for an odd height or width, which yuv420p
+    does not support."""
     _, height, width, _ = video_THW3.shape
     if height % 2 or width % 2:
         raise ValueError(f"a video of {width}×{height} pixels cannot be written as mp4; both sizes must be even")
@@ -58,14 +59,14 @@ def contact_sheet(
 ) -> None:
     """Writes one PNG that compares the videos of each prompt across samplers.
 
-    `thumbnails` of the videos give the same sheet as the videos themselves.
+    The videos may be replaced by their `thumbnails`; the sheet is then the same.
 
     Args:
-        columns: title and videos of each sampler, one video per prompt; all videos of one size. The part of a title
-            after its first line break is set smaller below it (a score, say).
-        captions: the prompts, one per row; Pillow's own font has Latin letters only, others show as boxes.
-        frames_per_video: frames of a cell, first and last included; fewer when the video is shorter.
-        frame_height: height of a frame on the sheet; frames are scaled to it.
+        columns: title and videos of each sampler, one video per prompt, all of one size. The part of a title after a
+            line break (a score, for instance) is set below it in smaller type.
+        captions: prompts, one per row. Pillow's font has only Latin letters; other letters appear as boxes.
+        frames_per_video: number of frames in a cell, first and last included; fewer if the video is shorter.
+        frame_height: height in pixels to which frames are scaled.
     """
     assert all(len(videos) == len(captions) for _, videos in columns), "every column has one video a caption"
     strips = [
@@ -98,8 +99,10 @@ def contact_sheet(
 
 
 def thumbnails(video_THW3: Video, num_frames: int = FRAMES_PER_VIDEO, height: int = FRAME_HEIGHT) -> Video:
-    """Evenly spread frames, the first and the last included, scaled smoothly to `height`: pixels are not what a viewer
-    should judge. Fewer where the video is shorter; those of thumbnails are themselves."""
+    """Returns `num_frames` evenly spread frames, the first and the last included, scaled smoothly to `height`.
+
+    A shorter video gives fewer frames. Thumbnails of thumbnails are the same thumbnails.
+    """
     positions = np.linspace(0, len(video_THW3) - 1, min(num_frames, len(video_THW3))).round().astype(int)
     size = round(video_THW3.shape[2] * height / video_THW3.shape[1]), height
     frames = (Image.fromarray(video_THW3[position]) for position in positions)
@@ -107,7 +110,7 @@ def thumbnails(video_THW3: Video, num_frames: int = FRAMES_PER_VIDEO, height: in
 
 
 def _filmstrip(frames_THW3: Video) -> Image.Image:
-    """Frames side by side."""
+    """Returns the frames side by side as one picture."""
     num_frames, height, width, _ = frames_THW3.shape
     step = width + FRAME_GAP
     strip = Image.new("RGB", (num_frames * step - FRAME_GAP, height), BACKGROUND)
@@ -117,7 +120,7 @@ def _filmstrip(frames_THW3: Video) -> Image.Image:
 
 
 def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int, size: int, ink: str) -> None:
-    """Writes text on one line, cut with an ellipsis where it is wider than `width` pixels."""
+    """Writes text on one line. Text wider than `width` pixels is cut and ends with an ellipsis."""
     font = ImageFont.load_default(size)
     text = shown = " ".join(text.split())
     while text and draw.textlength(shown, font) > width:

@@ -1,9 +1,9 @@
-"""The contents of a checkpoint as one process sees them: named values, read one at a time.
+"""The contents of a checkpoint for a tool in one process: named values, read one at a time.
 
-A 14B role with its moments is 170 GB, which no workstation holds at once; but every tool (export, reshard, diff,
-verify) needs only one value at a time. There is no process group and no model, and nothing is read before the hashes of
-all files have been compared, so a tool never works on half of a damaged checkpoint. The price is that files are read
-twice.
+A 14B role with its optimizer moments has 170 GB, more than the memory of a workstation, but every tool (export,
+reshard, diff, verify) needs only one value at a time. No process group and no model is needed. The hashes of all files
+are compared before the first value is read, so a tool never processes half of a damaged checkpoint. The price is that
+files are read twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from titan_distill.parallelisms.lora import merge
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint whose files are as they were published."""
+    """An open checkpoint whose files match its manifest."""
 
     path: Path
     manifest: Manifest
@@ -52,7 +52,8 @@ class Contents:
     def read(self, name: str) -> Any:
         """Reads one value: a whole CPU tensor put together from its shards, or another object.
 
-        Raises CheckpointDamaged when it can't be read as data, for example because unpickling it would run code.
+        Raises CheckpointDamaged if the value cannot be read as plain data, for example because unpickling it would run
+        code.
         """
         entry = self.tensor(name)
         state = {name: None if entry is None else torch.empty(entry.size, dtype=entry.properties.dtype)}
@@ -80,11 +81,10 @@ def open_checkpoint(path: Path) -> Contents:
 def role_tensors(
     checkpoint: Path, role: str, *, use_ema: bool, module: str = TRANSFORMER
 ) -> Iterator[tuple[str, Tensor]]:
-    """Returns the weights of one of a role's modules as full CPU tensors, one at a time, sorted by name.
+    """Yields the weights of one module of a role as whole CPU tensors, one at a time, sorted by name.
 
-    A LoRA adapter is merged into its base, in fp32. Verifies the whole checkpoint first. Raises
-    ValueError for a missing or damaged checkpoint, an unknown role and an EMA that was never kept, before the first
-    tensor.
+    A LoRA adapter is merged into its base in fp32. The whole checkpoint is verified first. Before the first tensor it
+    raises ValueError for a missing or damaged checkpoint, an unknown role, or an EMA that the role does not have.
     """
     checkpoint = resolve(checkpoint)
     trained = trained_role(checkpoint, read_manifest(checkpoint), role, use_ema=use_ema)
@@ -98,9 +98,9 @@ def role_tensors(
 
 
 def _base_tensors(base: AdaptedBase, module: str) -> Iterator[tuple[str, Tensor]]:
-    """Returns all tensors of the base, one at a time, sorted by name.
+    """Yields all tensors of the base, one at a time, sorted by name.
 
-    Raises ValueError when the base is gone, or has changed since.
+    Raises ValueError if the base weights are missing or have changed since the LoRA adapter was trained.
     """
     source = None if is_reference(base.path) else open_folder(Path(base.path), module)
     if weights_digest(base.path) != base.digest:

@@ -1,7 +1,7 @@
 """Comparison of two checkpoints, value by value.
 
-Both are verified first. Then one tensor of each is held at a time and compared in slices, so the comparison in double
-precision needs no second copy of them. Two NaNs count as equal: the question is whether the same was stored.
+Both checkpoints are verified first. One tensor of each is in memory at a time. Tensors are compared in slices, so that
+double precision needs little memory. Two NaNs count as equal, because the tool compares stored values.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _SLICE_ELEMENTS = 1 << 17
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """The difference of two tensors of one shape, element by element."""
+    """Element-wise difference of two tensors of one shape."""
 
     num_elements: int
     num_equal: int
     max_absolute: float
-    """Largest `|a - b|`; infinite where only one of them is NaN."""
+    """Largest `|a - b|`; infinite if only one of the two elements is NaN."""
     max_relative: float
     """Largest `|a - b| / max(|a|, |b|)`."""
 
@@ -39,7 +39,7 @@ class TensorDifference:
 
 
 def diff(a: Path, b: Path) -> Iterator[str]:
-    """Yields one line per name under which the two differ, sorted.
+    """Yields one line of text per name whose values differ, sorted by name.
 
     Raises ValueError for a missing or damaged checkpoint, before the first line.
     """
@@ -59,7 +59,7 @@ def _differences(a: Contents, b: Contents) -> Iterator[str]:
 
 
 def _compare(name: str, a: Contents, b: Contents) -> str:
-    """Describes the difference; empty when there is none."""
+    """Returns a description of the difference; empty if there is none."""
     kind_a, kind_b = a.tensor(name), b.tensor(name)
     if kind_a is None or kind_b is None:
         return _compare_values(*(each.read(name) if each.tensor(name) is None else "a tensor" for each in (a, b)))
@@ -72,7 +72,7 @@ def _compare(name: str, a: Contents, b: Contents) -> str:
 
 
 def compare_tensors(a: Tensor, b: Tensor) -> TensorDifference:
-    """Compares tensors of one shape, whatever their dtypes."""
+    """Compares tensors of one shape and any dtypes."""
     num_equal, max_absolute, max_relative = 0, 0.0, 0.0
     flat_a, flat_b = a.reshape(-1), b.reshape(-1)
     for start in range(0, a.numel(), _SLICE_ELEMENTS):
@@ -91,12 +91,13 @@ def _kind(entry: TensorStorageMetadata) -> str:
 
 
 def _widened(values: Tensor) -> Tensor:
-    """Converts without loss to a dtype that compares with any other; 8-bit floats don't."""
+    """Converts 8-bit floats without loss to a dtype that can be compared with any other."""
     return values.double() if values.is_floating_point() else values.long()
 
 
 def _compare_values(a: Any, b: Any) -> str:
-    """Names the first part that differs: the settings of an optimizer list every parameter."""
+    """Returns the first part that differs. Showing whole values would be too long, because an optimizer's settings list
+    every parameter."""
     leaves_a, leaves_b = dict(_leaves(a, "")), dict(_leaves(b, ""))
     differing = [path for path in leaves_a | leaves_b if leaves_a.get(path) != leaves_b.get(path)]
     if not differing:
@@ -107,7 +108,7 @@ def _compare_values(a: Any, b: Any) -> str:
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Yields path and representation of everything in nested dicts, lists and tuples."""
+    """Yields path and representation of every leaf in nested dicts, lists and tuples."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
     if not inner:
         yield path, repr(value)

@@ -1,6 +1,6 @@
-"""The list of a run's checkpoints, and the verification of one.
+"""Listing of a run's checkpoints, and verification of one checkpoint.
 
-`describe_folder` is cheap and reads manifests only, so it may look at a run in progress. `verify` reads every byte.
+`describe_folder` reads only manifests, so it is fast and works during a run. `verify` reads every byte.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ _HEADINGS = ("checkpoint", "age", "size", "samples", "roles", "written by", "sta
 
 
 def describe_folder(folder: Path) -> str:
-    """Returns a table of the checkpoints in a run's folder or in its `checkpoints`, newest first, leftovers at the end.
+    """Returns a table of the checkpoints in a run's folder or its subfolder `checkpoints`, newest first. Temporary
+    folders of unfinished saves come last.
 
-    Files are counted and measured, not hashed. Raises ValueError when there is no such folder.
+    It compares the sizes of files, but no hashes. Raises ValueError if the folder does not exist.
     """
     if (folder / MANIFEST_NAME).exists():
         raise ValueError(f"{folder} is a checkpoint itself; list {folder.parent}, or verify this one")
@@ -36,9 +37,10 @@ def describe_folder(folder: Path) -> str:
 
 
 def verify(path: Path) -> str:
-    """Checks sizes, hashes and index, and then that every value can be read. Returns the result in one line.
+    """Checks sizes, hashes and index, and reads every value. Returns the result in one line.
 
-    Holds one tensor. Raises CheckpointDamaged naming the first file that is not as it was published.
+    One tensor is in memory at a time. Raises CheckpointDamaged with the name of the first file that does not match the
+    manifest.
     """
     contents = open_checkpoint(path)
     for name in contents.names:

@@ -1,10 +1,10 @@
 """Rewrites a checkpoint in another number of files, in one process, one tensor at a time.
 
-With torch.distributed.checkpoint (DCP) each rank plans what it writes before it needs the data. Here one process plays
-all the ranks, one after another: it plans N files without holding any tensor, and reads each one when its turn comes.
-A tensor is stored in pieces of a few MiB along its first dim, because a rank that loads any part of a stored piece has
-to read all of it: with pieces, a rank of an FSDP role reads its own rows and little more. The price is some hundred
-bytes of index per piece.
+In torch.distributed.checkpoint (DCP) each rank plans its file before it needs the data. Here one process acts as all
+the ranks, one after another. It plans N files without any tensor in memory, and then reads each tensor just before
+writing it. A tensor is stored in pieces of a few MiB along its first dim, because a rank that loads a part of a piece
+must read the whole piece. With small pieces, a rank of an FSDP role reads its own rows and little more. The price is a
+few hundred bytes of index per piece.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PIECE_BYTES = 4 << 20
 def reshard(checkpoint: Path, out: Path, num_files: int) -> Path:
     """Writes all values of `checkpoint` to `out`, in `num_files` data files. Returns `out`.
 
-    Holds one tensor, and while it is read also its largest stored part. Raises ValueError for a missing or damaged
+    Memory: one tensor and, while it is read, its largest stored part. Raises ValueError for a missing or damaged
     checkpoint, an `out` that exists, and more files than there are values.
     """
     contents = open_checkpoint(checkpoint)
@@ -75,7 +75,8 @@ def _write(folder: Path, contents: Contents, num_files: int) -> dict[str, FileRe
 
 
 def _write_value(stream: Any, file_name: str, items: list[WriteItem], contents: Contents) -> list[WriteResult]:
-    """Reads a value and writes all its pieces in DCP's format. DCP's own loop would keep every tensor to the end."""
+    """Reads a value and writes all its pieces in DCP's format. DCP's own loop would hold all tensors in memory until
+    the end."""
     value, results = contents.read(items[0].index.fqn), []
     for item in items:
         offset = stream.tell()
@@ -100,7 +101,7 @@ def _items(name: str, entry: TensorStorageMetadata | None) -> Iterator[WriteItem
 
 
 def _pieces(entry: TensorStorageMetadata) -> Iterator[ChunkStorageMetadata]:
-    """Cuts a tensor along its first dim into parts of at most PIECE_BYTES, or one row where that is more."""
+    """Cuts a tensor along its first dim into parts of at most PIECE_BYTES. A larger row is one part."""
     if (num_bytes := _num_bytes(entry)) <= PIECE_BYTES:
         yield ChunkStorageMetadata(torch.Size([0] * len(entry.size)), entry.size)
         return
@@ -112,7 +113,8 @@ def _pieces(entry: TensorStorageMetadata) -> Iterator[ChunkStorageMetadata]:
 
 
 def _share_out(contents: Contents, num_files: int) -> list[list[str]]:
-    """Returns names by file: the largest first, each to the file with the fewest bytes so far, so none stays empty."""
+    """Distributes the values over files: in descending size, each to the file with the fewest bytes so far. No file is
+    empty."""
     num_bytes = {name: max(1, _num_bytes(contents.tensor(name))) for name in contents.names}
     files: list[list[str]] = [[] for _ in range(num_files)]
     used = [0] * num_files

@@ -1,4 +1,4 @@
-"""Run-time operations on Wan models: conditions, velocity predictions, and the way between pixels and latents.
+"""Run-time operations on Wan models: conditions, velocity predictions, and conversion between pixels and latents.
 
 Shapes: B batch, C latent channels, F latent frames, H and W latent height and width, L text tokens, D text width.
 """
@@ -40,11 +40,11 @@ from titan_distill.roles import RoleHandle, RoleManager
 
 
 class WanStream(SegmentStream):
-    """Segments of videos, latents [B, C, f, H, W], made by a causal role on a KV cache.
+    """Stream of video segments, latents [B, C, f, H, W], that a causal role generates with a KV cache.
 
-    `forward` predicts the velocity of a segment at noise levels [B], given a cache, which holds this rank's heads of
-    all tokens where ranks share them. A finished segment costs one more forward, at the noise level where it is to be
-    read, which writes the cache.
+    `forward` predicts the velocity of a segment at noise levels [B], given a cache. If ranks share the tokens, the
+    cache holds this rank's heads of all tokens. A finished segment takes one more forward, which writes the cache at
+    the noise level of the context.
     """
 
     def __init__(self, forward: Callable[[Tensor, Tensor, KVCache], Tensor], cache: KVCache) -> None:
@@ -61,7 +61,7 @@ class WanStream(SegmentStream):
 
 class WanAdapter(Adapter):
     """Adapter of Wan models that make videos from text, or from text and a first frame. VAE and text encoder may be
-    absent where nothing is decoded or encoded."""
+    absent if the run decodes and encodes nothing."""
 
     sequence_dim = 2
 
@@ -76,8 +76,8 @@ class WanAdapter(Adapter):
         negative_LD: Tensor | None = None,
         boundary_ratio: float | None = None,
     ) -> None:
-        """`negative_LD`: embedding of the negative prompt, where there is a text encoder. `boundary_ratio`: of roles
-        with two experts, see `experts`."""
+        """`negative_LD` is the embedding of the negative prompt, if there is a text encoder. `boundary_ratio` is that
+        of roles with two experts, see `experts`."""
         self.config, self.pipeline, self.encoders = config, config.pipeline_config, encoders
         self.latent_shape, self.flow_shift = latent_shape, self.pipeline.flow_shift
         self.device, self.layouts, self.boundary_ratio = device, layouts, boundary_ratio
@@ -113,7 +113,7 @@ class WanAdapter(Adapter):
         return batch.to(self.device)
 
     def _encoded(self, batch: Batch) -> Batch:
-        """Encodes each clip and each prompt by itself, so that a sample does not depend on its batch."""
+        """Encodes each clip and each prompt separately, so that a sample does not depend on its batch."""
         cache, max_tokens = self.config.job.output_folder / "cache", self.config.data.max_text_tokens
         texts = [self.encoders.text.cached_embedding(text, max_tokens, cache) for text in batch.captions]
         encoded = replace(batch, text_embeddings=torch.stack(texts), extra={}, clips=None, is_encoded=True)
@@ -168,7 +168,7 @@ class WanAdapter(Adapter):
         return self.with_first_frame(condition, self.encode_video(images[:, None]))
 
     def with_first_frame(self, condition: Condition, latents: Tensor) -> Condition:
-        """The condition that videos also start from these latent frames [B, C, 1, H, W], clean."""
+        """Returns the condition with clean first latent frames [B, C, 1, H, W], from which the videos start."""
         return {**condition, **first_frame.given_frame(latents.to(self.device))}
 
     def _pictures(self, images: Tensor) -> dict[str, Tensor]:
@@ -176,7 +176,7 @@ class WanAdapter(Adapter):
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def check_takes_images(self) -> None:
-        """Raises ValueError where the models of the run can't start a video from a given first frame."""
+        """Raises ValueError if the models of the run can't start a video from a given first frame."""
         if names := self.encoders.image_tensors:
             raise ValueError(
                 f"the models of this run take pictures in channels of their own ({', '.join(names)}), not as a first "
@@ -201,7 +201,8 @@ class WanAdapter(Adapter):
     def forward(
         self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, cache: KVCache | None = None
     ) -> Tensor:
-        """`predict_velocity`; for a causal role also of one segment, given the KV cache of those before it."""
+        """Does `predict_velocity`; for a causal role also for one segment, given the KV cache of the segments before
+        it."""
         check_pictures(role.name, self.network(role).config, condition)
         self._count(role, x, condition, cache)
         x, sigma = self.held(x, sigma_B, condition)
@@ -212,9 +213,9 @@ class WanAdapter(Adapter):
         return forward(x, sigma, read) if exchange is None else exchange.run(forward, x, sigma, read)
 
     def _count(self, role: RoleHandle, x: Tensor, condition: Condition, cache: KVCache | None) -> None:
-        """Counts FLOPs as executed: of a segment, its tokens through all linear layers and their attention over the
-        cached tokens and their own. Text keys and values count each time, though most forwards find them cached (1 %
-        at 1.3B)."""
+        """Counts the FLOPs of a forward. For a segment these are all linear layers on its tokens, and attention over
+        the cached tokens and its own. The keys and values of the text count in each forward, although most forwards
+        find them cached (1 % at 1.3B)."""
         transformer = self.network(role)
         config, core, segmentation = transformer.config, transformer.sparse_attention, transformer.segmentation
         sparse = None if core is None else core.tiles_read(self._num_tiles)
@@ -272,7 +273,8 @@ class WanAdapter(Adapter):
     def _routed(
         self, role: RoleHandle, cache: KVCache | None, x: Tensor, sigma: Tensor, condition: Condition
     ) -> Tensor:
-        """Each sample's velocity, by the expert for its noise level where there are two. `sigma`: [B] or [B, F]."""
+        """Returns each sample's velocity. If there are two experts, the sample's noise level selects one. `sigma` is
+        [B] or [B, F]."""
         experts = [partial(_run, module, cache) for module in role.modules.values()]
         if len(experts) == 1:
             return experts[0](x, sigma, condition)
@@ -302,7 +304,7 @@ class WanAdapter(Adapter):
 
     @staticmethod
     def network(role: RoleHandle) -> WanTransformer:
-        """The role's transformer."""
+        """Returns the role's transformer."""
         transformer = role.transformer
         assert isinstance(transformer, WanTransformer)
         return transformer

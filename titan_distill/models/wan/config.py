@@ -82,9 +82,9 @@ class WanConfig:
                 "to which the image embedder projects"
             )
         if self.causal_attention and self.sparse_attention:
-            raise ValueError("causal_attention and sparse_attention are both true; no attention is both")
+            raise ValueError("causal_attention and sparse_attention are both true; set one of them to false")
         if self.pos_embed_seq_len is not None and self.image_dim is None:
-            raise ValueError(f"pos_embed_seq_len {self.pos_embed_seq_len} needs image_dim")
+            raise ValueError(f"pos_embed_seq_len {self.pos_embed_seq_len} needs image_dim; set it, or remove the key")
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> WanConfig:

@@ -1,16 +1,17 @@
-"""Memory of Wan's encoders, in bytes: VAE and text encoder, and what the VAE's decoder needs for one clip.
+"""Memory of Wan's VAE and text encoder, and of decoding one clip with the VAE, in bytes.
 
-diffusers' decoder decodes one latent frame at a time into four pictures. It holds
+diffusers' decoder turns one latent frame at a time into four pictures. It holds
 
-- *caches*: the last two frames of the input of every convolution over time, of all stages at once;
-- *a working set*: of the one residual block, upsampling or shortcut that runs, beside the input of its stage. A
-  convolution's input is there four times (as it came, its end for the cache, padded, in the kernel's own order); the
-  nearest neighbours of an upsampling are found in fp32;
-- *pictures*: those made so far, which are joined anew with every four, and rounded to uint8 in fp32.
+- *caches*: for every convolution over time in every stage, the last two frames of its input;
+- *a working set*: the input of the current stage, and the tensors of the residual block, upsampling or shortcut that
+  runs. A convolution holds its input four times (the original, its last frames for the cache, a padded copy, and a copy
+  in the kernel's memory order). An upsampling enlarges its input in fp32;
+- *pictures*: all pictures decoded so far. Every four new ones are concatenated to them, which makes a copy; at the end
+  they are converted to uint8 by way of fp32.
 
-The formula follows these copies stage by stage. On a CPU, decoding two clips at once with small VAEs peaked at 101 to
-102 % of it (`tests/unit/test_decoding.py` allows 98 to 104 %). A single small fp32 clip takes about three times as much
-on a CPU, where PyTorch uses another algorithm. cuDNN's workspaces are not counted.
+The formula adds up these copies stage by stage. On a CPU, decoding two clips at once with small VAEs peaked at 101 to
+102 % of the result (`tests/unit/test_decoding.py` allows 98 to 104 %). A single small fp32 clip takes about three times
+as much on a CPU, where PyTorch uses another algorithm. cuDNN's workspaces are not counted.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ CACHED_FRAMES = 2
 
 @dataclass(frozen=True)
 class Decoder:
-    """The decoder of an AutoencoderKLWan, by the names of its config; defaults are Wan 2.1's.
+    """Shape of an AutoencoderKLWan's decoder. Fields are named as in its config; the defaults are those of Wan 2.1.
 
-    `upsamples_time` says for each upsampling, in the order they run, whether it doubles the frames.
+    `upsamples_time` has one flag per upsampling, in the order they run: whether it also doubles the frames.
     """
 
     base_dim: int = 96
@@ -47,7 +48,7 @@ class Decoder:
 
     @classmethod
     def read(cls, file: Path) -> Decoder:
-        """Read a VAE's `config.json`; diffusers' defaults fill the gaps."""
+        """Reads a VAE's `config.json`. A key that the file lacks has diffusers' default."""
         config = json.loads(file.read_text(encoding="utf-8"))
         return cls(
             base_dim=config.get("decoder_base_dim") or config.get("base_dim", cls.base_dim),
@@ -60,7 +61,7 @@ class Decoder:
         )
 
     def stages(self) -> Iterator[tuple[int, int, int]]:
-        """(channels in, channels within, channels out) of each stage."""
+        """Yields the channels of each stage: (of its input, inside it, of its output)."""
         widths = [self.base_dim * multiple for multiple in (self.dim_mult[-1], *reversed(self.dim_mult))]
         for index, (entering, within) in enumerate(pairwise(widths)):
             leaving = within
@@ -71,14 +72,15 @@ class Decoder:
 
 
 PUBLISHED = {16: Decoder(), 48: Decoder(base_dim=256, z_dim=48, is_residual=True, out_channels=12)}
-"""By latent channels: of Wan 2.1 and the A14B, and of Wan 2.2 TI2V-5B."""
+"""Published decoders by number of latent channels: 16 for Wan 2.1 and the A14B, 48 for Wan 2.2 TI2V-5B."""
 
-# Of the published files, the VAE's by its channels; any other pipeline folder must be there to be read.
+# Parameters of the published encoders (the VAE's by latent channels), for a pipeline folder without weights.
 VAE_NUMBERS, TEXT_ENCODER_NUMBERS = {16: 126_892_531, 48: 704_688_668}, 5_680_910_336
 
 
 def encoder_bytes(pipeline: WanPipelineConfig, channels: int, element_bytes: int) -> float:
-    """Bytes of VAE and text encoder, which stay on a rank once it has embedded a prompt. 0 without a folder."""
+    """Returns the bytes of the weights of VAE and text encoder, which a rank holds from its first prompt on. 0 without
+    a pipeline folder."""
     if not pipeline.path:
         return 0.0
     vae = _numbers_in(Path(pipeline.path) / "vae") or VAE_NUMBERS.get(channels, max(VAE_NUMBERS.values()))
@@ -87,19 +89,20 @@ def encoder_bytes(pipeline: WanPipelineConfig, channels: int, element_bytes: int
 
 
 def find_decoder(pipeline: str, channels: int) -> Decoder:
-    """The decoder of a pipeline folder, or the published one with as many latent channels."""
+    """Returns the decoder of a pipeline folder, or else the published one with the same number of latent channels."""
     file = Path(pipeline) / "vae" / "config.json"
     return Decoder.read(file) if file.is_file() else PUBLISHED[channels]
 
 
 def decoding_bytes(decoder: Decoder, latents: tuple[int, int, int], element_bytes: int) -> float:
-    """Most bytes that decoding one clip of `latents` (frames, height, width) holds, without the weights."""
+    """Returns the peak memory, in bytes, of decoding one clip of `latents` (frames, height, width), without the
+    weights."""
     num_frames, height, width = latents
     area, frames = height * width, 1
     caches = CACHED_FRAMES * area * (decoder.z_dim + 4 * decoder.base_dim * decoder.dim_mult[-1])
     most = 0.0
     for index, (entering, within, leaving) in enumerate(decoder.stages()):
-        # The stage's caller keeps its input, its shortcut a copy of that, until the stage ends.
+        # Until the stage ends, its caller holds the stage's input, and its shortcut a copy of that input.
         entered = area * frames * entering
         held = entered * (1 + decoder.is_residual)
         for block in range(decoder.num_res_blocks + 1):
@@ -116,7 +119,7 @@ def decoding_bytes(decoder: Decoder, latents: tuple[int, int, int], element_byte
             frames *= 2
         most = max(most, held + area * frames * _upsampling(within, leaving, element_bytes))
         area *= 4
-        if decoder.is_residual:  # its result, its shortcut twice, before they are added
+        if decoder.is_residual:  # before the addition: the stage's result, and its shortcut twice
             most = max(most, held + 3 * area * frames * leaving)
     caches += CACHED_FRAMES * area * within
     pictures = area * decoder.out_channels * (frames * (num_frames - 1) + 1)
@@ -125,20 +128,21 @@ def decoding_bytes(decoder: Decoder, latents: tuple[int, int, int], element_byte
 
 
 def _residual_block(entering: int, leaving: int, frames: int, element_bytes: int) -> float:
-    """Numbers for each position at its peak."""
-    kept = frames * (entering + (leaving if entering != leaving else 0))  # its input, and what it adds at the end
+    """Returns the peak number of elements per position of a residual block."""
+    kept = frames * (entering + (leaving if entering != leaving else 0))  # its input and shortcut
     norms = 2 * frames * max(entering, leaving) * _FP32 / element_bytes  # computed in fp32: input and output
     return kept + max(_convolution(entering, leaving, frames), _convolution(leaving, leaving, frames), norms)
 
 
 def _convolution(entering: int, leaving: int, frames: int) -> float:
-    """Numbers for each position, of a causal convolution over time: its input four times, and its output."""
+    """Returns the number of elements per position of a causal convolution over time: its input four times, and its
+    output."""
     return entering * (frames + CACHED_FRAMES + 2 * (frames + CACHED_FRAMES)) + leaving * frames
 
 
 def _upsampling(within: int, leaving: int, element_bytes: int) -> float:
-    """Numbers for each position before it: frames apart, four neighbours (in fp32, then in the element's type), and
-    what the convolution makes of them."""
+    """Returns the peak number of elements per input position of a 2 × 2 upsampling. It holds the input with its frames
+    as a batch, the enlarged copy (in fp32, then in the dtype of the weights), and the convolution's output."""
     found = 4 * within
     if element_bytes == _FP32:
         return within + found + 4 * leaving

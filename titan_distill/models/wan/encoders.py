@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoders(FootageEncoder):
-    """The encoders of a run or of a data set; None for those that it has no folder of.
+    """Encoders of a run or of a dataset. An encoder without a folder is None.
 
     Attributes:
-        image_tensors: tensors that the models take of pictures, see `image_channels`.
+        image_tensors: names of the picture tensors that the models need, see `image_channels`.
     """
 
     vae_or_none: AutoencoderKLWan | None = None
@@ -36,8 +36,8 @@ class Encoders(FootageEncoder):
 
     @classmethod
     def of_run(cls, config: Config, image_tensors: tuple[str, ...], device: torch.device) -> Encoders:
-        """Those of pipeline_config.path. The image encoder is opened only where its embeddings are needed and it is
-        there: data may have all of them."""
+        """Opens the encoders in pipeline_config.path. The image encoder is opened only if its embeddings are needed and
+        its folder exists, because the data may already contain them."""
         pipeline, dtype = config.pipeline_config, getattr(torch, config.training.dtype)
         if not pipeline.path:
             return cls(image_tensors=image_tensors)
@@ -51,7 +51,7 @@ class Encoders(FootageEncoder):
 
     @property
     def vae(self) -> AutoencoderKLWan:
-        """The VAE. Raises ValueError where the run has none."""
+        """The VAE. Raises ValueError if the run has none."""
         if self.vae_or_none is None:
             raise ValueError(
                 "no VAE to go between pixels and latents; set pipeline_config.path to a diffusers folder with vae"
@@ -60,7 +60,7 @@ class Encoders(FootageEncoder):
 
     @property
     def text(self) -> TextEncoder:
-        """The text encoder. Raises ValueError where the run has none."""
+        """The text encoder. Raises ValueError if the run has none."""
         if self.text_or_none is None:
             raise ValueError(
                 "no text encoder to encode prompts with; set pipeline_config.path to a diffusers folder that has one"

@@ -1,19 +1,19 @@
 """Two experts in one role: Wan2.2 A14B denoises high noise with one transformer and low noise with another.
 
-A sample goes through `transformer` at timesteps of at least the boundary, through `transformer_2` below it. So a role
-holds twice the parameters of one network and runs the FLOPs of one. Samples of a batch differ in their timesteps, and
-so do ranks, but with sharded weights a forward is something that all ranks do together. Two rules keep them together:
+A sample goes through `transformer` at timesteps of at least the boundary, and through `transformer_2` below it. So a
+role has twice the parameters of one network and the FLOPs of one. Samples and ranks differ in their timesteps, but with
+sharded weights all ranks must run the same forwards. Two rules ensure this:
 
-- *Without gradients* ranks tell each other which experts anyone needs, and all run those: one all-reduce of two
-  numbers between hosts, of which none waits for its GPU, because noise levels are on the host. Steps of a rollout or of
-  a sampling share one noise level: they run one expert, and never gather the weights of the other.
-- *With gradients* all run both, always: weights that were left out of the last micro-batch would never reduce what
-  earlier ones had accumulated. An expert without any sample in a global batch has a gradient of zero, whatever the
-  layout.
+- *Without gradients* ranks find out which experts any rank needs, and all ranks run those. This takes one all-reduce of
+  two numbers between hosts. No host waits for its GPU, because noise levels are on the host. All samples have the same
+  noise level in a step of a rollout or of sampling, so only one expert runs and only its weights are gathered.
+- *With gradients* all ranks always run both experts. If an expert did not run in the last micro-batch, the gradients
+  that it accumulated in earlier ones would never be reduced. An expert without a sample in a global batch has a zero
+  gradient in every layout.
 
-A rank that must run an expert for which it has no sample gives it the first latent frame of one (the whole sample,
-where ranks share its tokens), of which nothing is used: at 480p 1/21 of the tokens. The rest is the price of
-sharding: the weights are gathered, and zero gradients reduced.
+A rank that must run an expert for which it has no sample runs it on the first latent frame of any sample (on the whole
+sample if ranks share its tokens) and ignores the result. At 480p these are 1/21 of the tokens. It also gathers the
+weights and reduces zero gradients.
 
 Shapes: B samples, N those of one expert.
 """
@@ -35,15 +35,19 @@ from titan_distill.models.wan.pipeline_index import BOUNDARY, read_index
 from titan_distill.models.wan.stored import EXPERTS, StoredWeights
 
 TWO_EXPERTS = frozenset({"A14B", "A14B-I2V", "tiny-A14B"})
-"""Flavors with both."""
+"""Flavors with two experts."""
 
 Run = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-"""Velocity of one expert from latents, noise levels and condition."""
+"""Function that runs one expert: (latents, noise levels, condition) -> velocity."""
 
 
 def is_high_noise(sigma: Tensor, boundary_ratio: float) -> Tensor:
-    """[B] bool, on the host: which samples `transformer` is for. As in diffusers, the boundary itself is. `sigma` is
-    [B], or [B, F] where a given frame has less noise than the sample; the host waits for it only if it is on a GPU."""
+    """Returns a bool tensor [B] on the host: whether a sample belongs to `transformer`. As in diffusers, the boundary
+    itself does.
+
+    `sigma` is [B], or [B, F] if a given frame has less noise than the sample. The host waits only if `sigma` is on a
+    GPU.
+    """
     sigma_B = sigma.detach() if sigma.ndim == 1 else sigma.detach().amax(1)
     return timestep(sigma_B.cpu()) >= boundary_ratio * NUM_TRAIN_TIMESTEPS
 
@@ -58,14 +62,15 @@ def route(
     run_both: bool,
     dummy_frames: int,
 ) -> Tensor:
-    """The velocity of each sample from its expert, in the order of the samples. Collective where there are ranks.
+    """Returns the velocity of each sample from its expert, in the order of the samples. Collective if there are several
+    ranks.
 
     Args:
-        experts: for high noise, for low noise.
-        high_B: which samples are the first one's; on the host.
+        experts: functions that run the high-noise and the low-noise expert.
+        high_B: whether each sample belongs to the high-noise expert; on the host.
         x, sigma, condition: batch-first; sigma [B] or [B, F].
-        run_both: with gradients; see the module's docstring.
-        dummy_frames: latent frames of what an expert gets that has no sample here.
+        run_both: whether to run both experts, as needed with gradients; see the module's docstring.
+        dummy_frames: latent frames of the input of an expert that has no sample on this rank.
     """
     rows = [mask_B.nonzero().flatten() for mask_B in (high_B, ~high_B)]
     needed = (True, True) if run_both else _needed_by_anyone(rows)
@@ -91,8 +96,8 @@ def _needed_by_anyone(rows: list[Tensor]) -> tuple[bool, ...]:
 
 
 def experts_of(name: str, role: RoleConfig, stored: StoredWeights | None, *, by_name: bool) -> tuple[str, ...]:
-    """Names of the role's networks: by its flavor, or else by its weights, where it has some. `by_name` believes a
-    flavor without reading any file. Raises ValueError for one network from two experts."""
+    """Returns the names of the role's networks, from its flavor or else from its weights. `by_name` uses the flavor
+    without reading files. Raises ValueError for a flavor with one network and weights with two experts."""
     if role.flavor in TWO_EXPERTS:
         return EXPERTS
     if stored is None or (role.flavor and by_name):
@@ -106,17 +111,18 @@ def experts_of(name: str, role: RoleConfig, stored: StoredWeights | None, *, by_
 
 
 def find_boundary(pipeline: WanPipelineConfig, weights: Mapping[str, str], *, by_name: bool = False) -> float | None:
-    """The timestep, as a share of 1000, at which the high-noise expert hands over to the low-noise one: from
-    pipeline_config.boundary_ratio, or from the model_index.json of a pipeline folder that is named; None where no role
-    has two experts.
+    """Returns the timestep, as a share of 1000, at which the high-noise expert hands over to the low-noise one.
+
+    It comes from pipeline_config.boundary_ratio, or from the model_index.json of a configured pipeline folder. None if
+    no role has two experts.
 
     Args:
         pipeline: of the run.
         weights: of each role with two experts.
-        by_name: the answer may be None because no file was there to be asked, see `experts_of`.
+        by_name: return None if there is no file to read, see `experts_of`.
 
     Raises:
-        ValueError: a boundary that is unknown, contradictory or of no use.
+        ValueError: the boundary is unknown, contradictory, or set without effect.
     """
     if not weights:
         for key in ("boundary_ratio", "guidance_scale_2"):

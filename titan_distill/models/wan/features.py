@@ -1,8 +1,8 @@
 """The hidden states of a Wan transformer between its blocks, for heads that read them.
 
-A forward hook takes each block's output. Ranks may share the tokens: those of a sequence group keep their own
-(what is made of them is averaged over the group), those of a tensor-parallel token region bring theirs together first,
-as they do behind the last block. Padding is dropped.
+A forward hook records each block's output. If sequence ranks share the tokens, each returns its own, and the head's
+results are averaged over the group. In a tensor-parallel token region the ranks first gather their tokens, as after the
+last block. Padding is dropped.
 
 Shape suffixes: B batch, L this rank's tokens, M model width.
 """
@@ -22,8 +22,8 @@ from titan_distill.parallelisms import collectives
 def block_outputs(
     transformer: WanTransformer, depths: Sequence[int], x: Tensor, forward: Callable[[], Tensor]
 ) -> list[Tensor]:
-    """Runs `forward`, which is to see latents as large as `x`, and returns [B, L, M] behind each block of `depths`, in
-    tile order."""
+    """Runs `forward` on latents of the size of `x`, and returns the output [B, L, M] of each block in `depths`, in tile
+    order."""
     found: dict[nn.Module, Tensor] = {}
     blocks = [transformer.blocks[depth] for depth in depths]
     hooks = [block.register_forward_hook(lambda block, args, x_BLM: found.update({block: x_BLM})) for block in blocks]
@@ -50,7 +50,7 @@ def _own_tokens(transformer: WanTransformer, x_BLM: Tensor, layout: TileLayout) 
 
 
 def mean_over_tokens(transformer: WanTransformer, values_BL: Tensor, x: Tensor) -> Tensor:
-    """[B], float64: the mean over all tokens of the samples `x`, wherever they are; replicated."""
+    """Returns the mean over all tokens of the samples `x`, on all ranks that share them: [B], float64, replicated."""
     total_B = values_BL.double().sum(1)
     group = None if transformer.sequence is None else transformer.sequence.group
     return (total_B if group is None else collectives.sum_parts(total_B, group)) / _layout(transformer, x).num_tokens

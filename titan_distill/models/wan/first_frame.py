@@ -1,4 +1,4 @@
-"""Image-to-video as Wan 2.2 TI2V does it: the first latent frame is given, and the network is told so by its time.
+"""Image-to-video as in Wan 2.2 TI2V: the first latent frame is given, and its timestep tells the network so.
 
 No channel and no encoder is added to the network. A mask m is 1 on every latent frame that is to be made and small on
 the first one, where an image is given. The network sees
@@ -35,7 +35,8 @@ from titan_distill.diffusion.transfer import to_device
 from titan_distill.models.base import Condition
 
 IMAGE, MASK = "first_frame", "first_frame_mask"
-"""In a condition: the given latent frame [B, C, 1, H, W], and m on that frame [B]; 1 where a sample has no image."""
+"""Names in a condition of the given latent frame [B, C, 1, H, W] and of m on that frame [B], which is 1 for a sample
+without an image."""
 
 # A mask beyond this would be no image any more; the law gets there once in ten million draws.
 _MAX_TRAINING_MASK = 0.5
@@ -43,7 +44,8 @@ _MAX_TRAINING_MASK = 0.5
 
 @dataclass(frozen=True)
 class ImageMixing:
-    """The choice of training samples that start from an image, and its noise. `noise_mean` = -inf gives none."""
+    """Random choice of the training samples that start from an image, and the noise on that image. `noise_mean` = -inf
+    adds no noise."""
 
     noise: KeyedNoise
     probability: float
@@ -52,14 +54,14 @@ class ImageMixing:
 
     @classmethod
     def of_run(cls, config: Config) -> ImageMixing | None:
-        """None where no sample starts from an image."""
+        """Returns the mixing of a run; None if no sample starts from an image."""
         pipeline, noise = config.pipeline_config, KeyedNoise(config.job.seed)
         if not pipeline.image_probability:
             return None
         return cls(noise, pipeline.image_probability, pipeline.image_noise_mean, pipeline.image_noise_std)
 
     def condition(self, ids: list[int], latents_BCFHW: Tensor) -> dict[str, Tensor]:
-        """The part beside text of the condition of training samples."""
+        """Returns the condition of training samples, except for its text."""
         level_B = self.noise.normal("first_frame/mask", 0, ids, (), device="cpu", dtype=torch.float64)
         mask_B = (self.noise_mean + self.noise_std * level_B).exp().clamp(max=_MAX_TRAINING_MASK)
         has_image_B = self.noise.uniform("first_frame/choice", 0, ids) < self.probability
@@ -68,15 +70,16 @@ class ImageMixing:
 
 
 def given_frame(latents_BC1HW: Tensor) -> dict[str, Tensor]:
-    """The part beside text of a condition under which every video starts from such a latent frame, clean."""
+    """Returns the condition, except for its text, under which every video starts from a clean latent frame."""
     mask_B = torch.zeros(len(latents_BC1HW), dtype=torch.float64, device=latents_BC1HW.device)
     return {IMAGE: latents_BC1HW, MASK: mask_B}
 
 
 def held(x_BCFHW: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-    """`x` at level `sigma_B` with the given frame in its place, and each frame's level [B, 1, F, 1, 1], float64.
+    """Returns `x` at level `sigma_B` with the given frame in its place, and the noise level of each frame [B, 1, F, 1,
+    1], float64.
 
-    Both as they are, the level [B], under a condition without an image.
+    Under a condition without an image it returns `x` and the level [B] unchanged.
     """
     if MASK not in condition:
         return x_BCFHW, sigma_B
@@ -89,14 +92,14 @@ def held(x_BCFHW: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor
 
 
 def loss_mask(condition: Condition, num_frames: int) -> Tensor | None:
-    """[B, 1, F, 1, 1], 0 on given frames and 1 elsewhere; None under a condition without an image."""
+    """Returns [B, 1, F, 1, 1], 0 on given frames and 1 elsewhere; None under a condition without an image."""
     if MASK not in condition:
         return None
     return (_mask(condition[MASK], num_frames) == 1).double()
 
 
 def without_frame(condition: Condition) -> Condition:
-    """The part of a condition that the network itself reads."""
+    """Returns the part of a condition that the network itself reads."""
     return {name: value for name, value in condition.items() if name not in (IMAGE, MASK)}
 
 

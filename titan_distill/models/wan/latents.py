@@ -1,9 +1,9 @@
 """The latent space of a run, and the grids that follow from it.
 
 Wan has two VAEs: 16 channels at 4 × 8 × 8 (frames × height × width) for 2.1 and the A14B, 48 channels at 4 × 16 × 16
-for 2.2 TI2V-5B. Everything counted in latents or tokens follows from the VAE: the shape of a sample, the token grid,
-the sizes that a video may have. So it is asked in one place. The VAE's own config answers where there is one; a plan or
-a dry run has no files and believes the number of channels that the networks work on.
+for 2.2 TI2V-5B. The VAE determines the shape of a sample, the token grid and the valid sizes of a video, which are all
+computed here. The values come from the VAE's config if there is one. A plan or a dry run has no files, so it uses the
+published VAE with the channels of the networks.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ _PATCH = WanConfig.patch_size[1]  # of all published sizes, along height as alon
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """The latents of one VAE; compressions are pixels, or frames, per latent."""
+    """Latent space of one VAE. Compressions are in pixels or frames per latent."""
 
     channels: int
     temporal: int
     spatial: int
 
     def shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Latents (C, F, H, W) of a video in frames and pixels."""
+        """Returns the shape (C, F, H, W) of the latents of a video, whose size is in frames and pixels."""
         return self.channels, (num_frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial
 
     def token_grid(self, num_frames: int, height: int, width: int) -> Grid:
-        """Tokens along (frames, height, width) of a video in frames and pixels."""
+        """Returns the tokens along (frames, height, width) of a video, whose size is in frames and pixels."""
         return token_grid(self.shape(num_frames, height, width)[1:], WanConfig.patch_size)
 
     def check_size(self, num_frames: int, height: int, width: int, names: Sequence[str] = SIZE_KEYS) -> None:
-        """Raises ValueError, with the option of that size in `names`, unless whole latents and whole tokens make up
-        such a video."""
+        """Raises ValueError if a video of this size is not a whole number of latents and tokens. `names` are the
+        options of the three sizes."""
         multiple = self.spatial * _PATCH
         for name, size in zip(names[1:], (height, width), strict=True):
             if size < multiple or size % multiple:
@@ -55,7 +55,7 @@ class LatentSpace:
             )
 
     def check_channels(self, role: str, channels: int) -> None:
-        """Raises ValueError where a role's network works on other latents."""
+        """Raises ValueError if a role's network has another number of latent channels."""
         if channels != self.channels:
             raise ValueError(
                 f"roles.{role} works on latents of {channels} channels, but the VAE of the run makes {self.channels}; "
@@ -67,10 +67,10 @@ PUBLISHED = {space.channels: space for space in (LatentSpace(16, 4, 8), LatentSp
 
 
 def find_latent_space(pipeline: str, channels: Callable[[], int]) -> LatentSpace:
-    """The latent space of the VAE in the folder `pipeline`; without a config there, the published one with as many
-    `channels`.
+    """Returns the latent space of the VAE in the folder `pipeline`. Without a config there, it is the published one
+    with `channels` channels.
 
-    Raises ValueError for a config that can't be read, and for channels that no published VAE has.
+    Raises ValueError for a config that can't be read, and for a number of channels that no published VAE has.
     """
     file = Path(pipeline) / "vae" / "config.json"
     if pipeline and file.is_file():
@@ -91,11 +91,11 @@ def find_latent_space(pipeline: str, channels: Callable[[], int]) -> LatentSpace
 
 
 TEMPORAL = 4
-"""Frames that every latent frame but the first stands for, in all of Wan's VAEs."""
+"""Video frames per latent frame in all of Wan's VAEs. Only the first latent frame stands for one video frame."""
 
 
 def num_latent_frames(num_frames: int) -> int:
-    """Latent frames of a video. Raises ValueError unless it has 4 n + 1 frames."""
+    """Returns the number of latent frames of a video. Raises ValueError unless the video has 4 n + 1 frames."""
     if num_frames < 1 or num_frames % TEMPORAL != 1:
         nearest = max(1, round((num_frames - 1) / TEMPORAL) * TEMPORAL + 1)
         raise ValueError(f"num_frames = {num_frames} must be {TEMPORAL} n + 1 for the VAE; the nearest is {nearest}")

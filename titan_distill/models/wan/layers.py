@@ -39,7 +39,7 @@ class Float32Linear(nn.Linear):
 
     @staticmethod
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's product with other weights: those that tensor parallelism finds on this rank."""
+        """Computes the layer with the given weights: this rank's shards under tensor parallelism."""
         dtype = at_least_float32(weight.dtype)
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -51,7 +51,7 @@ def _unchanged(x: Tensor) -> Tensor:
 class Float32LayerNorm(nn.LayerNorm):
     """A layer norm that computes and returns fp32 (or better).
 
-    `share` is what happens to its parameters first: nothing, unless ranks share its tokens.
+    `share` is applied to its parameters first. It is the identity unless ranks share its tokens.
     """
 
     share: Callable[[Tensor], Tensor] = staticmethod(_unchanged)
@@ -109,7 +109,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Attention among video tokens, by an exchangeable core."""
+    """Self-attention of video tokens, computed by an exchangeable attention core."""
 
     def __init__(self, config: WanConfig, attention: ShardedAttention) -> None:
         super().__init__(config)
@@ -142,7 +142,8 @@ class CrossAttention(Attention):
     def forward(
         self, x_BLM: Tensor, text_BSM: Tensor, image_BSM: Tensor | None, cache: TextCache | None = None
     ) -> Tensor:
-        """Return [B, L, M]. `cache` holds the text's keys and values for forwards without gradient, or will."""
+        """Return [B, L, M]. For forwards without gradient, `cache` holds the text's keys and values; the first one
+        fills it."""
         dtype = self.to_q.weight.dtype
         q_BLND = self.split_heads(self.norm_q(self.to_q(x_BLM.to(dtype))))
         mixed_BLND = dense_attention(q_BLND, *self._text_keys_and_values(text_BSM.to(dtype), cache))
@@ -185,7 +186,7 @@ def add_gated(residual: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 class WanBlock(nn.Module):
     """Modulated self-attention, cross-attention, modulated feed-forward.
 
-    `share` is what happens to modulation first: nothing, unless ranks share the tokens.
+    `share` is applied to the modulation first. It is the identity unless ranks share the tokens.
     """
 
     share: Callable[[Tensor], Tensor] = staticmethod(_unchanged)

@@ -39,7 +39,7 @@ first layer and the last."""
 
 
 def empty_transformer(config: WanConfig, sparse: SparseAttentionConfig, segmentation: Segmentation) -> WanTransformer:
-    """A transformer on the meta device; `sparse` and `segmentation` serve sparse and causal ones."""
+    """Builds a transformer on the meta device. Sparse models need `sparse`, causal models `segmentation`."""
     core = SparseAttention(sparse) if config.sparse_attention else None
     with torch.device("meta"):
         return WanTransformer(config, core, segmentation if config.causal_attention else None)
@@ -57,12 +57,12 @@ def build_transformer(
     """Builds, lays out and fills one transformer of the role `name`.
 
     Args:
-        config: of the run.
-        architecture: of the transformer; its attention agrees with the role's.
+        config: configuration of the run.
+        architecture: configuration of the transformer, with the role's kind of attention.
         load: fills the transformer once it has storage; None draws random weights from `seed`.
         mesh: None for one process without a process group.
         device: on `meta` the result has shapes and no storage.
-        seed: of weights that are drawn.
+        seed: seed of random weights.
 
     Raises:
         ValueError: weights or degrees that do not fit.
@@ -105,9 +105,9 @@ def build_transformer(
 
 
 def apply_sequence_parallel(model: WanTransformer, mesh: RoleMesh, parallelism: ParallelismConfig) -> None:
-    """Shares the tokens of a sample among the ranks of the sequence axis.
+    """Distributes the tokens of a sample over the ranks of the sequence axis.
 
-    Ranks of the tensor axis may cut a rank's tokens further, which then must come in multiples of their number.
+    If the ranks of the tensor axis cut a rank's tokens further, their number divides the padded number of tokens.
     """
     degrees = mesh.degrees
     multiple = degrees.tensor if parallelism.token_region else 1
@@ -121,9 +121,10 @@ def apply_sequence_parallel(model: WanTransformer, mesh: RoleMesh, parallelism: 
 
 
 def runs_of_tiles(method: Method, core: SparseAttention | None) -> int:
-    """The tiles that must not be parted between sequence ranks, because one list serves them.
+    """Returns the number of neighbouring tiles that must be on one sequence rank, because sparse attention has one list
+    of key tiles for them.
 
-    With Ulysses every rank sees all tiles of its heads, whatever tokens it holds.
+    With Ulysses every rank has all tiles of its heads, so the number is 1.
     """
     return 1 if core is None or method == "ulysses" else core.tiles_per_list
 
@@ -140,8 +141,7 @@ def check_degrees(
     """Checks degrees against a model, its sparse `core` or causal `segmentation` if it has one, and a `grid` of tokens
     along (frames, height, width).
 
-    A causal role needs ranks that share heads, and tokens in every segment. Raises ValueError with the nearest valid
-    choices.
+    For a causal role, the sequence ranks must share the heads. Raises ValueError with the nearest valid choices.
     """
     if max(grid) > architecture.rope_max_seq_len:
         raise ValueError(

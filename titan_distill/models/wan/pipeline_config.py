@@ -74,8 +74,8 @@ class WanPipelineConfig:
         num_latent_frames(self.num_frames)
         if self.sink_frames and self.sink_frames >= self.cache_window_frames:
             raise ValueError(
-                f"sink_frames = {self.sink_frames} are frames of cache_window_frames = {self.cache_window_frames}, "
-                "which must leave room for later ones; lower the first or raise the second"
+                f"sink_frames = {self.sink_frames} must be less than cache_window_frames = {self.cache_window_frames}, "
+                "so that later frames have room; lower sink_frames or raise cache_window_frames"
             )
         for name in ("height", "width"):
             if getattr(self, name) < 16 or getattr(self, name) % 16:

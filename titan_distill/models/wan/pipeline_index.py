@@ -32,7 +32,8 @@ def exported_index(index: dict[str, Any], modules: Sequence[str], config: Mappin
 
 
 def read_index(folder: str) -> dict[str, Any]:
-    """The model_index.json of a diffusers pipeline; empty where none lies in `folder`. Raises ValueError."""
+    """Returns the model_index.json of a diffusers pipeline; empty if `folder` has none. Raises ValueError for an
+    invalid file."""
     file = Path(folder) / PIPELINE_INDEX
     if not folder or not file.is_file():
         return {}

@@ -92,7 +92,7 @@ class WanFamily(ModelFamily):
         return needed_tensors(known)
 
     def _stored(self, role: RoleConfig) -> StoredWeights | None:
-        """The weights that the role starts from; None where they are drawn."""
+        """Returns the weights that the role starts from; None if they are random."""
         weights = role.path or role.init_from
         return self._open(weights) if weights else None
 
@@ -159,7 +159,7 @@ class WanFamily(ModelFamily):
             )
 
     def _networks(self) -> dict[str, RoleConfig]:
-        """The roles that are networks of the family, and no heads."""
+        """Returns the roles that are networks of the family, not heads."""
         return {name: role for name, role in self.config.roles.items() if role.flavor != HEAD_FLAVOR}
 
     def _check_latents(self, name: str, role: RoleConfig, architecture: WanConfig) -> None:
@@ -195,7 +195,8 @@ class WanFamily(ModelFamily):
 
     @functools.cached_property
     def _space(self) -> LatentSpace:
-        """The latent space of the pipeline's VAE, or of the first role where there is no pipeline."""
+        """Returns the latent space of the pipeline's VAE. Without a pipeline it is the published one with the channels
+        of the first role's network."""
         name, role = next(iter(self._networks().items()))
         return find_latent_space(
             self.config.pipeline_config.path, lambda: self._architecture(name, role, by_name=True).out_channels
@@ -206,10 +207,10 @@ class WanFamily(ModelFamily):
         return pipeline.num_frames, pipeline.height, pipeline.width
 
     def _architecture(self, name: str, role: RoleConfig, *, by_name: bool, expert: str = TRANSFORMER) -> WanConfig:
-        """The configuration of the role's network: dense weights may become a sparse or a causal model, but not the
-        other way round.
+        """Returns the configuration of the role's network. Dense weights may become a sparse or a causal model, but not
+        the reverse.
 
-        `by_name` believes a flavor without reading any file.
+        `by_name` uses the flavor without reading files.
         """
         stored = self._stored(role)
         if stored is None or (by_name and role.flavor):
@@ -272,7 +273,7 @@ class WanFamily(ModelFamily):
         num_blocks = _wan(module).config.num_layers
         if outside := [depth for depth in depths if not 0 <= depth < num_blocks]:
             raise ValueError(
-                f"a head is to read features behind block {outside[0]}, but the network has {num_blocks} blocks, "
+                f"a head reads features after block {outside[0]}, but the network has {num_blocks} blocks, "
                 f"counted from 0; choose from 0 to {num_blocks - 1}"
             )
         return _wan(module).config.inner_dim
@@ -308,5 +309,6 @@ def _attending(architecture: WanConfig, attention: str) -> WanConfig:
 
 
 def _used(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-    """The tensors that a network has. Published weights hold others, which a LoRA merge into them passes on."""
+    """Yields only the tensors that the network has. Published weights contain others, which remain after a LoRA adapter
+    is merged into them."""
     return ((name, tensor) for name, tensor in tensors if UNUSED_KEY not in name)

@@ -1,8 +1,8 @@
 """The pictures that validation videos start from, beside the prompts of `validation.prompts`.
 
 A .csv names them in its column `image`, or takes the first frames of its column `video`; a parquet file has them as
-first frames of its latents, or as the tensors of `image_channels`. Prompt k starts from the picture of its own row, so
-that text and picture fit; rows repeat, as prompts do, where there are fewer of them.
+first frames of its latents, or as the tensors of `image_channels`. Prompt k starts from the picture in its own row. If
+there are fewer rows than prompts, rows repeat like prompts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ IMAGE, VIDEO = "image", "video"
 
 
 class FirstFrames:
-    """First latent frames by prompt. Raises ValueError for a file without pictures, or that can't be read."""
+    """First latent frames of validation videos, by prompt. Raises ValueError for a file without pictures, or one that
+    can't be read."""
 
     def __init__(self, path: str, height: int, width: int) -> None:
         self._size = height, width
@@ -37,7 +38,8 @@ class FirstFrames:
             raise ValueError(f"pipeline_config.validate_from_image = true, but {path} has no latents; set it to false")
 
     def latents(self, prompts: Sequence[int], adapter: Adapter) -> Tensor:
-        """[B, C, 1, H, W], of the prompts with these indices. Raises ValueError for a picture that can't be decoded."""
+        """Returns [B, C, 1, H, W] for the prompts with these indices. Raises ValueError for a picture that can't be
+        decoded."""
         return torch.stack([self._latent(index % len(self._rows), adapter) for index in prompts])
 
     def _latent(self, row: int, adapter: Adapter) -> Tensor:
@@ -59,9 +61,9 @@ class FirstFrames:
 
 
 class PictureRows:
-    """The tensors `names` of pictures, by prompt, from the parquet that has the prompts.
+    """Picture tensors `names` (see `image_channels`) by prompt, from the parquet file with the prompts.
 
-    There may be no names. Raises ValueError for a file without the tensors.
+    `names` may be empty. Raises ValueError for a file without the tensors.
     """
 
     def __init__(self, path: str, names: tuple[str, ...]) -> None:
@@ -74,7 +76,7 @@ class PictureRows:
         self._rows = ParquetDataset(path, tensors=names) if names else None
 
     def tensors(self, prompts: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """[B, ...] by name, of the prompts with these indices."""
+        """Returns tensors [B, ...] by name for the prompts with these indices."""
         if self._rows is None:
             return {}
         rows = [self._rows[index % len(self._rows)].extra for index in prompts]

@@ -1,4 +1,4 @@
-"""Stored Wan networks: of a diffusers folder or of a role in a checkpoint, each file read once."""
+"""Stored Wan networks in a diffusers folder or in a role of a checkpoint. Each file is read once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from titan_distill.models.wan.transformer import WanTransformer
 EXPERTS = (TRANSFORMER, TRANSFORMER_2)
 
 WeightLoader = Callable[[WanTransformer], None]
-"""Fills a model that has storage, in whatever layout it has."""
+"""Function that fills a materialised model, in any layout, with weights."""
 
 
 class StoredWeights:
@@ -32,13 +32,13 @@ class StoredWeights:
 
     @functools.cached_property
     def experts(self) -> tuple[str, ...]:
-        """Names of the networks that are there."""
+        """Names of the stored networks."""
         if self._reference is not None:
             return tuple(self._reference.trained.modules)
         return EXPERTS if (Path(self.weights) / TRANSFORMER_2).is_dir() else EXPERTS[:1]
 
     def architecture(self, expert: str) -> WanConfig:
-        """The configuration of one network. Raises ValueError where none can be read."""
+        """Returns the configuration of one network. Raises ValueError if it cannot be read."""
         if expert not in self._architectures:
             self._architectures[expert] = (
                 read_config(network_folder(Path(self.weights), expert))
@@ -48,7 +48,7 @@ class StoredWeights:
         return self._architectures[expert]
 
     def loader(self, expert: str) -> WeightLoader:
-        """The function that fills a model with one network's weights; reads nothing yet."""
+        """Returns a function that fills a model with one network's weights. Nothing is read before it is called."""
         if is_reference(self.weights):
             return partial(read_weights, self.weights, name=expert)
         return partial(load_weights, folder=network_folder(Path(self.weights), expert))

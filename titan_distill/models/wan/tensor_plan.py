@@ -46,7 +46,9 @@ def apply_tensor_parallel(model: WanTransformer, mesh: DeviceMesh, *, by_tokens:
     """
     heads = model.config.num_attention_heads
     if heads % mesh.size():
-        raise ValueError(f"{heads} attention heads can't be shared by {mesh.size()} tensor-parallel ranks")
+        raise ValueError(
+            f"{heads} attention heads can't be shared by {mesh.size()} tensor-parallel ranks; use a divisor"
+        )
     group = mesh.get_group()
     region = Region(group)
     model.token_region = TokenRegion(group) if by_tokens else None
@@ -81,7 +83,7 @@ def apply_tensor_parallel(model: WanTransformer, mesh: DeviceMesh, *, by_tokens:
 
 
 def _shards(model: WanTransformer) -> dict[str, int]:
-    """The dim along which each cut parameter is cut."""
+    """Returns the dim along which each sharded parameter is cut, by name."""
     shards = {}
     for name, _ in model.named_parameters():
         module, _, leaf = name.rpartition(".")

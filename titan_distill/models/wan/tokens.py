@@ -1,4 +1,4 @@
-"""From latent video to a sequence of tokens and back, and where each token sits.
+"""Conversion of latent video to a sequence of tokens and back, and the position of each token.
 
 Latents are cut into patches, one token each. Tokens are put into tile order (see `titan_kernels.layout`) while they are
 still raw patches and put back when they are raw velocities again: with 64 numbers a token instead of 5120 the two
@@ -35,7 +35,7 @@ _NUM_CACHED_SEGMENTS = 32
 
 @dataclass(frozen=True, eq=False)
 class TokenContext:
-    """The tokens of a batch as attention and modulation need to know them, in tile order.
+    """Properties of a batch's tokens that attention and modulation need, in tile order.
 
     Attributes:
         layout: the tile layout.

@@ -167,8 +167,8 @@ class WanTransformer(nn.Module):
 
     @property
     def tile(self) -> tuple[int, int, int]:
-        """Tokens that lie together along (frames, height, width). A causal model's lie frame after frame, so that
-        every segment is one run of them."""
+        """Size of a tile in tokens along (frames, height, width). A causal model has tiles of one frame, so that every
+        segment is one run of tokens."""
         return DEFAULT_TILE if self.segmentation is None else (1, *DEFAULT_TILE[1:])
 
     def _layer_contexts(self, context: TokenContext, cache: KVCache | None) -> list[TokenContext]:
@@ -223,7 +223,7 @@ class WanTransformer(nn.Module):
 
 
 def _sequence_context(context: TokenContext, sequence: SequenceParallel) -> TokenContext:
-    """The phases and rows of this rank's tokens."""
+    """Returns the context of this rank's tokens."""
     layout, row_BL = context.layout, context.row_BL
     return replace(
         context,

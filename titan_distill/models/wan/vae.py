@@ -1,7 +1,7 @@
-"""Between pixels and the normalised latents that Wan's transformer works on.
+"""Conversion between pixels and the normalised latents that Wan's transformer processes.
 
-The one place that knows both conventions: pixels are uint8 frames [B, T, H, W, 3], [-1, 1] inside the VAE; latents are
-`(z - latents_mean) / latents_std`, with the statistics of the VAE's config, [B, C, F, H, W].
+Pixels are uint8 frames [B, T, H, W, 3], in [-1, 1] inside the VAE. Latents are `(z - latents_mean) / latents_std`, with
+the statistics of the VAE's config, [B, C, F, H, W].
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def num_decoded_at_once(device: torch.device) -> int:
-    """Clips in one call of the decoder. A GPU is filled by one, whose activations take gigabytes; on a CPU more than a
-    few fall out of the caches."""
+    """Returns the number of clips per call of the decoder. One clip fills a GPU, with gigabytes of activations; on a
+    CPU more than a few clips do not fit in the caches."""
     return 1 if device.type == "cuda" else 4
 
 
 def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
-    """diffusers' AutoencoderKLWan from its folder, or from the pipeline folder around it; raises `ValueError` when
-    there is none."""
+    """Loads diffusers' AutoencoderKLWan from its folder or from its pipeline's folder. Raises `ValueError` if there is
+    none."""
     from diffusers import AutoencoderKLWan
 
     folder = path / "vae" if (path / "vae").is_dir() else path
@@ -37,28 +37,31 @@ def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype = torch.
 
 
 def vae_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
-    """Dtype in which a run encodes and decodes: bf16 on a GPU that has it, if the run computes in bf16; else fp32."""
+    """Returns the dtype in which a run encodes and decodes: bf16 if the run computes in bf16 on a GPU that supports it,
+    else fp32."""
     is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if is_fast and compute == torch.bfloat16 else torch.float32
 
 
 @torch.no_grad()
 def encode_video(vae: AutoencoderKLWan, frames_BTHW3: Tensor) -> Tensor:
-    """Normalised latents, fp32 on the VAE's device, of uint8 frames on any device: the posterior's mean, because
-    training adds noise of its own and the mean is reproducible."""
+    """Encodes uint8 frames on any device to normalised latents, fp32 on the VAE's device.
+
+    The latents are the mean of the posterior, which is reproducible; training adds its own noise.
+    """
     return _encode(vae, _signed(vae, frames_BTHW3))
 
 
 @torch.no_grad()
 def encode_image(vae: AutoencoderKLWan, images_BHW3: Tensor, num_frames: int) -> Tensor:
-    """Normalised latents as of `encode_video`, of clips that are a uint8 picture first and grey then."""
+    """Encodes clips that show a uint8 picture first and are grey afterwards, like `encode_video`."""
     first_BC1HW = _signed(vae, images_BHW3[:, None])
     grey = first_BC1HW.new_zeros(1).expand(*first_BC1HW.shape[:2], num_frames - 1, *first_BC1HW.shape[3:])
     return _encode(vae, torch.cat([first_BC1HW, grey], 2))
 
 
 def _signed(vae: AutoencoderKLWan, frames_BTHW3: Tensor) -> Tensor:
-    """[B, C, T, H, W] in [-1, 1] on the VAE's device."""
+    """Converts frames to [B, C, T, H, W] in [-1, 1] on the VAE's device."""
     return to_device(frames_BTHW3, vae.device).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
 
 
@@ -70,23 +73,23 @@ def _encode(vae: AutoencoderKLWan, video_BCTHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
-    """uint8 frames [B, T, H, W, 3] on the VAE's device of normalised latents."""
+    """Decodes normalised latents to uint8 frames [B, T, H, W, 3] on the VAE's device."""
     mean, std = _statistics(vae)
     chunks = (latents_BCFHW.float() * std + mean).to(vae.dtype).split(num_decoded_at_once(vae.device))
     return torch.cat([_pixels(vae.decode(chunk).sample) for chunk in chunks])
 
 
 def _pixels(video_BCTHW: Tensor) -> Tensor:
-    """uint8 [B, T, H, W, 3] of [-1, 1]; may overwrite its argument, which is large."""
+    """Converts [-1, 1] to uint8 [B, T, H, W, 3]. It may overwrite its argument, to save memory."""
     video_BCTHW = video_BCTHW.float().clamp_(-1, 1).add_(1).mul_(127.5).round_()
     return video_BCTHW.to(torch.uint8).permute(0, 2, 3, 4, 1)
 
 
 def restart(vae: AutoencoderKLWan, latents_BCFHW: Tensor, num_frames: int) -> Tensor:
-    """The last `num_frames` latent frames of a longer video, as a video that begins there.
+    """Returns the last `num_frames` latent frames of a longer video as a separate video.
 
-    The first latent frame of a video stands for one picture, each later one for four. The new first one is
-    therefore decoded, in the light of all before it, and its last picture encoded as the beginning of a video.
+    The first latent frame of a video stands for one picture, each later one for four. The new first latent frame is
+    therefore decoded, together with all frames before it, and its last picture is encoded as the beginning of a video.
     """
     start = latents_BCFHW.shape[2] - num_frames
     if not start or not len(latents_BCFHW):
