@@ -248,9 +248,9 @@ def test_descriptions() -> None:
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"mode": "full", "selective_interval": 2}, "selective_interval = 2 has no effect with mode = 'full'"),
-        ({"skip_interval": 2}, "skip_interval = 2 has no effect with mode = 'none'"),
-        ({"mode": "full", "skip_interval": 1}, "leaves every block"),
+        ({"mode": "full", "selective_interval": 2}, 'selective_interval = 2 has no effect with mode = "full"'),
+        ({"skip_interval": 2}, 'skip_interval = 2 has no effect with mode = "none"'),
+        ({"mode": "full", "skip_interval": 1}, "leaves all blocks"),
         ({"mode": "selective", "selective_interval": 0}, "selective_interval = 0 is out of range"),
         ({"mode": "full", "skip_interval": -1}, "skip_interval = -1 is out of range"),
     ],

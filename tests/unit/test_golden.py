@@ -30,7 +30,7 @@ ITS_OWN = {
     "self_forcing": {"roles.student.init_from", "roles.student.flavor", "roles.student.path"},
     "rcm": {"method_config.tangent_warmup"},
 }  # fmt: skip
-OFF = ("checkpoint.", "validation.")
+OFF = ("checkpoint.", "validation.", "job.imports")  # imports: the scorer of validation
 
 
 def values(path: str) -> dict[str, Any]:

