@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from titan_distill.config.config import Config
-from titan_distill.config.role_sections import RoleConfig
+from titan_distill.config.role_sections import OptimizerConfig, ParallelismConfig, RoleConfig
 from titan_distill.config.sections import DataConfig, JobConfig, RecipeConfig, TrainingConfig
 from titan_distill.models.wan.pipeline_config import WanPipelineConfig
 
@@ -15,7 +15,15 @@ def wan_config(*, attention: Any = "dense", **sections: Any) -> Config:
     return Config(
         job=JobConfig(name="test"),
         recipe=RecipeConfig(method="finetune"),
-        roles={"student": RoleConfig(trainable=True, flavor="tiny", attention=attention)},
+        roles={
+            "student": RoleConfig(
+                trainable=True,
+                flavor="tiny",
+                attention=attention,
+                optimizer=OptimizerConfig(),
+                parallelism=sections.get("parallelism", ParallelismConfig()),
+            )
+        },
         method_config=None,
         pipeline_config=WanPipelineConfig(),
         data=DataConfig(path="data"),

@@ -192,9 +192,12 @@ def test_transformer_engine_is_refused_where_it_cannot_be_imported(
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"recipe": "rowwise"}, "recipe has no effect with enabled = false"),
+        ({"recipe": "rowwise"}, 'recipe = "rowwise" has no effect with enabled = false'),
         ({"enabled": True, "recipe": "rowwise", "all_gather": True}, "all_gather = true needs one scale per tensor"),
-        ({"enabled": True, "backend": "transformer_engine", "emulate": True}, "emulate = True is only for backend"),
+        (
+            {"enabled": True, "backend": "transformer_engine", "emulate": True},
+            'emulate = true has no effect with backend = "transformer_engine"',
+        ),
         ({"enabled": True, "min_features": 8}, "min_features = 8 is out of range"),
     ],
 )

@@ -156,7 +156,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
     ("more", "message"),
     [
         ("--roles.teacher.lora.rank 4", "leaves lora.rank = 4 without effect"),
-        ("--roles.student.lora.rank 0", "alpha has no effect with rank = 0"),
+        ("--roles.student.lora.rank 0", "alpha = 8.0 has no effect with rank = 0"),
         ("--roles.student.lora.rank -1", "rank = -1 is out of range"),
         ("--roles.student.lora.dropout 0.1", 'lora.dropout = "0.1" is not known'),
         ("--roles.student.attention sparse", "does not go with attention = 'sparse'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def test_the_start_of_a_job_resolves_once(tmp_path: Path, monkeypatch: pytest.Mo
     count(layouts, "_num_micro_batches", "layouts")
     count(ModelFamily, "__init__", "families")
     monkeypatch.setattr(io, "open", open_)
-    with Stop() as stop:
-        trainer = start(tiny_argv("dmd2", tmp_path / "run", "--training.steps", "1", *paths), stop)
+    with Stop() as stop, ExitStack() as held:
+        trainer = start(tiny_argv("dmd2", tmp_path / "run", "--training.steps", "1", *paths), stop, held)
     assert trainer is not None
     trainer.metrics.close()
     assert (counts["layouts"], counts["families"]) == (1, 1)
