@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -106,8 +107,8 @@ def arguments(job: str, data: Path, output: Path, *more: str) -> list[str]:
 
 def run(arguments: list[str]) -> None:
     """Trains. Fails with the place of every fault, and of every wait that the tables don't have."""
-    with claimed_device() as device:
-        trainer = train.start(arguments, Stop())
+    with claimed_device() as device, ExitStack() as held:
+        trainer = train.start(arguments, Stop(), held)
         assert trainer is not None and trainer.timer.device.type == "cuda"
         while trainer.state.step < WARM_UP:
             trainer.train_step()
