@@ -209,5 +209,5 @@ def test_inductor_computes_the_same_gradients(checkpointing: ActivationCheckpoin
 
 
 def test_mode_without_compilation_is_refused() -> None:
-    with pytest.raises(ValueError, match="mode = 'max-autotune-no-cudagraphs' has no effect with enabled = false"):
+    with pytest.raises(ValueError, match='mode = "max-autotune-no-cudagraphs" has no effect with enabled = false'):
         CompileConfig(mode="max-autotune-no-cudagraphs")
