@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_every_group_has_the_configured_timeout(tmp_path: Path) -> None:
 
 
 def train_offloaded(argv: Sequence[str]) -> int:
-    trainer = train.start(list(argv), Stop())
+    trainer = train.start(list(argv), Stop(), ExitStack())
     assert trainer is not None
     laid_out = {role.name: shards_of(role) for role in trainer.roles}
     for role in trainer.roles:

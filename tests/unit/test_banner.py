@@ -22,13 +22,14 @@ LAYOUTS = {
     "tensor for all": (4, ("--parallelism.tensor", "2"), "FSDP 2 × tensor 2", "FSDP 2 × tensor 2"),
     "tensor for the teacher": (4, ("--roles.teacher.parallelism.tensor", "4"), "tensor 4", "FSDP 4"),
     "offloaded teacher": (
-        2,
+        8,
         ("--roles.teacher.parallelism.cpu_offload", "true"),
-        "FSDP 2, offloaded to the CPU",
-        "FSDP 2",
+        "FSDP 8, offloaded to the CPU",
+        "FSDP 8",
     ),
 }
-"""Ranks, overrides, layout of the teacher, layout of student and critic."""
+"""Ranks, overrides, layout of the teacher, layout of student and critic. Never two ranks: PyTorch remembers meshes by
+their ranks, and later tests in this process fork two real ones."""
 
 
 @pytest.fixture(params=LAYOUTS)
