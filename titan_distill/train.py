@@ -11,8 +11,8 @@ import hashlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from titan_distill.config.text import redacted
 from titan_distill.data.loader import SampleLoader, open_dataset
 from titan_distill.data.rows import RowDataset
 from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
-from titan_distill.fault_tolerance import run_lock
 from titan_distill.fault_tolerance.exit_codes import (
     EXIT_BAD_INPUT,
     EXIT_COME_AGAIN,
@@ -45,7 +44,7 @@ from titan_distill.fault_tolerance.exit_codes import (
 from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 from titan_distill.fault_tolerance.run_folder import Run, check_folder, open_run, read_run, resumes
-from titan_distill.fault_tolerance.run_lock import Owner, RunLock, read_owner
+from titan_distill.fault_tolerance.run_lock import RunLock, check_free
 from titan_distill.fault_tolerance.signals import Stop
 from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog, record_collectives
 from titan_distill.methods.base import Head, TrainingMethod
@@ -131,21 +130,17 @@ def check_output(config: Config) -> None:
     folder = config.job.output_folder
     probe_folder(folder, "job.output_dir" if config.job.output_dir else "job.name")
     check_folder(folder, config.checkpoint.resume_from, overwrite=config.job.overwrite)
-    if (owner := read_owner(folder / run_lock.NAME)) is not None and owner.is_dead(Owner.current()) is False:
-        raise ValueError(f"{folder} is in use by {owner}; {IN_USE}")
+    check_free(folder, IN_USE)
 
 
-def open_folder(config: Config, command: Sequence[str]) -> RunLock:
+@contextmanager
+def open_folder(config: Config, command: Sequence[str]) -> Iterator[RunLock]:
     """Locks the output folder and makes it this run's. For one process per run. Raises as `check_output`."""
     folder, resume_from = config.job.output_folder, config.checkpoint.resume_from
-    lock = RunLock(folder, remedy=IN_USE).acquire()
-    try:
+    with RunLock(folder, remedy=IN_USE) as lock:
         parent, step = (None, 0) if not resume_from or resumes(folder, resume_from) else _parent(Path(resume_from))
         open_run(folder, resume_from, overwrite=config.job.overwrite, command=command, parent=parent, parent_step=step)
-    except BaseException:
-        lock.release()
-        raise
-    return lock
+        yield lock
 
 
 def _parent(resume_from: Path) -> tuple[Run | None, int]:

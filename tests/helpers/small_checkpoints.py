@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from titan_distill import cli
 from titan_distill.checkpoint import commit, storage
@@ -28,18 +29,23 @@ CONFIG = WanConfig(
 )
 
 
-def make_role(name: str, seed: int, *, ema: bool) -> RoleHandle:
-    torch.manual_seed(seed)
-    module = WanTransformer(CONFIG)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+def trained_role(name: str, module: nn.Module, *, ema: Ema | None, lr: float = 1e-2) -> RoleHandle:
+    """A role with AdamW and a learning rate that changes at every update."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
     return RoleHandle(
         name,
         {"transformer": module},
         trainable=True,
         optimizers={"transformer": optimizer},
         schedulers={"transformer": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))},
-        ema=Ema(module, decay=0.9, start_step=0) if ema else None,
+        ema=ema,
     )
+
+
+def make_role(name: str, seed: int, *, ema: bool) -> RoleHandle:
+    torch.manual_seed(seed)
+    module = WanTransformer(CONFIG)
+    return trained_role(name, module, ema=Ema(module, decay=0.9, start_step=0) if ema else None)
 
 
 def make_roles(seed: int) -> RoleManager:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_checkpoints import trained_role
 from torch import nn
 
 from titan_distill.checkpoint import storage
@@ -41,15 +42,7 @@ RUN = RunInfo(family="toy", config_digest="d", frozen={"teacher": FrozenRole("we
 def make_role(name: str, seed: int, *, width: int = 5, ema: bool = False, lr: float = 1e-2) -> RoleHandle:
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
-    return RoleHandle(
-        name,
-        {"transformer": module},
-        trainable=True,
-        optimizers={"transformer": optimizer},
-        schedulers={"transformer": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))},
-        ema=Ema(module, decay=0.9, start_step=1) if ema else None,
-    )
+    return trained_role(name, module, ema=Ema(module, decay=0.9, start_step=1) if ema else None, lr=lr)
 
 
 def make_roles(seed: int, **student: Any) -> RoleManager:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from titan_distill.fault_tolerance.files import atomic
 from titan_distill.fault_tolerance.run_lock import NAME as LOCK
 
 NAME = "run.json"
@@ -70,9 +71,8 @@ def new_run(command: Sequence[str] = (), parent: str = "", parent_step: int = 0)
 def write_run(folder: Path, run: Run) -> None:
     """Writes `run.json`, complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{NAME}.{run.id}"
-    temporary.write_text(json.dumps(asdict(run), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / NAME)
+    with atomic(folder / NAME) as temporary:
+        temporary.write_text(json.dumps(asdict(run), indent=2) + "\n", encoding="utf-8")
 
 
 def has_checkpoints(folder: Path) -> bool:

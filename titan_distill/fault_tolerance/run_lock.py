@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from titan_distill.fault_tolerance.files import atomic
 from titan_distill.fault_tolerance.ranks import RankFailure
 
 NAME = "run.lock"
@@ -103,10 +104,6 @@ class RunLock:
         self._made_folder = False
 
     def __enter__(self) -> RunLock:
-        return self if self._thread is not None else self.acquire()
-
-    def acquire(self) -> RunLock:
-        """Takes the lock. Raises ValueError when a live process holds it."""
         self._made_folder = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while not self._create(self.path):
@@ -120,10 +117,6 @@ class RunLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Gives the lock back, if it is still this process's."""
         self._released.set()
         if self._thread is not None:
             self._thread.join()
@@ -168,15 +161,11 @@ class RunLock:
             return
         try:
             if (current := read_owner(self.path)) is None or current.token == found.token:
-                self._write()
+                with atomic(self.path) as temporary:
+                    temporary.write_text(json.dumps(asdict(self.owner)), encoding="utf-8")
                 logger.warning("%s: taken over from %s, which is gone", self.path, found)
         finally:
             claim.unlink(missing_ok=True)
-
-    def _write(self) -> None:
-        temporary = self.path.with_name(f"{NAME}.{self.owner.token}")
-        temporary.write_text(json.dumps(asdict(self.owner)), encoding="utf-8")
-        os.replace(temporary, self.path)
 
     def _renew(self) -> None:
         while not self._released.wait(self._renewal):
@@ -206,13 +195,24 @@ def wait_until_dead(path: Path, challenger: Owner, patience_seconds: float, reme
         token, changed = owner.token if owner else "", state[1]
         is_renewed = watched is not None and watched[0] == token and watched[1] != changed
         if dead is False or is_renewed:
-            raise ValueError(f"{path.parent} is in use by {owner}; {remedy}")
+            raise _in_use(path, owner, remedy)
         if watched != (token, changed):
             logger.warning("%s is held by %s: watching for %.0f s whether it lives", path, owner, patience_seconds)
             watched, since = (token, changed), time.monotonic()
         elif time.monotonic() - since >= patience_seconds:
             return owner or Owner("", "", "", 0, "")
         time.sleep(min(POLL_SECONDS, patience_seconds / 4))
+
+
+def check_free(folder: Path, remedy: str) -> None:
+    """Raises ValueError, naming the owner, when a live process of this host holds the folder's lock; never waits."""
+    path = folder / NAME
+    if (owner := read_owner(path)) is not None and owner.is_dead(Owner.current()) is False:
+        raise _in_use(path, owner, remedy)
+
+
+def _in_use(path: Path, owner: Owner | None, remedy: str) -> ValueError:
+    return ValueError(f"{path.parent} is in use by {owner}; {remedy}")
 
 
 def read_owner(path: Path) -> Owner | None:
