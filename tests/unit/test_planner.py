@@ -186,7 +186,7 @@ def test_one_gpu_job_fits_one_h100_and_says_how() -> None:
 def test_remedies_are_planned_when_it_does_not_fit() -> None:
     """Without checkpointing the 8-GPU job does not fit; both kinds of it are found, the cheaper one first."""
     argv = ["--job.config_file", str(EIGHT_GPUS), "--activation_checkpoint.mode", "none"]
-    with planner(4, GPUS["H100"]) as planned:
+    with planner(8, GPUS["H100"]) as planned:
         first = planned.plan(load_config(argv))
         remedies = planned.remedies(argv, first)
     assert not first.fits
