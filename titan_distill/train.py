@@ -144,7 +144,7 @@ def open_folder(config: Config, command: Sequence[str]) -> Iterator[RunLock]:
 
 
 def _parent(resume_from: Path) -> tuple[Run | None, int]:
-    """Returns the run and the step of a checkpoint in another folder."""
+    """Returns the run that saved a checkpoint of another folder, and the checkpoint's step."""
     checkpoint = discovery.resolve(resume_from)
     return read_run(checkpoint.parent.parent), read_manifest(checkpoint).step
 

@@ -122,7 +122,9 @@ def find_videos(folder: Path, captions: Iterable[str], captions_file: Path) -> d
         raise ValueError(f"{captions_file} names {_listed(without_video)}: no such video in {folder}")
     without_caption = sorted(set(videos) - set(captions))
     if without_caption:
-        raise ValueError(f"{folder} holds {_listed(without_caption)}: no caption in {captions_file}")
+        raise ValueError(
+            f"{folder}: {captions_file} has no caption for {_listed(without_caption)}; add them, or remove the files"
+        )
     if not videos:
         raise ValueError(f"no video in {folder}: expected files ending in {', '.join(SUFFIXES)}")
     return videos

@@ -177,8 +177,7 @@ def _convert_table(kind: Any, value: Any, at: Place) -> Any:
 
 
 def _located(message: str, kind: Any, table: Mapping[str, Any], at: Place) -> str:
-    """Returns the error of a section, whose message starts with the name of a field, with file and key put before
-    it."""
+    """Returns a section's error with file and section put before the field name that starts its message."""
     name = message.partition(" ")[0]
     if name in field_types(kind):
         place = at.child(name, table.get(name))

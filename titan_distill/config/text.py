@@ -1,8 +1,8 @@
 """Configuration as text: types in words, `--help`, values in errors, TOML.
 
 All of it comes from the annotations of the config dataclasses and the string literal under each field. Secrets do not
-belong in a configuration (they come from the environment), but someone will write one there. Text that leaves the
-process therefore redacts values by the name of their key, here and nowhere else.
+belong in a configuration (they come from the environment), but someone will write one there. In text that leaves
+the process, values are therefore redacted by the name of their key, here and nowhere else.
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ def decode(path: Path) -> Iterator[TimedFrame]:
                 if start + duration - (last.start if last else start) > _MAX_STANDSTILL_SECONDS:
                     # A damaged timestamp; resampled, the frame before it would be repeated for hours, or without end.
                     raise ValueError(
-                        f"{path} stands still for over {_MAX_STANDSTILL_SECONDS:g} seconds: its "
-                        "timestamps are damaged, encode it again or remove it"
+                        f"{path} shows one frame for over {_MAX_STANDSTILL_SECONDS:g} seconds: its "
+                        "timestamps are damaged; encode it again or remove it"
                     )
                 last = TimedFrame(start, start + duration, frame)
                 first = first or last

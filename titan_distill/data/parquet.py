@@ -318,7 +318,7 @@ def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, An
 
 def _to_record(row: LatentRow, extra: Iterable[str]) -> dict[str, Any]:
     if not row.caption.strip():
-        raise ValueError(f"row {row.id!r}: caption is empty: a dataset has one for each row")
+        raise ValueError(f"row {row.id!r}: caption is empty; write one, or remove the row")
     if set(row.extra) != set(extra):
         raise ValueError(
             f"row {row.id!r} has the tensors {sorted(row.extra)}, the first row {sorted(extra)}: use the same in all"

@@ -6,8 +6,8 @@ Any number of ranks, any layout, micro-batches and resumed jobs then get the sam
 saved. The price: two draws that must differ need different purposes.
 
 Normal noise comes from a counter-based generator (`titan_kernels.philox`): CPUs and GPUs of any kind draw the same
-numbers, to the last bit. 128 bits of the key's hash choose a stream of 2^64 calls, and a sample's elements are numbered
-in raster order. Uniforms and indices are the hash itself.
+numbers, to the last bit. 128 bits of the key's hash choose a stream of 2^64 Philox calls, and a sample's elements are
+numbered in raster order. Uniforms and indices are the hash itself.
 """
 
 import hashlib

@@ -194,7 +194,7 @@ class Adapter(ABC):
         and stores no activations. Fused attention kernels have no forward-mode derivative, so attention runs as plain
         matrix products, which hold the [queries, keys] matrix of scores in memory. Operations without a forward-mode
         derivative (sparse attention, compiled blocks, float8) raise NotImplementedError or RuntimeError; a method that
-        needs derivatives must refuse them in its validation. Collectives also exchange the tangents.
+        needs derivatives must refuse such roles in its validation. Collectives also exchange the tangents.
         """
         counting = self.work.forward_mode() if self.work else nullcontext()
         with counting, sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():

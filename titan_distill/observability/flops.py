@@ -8,16 +8,16 @@ layers, one forward of one sample is
         linear layers         self      cross-attention
 
 where 12 d² is q, k, v, out of self-attention and q, out of cross-attention. At 480p the second term leads already.
-Sparse attention with T tiles, of which each query tile reads K, has (with a gate, the coarse branch, and its scores)
+Sparse attention with M tiles, of which each query tile reads K, has (gate, selected tiles, coarse branch, its scores)
 
-    2 N d²  +  4 N (K N / T) d  +  4 T² d  +  2 T² d      instead of      4 N² d
+    2 N d²  +  4 N (K N / M) d  +  4 M² d  +  2 M² d      instead of      4 N² d
 
-so TFLOP/s and MFU count what is executed, never the dense products that were saved.
+so TFLOP/s and MFU never count the dense products that are skipped.
 
 `WorkCounter` counts forwards where they run instead of predicting them, so that random rollout exits, doubled batches
 of guidance and update ratios are right for every method, including those not written yet. Two totals are kept:
 *model* FLOPs are what the mathematics needs (a backward is two forwards), *hardware* FLOPs add what activation
-checkpointing recomputes, a share of a forward. MFU and HFU are their shares of the device's peak.
+checkpointing recomputes. MFU and HFU are their shares of the device's peak.
 """
 
 from __future__ import annotations

@@ -53,9 +53,10 @@ class States:
 
 
 def states(module: nn.Module, *, has_ema: bool) -> States:
-    """Returns the exact states of a role on this rank, from its local shards. `module` may be on the meta device.
+    """Returns the exact bytes of a role's states on this rank, from its local shards. `module` may be on the meta
+    device.
 
-    FSDP gives every rank equally many rows, and the last ranks fewer, so no rank holds more than rank 0.
+    FSDP gives the last ranks fewer rows or none, so no rank holds more than rank 0.
     """
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]

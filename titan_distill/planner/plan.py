@@ -42,12 +42,12 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class RolePlan:
-    """Plan of one role: its part on rank 0.
+    """Plan of one role on rank 0.
 
     Attributes:
-        num_exchanged: number of data groups whose samples the role processes in one batch.
+        num_exchanged: number of data-parallel groups whose samples the role processes in one batch.
         num_experts: networks of the role; each sample goes through one of them.
-        sparse: tiles that sparse attention reads at the end of its schedule; None for dense attention.
+        sparse: key tiles that a query tile reads at the end of the schedule; None for dense attention.
         segmentation: the segments of a causal role's videos; None for other roles.
         graph: bytes of the activations stored for the backward.
         temporary: peak bytes in addition to `states` and `graph`: gathered weights, working sets, buffers.
@@ -193,7 +193,7 @@ class _Calls:
 
     @property
     def sample(self) -> LocalForward:
-        """Forward pass over whole samples."""
+        """Shape of a forward pass over whole videos, for counting its bytes and FLOPs."""
         role, config = self.role, self.run.config
         return LocalForward(
             architecture=role.architecture,

@@ -95,7 +95,10 @@ class WanConfig:
         """
         class_name = config.get("_class_name", DIFFUSERS_CLASS_NAME)
         if class_name != DIFFUSERS_CLASS_NAME:
-            raise ValueError(f"config is of class {class_name!r}; a Wan transformer needs {DIFFUSERS_CLASS_NAME!r}")
+            raise ValueError(
+                f"the network's configuration is of class {class_name!r}, not {DIFFUSERS_CLASS_NAME!r}; name the "
+                "folder of a Wan transformer"
+            )
         values = {key: value for key, value in config.items() if not key.startswith("_")}
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:

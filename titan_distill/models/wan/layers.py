@@ -162,10 +162,10 @@ class CrossAttention(Attention):
 
 
 def modulation_parts(rows_RKM: Tensor, row_BL: Tensor | None) -> list[Tensor]:
-    """Split modulation rows into their K parts, each [B, 1, M] (row b for sample b) or, by `row_BL`, [B, L, M].
+    """Split modulation rows into their K parts, each [B, 1, M] (row b for sample b) or, with `row_BL`, [B, L, M].
 
-    Indexing goes through `embedding`, whose backward sums the gradients of equal rows without atomics: the result does
-    not change from run to run.
+    Indexing goes through `embedding`, whose backward sums the gradients of a repeated row without atomics: the result
+    does not change from run to run.
     """
     parts = rows_RKM.unbind(1)
     if row_BL is None:

@@ -45,12 +45,12 @@ class WanPipelineConfig:
     """Latent frames per block of a causal role. All frames of a block are made together: they attend to each other and
     to earlier blocks."""
     independent_first_frame: bool = False
-    """Make the first block of a causal role one latent frame long: a picture."""
+    """Make a causal role's first block of frames a single latent frame, which a picture can be."""
     cache_window_frames: int = 0
     """Size of a causal role's KV cache in latent frames, sink_frames included; 0 caches all. A limit bounds memory and
     FLOPs per block, so that videos may have any length."""
     sink_frames: int = 0
-    """Attention sink: the first frames, never evicted from the KV cache."""
+    """Attention sink: number of first latent frames that are never evicted from the KV cache."""
     image_probability: float = 0.0
     """Share of the training samples that start from an image, their own first latent frame (image-to-video); the rest
     has text only. Wan 2.2 TI2V was trained with 0.2."""

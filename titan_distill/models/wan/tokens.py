@@ -39,10 +39,10 @@ class TokenContext:
 
     Attributes:
         layout: the tile layout.
-        cos_LD, sin_LD: fp32 rotary phases; a pair of head channels has one cosine twice and one sine as (-sin, sin).
+        cos_LD, sin_LD: fp32 rotary factors; each pair of head channels holds (cos, cos) and (-sin, sin).
         row_BL: int64, the row of the modulation that each token uses; None if sample b uses row b throughout.
         num_selected: see `AttentionCall`.
-        attention: self-attention of this layer and forward, where it is not the layer's own (causal roles).
+        attention: replaces this layer's own self-attention in this forward (causal roles).
         text: this layer's cache of the text's keys and values (causal roles).
     """
 

@@ -99,7 +99,7 @@ class WanTransformer(nn.Module):
         return DenseAttention() if self.sparse_attention is None else self.sparse_attention
 
     def set_attention(self, attention: ShardedAttention) -> None:
-        """Let every block attend to its video tokens through `attention`."""
+        """Make `attention` the self-attention of every block."""
         for block in self.blocks:
             assert isinstance(block, WanBlock)
             block.attn1.attention = attention
