@@ -196,7 +196,26 @@ def check_cadence_and_ema(folder: Path) -> None:
     ):
         trainer.run()
     assert log == ["0s", "0c", "1c", "2c", "3s", "3c", "4c", "5c", "6s", "6c", "7c"]
-    assert ticks == [1, 2, 3]
+    assert ticks == [0, 3, 6]
+
+
+def check_ema_start(folder: Path) -> None:
+    """Ratio 3 and a start after 4 training steps: equal to the weights after the updates of steps 0 and 3, an average
+    from that of step 6 on, which is the student's third."""
+    options = ("--method_config.update_ratio", "3", "--ema.decay", "0.75", "--ema.start_step", "4")
+    trainer = toy_trainer(folder, "dmd2", *options)
+    student = trainer.roles["student"]
+    assert student.ema is not None
+    average: list[Tensor] = []
+    for step in range(8):
+        trainer.train_step()
+        weights = [p.detach().clone() for p in student.parameters()]
+        if step < 4:
+            average = weights
+        elif step == 6:
+            average = [0.75 * a + 0.25 * w for a, w in zip(average, weights, strict=True)]
+        for expected, found in zip(average, student.ema.shadow.values(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def check_per_sample_normaliser(folder: Path) -> None:
@@ -208,6 +227,18 @@ def check_per_sample_normaliser(folder: Path) -> None:
     torch.testing.assert_close(g, torch.tensor([[1.0, 1.0], [0.01, 0.01]], dtype=torch.float64))
 
 
+def check_score_times(folder: Path) -> None:
+    """`ts_schedule` keeps score times from below the step after the exit, `ts_schedule_max` from above the exit, each
+    alone; at shift 3, where the schedule's levels are 1, 0.9, 0.75 and 0.5."""
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for lower, upper in ((False, False), (True, False), (False, True), (True, True)):
+        switches = ("--method_config.ts_schedule", str(lower), "--method_config.ts_schedule_max", str(upper))
+        trainer = toy_trainer(folder, "dmd2", "--pipeline_config.flow_shift", "3", *(s.lower() for s in switches))
+        for exit_index, (level, after) in enumerate(((1.0, 0.9), (0.9, 0.75), (0.75, 0.5), (0.5, 0.0))):
+            expected = torch.tensor([after if lower else 0.0, level if upper else 1.0]).double().clamp(0.02, 0.98)
+            torch.testing.assert_close(method_of(trainer)._score_sigma(ends, exit_index), expected)
+
+
 SPIES: dict[str, Callable[[Path], None]] = {
     check.__name__: check
     for check in (
@@ -217,6 +248,8 @@ SPIES: dict[str, Callable[[Path], None]] = {
         check_loss_against_transcription,
         check_critic_loss_against_transcription,
         check_cadence_and_ema,
+        check_ema_start,
+        check_score_times,
         check_per_sample_normaliser,
     )
 }
@@ -231,23 +264,23 @@ def test_spy(name: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------
 
 
-def _no_backward_simulation(
-    self: Dmd2, batch: Batch, condition: Any, step: int, purpose: str, exit_index: int
-) -> Tensor:
+def _no_backward_simulation(self: Dmd2, batch: Batch, condition: Any, step: int, purpose: str, levels: Any) -> Tensor:
     return self.normal(f"{purpose}/noise/0", batch, step)
 
 
 def _rollout_with_gradient(self: Dmd2, batch: Batch, condition: Any, step: int, purpose: str) -> dmd2.Rollout:
     exit_index = self.noise.index(f"{purpose}/exit", step, len(self.sigmas))
-    x = self._student_input(batch, condition, step, purpose, exit_index)
-    return dmd2.Rollout(self._student_x0(x, exit_index, condition), exit_index)
+    levels = self.rollout_levels(batch, step, purpose, exit_index)
+    x = self._student_input(batch, condition, step, purpose, levels)
+    return dmd2.Rollout(self._student_x0(x, levels[-1], condition), exit_index)
 
 
 def _last_exit_for_critic(self: Dmd2, batch: Batch, condition: Any, step: int, purpose: str) -> dmd2.Rollout:
     exit_index = 3 if "critic" in purpose else self.noise.index(f"{purpose}/exit", step, len(self.sigmas))
+    levels = self.rollout_levels(batch, step, purpose, exit_index)
     with torch.no_grad():
-        x = self._student_input(batch, condition, step, purpose, exit_index)
-    return dmd2.Rollout(self._student_x0(x, exit_index, condition), exit_index)
+        x = self._student_input(batch, condition, step, purpose, levels)
+    return dmd2.Rollout(self._student_x0(x, levels[-1], condition), exit_index)
 
 
 def _loss_through_the_scores(self: Dmd2, batch: Batch, step: int) -> Any:
@@ -287,14 +320,26 @@ def _always_student(self: Dmd2, step: int) -> list[Any]:
     return [dmd2.Update("student", self.student_loss), dmd2.Update("critic", self.critic_loss)]
 
 
+def _both_bounds(u_B: Tensor, *, low: float, high: float, **options: Any) -> Tensor:
+    """The upper bound follows the lower one."""
+    return ORIGINAL_SCORE_SIGMA(u_B, low=low, high=high if low == 0 else min(high, low + 0.25), **options)
+
+
+ORIGINAL_SCORE_SIGMA = dmd2.schedule.score_sigma
+
+
 def _x0_critic_loss(kind: str, *tensors: Tensor) -> Tensor:
     return ORIGINAL_CRITIC_LOSS("x0", *tensors)
 
 
-def _step_and_tick_again(self: RoleHandle, *, tick_ema: bool) -> None:
-    ORIGINAL_STEP(self, tick_ema=tick_ema)
+def _step_and_tick_again(self: RoleHandle, train_step: int, *, tick_ema: bool) -> None:
+    ORIGINAL_STEP(self, train_step, tick_ema=tick_ema)
     if self.ema is not None:
-        self.ema.update(self.transformer, self.num_updates)
+        self.ema.update(self.transformer, train_step)
+
+
+def _step_counts_updates(self: RoleHandle, train_step: int, *, tick_ema: bool) -> None:
+    ORIGINAL_STEP(self, self.num_updates, tick_ema=tick_ema)
 
 
 def _guidance_off_by_one(self: Dmd2Config) -> Any:
@@ -342,6 +387,14 @@ MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]] = {
     "EMA ticks twice an update": (
         lambda: patch.object(RoleHandle, "step", _step_and_tick_again),
         "check_cadence_and_ema",
+    ),
+    "one switch for both bounds of score times": (
+        lambda: patch.object(dmd2.schedule, "score_sigma", _both_bounds),
+        "check_score_times",
+    ),
+    "EMA starts by the role's updates": (
+        lambda: patch.object(RoleHandle, "step", _step_counts_updates),
+        "check_ema_start",
     ),
     "x0 loss for flow loss in the critic": (
         lambda: patch.object(losses, "critic_loss", _x0_critic_loss),

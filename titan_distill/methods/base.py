@@ -37,6 +37,10 @@ class LossResult:
     """Detached [B] values, averaged over the global batch and logged under their key."""
 
 
+GlobalMean = Callable[[Tensor], Tensor]
+"""Mean over the global batch of values [N, ...], one for each of this rank's samples. Collective."""
+
+
 @dataclass(frozen=True)
 class Update:
     """One optimizer step of one role."""
@@ -46,6 +50,9 @@ class Update:
     """Called as `loss(micro_batch, step)` once per micro-batch, with gradients enabled."""
     ema: bool = True
     """Whether this update also updates the role's EMA, if the role has one."""
+    prepare: Callable[[Sequence[Batch], int, GlobalMean], Sequence[Batch]] | None = None
+    """Called as `prepare(micro_batches, step, mean)` before the first loss, without gradients. It returns the
+    micro-batches that `loss` gets, for instance with tensors that depend on the whole global batch."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,11 @@ class TrainingMethod(ABC):
     @abstractmethod
     def updates(self, step: int) -> list[Update]:
         """Returns the updates due at `step` (counted from 0), in the order they must run."""
+
+    @abstractmethod
+    def num_updates(self, num_steps: int) -> dict[str, int]:
+        """Returns how many updates each trained role has in the first `num_steps` steps, by a formula: a run may have
+        more steps than can be counted one by one. Learning-rate schedules need it."""
 
     def normal(self, purpose: str, batch: Batch, step: int, shape: Sequence[int] | None = None) -> Tensor:
         """Returns standard normal noise [B, *shape] keyed by `purpose`, step and sample. Default shape: that of
