@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from titan_distill.config.config import Config
 from titan_distill.config.parsing import check_range
+from titan_distill.config.resume import logged
 from titan_distill.data.loader import Batch
 from titan_distill.methods.base import LossResult, Passes, Update
 from titan_distill.methods.dmd2 import Dmd2, Dmd2Config
@@ -34,7 +35,7 @@ class RcmConfig(TangentConfig, Dmd2Config):
     """True: after the warm-up every update_ratio-th step updates only the student, every other step only the critic;
     ratio 5 then gives four critic updates per student update. False: every step updates the critic, so ratio 5 gives
     five."""
-    consistency_weight: float = 100.0
+    consistency_weight: float = logged(100.0)
     """Weight of the consistency term, a mean over elements. The term of distribution matching has weight 1."""
 
     def __post_init__(self) -> None:
