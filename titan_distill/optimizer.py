@@ -32,3 +32,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: LrSchedulerConfig,
         return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape
 
     return LambdaLR(optimizer, scale)
+
+
+def set_rates(scheduler: LambdaLR) -> None:
+    """Sets the optimizer's learning rates to what the schedule says at its position, which a resume has set."""
+    scales = [scale(scheduler.last_epoch) for scale in scheduler.lr_lambdas]
+    scheduler._last_lr = [peak * scale for peak, scale in zip(scheduler.base_lrs, scales, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate

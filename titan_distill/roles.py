@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from titan_distill.parallelisms.fsdp import reshard
 
@@ -67,7 +67,7 @@ class RoleHandle:
     modules: dict[str, nn.Module]
     trainable: bool
     optimizers: dict[str, Optimizer] = field(default_factory=dict)
-    schedulers: dict[str, LRScheduler] = field(default_factory=dict)
+    schedulers: dict[str, LambdaLR] = field(default_factory=dict)
     ema: Ema | None = None
     adapters_only: bool = False
     """Whether only LoRA adapters train. A checkpoint then stores them and names the weights that they adapt."""

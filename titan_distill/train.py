@@ -24,12 +24,13 @@ from titan_distill.attention.dense import order_backends
 from titan_distill.checkpoint import discovery
 from titan_distill.checkpoint.initial_weights import weights_digest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
-from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole, read_manifest
+from titan_distill.checkpoint.manifest import AdaptedBase, DataRecord, FrozenRole, read_manifest
+from titan_distill.checkpoint.resuming import Resume, find_resume
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import needs_group
 from titan_distill.config.loading import help_text, load_config, to_toml
-from titan_distill.config.text import redacted
+from titan_distill.config.text import redacted, to_dict
 from titan_distill.data.loader import SampleLoader, open_dataset
 from titan_distill.data.rows import RowDataset
 from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
@@ -116,6 +117,7 @@ def start(argv: list[str], stop: Stop, held: ExitStack) -> Trainer | None:
     if is_main_process():
         check_output(config)
     if CHECK in argv:
+        find_resume(run.config)
         return None
     lock = held.enter_context(open_folder(config, redacted(argv))) if is_main_process() else None
     record_collectives(config.job.output_folder / "logs", config.comm.init_timeout_seconds)
@@ -214,18 +216,20 @@ def assemble(
 ) -> Trainer:
     """Builds all parts of a run. Raises ValueError, in one sentence, for input that does not fit together."""
     config, folder = run.config, run.config.job.output_folder
+    ranks = Ranks(config.comm.validation_timeout_seconds)
+    # Before the weights, which take longer, and before anything of an earlier start is replaced.
+    dataset = _open_data(run)
+    resume = ranks.on_rank_zero(lambda: _check_resume(config, dataset))
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    dataset = _open_data(run)  # before the weights, which take longer
     layouts = build_layouts(run, world)
     roles = build_roles(run, layouts, world.device)
     adapter = run.family.build_adapter(world.device, layouts)
     timer = PhaseTimer(world.device)
     method = run.method(config.method_config, roles, adapter, KeyedNoise(config.job.seed), timer)
     add_optimizers(config, roles, method)
-    checkpoints, state = _resume(run, roles, world.device, lock)
-    ranks = Ranks(config.comm.validation_timeout_seconds)
+    checkpoints, state = _resume(run, resume, roles, dataset, world.device, lock)
     validator = None
     if config.validation.enabled:
         makes_videos = run.family.video_size() is not None
@@ -347,32 +351,41 @@ def _build_loader(config: Config, dataset: RowDataset[Any], layouts: Layouts, st
     )
 
 
+def _check_resume(config: Config, dataset: RowDataset[Any]) -> Resume | None:
+    """Returns the checkpoint to resume from, if there is one, and logs what has changed since. Raises ValueError for a
+    change of configuration or data that a resume refuses."""
+    resume = find_resume(config)
+    if resume is not None:
+        resume.check_data(_data_record(dataset), config)
+        resume.log_changes()
+    return resume
+
+
+def _data_record(dataset: RowDataset[Any]) -> DataRecord:
+    return DataRecord(len(dataset), dataset.digest)
+
+
 def _resume(
-    run: ResolvedRun, roles: RoleManager, device: torch.device, lock: RunLock | None
+    run: ResolvedRun,
+    resume: Resume | None,
+    roles: RoleManager,
+    dataset: RowDataset[Any],
+    device: torch.device,
+    lock: RunLock | None,
 ) -> tuple[CheckpointManager | None, TrainState]:
     """Loads the checkpoint to resume from, if there is one. Returns the manager for further saves (None if they are
     disabled) and the first state."""
-    config = run.config
-    state = TrainState(step=0, samples_seen=0, seed=config.job.seed)
-    if not (config.checkpoint.enabled or config.checkpoint.resume_from):
+    state = TrainState(step=0, samples_seen=0, seed=run.config.job.seed)
+    if not (run.config.checkpoint.enabled or resume):
         return None, state
-    checkpoints = _checkpoint_manager(run, roles, device, lock)
-    if config.checkpoint.resume_from and (found := checkpoints.find(config.checkpoint.resume_from)) is not None:
-        state = checkpoints.load(found, roles)
-    if state.seed != config.job.seed:
-        raise ValueError(
-            f"job.seed = {config.job.seed}, but the checkpoint was trained with seed {state.seed}, which keys its "
-            f"noise and data order; set it to {state.seed}"
-        )
-    if state.step > config.training.steps:
-        raise ValueError(
-            f"training.steps = {config.training.steps}, but the checkpoint has done {state.step} already; raise it"
-        )
-    return checkpoints if config.checkpoint.enabled else None, state
+    checkpoints = _checkpoint_manager(run, roles, dataset, device, lock)
+    if resume is not None:
+        state = checkpoints.load(resume.path, roles)
+    return checkpoints if run.config.checkpoint.enabled else None, state
 
 
 def _checkpoint_manager(
-    run: ResolvedRun, roles: RoleManager, device: torch.device, lock: RunLock | None
+    run: ResolvedRun, roles: RoleManager, dataset: RowDataset[Any], device: torch.device, lock: RunLock | None
 ) -> CheckpointManager:
     config, checkpoint = run.config, run.config.checkpoint
     stored = {name: weights for name, role in config.roles.items() if (weights := role.path or role.init_from)}
@@ -393,6 +406,8 @@ def _checkpoint_manager(
         },
         run=owner.id if (owner := read_run(config.job.output_folder)) else "",
         noise_version=NOISE_VERSION,
+        config=to_dict(config, skip_origins=True),
+        data=_data_record(dataset),
     )
     return CheckpointManager(
         config.job.output_folder / "checkpoints",

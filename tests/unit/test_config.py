@@ -488,8 +488,8 @@ def test_every_key_is_documented_and_in_the_help(tmp_path: Path) -> None:
             assert meaning and f"{section}.{name}" in text and meaning.splitlines()[0] in text
         if dataclasses.is_dataclass(kind):
             assert set(field_docs(kind)) == set(field_types(kind))
-    assert '--roles.<name>.dtype: one of "auto", "float32", "bfloat16" (default "auto")' in text
-    assert "--training.steps: an integer (required)" in text
+    assert '--roles.<name>.dtype: one of "auto", "float32", "bfloat16" (default "auto"; resume: refused)' in text
+    assert "--training.steps: an integer (required; resume: logged)" in text
     assert "[roles.<name>.optimizer] Keys of [optimizer]" in text and "--roles.<name>.optimizer.lr" not in text
     assert "--method_config.ratio" not in help_text([]) and "--training.steps" in help_text([])
     (tmp_path / "x.toml").write_text(VALID.replace("config_probe", "nothing"))

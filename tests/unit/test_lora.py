@@ -189,12 +189,21 @@ def test_adapters_are_no_weights_to_start_from(trained: tuple[Trainer, Path]) ->
         resolve_reference(f"{trained[1]}#student:ema")
 
 
-@pytest.mark.parametrize("change", [lambda folder: ("--roles.student.path", str(folder)), lambda _: ALPHA])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (
+            lambda folder: ("--roles.student.path", str(folder)),
+            "has a LoRA adapter of 'student' for tests/assets/tiny_wan with scaling 2,",
+        ),
+        (lambda _: ALPHA, "cannot be resumed with roles.student.lora.alpha: 8.0 -> 4.0;"),
+    ],
+)
 def test_a_run_goes_on_with_its_own_base_and_scale(
-    trained: tuple[Trainer, Path], tmp_path: Path, change: Callable[[Path], tuple[str, ...]]
+    trained: tuple[Trainer, Path], tmp_path: Path, change: Callable[[Path], tuple[str, ...]], sentence: str
 ) -> None:
     folder = other_weights(tmp_path / "other")
-    with pytest.raises(ValueError, match="has a LoRA adapter of 'student' for tests/assets/tiny_wan with scaling 2,"):
+    with pytest.raises(ValueError, match=sentence):
         make_trainer(tmp_path / "run", "--checkpoint.resume_from", str(trained[1]), *change(folder))
 
 

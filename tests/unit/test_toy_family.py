@@ -58,7 +58,7 @@ def test_a_finished_run_can_be_extended(method: str, tmp_path: Path) -> None:
 def test_another_seed_cannot_resume(tmp_path: Path) -> None:
     checkpointing = ("--checkpoint.enabled", "true", "--checkpoint.resume_from", "latest")
     toy_trainer(tmp_path, "finetune", *checkpointing).run()
-    with pytest.raises(ValueError, match=r"job\.seed = 7, but the checkpoint was trained with seed 0"):
+    with pytest.raises(ValueError, match=r"cannot be resumed with job\.seed: 0 -> 7; set it back, or start a new run"):
         toy_trainer(tmp_path, "finetune", *checkpointing, "--job.seed", "7")
 
 

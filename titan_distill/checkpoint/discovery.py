@@ -78,6 +78,15 @@ def find_latest(folder: Path) -> Path | None:
     return newest
 
 
+def find(folder: Path, resume_from: str) -> Path | None:
+    """Returns the checkpoint that `checkpoint.resume_from` names: a path, or `latest` of the run in `folder`.
+
+    Returns None for `latest` if the run has no checkpoint yet. Raises ValueError for a path without a complete
+    checkpoint, and for `latest` if the run has only incomplete ones.
+    """
+    return find_latest(folder) if resume_from == LATEST else resolve(Path(resume_from))
+
+
 def resolve(path: Path) -> Path:
     """Returns the checkpoint that `path` means: `.../checkpoints/latest`, or one step's folder. Raises ValueError.
 

@@ -27,12 +27,12 @@ from titan_distill.checkpoint import commit, discovery, state, storage
 from titan_distill.checkpoint.asynchronous import Stage, Stager, in_background
 from titan_distill.checkpoint.manifest import (
     AdaptedBase,
+    DataRecord,
     FrozenRole,
     Manifest,
     TrainedRole,
-    read_manifest,
-    verify_sizes,
 )
+from titan_distill.checkpoint.resuming import resumable
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.fault_tolerance.files import FileRecord
 from titan_distill.fault_tolerance.ranks import Ranks
@@ -64,6 +64,10 @@ class RunInfo:
     """Id of the run (`run_folder.Run`)."""
     noise_version: int | None = None
     """Version of the noise that the run draws (`diffusion.noise.NOISE_VERSION`)."""
+    config: dict[str, Any] | None = None
+    """Resolved configuration, secrets redacted."""
+    data: DataRecord | None = None
+    """Data that the run trains on."""
 
 
 class CheckpointManager:
@@ -154,14 +158,8 @@ class CheckpointManager:
             self.ranks.together(saving.result)
 
     def find(self, resume_from: str) -> Path | None:
-        """Returns the checkpoint that `checkpoint.resume_from` names: a path, or `latest` of this run.
-
-        Returns None for `latest` if this run has no checkpoint yet. Raises ValueError for a path without a complete
-        checkpoint, and for `latest` if this run has only incomplete ones.
-        """
-        if resume_from == discovery.LATEST:
-            return self.ranks.on_rank_zero(lambda: discovery.find_latest(self.folder))
-        return self.ranks.on_rank_zero(lambda: discovery.resolve(Path(resume_from)))
+        """Returns, on every rank, the checkpoint of this folder that `discovery.find` finds. Raises its errors."""
+        return self.ranks.on_rank_zero(lambda: discovery.find(self.folder, resume_from))
 
     def load(self, path: Path, roles: RoleManager) -> TrainState:
         """Restores all trainable roles, in any layout. Everything is checked before any tensor changes.
@@ -169,10 +167,11 @@ class CheckpointManager:
         Raises CheckpointDamaged with the name of the file, or ValueError with the name of the first value that only
         this run or only the checkpoint has.
         """
-        manifest = self.ranks.on_rank_zero(lambda: _resumable(path))
+        manifest = self.ranks.on_rank_zero(lambda: resumable(path))
         metadata = storage.open_together(path, manifest, self.ranks)
         target = state.template(roles, metadata.state_dict_metadata.keys())
         self.ranks.together(lambda: self._check_bases(path, manifest))
+        self.ranks.together(lambda: self._check_architectures(path, manifest))
         self.ranks.together(lambda: storage.check_matches(target, path, metadata))
         if self.ranks.rank == 0:
             self._warn_before_resuming(path, manifest)
@@ -204,6 +203,8 @@ class CheckpointManager:
             files={},
             run=info.run,
             noise_version=info.noise_version,
+            config=info.config,
+            data=info.data,
         )
 
     def _publish(self, manifest: Manifest, stage: Stage, needed: list[Path]) -> None:
@@ -241,6 +242,16 @@ class CheckpointManager:
                     "the same weights and roles.<name>.lora"
                 )
 
+    def _check_architectures(self, path: Path, manifest: Manifest) -> None:
+        for name, trained in manifest.trained.items():
+            saved, now = trained.architecture, self.run_info.architectures.get(name, {})
+            for key in sorted(saved.keys() & now.keys()):
+                if saved[key] != now[key]:
+                    raise ValueError(
+                        f"roles.{name} has {key} = {now[key]}, but {path} was saved with {saved[key]}; name a network "
+                        "of the same architecture, or start a new run with roles.<name>.init_from"
+                    )
+
     def _warn_before_resuming(self, path: Path, manifest: Manifest) -> None:
         for name, saved in manifest.frozen.items():
             now = self.run_info.frozen.get(name)
@@ -248,8 +259,6 @@ class CheckpointManager:
                 logger.warning(
                     "The weights of %s have changed since the checkpoint: %s, was %s", name, now.path, saved.path
                 )
-        if manifest.config_digest != self.run_info.config_digest:
-            logger.warning("The configuration has changed since the checkpoint: config.toml has the present one")
         if manifest.noise_version != self.run_info.noise_version:
             logger.warning(
                 "Noise changes from here: the checkpoint's run drew noise of version %s, this one draws version %s",
@@ -260,16 +269,6 @@ class CheckpointManager:
         newest = next(iter(discovery.step_folders(path.parent)), path)
         if newest.name != path.name:
             logger.warning("`latest` means %s until this run passes it", newest.name)
-
-
-def _resumable(path: Path) -> Manifest:
-    manifest = read_manifest(path)
-    if manifest.weights_only:
-        raise ValueError(
-            f"{path} holds weights only, so no run can be resumed from it; start one with roles.<name>.init_from"
-        )
-    verify_sizes(path, manifest.files)
-    return manifest
 
 
 def _steady(roles: RoleManager) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from titan_distill.fault_tolerance.files import FileRecord, record_file
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
 
@@ -62,6 +62,18 @@ class FrozenRole:
 
 
 @dataclass(frozen=True)
+class DataRecord:
+    """Identity of the training data."""
+
+    num_rows: int
+    digest: str
+    """`RowDataset.digest`."""
+
+    def __str__(self) -> str:
+        return f"{self.num_rows} rows (digest {self.digest[:12]})"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of `manifest.json`."""
 
@@ -83,6 +95,10 @@ class Manifest:
     """Id of the run (`run_folder.Run`). Empty in checkpoints from before this field."""
     noise_version: int | None = None
     """Version of the noise that the run drew. None in checkpoints older than this field."""
+    config: dict[str, Any] | None = None
+    """Resolved configuration, secrets redacted. None in checkpoints older than this field."""
+    data: DataRecord | None = None
+    """Data that the run trained on. None in checkpoints older than this field."""
     format_version: int = FORMAT_VERSION
 
 
@@ -128,6 +144,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         "trained": {name: TrainedRole(**role) for name, role in trained.items()},
         "frozen": {name: FrozenRole(**role) for name, role in frozen.items()},
         "files": {name: FileRecord(**record) for name, record in files.items()},
+        "data": None if content.get("data") is None else DataRecord(**content["data"]),
     }
     return Manifest(**{**content, **nested})
 

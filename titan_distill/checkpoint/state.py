@@ -17,7 +17,6 @@ gradients. That step would count, so saving a checkpoint would change Adam's bia
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,9 +33,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from titan_distill.optimizer import set_rates
 from titan_distill.roles import RoleHandle, RoleManager
-
-logger = logging.getLogger(__name__)
 
 _PROGRESS = "train_state"
 _RANDOM = "random/torch"
@@ -105,11 +103,16 @@ def template(roles: RoleManager, saved_names: Collection[str]) -> dict[str, Any]
 
 
 def restore(state: dict[str, Any], roles: RoleManager) -> TrainState:
-    """Restores the roles from a `template` that has been read. Returns the progress of the run."""
+    """Restores the roles from a `template` that has been read. Returns the progress of the run.
+
+    The state is the checkpoint's: weights, moments, averages, positions in the schedules. The settings are those that
+    the roles were built with: learning rates, schedules, decays.
+    """
     progress = state[_PROGRESS]
     for key, handle, optimizer in _optimizers(roles):
         if (saved := state.get(key)) is not None:
-            _warn_of_kept_settings(handle, optimizer, saved["param_groups"])
+            for group, present in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+                group.update({name: value for name, value in present.items() if name != "params"})
             # Not strict: a parameter that never had a gradient has no state, and must stay so.
             options = StateDictOptions(strict=False)
             set_optimizer_state_dict(_network(handle), optimizer, saved, options=options)
@@ -119,7 +122,8 @@ def restore(state: dict[str, Any], roles: RoleManager) -> TrainState:
             options = StateDictOptions(strict=not handle.adapters_only)
             set_model_state_dict(module, state[model_key(handle.name, name)], options=options)
         for name, scheduler in handle.schedulers.items():
-            scheduler.load_state_dict(state[_scheduler_key(handle, name)])
+            scheduler.load_state_dict({**state[_scheduler_key(handle, name)], "base_lrs": scheduler.base_lrs})
+            set_rates(scheduler)
         handle.num_updates = progress["num_updates"][handle.name]
         handle.num_skips = progress.get("num_skips", {}).get(handle.name, 0)
     torch.set_rng_state(state[_RANDOM])
@@ -153,15 +157,6 @@ def _optimizers(roles: RoleManager) -> Iterator[tuple[str, RoleHandle, Optimizer
     for handle in roles.trainable:
         for name, optimizer in handle.optimizers.items():
             yield f"optimizers/{handle.name}/{name}", handle, optimizer
-
-
-def _warn_of_kept_settings(handle: RoleHandle, optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> None:
-    """Warns about every optimizer setting of the configuration that the checkpoint overrides."""
-    warning = "The optimizer of %s keeps %s = %s from the checkpoint; %s, as configured now, has no effect"
-    for group, saved in zip(optimizer.param_groups, saved_groups):
-        for name in sorted(group.keys() & saved.keys() - {"params", "lr"}):
-            if group[name] != saved[name]:
-                logger.warning(warning, handle.name, name, saved[name], group[name])
 
 
 def _scheduler_key(handle: RoleHandle, name: str) -> str:

@@ -34,6 +34,9 @@ from titan_distill.registry import FAMILIES, METHODS, SCORERS, FamilyClass, Meth
 
 logger = logging.getLogger(__name__)
 
+HELP_HEADER = """\
+Each key of a configuration file is also an option. A resume takes another value of a key without a word (free), takes
+it and logs the old and the new one (logged), or refuses it (refused)."""
 OWN_DEGREES = {"dp_replicate": 1, "dp_shard": -1, "sequence": 1, "tensor": 1}
 """Defaults of the degrees of a role that sets one of them."""
 ROLE_KEYS = {
@@ -115,7 +118,7 @@ def help_text(argv: Sequence[str]) -> str:
     kinds, root = field_types(Config), Place(source, "", Config)
     if source != COMMAND_LINE:
         kinds = kinds | _section_kinds(raw, {name: root.child(name, raw.get(name)) for name in kinds})
-    return "\n".join(["Each key of a configuration file is also an option:", "", *schema_help(Config, kinds)]) + "\n"
+    return "\n".join([HELP_HEADER, "", *schema_help(Config, kinds)]) + "\n"
 
 
 def check_paths(config: Config) -> None:

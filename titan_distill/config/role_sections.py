@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from titan_distill.config.parsing import check_no_effect, check_range
+from titan_distill.config.resume import free, logged
 
 HEAD_FLAVOR = "head"
 """The `flavor` of a role that is a small head on another role's features."""
@@ -20,13 +21,13 @@ HEAD_FLAVOR = "head"
 class OptimizerConfig:
     name: Literal["adamw"] = "adamw"
     """Optimizer of all trained roles."""
-    lr: float = 2e-6
+    lr: float = logged(2e-6)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.0, 0.999)
+    betas: tuple[float, float] = logged((0.0, 0.999))
     """Decay rates of AdamW's first and second moment. The first is 0 because DMD2 trains without momentum."""
-    eps: float = 1e-8
+    eps: float = logged(1e-8)
     """Constant added to the square root of the second moment."""
-    weight_decay: float = 0.01
+    weight_decay: float = logged(0.01)
     """Decoupled weight decay."""
 
     def __post_init__(self) -> None:
@@ -37,25 +38,25 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelismConfig:
-    dp_replicate: int = 1
+    dp_replicate: int = free(1)
     """Replicas of the sharded weights (HSDP). Gradients are summed over replicas."""
-    dp_shard: int = -1
+    dp_shard: int = free(-1)
     """Ranks that shard one replica of the weights and load different samples (FSDP2). -1 takes all remaining ranks."""
-    sequence: int = 1
+    sequence: int = free(1)
     """Ranks that share the tokens of each sample (sequence parallelism). They shard the weights, too."""
-    tensor: int = 1
+    tensor: int = free(1)
     """Ranks that share each weight matrix (tensor parallelism). Must divide the number of attention heads."""
-    sequence_method: Literal["auto", "ulysses", "all_gather"] = "auto"
+    sequence_method: Literal["auto", "ulysses", "all_gather"] = free("auto")
     """Attention under sequence parallelism. ulysses exchanges tokens for heads; sequence × tensor must divide the
     heads. all_gather gathers keys and values and has no such condition. auto takes ulysses where the heads allow it."""
-    token_region: bool = False
+    token_region: bool = free(False)
     """Shard the tokens over the tensor ranks between tensor-parallel layers (Megatron's sequence parallelism). Norms
     and residuals take less memory at equal traffic."""
-    async_tensor: bool = False
+    async_tensor: bool = free(False)
     """Overlap tensor-parallel communication with matrix products. Needs CUDA and compile.enabled."""
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool = free(True)
     """Free a block's gathered weights after its forward and gather them again for its backward."""
-    cpu_offload: bool = False
+    cpu_offload: bool = free(False)
     """Store weights, gradients and optimizer state in host memory."""
 
     def __post_init__(self) -> None:
@@ -96,11 +97,11 @@ class LoraConfig:
 class RoleConfig:
     trainable: bool
     """Whether this role has an optimizer. The method refuses what contradicts it (DMD2 never trains its teacher)."""
-    path: str = ""
+    path: str = free("")
     """Diffusers folder of the transformer, which gives architecture and weights. Excludes flavor and init_from."""
     flavor: str = ""
     """Architecture by name, e.g. tiny, 1.3B, 14B. Weights come from init_from."""
-    init_from: str = ""
+    init_from: str = free("")
     """Initial weights: a diffusers folder, or a role in a checkpoint as PATH#ROLE:ema or PATH#ROLE:raw, where PATH is a
     step's folder or checkpoints/latest. Default: random weights."""
     attention: Literal["dense", "sparse", "causal"] = "dense"
@@ -112,7 +113,7 @@ class RoleConfig:
     """Keys of [optimizer] that differ for this role; optimizer.name cannot differ. Default: all as in [optimizer]."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """LoRA: train low-rank adapters of the linear layers and leave the role's weights as they are."""
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = logged(None)
     """Gradient clipping norm of this role. Default: training.max_grad_norm."""
     parallelism: ParallelismConfig
     """Keys of [parallelism] that differ for this role; async_tensor cannot differ. Default: all as in [parallelism]. A

@@ -13,24 +13,25 @@ from pathlib import Path
 from typing import Literal
 
 from titan_distill.config.parsing import check_no_effect, check_range, nearest_multiples
+from titan_distill.config.resume import free, logged
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
-    name: str
+    name: str = free()
     """Name of the run, used in the default output folder and in the trackers."""
     config_file: str = field(default="", compare=False)
     """TOML file with the configuration. Command line only."""
-    output_dir: str = ""
+    output_dir: str = free("")
     """Folder for everything that the run writes. Default: outputs/<job.name>."""
-    dry_run: bool = False
+    dry_run: bool = free(False)
     """Build the run without weights, print its memory plan, and exit."""
     overwrite: bool = field(default=False, compare=False)
     """Move the content of an output folder that an earlier run has used to NAME.old-TIME. Command line only; ignored
     after a requeue."""
     seed: int = 0
     """Seed of all random draws: data order, noise, timesteps, caption dropout."""
-    imports: tuple[str, ...] = ()
+    imports: tuple[str, ...] = free(())
     """Python modules to import first. They register methods, model families and scorers that other keys can name."""
 
     def __post_init__(self) -> None:
@@ -58,17 +59,17 @@ class RecipeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    path: str
+    path: str = logged()
     """Parquet file or folder of parquet files with latents and text embeddings (only text, where the method needs no
     latents), or a .csv with the columns video and prompt, which the run encodes while it trains."""
-    max_text_tokens: int = 512
+    max_text_tokens: int = logged(512)
     """Text tokens per sample. Shorter text embeddings are padded with zeros, longer ones in the data are refused;
     prompts that the run encodes itself (of a .csv or for validation) are cut."""
-    num_workers: int = 0
+    num_workers: int = free(0)
     """Loader processes per rank. 0 reads in the training process."""
-    max_bad_rows: int = 0
+    max_bad_rows: int = logged(0)
     """Largest number of unreadable rows that may be skipped, each with a line in the log. One more ends the run."""
-    fps: float | None = None
+    fps: float | None = logged(None)
     """Frames per second to which the videos of a .csv are resampled. Default: every frame as it is."""
 
     def __post_init__(self) -> None:
@@ -88,20 +89,20 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    steps: int
+    steps: int = logged()
     """Training steps of the whole run, including the steps before a resume."""
     global_batch_size: int
     """Samples per step, over all ranks."""
-    local_batch_size: int
+    local_batch_size: int = free()
     """Micro-batch size per rank. `global_batch_size / (ranks × local_batch_size)` micro-batches must be a whole number.
     Ranks that share samples (sequence, tensor) count as one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = logged("float32")
     """Compute type of forward and backward. Reductions, timesteps and trained weights stay in float32."""
-    max_grad_norm: float = 10.0
+    max_grad_norm: float = logged(10.0)
     """Gradient clipping: the largest L2 norm of a role's gradients, over all ranks. inf does not clip."""
-    gc_interval: int = 50
+    gc_interval: int = free(50)
     """Steps between runs of Python's garbage collector, which all ranks start at the same step."""
-    max_nonfinite_skips: int = 0
+    max_nonfinite_skips: int = logged(0)
     """Largest number of updates per role that may be skipped because a loss or gradient is not finite. One more ends
     the run."""
 
@@ -118,11 +119,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LrSchedulerConfig:
-    warmup_steps: int = 0
+    warmup_steps: int = logged(0)
     """Updates of a role during which its learning rate rises linearly to its peak."""
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay: Literal["constant", "linear", "cosine"] = logged("constant")
     """Learning-rate decay after the warm-up. linear and cosine reach min_lr_ratio at the role's last update."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: float = logged(0.0)
     """Final learning rate as a fraction of the peak."""
 
     def __post_init__(self) -> None:
@@ -134,12 +135,12 @@ class LrSchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationCheckpointConfig:
-    mode: Literal["none", "full", "selective"] = "none"
+    mode: Literal["none", "full", "selective"] = free("none")
     """full stores only the input of each block and recomputes the rest in the backward: least memory, a third more
     FLOPs. selective also stores attention outputs and every selective_interval-th matrix product."""
-    selective_interval: int | None = None
+    selective_interval: int | None = free(None)
     """With mode = selective, store the output of every n-th matrix product of a block. Default: 2."""
-    skip_interval: int = 0
+    skip_interval: int = free(0)
     """Leave every n-th block without activation checkpointing. 0 checkpoints all blocks."""
 
     def __post_init__(self) -> None:
@@ -163,9 +164,9 @@ class ActivationCheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    enabled: bool = False
+    enabled: bool = free(False)
     """Compile each transformer block with torch.compile."""
-    mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    mode: Literal["default", "max-autotune-no-cudagraphs"] = free("default")
     """Mode of torch.compile. max-autotune-no-cudagraphs times kernel variants at start-up, which takes minutes."""
 
     def __post_init__(self) -> None:
@@ -175,20 +176,20 @@ class CompileConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Float8Config:
-    enabled: bool = False
+    enabled: bool = logged(False)
     """Compute the large linear layers of the blocks in float8. Stored weights and optimizer state do not change."""
-    recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
+    recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = logged("tensorwise")
     """Scales: one per tensor (fastest), one per row (more exact), or one per row with weight gradients in high
     precision (most exact)."""
-    backend: Literal["torchao", "transformer_engine"] = "torchao"
+    backend: Literal["torchao", "transformer_engine"] = logged("torchao")
     """Float8 library. transformer_engine is an optional dependency and supports recipe = tensorwise only."""
-    roles: tuple[str, ...] = ()
+    roles: tuple[str, ...] = logged(())
     """Roles in float8. Default: all, because the forwards of a large frozen teacher are most of the FLOPs."""
-    min_features: int = 1024
+    min_features: int = logged(1024)
     """Linear layers with fewer inputs or outputs stay in high precision, because casting costs more than it saves."""
-    all_gather: bool = False
+    all_gather: bool = logged(False)
     """Gather FSDP2 weights in float8 instead of the compute type. Needs recipe = tensorwise and backend = torchao."""
-    emulate: bool = False
+    emulate: bool = logged(False)
     """Round to float8 but multiply in float32. Slow; for tests on machines without float8 hardware."""
 
     def __post_init__(self) -> None:
@@ -210,17 +211,17 @@ class Float8Config:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseAttentionConfig:
-    sparsity: float = 0.9
+    sparsity: float = logged(0.9)
     """Final sparsity: fraction of key tiles that a query tile skips."""
-    schedule_rate: float = 0.0
+    schedule_rate: float = logged(0.0)
     """Amount added to the sparsity every schedule_interval steps; the sparsity then starts at 0. A rate of 0 uses the
     final sparsity from the first step."""
-    schedule_interval: int = 1
+    schedule_interval: int = logged(1)
     """Steps between increases of the sparsity."""
-    crossover: float = 0.5
+    crossover: float = logged(0.5)
     """Lowest sparsity at which attention is sparse. Below it dense attention reads all tiles, which is faster at low
     sparsity. 0 is always sparse."""
-    tiles_per_list: int = 1
+    tiles_per_list: int = logged(1)
     """Neighbouring query tiles that share one list of key tiles. 2 uses the tensor cores better and differs slightly
     from the published method."""
 
@@ -241,9 +242,9 @@ class SparseAttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    decay: float = 0.0
+    decay: float = logged(0.0)
     """Decay of the average per update of the role. 0 turns the average off."""
-    start_step: int = 0
+    start_step: int = logged(0)
     """Training steps, counted for every role alike, before the average begins. Until then it equals the weights. At
     200 steps and five steps per student update, the student has had 40 updates."""
     role: str = "student"
@@ -256,17 +257,20 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    enabled: bool = True
+    enabled: bool = free(True)
     """Save a checkpoint every interval and after the last step."""
-    interval: int = 500
+    interval: int = free(500)
     """Steps between checkpoints."""
-    keep: int = 3
+    keep: int = free(3)
     """Number of newest complete checkpoints to keep. A step whose folder has a file named pin is never deleted."""
-    mode: Literal["sync", "async"] = "sync"
+    mode: Literal["sync", "async"] = free("sync")
     """sync waits until a checkpoint is written. async trains while it is written and needs host memory for one copy of
     the saved state. Both write the same files."""
-    resume_from: str = ""
+    resume_from: str = free("")
     """Checkpoint to resume from: latest (of this run's output folder) or a path. Default: a fresh start."""
+    allow_changed_data: bool = field(default=False, compare=False)
+    """Resume although the files of data.path are not those of the checkpoint. Samples after the resume come in the
+    order of the changed data. It holds for one start and is not recorded: give it on the command line."""
 
     def __post_init__(self) -> None:
         check_range(self, "interval", "keep", least=1)
@@ -274,23 +278,23 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    enabled: bool = True
+    enabled: bool = free(True)
     """Sample and score videos during the run."""
-    interval: int = 0
+    interval: int = free(0)
     """Steps between validations. 0 validates only before the first and after the last step."""
-    prompts: str = ""
+    prompts: str = logged("")
     """Parquet, txt or jsonl file with prompts. Default: the captions of data.path."""
-    num_prompts: int = 96
+    num_prompts: int = logged(96)
     """Number of prompts to sample and score."""
-    batch_size: int = 16
+    batch_size: int = free(16)
     """Videos per rank to sample at once."""
-    seed: int = 0
+    seed: int = logged(0)
     """Seed of the initial noise. Runs with equal seeds have comparable validations."""
-    num_videos: int = 8
+    num_videos: int = free(8)
     """Number of samples to write as mp4 and to show on the contact sheet."""
-    fps: int = 8
+    fps: int = free(8)
     """Frames per second of the written videos."""
-    scorer: str = "none"
+    scorer: str = logged("none")
     """Scorer of decoded videos: none, or one that a module of job.imports registers (tiny_world registers shapes, which
     reads colour, shape and direction from drawn clips)."""
 
@@ -306,13 +310,13 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    log_interval: int = 1
+    log_interval: int = free(1)
     """Steps between lines of metrics.jsonl and between points in the trackers."""
-    tensorboard: bool = False
+    tensorboard: bool = free(False)
     """Write TensorBoard events, too."""
-    wandb: bool = False
+    wandb: bool = free(False)
     """Log to Weights & Biases, too. The API key comes from the environment (WANDB_API_KEY)."""
-    wandb_project: str = "titan_distill"
+    wandb_project: str = free("titan_distill")
     """Weights & Biases project."""
 
     def __post_init__(self) -> None:
@@ -321,11 +325,11 @@ class MetricsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfilingConfig:
-    enabled: bool = False
+    enabled: bool = free(False)
     """Record a torch.profiler trace in the folder profile/ of the run."""
-    start_step: int = 10
+    start_step: int = free(10)
     """First step of the trace."""
-    num_steps: int = 3
+    num_steps: int = free(3)
     """Number of steps in the trace."""
 
     def __post_init__(self) -> None:
@@ -335,12 +339,12 @@ class ProfilingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CommConfig:
-    init_timeout_seconds: int = 300
+    init_timeout_seconds: int = free(300)
     """Time limit per collective, in seconds, until the first step is done, which includes loading and compiling. It
     also limits saving and loading a checkpoint at any time, because ranks wait for the slowest disk."""
-    train_timeout_seconds: int = 100
+    train_timeout_seconds: int = free(100)
     """Time limit per collective after the first step, in seconds. A longer wait ends the run."""
-    validation_timeout_seconds: int = 3600
+    validation_timeout_seconds: int = free(3600)
     """Time limit, in seconds, for ranks that wait for each other while rank 0 reports a validation (scores, videos,
     uploads to trackers)."""
 

@@ -18,6 +18,8 @@ import types
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from titan_distill.config.resume import on_resume
+
 NO_VALUE = "none"
 """Text for None, because TOML has no null."""
 
@@ -44,6 +46,11 @@ def fields_of(kind: Any) -> list[dataclasses.Field[Any]]:
 def is_required(field: dataclasses.Field[Any]) -> bool:
     """Whether the field has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field; dataclasses.MISSING if it is required."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def field_docs(kind: Any) -> dict[str, str]:
@@ -80,7 +87,8 @@ def describe(kind: Any) -> str:
 
 
 def schema_help(kind: Any, hints: dict[str, Any], prefix: str = "", sections: Collection[Any] = ()) -> Iterator[str]:
-    """Lines of `--help` for all keys of `kind`, single keys before tables: name, type, default, field docstring.
+    """Lines of `--help` for all keys of `kind`, single keys before tables: name, type, default, effect on a resume,
+    field docstring.
 
     `hints` are its field types, in which the caller may have replaced Any by a dataclass. A table whose type is in
     `sections` is not spelled out again.
@@ -89,8 +97,9 @@ def schema_help(kind: Any, hints: dict[str, Any], prefix: str = "", sections: Co
     for field in sorted(fields_of(kind), key=lambda field: _table_type(hints[field.name]) is not None):
         key, table = f"{prefix}{field.name}", _table_type(hints[field.name])
         if table is None:
-            default = "required" if is_required(field) else f"default {toml_value(_plain(_default(field), '', False))}"
-            yield f"  --{key}: {describe(hints[field.name])} ({default})"
+            plain = _plain(default_of(field), "", False)
+            default = "required" if is_required(field) else f"default {toml_value(plain)}"
+            yield f"  --{key}: {describe(hints[field.name])} ({default}; resume: {on_resume(field)})"
             yield textwrap.indent(docs.get(field.name, ""), " " * 8)
             continue
         key = key if table is hints[field.name] else f"{key}.<name>"
@@ -105,10 +114,6 @@ def _table_type(hint: Any) -> Any:
     """The dataclass (or Any) of a field that is a table or a table of tables. None for other fields."""
     table = get_args(hint)[1] if get_origin(hint) is dict else hint
     return table if dataclasses.is_dataclass(table) or table is Any else None
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def show(key: str, value: Any) -> str:

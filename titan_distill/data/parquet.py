@@ -16,15 +16,17 @@ each page, so a byte that changed on disk is detected.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import math
+import os
 import textwrap
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -183,7 +185,14 @@ class ParquetDataset(RowDataset[LatentRow]):
         self._cache: OrderedDict[_Group, pa.Table] = OrderedDict()
         files = _list_files(self.path)
         self.num_files = len(files)
-        self._groups = [group for file in files for group in _index_file(file, self._schema)]
+        self._groups: list[_Group] = []
+        digest = hashlib.sha256()
+        for file in files:
+            groups, footer = _index_file(file, self._schema)
+            self._groups += groups
+            num_rows = sum(group.num_rows for group in groups)
+            digest.update(os.fsencode(f"{file.relative_to(self.path)}\0{file.stat().st_size}\0{num_rows}\0") + footer)
+        self.digest = digest.hexdigest()
         self._group_ends = list(itertools.accumulate(group.num_rows for group in self._groups))
         if not len(self):
             raise ValueError(f"{self.path} holds no rows: write the dataset again")
@@ -238,8 +247,14 @@ def _list_files(path: Path) -> list[Path]:
     return files
 
 
-def _index_file(file: Path, expected: pa.Schema) -> list[_Group]:
-    with _reading(f"{file} is not a complete parquet file"), pq.ParquetFile(file) as parquet:
+def _index_file(file: Path, expected: pa.Schema) -> tuple[list[_Group], bytes]:
+    """Returns the row groups and the footer of a file."""
+    with (
+        _reading(f"{file} is not a complete parquet file"),
+        file.open("rb") as stream,
+        pq.ParquetFile(stream) as parquet,
+    ):
+        footer = _footer(stream)
         schema, metadata = parquet.schema_arrow, parquet.metadata
         sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         columns = list(zip(schema.names, schema.types))
@@ -247,7 +262,16 @@ def _index_file(file: Path, expected: pa.Schema) -> list[_Group]:
         raise ValueError(f"{file} is damaged: its row groups do not add up to {metadata.num_rows} rows: {_REMEDY}")
     _check_columns(file, columns, expected)
     first_rows = itertools.accumulate(sizes, initial=0)
-    return [_Group(file, number, first, size) for number, (first, size) in enumerate(zip(first_rows, sizes))]
+    groups = [_Group(file, number, first, size) for number, (first, size) in enumerate(zip(first_rows, sizes))]
+    return groups, footer
+
+
+def _footer(file: BinaryIO) -> bytes:
+    """Returns the footer of a valid parquet file. It ends with its length, in 4 bytes, and `PAR1`."""
+    file.seek(-8, os.SEEK_END)
+    num_bytes = int.from_bytes(file.read(4), "little")
+    file.seek(-8 - num_bytes, os.SEEK_END)
+    return file.read(num_bytes)
 
 
 def _check_columns(file: Path, columns: list[tuple[str, pa.DataType]], expected: pa.Schema) -> None:

@@ -33,6 +33,10 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         BadRowError: while indexing, at the first bad row beyond `max_bad_rows`.
     """
 
+    digest: str
+    """SHA-256 of the names (within `path`), sizes and row counts of the files, and of what their rows are indexed by:
+    footers or prompts. It is equal for a copy elsewhere. The content of the rows is not read."""
+
     def __init__(self, path: str | Path, max_bad_rows: int = 0) -> None:
         self.path = Path(path)
         self.bad_rows: dict[int, str] = {}

@@ -13,6 +13,7 @@ Opening the CSV checks that all files exist. Reading a row checks that its video
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,11 +49,16 @@ class VideoDataset(RowDataset[ClipRow]):
         self._size = size
         columns = (PROMPT,) if size is None else (PROMPT, VIDEO)
         self._rows: list[tuple[str, str, Path | None]] = []
+        digest = hashlib.sha256()
         for where, entry in read_csv(self.path, columns):
-            prompt, *video = non_empty(where, entry, columns)
-            self._rows.append((where, prompt, self._existing(where, video[0]) if video else None))
+            prompt, *names = non_empty(where, entry, columns)
+            video = self._existing(where, names[0]) if names else None
+            self._rows.append((where, prompt, video))
+            facts = (prompt,) if video is None else (prompt, video.name, str(video.stat().st_size))
+            digest.update("".join(f"{fact}\0" for fact in facts).encode())
         if not self._rows:
             raise ValueError(f"{self.path} has a header and no rows: write one per video")
+        self.digest = digest.hexdigest()
 
     @property
     def has_latents(self) -> bool:

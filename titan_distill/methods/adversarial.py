@@ -52,6 +52,7 @@ from torch import Tensor
 
 from titan_distill.config.config import Config
 from titan_distill.config.parsing import check_no_effect, check_range
+from titan_distill.config.resume import logged
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.methods.base import GlobalMean, Head, LossResult, Passes, Update
@@ -74,21 +75,21 @@ WEIGHT = "divergence_weight"
 class AdversarialConfig(GuidedFewStepConfig):
     """Settings of the discriminator and of the uses of its logit."""
 
-    adversarial_weight: float = 0.0
+    adversarial_weight: float = logged(0.0)
     """Weight of the adversarial term in the student's update; 0 leaves it out, FastGen uses 0.03."""
-    f_divergence: Divergence = "reverse_kl"
+    f_divergence: Divergence = logged("reverse_kl")
     """Divergence that distribution matching minimises. All but reverse_kl need a discriminator, whose output weighs
     each student sample."""
-    normalise_weights: bool = True
+    normalise_weights: bool = logged(True)
     """True: the weights of f_divergence have mean 1 over the global batch, so that a discriminator that finds all
     samples unlikely does not switch distribution matching off. It costs one more rollout without gradient per student
     update."""
     discriminator_depths: tuple[int, ...] = ()
     """Blocks of the critic, counted from 0, whose hidden states the discriminator reads, for example 15, 22 and 29 of
     30."""
-    r1_weight: float = 0.0
+    r1_weight: float = logged(0.0)
     """Weight of the approximate R1 penalty in the discriminator's update; 0 leaves it out."""
-    r1_noise: float = 0.1
+    r1_noise: float = logged(0.1)
     """Standard deviation of the noise added to a real sample for the R1 penalty."""
 
     @property

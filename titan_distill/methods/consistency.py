@@ -26,6 +26,7 @@ from torch import Tensor
 
 from titan_distill.config.config import Config
 from titan_distill.config.parsing import check_range
+from titan_distill.config.resume import logged
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.methods import losses
@@ -39,13 +40,13 @@ from titan_distill.registry import register_method
 class ConsistencyConfig(GuidedFewStepConfig):
     """[method_config] of `recipe.method = "consistency"`."""
 
-    num_grid_steps: int = 48
+    num_grid_steps: int = logged(48)
     """Steps of the grid from noise to data. More steps make the teacher's step more exact, but it takes the student
     longer to learn the high noise levels."""
-    target: Literal["ema", "student"] = "ema"
+    target: Literal["ema", "student"] = logged("ema")
     """Weights whose prediction at the lower level is the target: the average of [ema], or the student's own, without
     gradient (iCT, 2310.14189)."""
-    loss: losses.ConsistencyLoss = "pseudo_huber"
+    loss: losses.ConsistencyLoss = logged("pseudo_huber")
     """Distance of the two predictions: `l2`, or `pseudo_huber`, which limits the influence of outliers."""
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from titan_distill.config.parsing import check_range
+from titan_distill.config.resume import logged
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.requests import SampleRequest
@@ -39,10 +40,10 @@ from titan_distill.registry import register_method
 class Dmd2Config(AdversarialConfig):
     """[method_config] of `recipe.method = "dmd2"`."""
 
-    rollout: Literal["simulate", "data"] = "simulate"
+    rollout: Literal["simulate", "data"] = logged("simulate")
     """`simulate`: the student denoises pure noise up to the exit step, where the rollout ends. `data`: a real latent is
     noised to the level of the exit step."""
-    last_step_only: bool = False
+    last_step_only: bool = logged(False)
     """True: the exit step is the last of denoising_steps. False: it is drawn uniformly from them."""
     update_ratio: int = 5
     """Steps per student update. The critic is updated at every step, with exclusive = true only at the steps without a
@@ -50,25 +51,25 @@ class Dmd2Config(AdversarialConfig):
     exclusive: bool = False
     """True: every update_ratio-th step updates only the student, every other step only the critic; ratio 5 then gives
     four critic updates per student update. False: every step updates the critic, so ratio 5 gives five."""
-    fake_guidance_scale: float = 1.0
+    fake_guidance_scale: float = logged(1.0)
     """Scale of the critic's classifier-free guidance, standard form. 1 is without guidance."""
-    min_step: float = 20.0
+    min_step: float = logged(20.0)
     """Lowest timestep at which scores are compared."""
-    max_step: float = 980.0
+    max_step: float = logged(980.0)
     """Highest timestep at which scores are compared."""
-    ts_schedule: bool = False
+    ts_schedule: bool = logged(False)
     """True: the score timestep is not drawn below the step after the exit step, where the rollout would go on."""
-    ts_schedule_max: bool = False
+    ts_schedule_max: bool = logged(False)
     """True: the score timestep is not drawn above the exit step. Both switches apply to student and critic."""
-    clamp: Literal["after_shift", "resample"] = "after_shift"
+    clamp: Literal["after_shift", "resample"] = logged("after_shift")
     """Way to keep the score timestep between min_step and max_step. `after_shift` clamps the shifted timestep,
     `resample` draws between the two."""
-    critic_loss: losses.CriticLoss = "flow"
+    critic_loss: losses.CriticLoss = logged("flow")
     """Quantity that the critic regresses. All have the same minimum, but weigh noise levels differently: relative to
     `flow`, `x0` by σ², `noise` by (1 - σ)², `v` by n⁴ and `trigflow` (rCM's) by n², with n² = (1 - σ)² + σ²."""
-    normalise: bool = True
+    normalise: bool = logged(True)
     """True: the score difference of each sample is divided by its mean |x - x_real| (DMD eq. 8)."""
-    student_sampler: Literal["sde", "ode"] = "sde"
+    student_sampler: Literal["sde", "ode"] = logged("sde")
     """Transition between two steps of a rollout: `sde` re-noises the x0 estimate with fresh noise, `ode` takes an Euler
     step."""
 

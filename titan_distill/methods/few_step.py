@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from titan_distill.config.parsing import check_range
+from titan_distill.config.resume import logged
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
 from titan_distill.methods.base import Passes, TrainingMethod
@@ -24,17 +25,17 @@ from titan_distill.models.base import Condition, Guidance
 class FewStepConfig:
     """Settings of a few-step student and of its teacher's sampling."""
 
-    denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    denoising_steps: tuple[float, ...] = logged((1000.0, 750.0, 500.0, 250.0))
     """The student's few-step schedule, as timesteps. The methods consistency and scm use it in validation only."""
-    warp: bool = True
+    warp: bool = logged(True)
     """True: the shift of the noise schedule is applied to denoising_steps (1000, 750, … at shift 5 become 1000, 937.5,
     …). False: they are final timesteps."""
-    guidance_scale: float = 4.0
+    guidance_scale: float = logged(4.0)
     """Scale of the teacher's classifier-free guidance. The student learns the guided teacher and samples without
     guidance."""
-    teacher_steps: int = 48
+    teacher_steps: int = logged(48)
     """Sampling steps of the teacher's validation samples."""
-    teacher_solver: Literal["euler", "unipc"] = "unipc"
+    teacher_solver: Literal["euler", "unipc"] = logged("unipc")
     """ODE solver of the teacher's validation samples."""
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class FewStepConfig:
 class GuidedFewStepConfig(FewStepConfig):
     """Settings of a few-step student whose teacher is asked for guided predictions during training."""
 
-    guidance_form: Literal["standard", "offset"] = "standard"
+    guidance_form: Literal["standard", "offset"] = logged("standard")
     """Formula of classifier-free guidance: w is guidance_scale, u and c are the predictions without and with the
     prompt. `standard`: u + w (c - u). `offset`: c + w (c - u), as in Self-Forcing, CausVid and FastVideo. An offset
     scale of 3.0 equals a standard scale of 4.0."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from titan_distill.config.parsing import check_range
+from titan_distill.config.resume import logged
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
@@ -33,23 +34,23 @@ from titan_distill.registry import register_method
 class FinetuneConfig:
     """[method_config] of `recipe.method = "finetune"`."""
 
-    target: Literal["data", "teacher"] = "data"
+    target: Literal["data", "teacher"] = logged("data")
     """Velocity to regress: that of the data, or that of the frozen role `teacher` for the same input and text."""
-    cfg_dropout: float = 0.1
+    cfg_dropout: float = logged(0.1)
     """Probability of training a sample on the negative prompt instead of its caption."""
-    timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_distribution: Literal["uniform", "logit_normal"] = logged("uniform")
     """Distribution of the noise level before the shift of pipeline_config.flow_shift."""
-    logit_mean: float = 0.0
+    logit_mean: float = logged(0.0)
     """Mean of the logit-normal distribution."""
-    logit_std: float = 1.0
+    logit_std: float = logged(1.0)
     """Standard deviation of the logit-normal distribution."""
-    weighting: Literal["none", "bell"] = "none"
+    weighting: Literal["none", "bell"] = logged("none")
     """`bell` weighs middle noise levels more, mean 1 over the grid (Self-Forcing's code)."""
-    validation_steps: int = 48
+    validation_steps: int = logged(48)
     """Sampling steps of the validation samples."""
-    validation_guidance: float = 5.0
+    validation_guidance: float = logged(5.0)
     """Guidance scale of the validation samples, standard form."""
-    validation_solver: Literal["euler", "unipc"] = "unipc"
+    validation_solver: Literal["euler", "unipc"] = logged("unipc")
     """ODE solver of the validation samples."""
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from titan_distill.config.resume import logged
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.requests import TrajectoryRequest, ValidationRequest
@@ -45,16 +46,16 @@ STATES, TIMESTEPS = "trajectory", "trajectory_timesteps"
 class KnowledgeDistillationConfig(FewStepConfig):
     """[method_config] of `recipe.method = "knowledge_distillation"`."""
 
-    denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    denoising_steps: tuple[float, ...] = logged((1000.0, 750.0, 500.0, 250.0))
     """The student's few-step schedule, as timesteps; each must be a state of the recorded trajectories."""
-    guidance_scale: float = 4.0
+    guidance_scale: float = logged(4.0)
     """Scale of the teacher's classifier-free guidance, standard form, for recorded trajectories and for validation."""
-    teacher_steps: int = 48
+    teacher_steps: int = logged(48)
     """Sampling steps of the teacher. Their timesteps must include denoising_steps, as those of 48 Euler steps include
     warped quarters."""
-    teacher_solver: Literal["euler", "unipc"] = "euler"
+    teacher_solver: Literal["euler", "unipc"] = logged("euler")
     """ODE solver of the teacher's sampling."""
-    teacher_in_validation: bool = True
+    teacher_in_validation: bool = logged(True)
     """True: validation also samples the role `teacher`. Training itself needs only the recorded trajectories."""
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from titan_distill.config.config import Config
 from titan_distill.config.parsing import check_range
+from titan_distill.config.resume import logged
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion.schedule import shift_sigma
 from titan_distill.methods.base import LossResult, Passes, Update
@@ -38,10 +39,10 @@ class RcmConfig(TangentConfig, Dmd2Config):
     """True: after the warm-up every update_ratio-th step updates only the student, every other step only the critic;
     ratio 5 then gives four critic updates per student update. False: every step updates the critic, so ratio 5 gives
     five."""
-    consistency_weight: float = 50.0
+    consistency_weight: float = logged(50.0)
     """Weight of the consistency term, a mean over elements. The term of distribution matching has weight 1 and contains
     a factor of 1/2, which the paper's code has not, so 50 here gives the balance of 100 and 1 there."""
-    rollout_times: Literal["schedule", "random"] = "schedule"
+    rollout_times: Literal["schedule", "random"] = logged("schedule")
     """Noise levels of a rollout after its first. `schedule`: those of denoising_steps, as in sampling. `random`: each
     sample draws its own, uniformly before the shift and never above the level before, as in the paper's code."""
 

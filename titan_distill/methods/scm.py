@@ -29,6 +29,7 @@ from torch import Tensor
 
 from titan_distill.config.config import Config
 from titan_distill.config.parsing import check_range
+from titan_distill.config.resume import logged
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.methods import losses
@@ -42,18 +43,18 @@ from titan_distill.registry import register_method
 class TangentConfig(GuidedFewStepConfig):
     """Noise levels of tangents, and their normalisation."""
 
-    timestep_distribution: Literal["uniform", "logit_normal"] = "logit_normal"
+    timestep_distribution: Literal["uniform", "logit_normal"] = logged("logit_normal")
     """Distribution of the noise level before the shift of pipeline_config.flow_shift. With `logit_normal`, σ / (1 − σ)
     is log-normal, as in the papers."""
-    logit_mean: float = -0.8
+    logit_mean: float = logged(-0.8)
     """Mean of the logit-normal distribution, to which the shift s adds log s. Default: that of rCM's code."""
-    logit_std: float = 1.6
+    logit_std: float = logged(1.6)
     """Standard deviation of the logit-normal distribution. Default: that of rCM's code."""
     tangent_warmup: int = 1000
     """Training steps over which the weight of the student's own derivative grows from 0 to 1."""
-    tangent_floor: float = 0.1
+    tangent_floor: float = logged(0.1)
     """Constant added to a tangent's norm before the tangent is divided by it."""
-    derivative_step: float = 0.0
+    derivative_step: float = logged(0.0)
     """0: the student's derivative is exact, by forward-mode differentiation. Above 0: it is the slope over σ ±
     derivative_step on the teacher's tangent line, for students that are not smooth in time; needs float32."""
 

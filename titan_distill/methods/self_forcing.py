@@ -26,6 +26,7 @@ from torch import Tensor
 
 from titan_distill.config.config import Config
 from titan_distill.config.parsing import check_range
+from titan_distill.config.resume import logged
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.requests import SampleRequest
@@ -41,12 +42,12 @@ from titan_distill.registry import register_method
 class SelfForcingConfig(Dmd2Config):
     """[method_config] of `recipe.method = "self_forcing"`."""
 
-    same_step_across_blocks: bool = True
+    same_step_across_blocks: bool = logged(True)
     """True: one exit step for all segments of a rollout. False: one is drawn for each segment."""
-    context_noise: float = 0.0
+    context_noise: float = logged(0.0)
     """Timestep to which finished segments are noised before they enter the KV cache, in training and in sampling. 0
     adds no noise."""
-    num_rollout_segments: int = 0
+    num_rollout_segments: int = logged(0)
     """Segments that the student makes in training. 0: as many as a sample has. A longer rollout is trained only on its
     last segments, one fewer than a sample has."""
 

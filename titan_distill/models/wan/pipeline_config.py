@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from titan_distill.attention.causal import Segmentation
 from titan_distill.config.config import Config
 from titan_distill.config.parsing import check_range
+from titan_distill.config.resume import free, logged
 from titan_distill.models.wan.latents import TEMPORAL, num_latent_frames
 from titan_distill.parallelisms.compile import check_num_segments
 
@@ -19,12 +20,12 @@ CAUSAL_KEYS = ("frames_per_block", "independent_first_frame", "cache_window_fram
 class WanPipelineConfig:
     """[pipeline_config] of `recipe.family = "wan"`."""
 
-    path: str = ""
+    path: str = logged("")
     """Diffusers pipeline folder with vae, text_encoder, tokenizer and scheduler; "" where nothing is encoded or
     decoded."""
-    flow_shift: float = 5.0
+    flow_shift: float = logged(5.0)
     """Shift of the noise schedule, for every role: sigma = s u / (1 + (s - 1) u). Wan uses 3 at 480p and 5 at 720p."""
-    negative_prompt: str = ""
+    negative_prompt: str = logged("")
     """Prompt of the unconditional prediction of classifier-free guidance."""
     height: int = 480
     """Video height in pixels."""
@@ -35,10 +36,10 @@ class WanPipelineConfig:
     boundary_ratio: float | None = None
     """Timestep (as a share of 1000) at which the high-noise expert hands over to the low-noise one. Default: from
     `model_index.json`."""
-    guidance_scale_2: float | None = None
+    guidance_scale_2: float | None = logged(None)
     """Scale of classifier-free guidance for the low-noise expert, as in u + w (c - u). Default: the method's scale, as
     for the high-noise expert."""
-    offload_text_encoder: bool = False
+    offload_text_encoder: bool = free(False)
     """Hold the text encoder in host memory and move each layer to the device only while it runs. Saves 11 GB of device
     memory and costs seconds per new prompt."""
     frames_per_block: int = 3
@@ -46,20 +47,20 @@ class WanPipelineConfig:
     to earlier blocks."""
     independent_first_frame: bool = False
     """Make a causal role's first block of frames a single latent frame, which a picture can be."""
-    cache_window_frames: int = 0
+    cache_window_frames: int = logged(0)
     """Size of a causal role's KV cache in latent frames, sink_frames included; 0 caches all. A limit bounds memory and
     FLOPs per block, so that videos may have any length."""
-    sink_frames: int = 0
+    sink_frames: int = logged(0)
     """Attention sink: number of first latent frames that are never evicted from the KV cache."""
-    image_probability: float = 0.0
+    image_probability: float = logged(0.0)
     """Share of the training samples that start from an image, their own first latent frame (image-to-video); the rest
     has text only."""
-    image_noise_mean: float = -3.5
+    image_noise_mean: float = logged(-3.5)
     """Mean of the logarithm of an image's noise level, as a share of its training sample's noise level; -inf adds no
     noise."""
-    image_noise_std: float = 0.5
+    image_noise_std: float = logged(0.5)
     """Standard deviation of the logarithm described at image_noise_mean."""
-    validate_from_image: bool = False
+    validate_from_image: bool = logged(False)
     """Start validation videos from the pictures beside the prompts of validation.prompts: a .csv with the column image
     (or video), or the first frames of parquet with latents."""
 
