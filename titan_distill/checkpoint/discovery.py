@@ -66,14 +66,14 @@ def complete_steps(folder: Path) -> Iterator[Path]:
 def find_latest(folder: Path) -> Path | None:
     """Returns the newest complete checkpoint, or None if the folder has no checkpoint.
 
-    Raises ValueError if there are checkpoints but all are incomplete, because a run must not silently start again at
-    step 0.
+    Raises ValueError if there are checkpoints but all are incomplete or of other runs, because a run must not silently
+    start again at step 0.
     """
     newest = next(complete_steps(folder), None)
     if newest is None and (broken := step_folders(folder)):
         raise ValueError(
-            f"none of the {len(broken)} checkpoints in {folder} is complete (each is named in a warning above); "
-            "delete them to start from step 0, or name another checkpoint"
+            f"none of the {len(broken)} checkpoints in {folder} is a complete one of this run (each incomplete one is "
+            "named in a warning above); name another checkpoint, or another --job.name to start from step 0"
         )
     return newest
 

@@ -161,7 +161,7 @@ class CheckpointManager:
         """
         if resume_from == discovery.LATEST:
             return self.ranks.on_rank_zero(lambda: discovery.find_latest(self.folder))
-        return self.ranks.on_rank_zero(lambda: discovery.resolve(Path(resume_from)))
+        return self.ranks.on_rank_zero(lambda: self._own(discovery.resolve(Path(resume_from))))
 
     def load(self, path: Path, roles: RoleManager) -> TrainState:
         """Restores all trainable roles, in any layout. Everything is checked before any tensor changes.
@@ -179,6 +179,15 @@ class CheckpointManager:
         storage.read(target, path, metadata, self.ranks.group)
         self._resumed_from = self.folder / path.name if path.resolve().parent == self.folder.resolve() else None
         return state.restore(target, roles)
+
+    def _own(self, path: Path) -> Path:
+        """Raises ValueError for a checkpoint that lies in this run's folder and belongs to another run."""
+        saved, now = read_manifest(path).run, self.run_info.run
+        if path.resolve().parent == self.folder.resolve() and saved not in ("", now):
+            raise ValueError(
+                f"{path} belongs to run {saved}, but {self.folder.parent} to run {now}; move it to a folder of its own"
+            )
+        return path
 
     def _describe(self, roles: RoleManager, train_state: TrainState) -> Manifest:
         info = self.run_info
