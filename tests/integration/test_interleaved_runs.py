@@ -46,7 +46,7 @@ ACTIONS = (
 def arguments(folder: Path, data: Path, *options: str) -> list[str]:
     return [
         "--job.config_file", str(JOB), "--job.output_dir", str(folder), "--data.path", str(data),
-        "--training.steps", "1000", "--checkpoint.enabled", "true", "--checkpoint.interval", "1",
+        "--training.steps", "1000000", "--checkpoint.enabled", "true", "--checkpoint.interval", "1",
         "--checkpoint.keep", str(KEEP), *options,
     ]  # fmt: skip
 
