@@ -130,8 +130,8 @@ def check_output(config: Config) -> None:
     """Raises ValueError for an output folder that cannot be written, or that another run has used or uses."""
     folder = config.job.output_folder
     probe_folder(folder, "job.output_dir" if config.job.output_dir else "job.name")
-    check_folder(folder, config.checkpoint.resume_from, overwrite=config.job.overwrite)
     check_free(folder, IN_USE)
+    check_folder(folder, config.checkpoint.resume_from, overwrite=config.job.overwrite)
 
 
 @contextmanager

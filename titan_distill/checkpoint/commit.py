@@ -12,14 +12,17 @@ A save runs in the training thread or in its own thread, over a process group th
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from titan_distill.checkpoint import discovery, storage
-from titan_distill.checkpoint.manifest import Manifest, verify_sizes, write_manifest
+from titan_distill.checkpoint.manifest import CheckpointDamaged, Manifest, read_manifest, verify_sizes, write_manifest
 from titan_distill.fault_tolerance.files import FileRecord, flush_folder, temporary_beside
 from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
+
+logger = logging.getLogger(__name__)
 
 Write = Callable[[Path], Mapping[str, FileRecord]]
 """Function that writes the data of a checkpoint into a folder and returns the records of this rank's files.
@@ -42,7 +45,7 @@ def publish_step(
     step is pinned.
     """
     path = folder / discovery.step_name(manifest.step)
-    ranks.on_rank_zero(lambda: _make_way(path, check))
+    ranks.on_rank_zero(lambda: _make_way(path, manifest.run, check))
     publish(path, manifest, write, ranks, check)
     ranks.on_rank_zero(lambda: _retire(folder, keep, {path, *needed}))
     return path
@@ -68,8 +71,13 @@ def publish(
         raise
 
 
-def _make_way(path: Path, check: Callable[[], None]) -> None:
+def _make_way(path: Path, run: str, check: Callable[[], None]) -> None:
     check()
+    if path.exists() and (owner := _run_of(path)) not in ("", run):
+        # Such a folder was put here by hand. It is not worth losing this run's step, nor is it ours to replace.
+        aside = path.with_name(f"{path.name}.of-{owner}")
+        path.rename(aside)
+        logger.warning("%s belongs to run %s: it is %s now", path, owner, aside.name)
     if discovery.is_pinned(path):
         raise RankFailure(
             f"{path} is pinned, so it can't be replaced; remove its file {discovery.PIN_NAME!r}, or choose another "
@@ -79,6 +87,13 @@ def _make_way(path: Path, check: Callable[[], None]) -> None:
     flush_folder(path.parent.parent)
     for leftover in discovery.temporary_folders(path.parent):
         shutil.rmtree(leftover)
+
+
+def _run_of(path: Path) -> str:
+    try:
+        return read_manifest(path).run
+    except CheckpointDamaged:  # of whatever run: nothing can resume it
+        return ""
 
 
 def _make_temporary(path: Path) -> Path:

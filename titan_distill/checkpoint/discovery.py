@@ -66,14 +66,14 @@ def complete_steps(folder: Path) -> Iterator[Path]:
 def find_latest(folder: Path) -> Path | None:
     """Returns the newest complete checkpoint, or None if the folder has no checkpoint.
 
-    Raises ValueError if there are checkpoints but all are incomplete, because a run must not silently start again at
-    step 0.
+    Raises ValueError if there are checkpoints but all are incomplete or of other runs, because a run must not silently
+    start again at step 0.
     """
     newest = next(complete_steps(folder), None)
     if newest is None and (broken := step_folders(folder)):
         raise ValueError(
-            f"none of the {len(broken)} checkpoints in {folder} is complete (each is named in a warning above); "
-            "delete them to start from step 0, or name another checkpoint"
+            f"none of the {len(broken)} checkpoints in {folder} is a complete one of this run (each incomplete one is "
+            "named in a warning above); name another checkpoint, or another --job.name to start from step 0"
         )
     return newest
 
@@ -82,9 +82,17 @@ def find(folder: Path, resume_from: str) -> Path | None:
     """Returns the checkpoint that `checkpoint.resume_from` names: a path, or `latest` of the run in `folder`.
 
     Returns None for `latest` if the run has no checkpoint yet. Raises ValueError for a path without a complete
-    checkpoint, and for `latest` if the run has only incomplete ones.
+    checkpoint, for one in `folder` that belongs to another run, and for `latest` if the run has only incomplete ones.
     """
-    return find_latest(folder) if resume_from == LATEST else resolve(Path(resume_from))
+    if resume_from == LATEST:
+        return find_latest(folder)
+    path, owner = resolve(Path(resume_from)), read_run(folder.parent)
+    saved = read_manifest(path).run
+    if path.resolve().parent == folder.resolve() and owner is not None and saved not in ("", owner.id):
+        raise ValueError(
+            f"{path} belongs to run {saved}, but {folder.parent} to run {owner.id}; move it to a folder of its own"
+        )
+    return path
 
 
 def resolve(path: Path) -> Path:

@@ -76,8 +76,8 @@ def write_run(folder: Path, run: Run) -> None:
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether a folder holds checkpoints of any run, complete or not."""
-    return any((folder / CHECKPOINTS).glob("step-*"))
+    """Whether a folder holds checkpoints of any run, damaged ones among them, but not what a killed save left."""
+    return any(".tmp-" not in path.name for path in (folder / CHECKPOINTS).glob("step-*"))
 
 
 def is_restart() -> bool:
