@@ -4,7 +4,9 @@
     logged    the present value holds from the resumed step on; the log says the old value and the new one
     refused   the state of the run depends on it: another value ends the resume in one sentence
 
-A field that says nothing is refused, so that no new key changes a resumed run by oversight.
+A field that says nothing is refused, so that no new key changes a resumed run by oversight. Refused are seed and batch
+size, which key noise and data order; what gives the stored tensors their names, shapes, types and meaning; and the
+cadence of updates, because a role's place in its learning-rate schedule is its number of updates.
 """
 
 from __future__ import annotations
