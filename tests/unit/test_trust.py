@@ -17,6 +17,7 @@ from runs import REPOSITORY, TINY_WAN
 from titan_distill import cli, registry
 from titan_distill.checkpoint.manifest import MANIFEST_NAME, CheckpointDamaged, read_manifest
 from titan_distill.config.loading import load_config
+from titan_distill.models.wan.text_encoder import TextEncoder
 
 RUN = REPOSITORY / "tests" / "assets" / "version_0_1" / "run"
 PAYLOAD = """
@@ -189,17 +190,20 @@ def test_links_out_of_a_pipeline_are_left_out_and_named(
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "secret").write_text("private")
     (pipeline / "vae" / "notes").symlink_to(tmp_path / "home" / "secret")
+    (pipeline / "vae" / "nothing").symlink_to("nowhere")
+    os.mkfifo(pipeline / "vae" / "pipe")
     (pipeline / "vae" / "copy.json").symlink_to("config.json")  # within the pipeline: followed
     (pipeline / "tokenizer" / "more").symlink_to(tmp_path / "home")
     shutil.move(pipeline / "scheduler", tmp_path / "scheduler")
     (pipeline / "scheduler").symlink_to(tmp_path / "scheduler")
     assert export(RUN, tmp_path / "out", "--pipeline", pipeline) == 0
     shown = capsys.readouterr().out
-    assert "left out, because these are links to folders, or to files outside of" in shown
-    assert all(str(pipeline / name) in shown for name in ("vae/notes", "tokenizer/more", "scheduler"))
+    assert "left out, because these are no files in" in shown
+    left_out = ("vae/notes", "vae/nothing", "vae/pipe", "tokenizer/more", "scheduler")
+    assert all(str(pipeline / name) in shown for name in left_out)
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
     assert {"vae/config.json", "vae/copy.json", "tokenizer/tokenizer_config.json"} <= found
-    assert not found & {"vae/notes", "tokenizer/more", "tokenizer/more/secret", "scheduler"}
+    assert not found & {*left_out, "tokenizer/more/secret"}
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
 
 
@@ -216,6 +220,18 @@ def test_a_snapshot_in_a_cache_is_made_of_links_to_its_blobs(pipeline: Path, tmp
     for name in ("vae/config.json", "text_encoder/model.safetensors", "scheduler/scheduler_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (TINY_WAN / name).read_bytes()
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def test_a_tokenizer_brings_no_code(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a word from us, transformers would ask at the terminal whether to run it."""
+    folder = pipeline / "tokenizer"
+    config = {"tokenizer_class": "PayloadTokenizer", "auto_map": {"AutoTokenizer": ["payload.PayloadTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "payload.py").write_text(PAYLOAD)
+    monkeypatch.setattr("builtins.input", lambda prompt="": "y")
+    with pytest.raises(ValueError, match="code"):
+        TextEncoder(pipeline).embed("a red circle", 64)
+    assert not (folder / "it_ran").exists()
 
 
 def test_an_index_does_not_lead_out(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,14 +70,14 @@ def export(
             family.write_weights(of_module, trained.architecture, temporary / name, DTYPES.get(dtype))
         if pipeline is not None:
             for name in sorted(index.keys() - {TRANSFORMER, TRANSFORMER_2}):
-                if (pipeline / name).is_dir():
+                if (pipeline / name).is_dir() or (pipeline / name).is_symlink():
                     left_out += _copy(pipeline / name, temporary / name, _own_folder(pipeline))
             index = family.pipeline_index(index, trained.modules, config)
             (temporary / PIPELINE_INDEX).write_text(json.dumps(index, indent=2) + "\n")
         (temporary / "README.md").write_text(_model_card(checkpoint, manifest, role, use_ema=use_ema))
     print(f"{role} of {checkpoint} ({'EMA' if use_ema else 'raw'}, {dtype}) is in {out}")
     if left_out:
-        print(f"left out, because these are links to folders, or to files outside of {pipeline}: {', '.join(left_out)}")
+        print(f"left out, because these are no files in {pipeline}, but links or the like: {', '.join(left_out)}")
 
 
 def _read_index(pipeline: Path) -> dict[str, Any]:
@@ -101,13 +101,13 @@ def _own_folder(pipeline: Path) -> Path:
 
 
 def _copy(source: Path, target: Path, root: Path) -> list[str]:
-    """Copies a folder, with the umask's modes. Returns the links in it that are not copied: broken ones, and those to
-    folders or to files outside of `root`."""
-    if source.is_symlink() and not (source.is_file() and source.resolve().is_relative_to(root)):
-        return [str(source)]
-    if source.is_file():
+    """Copies a folder, with the umask's modes. Returns the entries that are not copied: links to folders, to files
+    outside of `root` and to nothing, and what is neither file nor folder."""
+    if source.is_file() and source.resolve().is_relative_to(root):
         shutil.copyfile(source, target)
         return []
+    if source.is_symlink() or not source.is_dir():
+        return [str(source)]
     target.mkdir()
     return [link for entry in sorted(source.iterdir()) for link in _copy(entry, target / entry.name, root)]
 

@@ -118,7 +118,7 @@ class TextEncoder:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._tokenizer_folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(self._tokenizer_folder, local_files_only=True, trust_remote_code=False)
 
     @functools.cached_property
     def _model(self) -> Any:
