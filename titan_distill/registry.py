@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
+SHIPPED = ("titan_distill", "titan_kernels", "tiny_world")
+"""Packages that are installed with this one."""
 MOVED = {
     "titan_distill.dispatch": "titan_distill.registry",
     "titan_distill.exit_codes": "titan_distill.fault_tolerance.exit_codes",
@@ -130,6 +135,35 @@ def import_user_modules(modules: Sequence[str]) -> None:
             if name is None:
                 raise
             raise _moved(module, name) from error
+
+
+def import_trusted_modules(
+    modules: Sequence[str], needed: Sequence[tuple[Table, str]], trusted: Collection[str]
+) -> None:
+    """Imports modules of a `job.imports` that somebody else may have written. Importing a module runs its code.
+
+    Args:
+        modules: the modules. Those that are installed with this package, and those in `trusted`, are imported.
+        needed: the names that must be known afterwards, each with its table.
+        trusted: names of modules to trust, each one of `modules`.
+
+    Raises:
+        ValueError: a needed name of which only a module that is not trusted may know, and the errors of
+            `import_user_modules`. No module that is not trusted has been imported then.
+    """
+    if unknown := sorted(set(trusted) - set(modules)):
+        listed = f"which names {', '.join(modules)}" if modules else "which names none"
+        raise ValueError(f"--trust-imports {unknown[0]}: the module is not in job.imports, {listed}; leave it out")
+    foreign = [name for name in modules if name.partition(".")[0] not in SHIPPED and name not in trusted]
+    import_user_modules([name for name in modules if name not in foreign])
+    missing = [f"{table.key} = {name!r}" for table, name in needed if name not in names(table)]
+    if missing and foreign:
+        raise ValueError(
+            f"{missing[0]} is not part of titan_distill, and importing what job.imports names would run code from "
+            f"elsewhere; if you trust its author, add --trust-imports {' '.join(foreign)}"
+        )
+    if foreign:
+        logger.warning("Not imported, because nothing here needs it: %s of job.imports", ", ".join(foreign))
 
 
 def _moved(module: str, name: str) -> ValueError:

@@ -5,6 +5,7 @@ A run is resolved once. Nothing after it derives the layout again, asks the regi
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference
@@ -43,7 +44,7 @@ def resolve(config: Config, world_size: int, *, without_files: bool = False) -> 
         layout = resolve_layout(config, world_size)
         if not without_files:
             check_paths(config)
-            config = _spell_out_references(config)
+            config = spell_out_references(config)
         family = model_family(config.recipe.family)(config)
         if not without_files:
             family.config = family.spelled_out()
@@ -51,14 +52,15 @@ def resolve(config: Config, world_size: int, *, without_files: bool = False) -> 
     return ResolvedRun(family.config, family, method_class(config.recipe.method), layout)
 
 
-def _spell_out_references(config: Config) -> Config:
+def spell_out_references(config: Config, names: Collection[str] | None = None) -> Config:
     """Replaces `init_from = ".../latest#student:ema"` by the step that it means now, for `config.toml` to record.
 
-    Raises ValueError for a reference that leads nowhere, or to another family's weights.
+    `names` are the roles to look at. Default: all. Raises ValueError for a reference that leads nowhere, or to another
+    family's weights.
     """
     roles = dict(config.roles)
     for name, role in roles.items():
-        if is_reference(role.init_from):
+        if is_reference(role.init_from) and (names is None or name in names):
             found = resolve_reference(role.init_from)
             if found.manifest.family != config.recipe.family:
                 raise ValueError(

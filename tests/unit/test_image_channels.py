@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,54 +10,31 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from PIL import Image
 from runs import REPOSITORY, read_metrics, tiny_argv
-from tiny_media import write_pipeline, write_video
+from tiny_i2v import CONFIG, write_i2v_pipeline
+from tiny_media import write_video
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from titan_distill import cli
 from titan_distill.config.loading import load_config
 from titan_distill.data.parquet import ParquetDataset
 from titan_distill.diffusion import sampler
 from titan_distill.models.base import Guidance
-from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, needed_tensors, with_channels
-from titan_distill.models.wan.state_dict import save_folder
-from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import load_vae
 from titan_distill.parallelisms.mesh import World
 from titan_distill.resolve import resolve
 from titan_distill.train import assemble, main
 from titan_distill.trainer import Trainer
 
-CONFIG = WanConfig(
-    num_layers=1, num_attention_heads=2, attention_head_dim=12, ffn_dim=16, text_dim=16, freq_dim=16, in_channels=36,
-    image_dim=24, added_kv_proj_dim=24,
-)  # fmt: skip
 SIZE, NUM_FRAMES, NUM_TEXT_TOKENS, SHIFT = 32, 5, 512, 3.0
 VIDEO = f"--pipeline_config.num_frames {NUM_FRAMES} --pipeline_config.height {SIZE} --pipeline_config.width {SIZE}"
-
-
-def save_random(config: WanConfig, folder: Path, seed: int) -> None:
-    model = WanTransformer(config)
-    generator = torch.Generator().manual_seed(seed)
-    values = {name: 0.2 * torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
-    save_folder(values, config, folder)
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole image-to-video pipeline of random weights."""
-    folder = write_pipeline(tmp_path_factory.mktemp("pipeline"))
-    torch.manual_seed(1)
-    clip = CLIPVisionConfig(
-        hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    CLIPVisionModel(clip).save_pretrained(folder / "image_encoder")
-    sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    CLIPImageProcessor(**sizes).save_pretrained(folder / "image_processor")
-    save_random(CONFIG, folder / "transformer", 2)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanImageToVideoPipeline"}))
-    return folder
+    return write_i2v_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from titan_distill import cli
-from titan_distill.commands.ode_pairs import SETTINGS, OdePairsOptions, initial_noise, ode_pairs
+from titan_distill.commands.ode_pairs import OdePairsOptions, initial_noise, ode_pairs
+from titan_distill.commands.pair_identity import SETTINGS
 from titan_distill.data.parquet import LatentRow, ParquetDataset, write_rows
 from titan_distill.diffusion import sampler, schedule
 from titan_distill.diffusion.noise import KeyedNoise
@@ -203,7 +204,7 @@ def test_a_folder_with_other_data_is_refused(tmp_path: Path) -> None:
 def test_settings_name_what_the_pairs_depend_on(pairs: Path) -> None:
     settings = json.loads((pairs / SETTINGS).read_text())
     assert settings["guidance_scale"] == 3.0 and settings["num_steps"] == STEPS and settings["solver"] == "euler"
-    assert settings["pipeline"]["flow_shift"] == 3.0 and settings["teacher"] == "tests/assets/tiny_wan"
+    assert settings["pipeline_config.flow_shift"] == 3.0 and settings["teacher"] == "tests/assets/tiny_wan"
 
 
 # --- the pure part

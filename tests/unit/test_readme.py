@@ -1,29 +1,34 @@
-"""The README's commands are real: configurations load, subcommands and options exist, files that it names are there."""
+"""The README's commands are real: configurations load, words parse, files that it names are there.
+
+`tests/integration/test_readme_in_order.py` runs them.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from readme import COMMANDS, INSTALLATION, PLACEHOLDERS, SMALL, TEXT, small
 from runs import REPOSITORY
 
 from titan_distill import cli
 from titan_distill.config.degrees import resolve_layout
 from titan_distill.config.loading import load_config
 
-README = (REPOSITORY / "README.md").read_text()
-LINES = [line.split("  #")[0] for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.splitlines()]
-TRAINING = [line for line in LINES if "run_train.sh" in line]
-TOOLS = [line for line in LINES if "titan-distill" in line]
+TRAINING = [command for command in COMMANDS if "run_train.sh" in command]
+TOOLS = [command for command in COMMANDS if "titan-distill" in command]
 
 
-def words(line: str) -> tuple[int, list[str]]:
+def words(command: str) -> tuple[int, list[str]]:
     """The number of ranks and the arguments."""
-    *environment, command = re.split(r"(?:\./run_train\.sh|titan-distill)", line, maxsplit=1)
+    *environment, arguments = re.split(r"(?:\./run_train\.sh|titan-distill)", command, maxsplit=1)
     ranks = re.search(r"NGPU=(\d+)", environment[0])
-    return int(ranks[1]) if ranks else 1, shlex.split(command, comments=True)
+    return int(ranks[1]) if ranks else 1, shlex.split(arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -31,36 +36,50 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
 
 
-def test_there_are_commands() -> None:
-    assert len(TRAINING) >= 6 and len(TOOLS) >= 8
+def test_there_is_no_other_command() -> None:
+    assert len(TRAINING) >= 14 and len(TOOLS) >= 12
+    others = set(COMMANDS) - {*TRAINING, *TOOLS}
+    assert all(command.startswith(INSTALLATION) for command in others) and len(others) == 1
 
 
-@pytest.mark.parametrize("line", TRAINING)
-def test_training_command(line: str) -> None:
-    ranks, arguments = words(line)
+@pytest.mark.parametrize("command", [form for command in TRAINING for form in (command, small(command))])
+def test_training_command(command: str) -> None:
+    ranks, arguments = words(command)
     if "--job.config_file" not in arguments:
         arguments = ["--job.config_file", "train_configs/tiny_wan_dmd2.toml", *arguments]
     resolve_layout(load_config(arguments), ranks)
 
 
-@pytest.mark.parametrize("line", TOOLS)
-def test_tool_command(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _, arguments = words(line)
-    first = next(i for i, word in enumerate(arguments) if word not in cli.COMMANDS and not _is_inner(arguments, i))
-    with pytest.raises(SystemExit) as leaving:
-        cli.main([*arguments[:first], "--help"])
-    assert leaving.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in arguments[first:] if word.startswith("--"))
+@pytest.mark.parametrize("command", [form for command in TOOLS for form in dict.fromkeys((command, small(command)))])
+def test_tool_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every word is parsed to its type, by the real command line in front of functions that only note their call."""
+    called: list[str] = []
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.wraps(function)(lambda *args, **kwargs: called.append(function.__name__))
+
+    commands = {
+        name: {inner: noting(f) for inner, f in entry.items()} if isinstance(entry, dict) else noting(entry)
+        for name, entry in cli.COMMANDS.items()
+    }
+    monkeypatch.setattr(cli, "COMMANDS", commands)
+    monkeypatch.setattr(cli.planning, "plan", commands["plan"])
+    cli.main(words(command)[1])
+    assert len(called) == 1
 
 
-def _is_inner(arguments: list[str], index: int) -> bool:
-    outer = cli.COMMANDS.get(arguments[0])
-    return index == 1 and isinstance(outer, dict) and arguments[1] in outer
+def test_capitals_stand_for_what_readers_bring() -> None:
+    text = "\n".join(re.sub(r'"[^"]*"', "", command) for command in COMMANDS)
+    assert set(re.findall(r"\b[A-Z]{3,}\b", text.replace("NGPU", ""))) == {*PLACEHOLDERS}
+    assert f"{PLACEHOLDERS[0]} and {PLACEHOLDERS[1]} stand for folders of your own" in TEXT
+
+
+def test_every_appended_option_has_commands() -> None:
+    assert all(any(part in command for command in COMMANDS) for part in SMALL)
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"`((?:titan_distill|kernels|docs|train_configs|scripts)/[\w/.-]*)`", README)))
+    "path", sorted(set(re.findall(r"`((?:titan_distill|kernels|docs|train_configs|scripts)/[\w/.-]*)`", TEXT)))
 )
 def test_named_file_is_there(path: str) -> None:
     assert (REPOSITORY / Path(path)).exists()

@@ -18,6 +18,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from titan_distill.fault_tolerance.files import is_bare
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
@@ -94,7 +96,7 @@ def _read_index(folder: Path) -> dict[str, str]:
         raise ValueError(f"{path} has no weight_map")
     for name in weight_map.values():
         # An index is data from elsewhere: it may not lead out of its folder.
-        if not isinstance(name, str) or name in ("", ".", "..") or any(separator in name for separator in "/\\"):
+        if not is_bare(name):
             raise ValueError(f"{path} names {name!r}, which is not a bare file name in that folder")
     return weight_map
 

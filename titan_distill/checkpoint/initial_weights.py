@@ -7,6 +7,7 @@ Each rank reads the parts that its layout needs, whatever layout wrote them.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from titan_distill.checkpoint import storage
-from titan_distill.checkpoint.diffusers_folder import TRANSFORMER
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, network_folder
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import MANIFEST_NAME, Manifest, TrainedRole, read_manifest
 from titan_distill.checkpoint.state import ema_key, model_key
@@ -117,6 +118,20 @@ def stored_names(metadata: Metadata, trained: TrainedRole, role: str, module: st
 def weights_digest(weights: str) -> str:
     """Returns a digest of the weights that a role starts from, in a checkpoint or in a folder."""
     return resolve_reference(weights).digest if is_reference(weights) else fingerprint(Path(weights))
+
+
+def networks_digest(weights: str) -> str:
+    """Returns a digest of the networks alone: other than for `weights_digest`, the encoders of a pipeline do not count.
+
+    For a folder it covers names, sizes and both ends of the files: two megabytes per file of a 14B network. Headers
+    alone would be equal for any two networks of one architecture. Raises ValueError for a folder that does not exist.
+    """
+    if is_reference(weights):
+        return resolve_reference(weights).digest
+    folders = dict.fromkeys(network_folder(Path(weights), module) for module in (TRANSFORMER, TRANSFORMER_2))
+    if not all(folder.is_dir() for folder in folders):
+        raise ValueError(f"there is no folder {weights}; name a diffusers transformer or pipeline")
+    return hashlib.sha256("".join(map(fingerprint, folders)).encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_distill.fault_tolerance.files import FileRecord, record_file
+from titan_distill.fault_tolerance.files import FileRecord, is_bare, record_file
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -114,8 +114,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Reads and checks `manifest.json`.
 
-    Raises CheckpointDamaged if the manifest is missing, unreadable or edited, and ValueError if a newer version wrote
-    it.
+    Raises CheckpointDamaged if the manifest is missing, unreadable or edited, or names anything outside of its folder,
+    and ValueError if a newer version wrote it.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -132,7 +132,14 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if digest != _digest(content):
         raise CheckpointDamaged(f"{path} is damaged or was edited: its digest does not match its contents")
-    return _from_json(content)
+    manifest = _from_json(content)
+    # A digest is no signature: whoever makes a manifest makes its digest, too.
+    for name in (*manifest.files, *(module for role in manifest.trained.values() for module in role.modules)):
+        if not is_bare(name):
+            raise CheckpointDamaged(
+                f"{path} names {name!r}, which is outside of its folder; do not trust this checkpoint"
+            )
+    return manifest
 
 
 def _from_json(content: dict[str, Any]) -> Manifest:

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.utils.serialization import config as serialization
 
 from titan_distill.checkpoint.manifest import CheckpointDamaged, Manifest, verify_hashes
-from titan_distill.fault_tolerance.files import FileRecord, HashedFile, format_bytes
+from titan_distill.fault_tolerance.files import FileRecord, HashedFile, format_bytes, is_bare
 from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 
 METADATA_NAME = ".metadata"
@@ -143,7 +143,7 @@ def written_files(folder: Path, metadata: Metadata) -> dict[str, int]:
     """Returns the expected size of each data file in bytes, by name. Raises CheckpointDamaged like `read_metadata`."""
     num_bytes: dict[str, int] = {}
     for info in metadata.storage_data.values():
-        if Path(info.relative_path).name != info.relative_path:
+        if not is_bare(info.relative_path):
             raise CheckpointDamaged(
                 f"{folder / METADATA_NAME} names {info.relative_path!r}, which is outside the folder"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -43,6 +43,7 @@ def generate(
     sink_frames: int | None = None,
     raw_weights: bool = False,
     image: Path | None = None,
+    trust_imports: tuple[str, ...] = (),
 ) -> None:
     """Make a video from a prompt, or from a prompt and a first picture, with a trained role.
 
@@ -61,13 +62,17 @@ def generate(
         raw_weights: Sample from the trained weights even where there is an average of them.
         image: Picture (or video, of which the first frame) that the video starts from, scaled to cover its size and
             cropped; for models that take one.
+        trust_imports: Modules of the run's job.imports to import although they are not part of titan_distill. Importing
+            a module runs its code. Default: none.
     """
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the video should show")
     probe_file(out, "--out", (".mp4",))
     device = default_device()
     pipeline = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}
-    config, adapter, handle, request = load_role(resolve(checkpoint), role, device, pipeline, raw_weights=raw_weights)
+    config, adapter, handle, request = load_role(
+        resolve(checkpoint), role, device, pipeline, raw_weights=raw_weights, trusted=trust_imports
+    )
     if num_steps is not None and request.sigmas is not None:
         raise ValueError(
             f"--num-steps {num_steps} contradicts the {role}'s own {len(request.sigmas)} steps; leave it out"
@@ -100,9 +105,11 @@ def load_role(
     pipeline: Mapping[str, object] = MappingProxyType({}),
     *,
     raw_weights: bool,
+    trusted: Collection[str] = (),
 ) -> tuple[Config, Adapter, RoleHandle, SampleRequest]:
     """A trained role of a checkpoint as one module, its run's configuration, and how its method samples from it.
-    `pipeline` replaces values of the run's [pipeline_config], except where it has None.
+    `pipeline` replaces values of the run's [pipeline_config], except where it has None. Modules of the run's
+    job.imports from outside of this package are imported only if they are in `trusted`.
 
     Raises ValueError when the run's `config.toml` is not beside the checkpoints, or for what `role_tensors`
     refuses.
@@ -113,7 +120,7 @@ def load_role(
             f"{checkpoint} lies in no run folder: {config_file} is missing; keep checkpoints below their run"
         )
     overrides = [f"--pipeline_config.{name}={value}" for name, value in pipeline.items() if value is not None]
-    config = load_config(["--job.config_file", str(config_file), *overrides])
+    config = load_config(["--job.config_file", str(config_file), *overrides], trusted)
     manifest = read_manifest(checkpoint)
     trained = trained_role(checkpoint, manifest, role)
     use_ema = trained.has_ema and not raw_weights

@@ -9,15 +9,14 @@ that was stopped goes on with the ids that no file has. A file depends on the id
 number of ranks writes the same ones. The teacher is laid out as the job's configuration says, which makes each of its
 forwards a collective: all data groups run equally many, and the last ones may repeat a batch that they do not write.
 
-Beside the files, `ode_pairs.json` stores the settings that they were made with: pairs with other settings are refused
-in the same folder.
+Beside the files, `ode_pairs.json` stores their identity (`pair_identity.py`): pairs of another identity are refused in
+the same folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,28 +30,28 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from titan_distill.commands.pair_identity import check_identity, digest_of_prompts, identity, publish_identity
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import needs_group, role_degrees
 from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.loading import load_config
 from titan_distill.config.role_sections import RoleConfig
 from titan_distill.data.loader import collate
-from titan_distill.data.parquet import LatentRow, ParquetDataset, read_ids, write_rows
+from titan_distill.data.parquet import LatentRow, ParquetDataset, read_texts, write_rows
 from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import TrajectoryRequest
 from titan_distill.diffusion.schedule import few_step_sigmas, timestep
 from titan_distill.diffusion.trajectory import grid_indices, sample_trajectory
-from titan_distill.fault_tolerance.files import atomic
 from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.fault_tolerance.run_lock import RunLock
 from titan_distill.methods.base import method_class
 from titan_distill.models.base import Adapter, Guidance, model_family
 from titan_distill.parallelisms.mesh import Layouts, World, is_main_process, num_ranks, start_world
+from titan_distill.resolve import spell_out_references
 from titan_distill.roles import RoleHandle, RoleManager
 
-SETTINGS = "ode_pairs.json"
 _ROW_DIMS = 4  # of a dataset's latents
 
 
@@ -104,13 +103,15 @@ def ode_pairs(options: OdePairsOptions) -> str:
     is_list = options.prompts.suffix in (".txt", ".jsonl")
     prompts = read_prompts(options.prompts, None) if is_list else ParquetDataset(options.prompts)
     num_pairs = options.num_pairs or len(prompts)
-    settings = _settings(config, options, request)
+    config = spell_out_references(config, ["teacher"])
+    role, family = config.roles["teacher"], model_family(config.recipe.family)(config)
+    own = {"seed": options.seed, "dtype": options.dtype}
+    settings = identity(config, family, request, options.prompts, digest_of_prompts(prompts), **own)
     batches = missing_batches(options.out, settings, num_pairs, options)
     num_missing = sum(map(len, batches))
     if not num_missing:
         return f"{options.out}: all {num_pairs} pairs are there"
 
-    role, family = config.roles["teacher"], model_family(config.recipe.family)(config)
     degrees = role_degrees(config, "teacher", num_ranks())
     family.check_layouts({"teacher": degrees})
     if is_main_process():
@@ -118,7 +119,7 @@ def ode_pairs(options: OdePairsOptions) -> str:
     with _world(config) as world, RunLock(options.out) if world.is_main else nullcontext():
         layouts = Layouts(world, degrees, {"teacher": degrees})
         if world.is_main:
-            _publish_settings(options.out, settings)
+            publish_identity(options.out, settings)
         modules = family.build_modules("teacher", role, layouts.role("teacher"), world.device)
         handle = RoleHandle("teacher", modules, trainable=False)
         adapter = family.build_adapter(world.device, layouts)
@@ -191,8 +192,8 @@ def initial_noise(row_id: str, shape: Sequence[int]) -> Tensor:
 def missing_batches(out: Path, settings: dict[str, Any], num_pairs: int, options: OdePairsOptions) -> list[list[int]]:
     """Returns the indices of the pairs that no file in `out` contains, one list per file to write. Raises ValueError if
     `out` contains other data."""
-    _check_settings(out, settings)
-    found = set(read_ids(out)) if list(out.glob("*.parquet")) else set()
+    check_identity(out, settings)
+    found = set(read_texts(out, "id")) if list(out.glob("*.parquet")) else set()
     starts = range(0, num_pairs, options.batch_size)
     files = (range(start, min(start + options.batch_size, num_pairs)) for start in starts)
     batches = ([index for index in indices if pair_id(options.seed, index) not in found] for indices in files)
@@ -267,43 +268,3 @@ def _run(batches: list[list[int]], layouts: Layouts, make: Callable[[list[int], 
 def _in_row_dims(latent: Tensor) -> Tensor:
     """Returns a latent with the four dims of a dataset. Missing dims get size 1."""
     return latent.reshape(*latent.shape, *itertools.repeat(1, _ROW_DIMS - latent.ndim))
-
-
-def _settings(config: Config, options: OdePairsOptions, request: TrajectoryRequest) -> dict[str, Any]:
-    """Returns the settings that determine a pair, except its index, in the form in which JSON stores them."""
-    role = config.roles["teacher"]
-    return {
-        "teacher": role.path or role.init_from,
-        "prompts": str(options.prompts),
-        "seed": options.seed,
-        "dtype": options.dtype,
-        "pipeline": json.loads(json.dumps(dataclasses.asdict(config.pipeline_config))),
-        **dataclasses.asdict(request),
-        "sigmas": list(request.sigmas),
-    }
-
-
-def _check_settings(out: Path, settings: dict[str, Any]) -> None:
-    file = out / SETTINGS
-    if not file.is_file():
-        if list(out.glob("*.parquet")):
-            raise ValueError(
-                f"{out} holds parquet files that are no pairs ({SETTINGS} is missing); choose another --out"
-            )
-        return
-    try:
-        found = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} can't be read ({error}); remove the folder, or choose another --out") from error
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"{out} holds pairs made with {name} = {found.get(name)}, not {value}; choose another --out or the "
-                "same settings"
-            )
-
-
-def _publish_settings(out: Path, settings: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic(out / SETTINGS) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

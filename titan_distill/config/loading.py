@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,27 @@ from titan_distill.config.parsing import (
     reject_unknown_keys,
 )
 from titan_distill.config.role_sections import OptimizerConfig, ParallelismConfig
-from titan_distill.config.sections import JobConfig, RecipeConfig
+from titan_distill.config.sections import JobConfig, RecipeConfig, ValidationConfig
 from titan_distill.config.text import NO_VALUE, field_types, schema_help, to_dict, toml_text
-from titan_distill.registry import FAMILIES, METHODS, SCORERS, FamilyClass, MethodClass, import_user_modules, lookup
+from titan_distill.registry import (
+    FAMILIES,
+    METHODS,
+    SCORERS,
+    FamilyClass,
+    MethodClass,
+    import_trusted_modules,
+    import_user_modules,
+    lookup,
+    names,
+)
 
 logger = logging.getLogger(__name__)
 
 HELP_HEADER = """\
 Each key of a configuration file is also an option. A resume takes another value of a key without a word (free), takes
 it and logs the old and the new one (logged), or refuses it (refused)."""
+SHAPES = "shapes"
+"""Scorer of `tiny_world`, which is installed with this package."""
 OWN_DEGREES = {"dp_replicate": 1, "dp_shard": -1, "sequence": 1, "tensor": 1}
 """Defaults of the degrees of a role that sets one of them."""
 ROLE_KEYS = {
@@ -46,11 +58,14 @@ ROLE_KEYS = {
 """Sections that a role may override, each with the keys that it may set."""
 
 
-def load_config(argv: Sequence[str]) -> Config:
+def load_config(argv: Sequence[str], trusted: Collection[str] | None = None) -> Config:
     """Loads the configuration of a command line, e.g. `["--job.config_file", "x.toml", "--training.steps", "20"]`.
 
-    Without a file, all keys come from the command line. Raises ConfigError: one sentence with the file (or the command
-    line), the key, the value, the allowed values and the nearest known key.
+    Without a file, all keys come from the command line. `trusted` is for a file that somebody else may have written:
+    the modules of its job.imports that may run, see `import_trusted_modules`. Default: all.
+
+    Raises ConfigError: one sentence with the file (or the command line), the key, the value, the allowed values and the
+    nearest known key.
     """
     overrides = parse_overrides(argv)
     source, raw = _read_config_file(overrides)
@@ -69,7 +84,7 @@ def load_config(argv: Sequence[str]) -> Config:
         raw |= table
         places["pipeline_config"] = Place(pipeline_file, "pipeline_config", Config)
 
-    kinds = _section_kinds(raw, places)
+    kinds = _section_kinds(raw, places, trusted)
     raw["roles"] = _complete_roles(raw, places["roles"])
     order = sorted(kinds, key=lambda name: name == "roles")  # last: a fault in [optimizer] is not a role's
     values = {name: convert(kinds[name], raw.get(name, {}), places[name]) for name in order}
@@ -104,6 +119,18 @@ def to_toml(config: Config) -> str:
             if different:
                 role[section] = {key: own[key] for key in keys if key in different}
     return toml_text(tables)
+
+
+def import_family(config_file: Path, family: str, trusted: Collection[str]) -> None:
+    """Imports the modules that a run's configuration file names for its model family, as far as they are `trusted`. The
+    file is read only if it is needed. Raises ConfigError as `load_config` does."""
+    if (not trusted and family in names(FAMILIES)) or not config_file.is_file():
+        return
+    source = str(config_file)
+    raw = read_toml(source).get("job", {})
+    job = convert(JobConfig, raw, Place(source, "", Config).child("job", raw))
+    with in_one_sentence(source):
+        import_trusted_modules(job.imports, [(FAMILIES, family)], trusted)
 
 
 def help_text(argv: Sequence[str]) -> str:
@@ -184,7 +211,7 @@ def _complete_role(role: Any, raw: dict[str, Any], at: Place) -> Any:
 
 def _import_scorer(name: str) -> None:
     """Raises ValueError if no module registers the scorer."""
-    if name == "shapes" and name not in SCORERS.entries:
+    if name == SHAPES and name not in SCORERS.entries:
         logger.warning('validation.scorer = "shapes" needs job.imports = ["tiny_world"] from version 0.3 on')
         import_user_modules(["tiny_world"])
     lookup(SCORERS, name)
@@ -204,12 +231,22 @@ def _read_config_file(overrides: Sequence[tuple[str, Text]]) -> tuple[str, dict[
     return chosen.text, raw
 
 
-def _section_kinds(raw: dict[str, Any], places: dict[str, Place]) -> dict[str, Any]:
-    """Types of the sections by name, including those of the method and the family. Imports the user's modules first."""
+def _section_kinds(
+    raw: dict[str, Any], places: dict[str, Place], trusted: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Types of the sections by name, including those of the method and the family. Imports the modules of job.imports
+    first, all of them or those that are `trusted`."""
     job = convert(JobConfig, raw.get("job", {}), places["job"])
-    with in_one_sentence(places["job"].source):
-        import_user_modules(job.imports)
+    if trusted is None:
+        with in_one_sentence(places["job"].source):
+            import_user_modules(job.imports)
     recipe = convert(RecipeConfig, raw.get("recipe", {}), places["recipe"])
+    if trusted is not None:
+        scorer = convert(ValidationConfig, raw.get("validation", {}), places["validation"]).scorer
+        needed = [(METHODS, recipe.method), (FAMILIES, recipe.family)]
+        needed += [] if scorer == SHAPES else [(SCORERS, scorer)]  # SHAPES comes with this package: `_import_scorer`
+        with in_one_sentence(places["job"].source):
+            import_trusted_modules(job.imports, needed, trusted)
     with in_one_sentence(places["recipe"].source):
         method: type[MethodClass] = lookup(METHODS, recipe.method)
         family: type[FamilyClass] = lookup(FAMILIES, recipe.family)

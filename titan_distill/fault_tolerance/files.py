@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,24 @@ def atomic(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def with_umask_mode(path: Path) -> Iterator[None]:
+    """Gives a file that the block writes the mode that the umask asks for.
+
+    Some libraries write through a temporary file of mode 0600, which colleagues on a shared disk cannot read. The mode
+    is taken from a file made here, because reading the umask means changing it, for all threads.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    path.chmod(mode)
+
+
+def is_bare(name: object) -> bool:
+    """Returns whether a name that was read from a file names an entry of its folder, rather than one outside."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(letter in name for letter in "/\\\0")
 
 
 def flush_folder(folder: Path) -> None:

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
 from titan_distill.config.role_sections import RoleConfig
+from titan_distill.config.text import to_dict
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
 from titan_distill.models.streaming import SegmentStream
@@ -326,6 +327,12 @@ class ModelFamily(ABC):
         """Returns the configuration in which keys of the family that come from files (such as `model_index.json`) have
         their values, for `config.toml` to record. Raises ValueError."""
         return self.config
+
+    def sampling_settings(self, role: str) -> dict[str, Any]:
+        """Returns all that samples of a role depend on beside its weights and the request, by name: the keys of
+        [pipeline_config], from which a family may leave out those without effect on samples of this role, and digests
+        of files that it reads. Raises ValueError."""
+        return to_dict(self.config.pipeline_config)
 
     @abstractmethod
     def architecture(self, module: nn.Module) -> dict[str, Any]:

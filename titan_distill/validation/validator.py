@@ -30,6 +30,7 @@ from titan_distill.config.config import Config
 from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
+from titan_distill.fault_tolerance.files import with_umask_mode
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.models.base import Adapter
 from titan_distill.parallelisms.mesh import Layouts
@@ -56,7 +57,8 @@ class Sample:
         tensors = {"latents": self.latents.contiguous()}
         if self.video is not None:
             tensors["video"] = self.video.contiguous()
-        save_file(tensors, path, {"scores": json.dumps(self.scores)})
+        with with_umask_mode(path):
+            save_file(tensors, path, {"scores": json.dumps(self.scores)})
 
     @classmethod
     def load(cls, path: Path) -> Sample:

@@ -30,7 +30,7 @@ from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, needed_te
 from titan_distill.models.wan.image_encoder import ImageEncoder
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import build_transformer, check_degrees, empty_transformer
-from titan_distill.models.wan.pipeline_config import WanPipelineConfig
+from titan_distill.models.wan.pipeline_config import CAUSAL_KEYS, WanPipelineConfig
 from titan_distill.models.wan.pipeline_index import exported_index
 from titan_distill.models.wan.state_dict import UNUSED_KEY, save_folder
 from titan_distill.models.wan.stored import EXPERTS, StoredWeights
@@ -112,6 +112,13 @@ class WanFamily(ModelFamily):
         if boundary is None:
             return self.config
         return replace(self.config, pipeline_config=replace(self.config.pipeline_config, boundary_ratio=boundary))
+
+    def sampling_settings(self, role: str) -> dict[str, Any]:
+        pipeline, is_causal = self.config.pipeline_config, self.config.roles[role].attention == "causal"
+        without = ("path", "offload_text_encoder", "validate_from_image", *(() if is_causal else CAUSAL_KEYS))
+        settings = {name: x for name, x in super().sampling_settings(role).items() if name not in without}
+        settings["boundary_ratio"] = pipeline.boundary_ratio or self._boundary()
+        return settings | {"text_encoder": TextEncoder(pipeline.path).files_digest if pipeline.path else ""}
 
     def build_modules(
         self, name: str, role: RoleConfig, mesh: RoleMesh | None, device: torch.device

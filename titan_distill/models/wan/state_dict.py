@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titan_distill.checkpoint.diffusers_folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, open_folder, read_json
+from titan_distill.fault_tolerance.files import with_umask_mode
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.lora import without_adapters
@@ -106,8 +107,9 @@ def save_folder(
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     shards: list[dict[str, int]] = []
     for shard in _shards(pairs, dtype, max_shard_bytes):
-        # Their number is known only at the end, so the first names are provisional.
-        save_file(shard, folder / _shard_name(len(shards)), metadata={"format": "pt"})
+        file = folder / _shard_name(len(shards))  # provisional, because their number is known only at the end
+        with with_umask_mode(file):
+            save_file(shard, file, metadata={"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in shard.items()})
     final_names = [_shard_name(index, len(shards)) for index in range(len(shards))]
     for index, final_name in enumerate(final_names):

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from titan_distill.fault_tolerance.files import atomic, fingerprint
+from titan_distill.fault_tolerance.files import atomic, fingerprint, with_umask_mode
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +87,11 @@ class TextEncoder:
         Raises:
             ValueError: the cached file is damaged.
         """
-        key = f"{prompt}\0{max_tokens}\0{self._dtype}\0{self._files_digest}"
+        key = f"{prompt}\0{max_tokens}\0{self._dtype}\0{self.files_digest}"
         file = Path(cache_dir) / f"text-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(file) as temporary:
+            with atomic(file) as temporary, with_umask_mode(temporary):
                 save_file({"embedding": self.embed(prompt, max_tokens)}, temporary)
         try:
             return _pad(load_file(file)["embedding"], max_tokens)
@@ -110,14 +110,15 @@ class TextEncoder:
         return hidden_1LD[0, : min(num_tokens, max_tokens)].float().cpu()
 
     @functools.cached_property
-    def _files_digest(self) -> str:
+    def files_digest(self) -> str:
+        """Digest of the files of encoder and tokenizer, from their names, sizes and both ends."""
         return "\0".join(fingerprint(folder, _DIGEST_BYTES) for folder in (self._folder, self._tokenizer_folder))
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._tokenizer_folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(self._tokenizer_folder, local_files_only=True, trust_remote_code=False)
 
     @functools.cached_property
     def _model(self) -> Any:
