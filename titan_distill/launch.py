@@ -35,6 +35,7 @@ SECONDS_TO_LEAVE = 10
 
 SECONDS_TO_START = 1
 """Seconds after which a signal that came before there were workers is passed on again."""
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
 
 
 class Relay:
@@ -42,8 +43,14 @@ class Relay:
 
     def __init__(self) -> None:
         self.received: set[int] = set()
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        for number in SIGNALS:
             signal.signal(number, self._pass_on)
+
+    def close(self) -> None:
+        """Ignores signals from now on: Python drops its handlers before it ends, and a signal would then kill the
+        launcher, whose exit code is settled."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         workers = _children()
@@ -91,6 +98,14 @@ def _children() -> list[int]:
 def main() -> int:
     """Runs torchrun on the command line's arguments. Returns the exit code."""
     relay = Relay()  # before torch is imported, which takes seconds
+    try:
+        return launch(sys.argv[1:], relay)
+    finally:
+        relay.close()
+
+
+def launch(argv: list[str], relay: Relay) -> int:
+    """Runs torchrun. Returns the exit code."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -98,7 +113,7 @@ def main() -> int:
         print("stopped as asked before the first step")
         return relay.exit_code(set())
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)  # of each rank that ends
-    arguments = run.parse_args(["--signals-to-handle", "SIGHUP,SIGQUIT", *sys.argv[1:]])
+    arguments = run.parse_args(["--signals-to-handle", "SIGHUP,SIGQUIT", *argv])
     arguments.log_dir = arguments.log_dir or tempfile.mkdtemp(prefix="titan_distill_logs_")
     try:
         _check_number(arguments.nproc_per_node)

@@ -65,14 +65,14 @@ class Stop:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Restores the old signal handlers. After an agreed stop it restores only the handler of Ctrl-C.
+        """Restores the old signal handlers. After an agreed stop it restores only the handler of Ctrl-C, and ignores
+        the other signals.
 
-        Launchers may repeat SIGTERM. The old handler would then kill a run that has already saved, and its exit code
-        would no longer be 75.
+        Launchers may repeat SIGTERM. It would then kill a run that has already saved, and its exit code would no longer
+        be 75. A handler of ours would not do, because Python drops handlers before it ends.
         """
         for number, handler in self._previous.items():
-            if number == signal.SIGINT or not self.is_agreed:
-                signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.is_agreed and number != signal.SIGINT else handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.is_signalled = True
