@@ -33,8 +33,8 @@ SECONDS_TO_LEAVE = 10
 """Seconds from Ctrl-C to a kill, because a rank that waits in a collective on a GPU does not notice the signal."""
 
 
-SECONDS_TO_START = 1
-"""Seconds after which a signal that came before there were workers is passed on again."""
+SECONDS_TO_START = 30
+"""Seconds that a worker gets to install its handlers. A stop signal that comes before is kept for it."""
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
 
 
@@ -43,6 +43,7 @@ class Relay:
 
     def __init__(self) -> None:
         self.received: set[int] = set()
+        self._patience = SECONDS_TO_START
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
 
@@ -53,20 +54,22 @@ class Relay:
             signal.signal(number, signal.SIG_IGN)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        workers = _children()
-        if not workers:  # they have not started, or have all ended: then this process ends before the alarm
-            if number == signal.SIGINT:
-                leave_at_once(number, frame)
-            signal.alarm(SECONDS_TO_START)
-        elif signal.SIGINT in self.received and number in (signal.SIGINT, signal.SIGALRM):
-            number = signal.SIGKILL  # a second Ctrl-C, or the time limit after the first
-        elif number == signal.SIGALRM:
-            number = next(iter(self.received))
-        elif number == signal.SIGINT:
-            signal.alarm(SECONDS_TO_LEAVE)
-        if number != signal.SIGALRM:
-            self.received.add(number)
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # torchrun would report failures
+        workers = _children()
+        if signal.SIGINT in self.received and number in (signal.SIGINT, signal.SIGALRM):
+            number = signal.SIGKILL  # a second Ctrl-C, or the time limit after the first
+        elif number == signal.SIGINT:
+            if not workers:
+                leave_at_once(number, frame)
+            self.received.add(number)
+            signal.alarm(SECONDS_TO_LEAVE)
+        else:
+            number = min(self.received) if number == signal.SIGALRM else number
+            self.received.add(number)
+            if not workers or (self._patience and not all(_catches(worker, number) for worker in workers)):
+                self._patience -= bool(workers)
+                signal.alarm(1)  # and then again
+                return
         for worker in workers:
             with suppress(ProcessLookupError):
                 os.kill(worker, number)
@@ -95,6 +98,16 @@ def _children() -> list[int]:
     return found
 
 
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, and will not die of it. True for a process that has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return "\nState:\tZ" in status or bool(int(caught, 16) >> (number - 1) & 1)
+
+
 def main() -> int:
     """Runs torchrun on the command line's arguments. Returns the exit code."""
     relay = Relay()  # before torch is imported, which takes seconds
@@ -109,11 +122,11 @@ def launch(argv: list[str], relay: Relay) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if relay.received:
-        print("stopped as asked before the first step")
-        return relay.exit_code(set())
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)  # of each rank that ends
     arguments = run.parse_args(["--signals-to-handle", "SIGHUP,SIGQUIT", *argv])
+    if relay.received and arguments.nnodes in ("1", "1:1"):  # of several nodes one would leave the others waiting
+        print("stopped as asked before the first step")
+        return relay.exit_code(set())
     arguments.log_dir = arguments.log_dir or tempfile.mkdtemp(prefix="titan_distill_logs_")
     try:
         _check_number(arguments.nproc_per_node)
