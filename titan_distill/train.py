@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from titan_distill.fault_tolerance.signals import Stop, listen_early
 
 if __name__ == "__main__":
     listen_early()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns with a C++ stack of a node that has left
 
 import torch
 import torch.distributed as dist

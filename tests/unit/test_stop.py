@@ -192,6 +192,7 @@ def test_interrupt_stays_an_interrupt(tmp_path: Path, capsys: pytest.CaptureFixt
         ([signal.SIGINT], {130, -signal.SIGKILL}, 130),
         ([], {130, 1}, 130),
         ([], {1}, 1),
+        ([], {2, 1, -signal.SIGTERM}, 2),  # wrong input that only one rank could find
     ],
 )
 def test_exit_code_of_the_launcher(received: list[int], workers: set[int], expected: int) -> None:

@@ -153,8 +153,14 @@ class Watchdog:
         message = f"{type(error).__name__}: {error}".splitlines()[0] if own_fault else ""
         state: Literal["failed", "done"] = "done" if error is None else "failed"
         self._beat = replace(self._beat, step=self.step, state=state, error=message[:2000])
-        self._write()
-        if error is not None and not own_fault and (cause := self._find_cause()):
+        cause = ""
+        try:
+            self._write()
+            if error is not None and not own_fault:
+                cause = self._find_cause()
+        except RuntimeError as gone:  # of the store, which a node that has ended takes with it
+            cause = "" if error is None or own_fault else _no_store(gone)
+        if cause:
             raise LostRankError(cause) from error
 
     # The thread ------------------------------------------------------------------------------------
@@ -168,8 +174,7 @@ class Watchdog:
                 self._write()
                 beats = self._read() if self._all_have_started() else {}
             except RuntimeError as error:  # of the store
-                gone = f"the store on {os.environ['MASTER_ADDR']} does not answer: that machine or its torchrun is gone"
-                self._leave(f"{gone} ({error})")
+                self._leave(_no_store(error))
             now = time.monotonic()
             seconds = self._silence.update(beats, now)
             if lost := {rank: beats[rank] for rank, value in seconds.items() if value >= PATIENCE * self._timeout}:
@@ -307,6 +312,11 @@ def _is_from_collective(error: BaseException) -> bool:
     """Returns whether a collective raised the error. NCCL's errors have their own types; gloo's messages name its
     source file."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo/" in str(error))
+
+
+def _no_store(error: RuntimeError) -> str:
+    address, reason = os.environ["MASTER_ADDR"], str(error).splitlines()[0]
+    return f"the store on {address} does not answer: that machine has lost a rank, or it is down ({reason})"
 
 
 def _up_to_date(some: Mapping[int, Beat], beats: Mapping[int, Beat]) -> dict[int, Beat]:
