@@ -33,9 +33,23 @@ has_option() { # NAME ARGUMENT...: whether --NAME VALUE, --NAME=VALUE or --NAME 
     return 1
 }
 
+wrong() { # SENTENCE: what is wrong with the input
+    echo "error: $1" >&2
+    exit 2
+}
+
 python=${PYTHON:-$(command -v python || command -v python3)}
 num_gpus=$(gpus_visible)
 num_processes=${NGPU:-$((num_gpus > 0 ? num_gpus : 1))}
+[[ $num_processes =~ ^[1-9][0-9]{0,5}$ ]] ||
+    wrong "NGPU = '$num_processes' is not a number of processes; set it to a positive integer, or unset it"
+shown_ranks=${LOG_RANK:-0}
+[[ $shown_ranks =~ ^[0-9]{1,6}(,[0-9]{1,6})*$ ]] ||
+    wrong "LOG_RANK = '$shown_ranks' is not a list of ranks; set it to numbers with commas between them, such as 0,1"
+for rank in ${shown_ranks//,/ }; do
+    ((10#$rank < num_processes)) ||
+        wrong "LOG_RANK = '$shown_ranks' names rank $rank, but the largest of $num_processes is $((num_processes - 1))"
+done
 arguments=("$@")
 has_option job.config_file "$@" || arguments=(--job.config_file "${CONFIG_FILE:-train_configs/tiny_wan_dmd2.toml}" "$@")
 
@@ -55,5 +69,5 @@ fi
 trap 'exit 75' TERM USR1 # once the check is done; from then on the launcher listens
 WORLD_SIZE=$num_processes LOCAL_WORLD_SIZE=$num_processes "$python" -m titan_distill.train --check "${arguments[@]}"
 exec "$python" -m titan_distill.launch --standalone --nproc-per-node "$num_processes" \
-    --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 \
+    --local-ranks-filter "$shown_ranks" --role rank --tee 3 \
     -m titan_distill.train "${arguments[@]}"

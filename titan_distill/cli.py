@@ -3,10 +3,16 @@ options and `--help`."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from titan_distill.fault_tolerance.signals import leave_at_once
+
+if __name__ == "__main__" or Path(sys.argv[0]).name == "titan-distill":
+    signal.signal(signal.SIGINT, leave_at_once)  # until `main`: imports take seconds
 
 import tyro
 from tyro.conf import Positional
@@ -22,7 +28,7 @@ from titan_distill.commands import plan as planning
 from titan_distill.commands import preprocess
 from titan_distill.config.sections import RecipeConfig
 from titan_distill.data import summary
-from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT
+from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from titan_distill.models.base import model_family
 from titan_distill.observability.quiet import quiet_libraries
 
@@ -130,7 +136,9 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command. Bad input is one sentence on stderr and exit code 2."""
+    """Runs one command. Bad input is one sentence on stderr and exit code 2, Ctrl-C is exit code 130."""
+    if signal.getsignal(signal.SIGINT) is leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     quiet_libraries()
     arguments = sys.argv[1:] if argv is None else list(argv)
     command = COMMANDS.get(arguments[0]) if arguments else None
@@ -149,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _command_lines() -> list[str]:

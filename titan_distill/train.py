@@ -1,7 +1,7 @@
 """Entry point of a run: load the configuration, resolve it, assemble the parts, train.
 
 Wrong input ends in one sentence with exit code 2, before the first step. A failure after that keeps its traceback,
-because it is a fault of this code.
+because it is a fault of this code; the other ranks, which fail because one is lost, print none.
 """
 
 from __future__ import annotations
@@ -9,11 +9,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from titan_distill.fault_tolerance.signals import Stop, listen_early
+
+if __name__ == "__main__":
+    listen_early()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns with a C++ stack of a node that has left
 
 import torch
 import torch.distributed as dist
@@ -41,11 +48,11 @@ from titan_distill.fault_tolerance.exit_codes import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
 )
+from titan_distill.fault_tolerance.failures import report
 from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 from titan_distill.fault_tolerance.run_folder import Run, check_folder, open_run, read_run, resumes
 from titan_distill.fault_tolerance.run_lock import RunLock, check_free
-from titan_distill.fault_tolerance.signals import Stop
 from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog, record_collectives
 from titan_distill.methods.base import Head, TrainingMethod
 from titan_distill.models.base import ModelFamily
@@ -63,6 +70,7 @@ from titan_distill.parallelisms.mesh import (
     Layouts,
     World,
     check_local_ranks,
+    check_rendezvous,
     default_device,
     is_main_process,
     num_ranks,
@@ -93,11 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             trainer = start(argv, stop, held)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+            report(error)
             return EXIT_BAD_INPUT
-        except KeyboardInterrupt:
-            print("interrupted before the first step")
-            return EXIT_INTERRUPTED
+        except (KeyboardInterrupt, LostRankError) as error:
+            if stop.is_interrupted:
+                print("interrupted before the first step")
+                return EXIT_INTERRUPTED
+            report(error, is_consequence=True)
+            return EXIT_FAILED
         return EXIT_DONE if trainer is None else train(trainer)
 
 
@@ -119,11 +130,16 @@ def start(argv: list[str], stop: Stop, held: ExitStack) -> Trainer | None:
     if CHECK in argv:
         find_resume(run.config)
         return None
+    check_rendezvous()
     lock = held.enter_context(open_folder(config, redacted(argv))) if is_main_process() else None
     record_collectives(config.job.output_folder / "logs", config.comm.init_timeout_seconds)
     world = start_world(config.comm.init_timeout_seconds, force_group=needs_group(config))
     watchdog = Watchdog(world.rank, world.size, config.comm.init_timeout_seconds)
-    return assemble(run, world, watchdog, stop, lock)
+    with ExitStack() as guard:
+        guard.enter_context(watchdog)
+        trainer = assemble(run, world, watchdog, stop, lock)
+        guard.pop_all()  # `train` goes on with the watchdog
+    return trainer
 
 
 def check_output(config: Config) -> None:
@@ -165,11 +181,12 @@ def train(trainer: Trainer) -> int:
         with trainer.watchdog or nullcontext():
             finished = trainer.run()
     except (NonFiniteError, RankFailure) as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(error)
         return EXIT_FAILED
-    except (KeyboardInterrupt, LostRankError):
+    except (KeyboardInterrupt, LostRankError) as error:
         if not trainer.stop.is_interrupted:
-            raise
+            report(error, is_consequence=True)
+            return EXIT_FAILED
         # Ctrl-C reaches all ranks. A rank that waits for another in a collective fails when that one leaves.
         print(f"interrupted at step {trainer.state.step}; --checkpoint.resume_from latest resumes from the last save")
         return EXIT_INTERRUPTED
@@ -230,6 +247,8 @@ def assemble(
     method = run.method(config.method_config, roles, adapter, KeyedNoise(config.job.seed), timer)
     add_optimizers(config, roles, method)
     checkpoints, state = _resume(run, resume, roles, dataset, world.device, lock)
+    if watchdog is not None:
+        watchdog.step = state.step
     validator = None
     if config.validation.enabled:
         makes_videos = run.family.video_size() is not None
@@ -433,4 +452,4 @@ def _experiment_digest(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(record(main)())  # torchrun's summary then shows what failed, whichever ranks' output it shows
+    sys.exit(record(main)())  # torchrun's summary, or ours, shows what failed, whichever ranks' output is shown

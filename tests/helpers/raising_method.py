@@ -1,7 +1,9 @@
-"""A method whose second step fails with a traceback through its environment: `recipe.method = "raising"`."""
+"""A method whose second step fails with a traceback through its environment: `recipe.method = "raising"`. It fails on
+all ranks, or on the rank that the variable RAISING_RANK names."""
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar
 
 from titan_distill.data.loader import Batch
@@ -15,6 +17,7 @@ class RaisingFinetune(Finetune):
     roles_required: ClassVar[dict[str, bool]] = {"student": True}
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:
-        if step == 1:
+        rank = os.environ.get("RANK")
+        if step == 1 and rank == os.environ.get("RAISING_RANK", rank):
             raise RuntimeError("a fault of the method")
         return super().student_loss(batch, step)

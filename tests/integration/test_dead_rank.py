@@ -1,4 +1,4 @@
-"""A rank that is killed, stopped or stuck ends the job within the timeout, and the output names it."""
+"""A rank that is killed, stopped or stuck ends the job within the timeout, and one paragraph names it."""
 
 from __future__ import annotations
 
@@ -35,12 +35,17 @@ def job(folder: Path, *overrides: str) -> list[str]:
     ]  # fmt: skip
 
 
+OURS, TORCHRUN = "titan_distill.launch", "torch.distributed.run"
+
+
 @contextmanager
-def torchrun(folder: Path, name: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A running torchrun and the file of its output; nothing of it outlives the block."""
+def launched(
+    folder: Path, name: str, *arguments: str, launcher: str = OURS, **variables: str
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A running launcher and the file of its output; nothing of it outlives the block."""
     shown = folder / f"{name}.log"
-    environment = {**os.environ, "PYTHONPATH": str(HELPERS)}
-    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(HELPERS), **variables}
+    command = [sys.executable, "-m", launcher, *arguments]
     with shown.open("wb") as log:
         agent = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
     try:
@@ -74,34 +79,97 @@ def wait_for_steps(folder: Path, agent: subprocess.Popen[bytes], shown: Path, nu
         time.sleep(0.1)
 
 
+def on_ranks(num_ranks: int) -> list[str]:
+    """As run_train.sh gives it."""
+    shown = ("--local-ranks-filter", "0", "--role", "rank", "--tee", "3")
+    return ["--standalone", "--nproc-per-node", str(num_ranks), *shown]
+
+
+def paragraph(shown: Path) -> str:
+    """The one line that the launcher itself says, and which is no rank's."""
+    (line,) = [line for line in shown.read_text().splitlines() if not re.match(r"\[rank\d+\]:", line)]
+    return line
+
+
+def assert_says_once(shown: Path, folder: Path, *patterns: str) -> None:
+    """The launcher's paragraph has the patterns, the last step of the metrics, and a log; nobody has a traceback."""
+    told = paragraph(shown)
+    assert all(re.search(pattern, told) for pattern in patterns), told
+    assert f"after step {read_metrics(folder / 'run')[-1]['step']}" in told
+    (logs,) = [Path(path) for path in re.findall(r"its output is in ([^ ;,)]*)", told)]
+    everything = [shown, *logs.parent.rglob("*.log"), *logs.parent.rglob("error.json")]
+    assert logs.is_dir() and len(everything) >= 6
+    assert not [path for path in everything if "Traceback" in path.read_text()], "the ranks that lost it are quiet"
+
+
 @pytest.mark.parametrize(
-    ("number", "victim"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0)], ids=lambda v: str(v)
+    ("number", "victim"),
+    [
+        (signal.SIGKILL, 1),
+        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGABRT, 1, marks=pytest.mark.nightly),
+    ],
+    ids=lambda v: str(v),
 )
-def test_lost_rank_ends_the_job_and_is_named(number: signal.Signals, victim: int, tmp_path: Path) -> None:
+def test_killed_rank_is_one_paragraph(number: signal.Signals, victim: int, tmp_path: Path) -> None:
+    with launched(tmp_path, "node", *on_ranks(2), *job(tmp_path)) as (agent, shown):
+        wait_for_steps(tmp_path, agent, shown, num_steps=6)
+        pid = workers(agent)[victim]
+        os.kill(pid, number)
+        assert agent.wait(TIMEOUT_SECONDS + MARGIN_SECONDS) == 1
+    assert_says_once(shown, tmp_path, rf"^error: rank {victim} \(.*pid {pid}\) was ended by {number.name} ")
+
+
+@pytest.mark.parametrize(
+    ("victim", "launcher"),
+    [(0, OURS), pytest.param(1, OURS, marks=pytest.mark.nightly), pytest.param(1, TORCHRUN, marks=pytest.mark.nightly)],
+    ids=str,
+)
+def test_stopped_rank_is_one_paragraph(victim: int, launcher: str, tmp_path: Path) -> None:
     """Stopping rank 0 matters because its output is all that is shown, and because it is first in everything."""
-    with torchrun(
-        tmp_path, "node", "--standalone", "--nproc-per-node", "2", "--local-ranks-filter", "0", "--tee", "3",
-        *job(tmp_path),
-    ) as (agent, shown):  # fmt: skip
+    with launched(tmp_path, "node", *on_ranks(2), *job(tmp_path), launcher=launcher) as (agent, shown):
         wait_for_steps(tmp_path, agent, shown)
-        os.kill(workers(agent)[victim], number)
-        assert agent.wait(TIMEOUT_SECONDS + MARGIN_SECONDS) != 0
-    if number == signal.SIGKILL:  # torchrun has seen that one
-        assert re.search(rf"rank +: {victim} ", shown.read_text().split("Root Cause")[-1])
+        os.kill(workers(agent)[victim], signal.SIGSTOP)
+        assert agent.wait(TIMEOUT_SECONDS + MARGIN_SECONDS) == 1
+    said = rf"no sign of life for \d\.\d s from rank {victim} \(.*after step \d+, last seen at "
+    if launcher == OURS:
+        assert_says_once(shown, tmp_path, f"^error: {said}")
     else:
-        assert re.search(rf"no sign of life for \d\.\d s from rank {victim} \(.*after step \d+, at ", shown.read_text())
+        assert re.search(said, shown.read_text().split("Root Cause")[-1])
 
 
+@pytest.mark.nightly
+def test_killed_rank_under_plain_torchrun_is_its_root_cause(tmp_path: Path) -> None:
+    with launched(tmp_path, "node", *on_ranks(2), *job(tmp_path), launcher=TORCHRUN) as (agent, shown):
+        wait_for_steps(tmp_path, agent, shown)
+        os.kill(workers(agent)[1], signal.SIGKILL)
+        assert agent.wait(TIMEOUT_SECONDS + MARGIN_SECONDS) != 0
+    assert re.search(r"rank +: 1 ", shown.read_text().split("Root Cause")[-1])
+    assert shown.read_text().count("Traceback") == 1, "torchrun's own"
+
+
+@pytest.mark.parametrize("rank", ["1", pytest.param("0", marks=pytest.mark.nightly)])
+def test_error_on_one_rank_is_its_traceback_and_one_line(rank: str, tmp_path: Path) -> None:
+    raising = ("--job.imports", "toy_family,raising_method", "--recipe.method", "raising")
+    with launched(tmp_path, "node", *on_ranks(2), *job(tmp_path, *raising), RAISING_RANK=rank) as (agent, shown):
+        assert agent.wait(120) == 1
+    said = shown.read_text()
+    assert said.count("Traceback") == 1 and said.count("raise RuntimeError") == 1, said
+    *_, last = said.splitlines()
+    assert re.match(
+        rf"error: rank {rank} \(.*\) failed after step 1 with RuntimeError: a fault of the method; its ", last
+    )
+
+
+@pytest.mark.nightly
 def test_stuck_rank_is_named_with_its_line(tmp_path: Path) -> None:
     """Its heart beats on, so only the others' collective tells; they say who it waits for and where that rank is."""
     stuck = ("--job.imports", "toy_family,stuck_method", "--recipe.method", "stuck")
-    with torchrun(
-        tmp_path, "node", "--standalone", "--nproc-per-node", "2", "--local-ranks-filter", "0", "--tee", "3",
-        *job(tmp_path, *stuck),
-    ) as (agent, shown):  # fmt: skip
+    with launched(tmp_path, "node", *on_ranks(2), *job(tmp_path, *stuck)) as (agent, shown):
         wait_for_steps(tmp_path, agent, shown, num_steps=2)
         assert agent.wait(TIMEOUT_SECONDS + MARGIN_SECONDS) != 0
-    assert re.search(r"waited in vain for rank 1 \(.*after step 2, at stuck_method.py:\d+", shown.read_text())
+    said = r"^error: the other ranks waited in vain for rank 1 \(.*after step 2, last seen at stuck_method.py:\d+"
+    assert_says_once(shown, tmp_path, said)
     assert re.search(r"not there: rank 1 \(.*stuck_method.py:\d+", shown.read_text()), "said before the timeout, too"
 
 
@@ -117,15 +185,17 @@ def test_lost_node_is_named_by_the_other(number: signal.Signals, tmp_path: Path)
     ]  # fmt: skip
     arguments = job(tmp_path)
     with (
-        torchrun(tmp_path, "first", *line, "--rdzv-conf", "is_host=1", *arguments) as (first, shown),
-        torchrun(tmp_path, "second", *line, "--rdzv-conf", "is_host=0", *arguments) as (second, _),
+        launched(tmp_path, "first", *line, "--rdzv-conf", "is_host=1", *arguments) as (first, shown),
+        launched(tmp_path, "second", *line, "--rdzv-conf", "is_host=0", *arguments) as (second, _),
     ):
         wait_for_steps(tmp_path, first, shown)
         ((rank, worker),) = workers(second).items()
         for pid in (second.pid, worker):
             os.kill(pid, number)
         assert first.wait(TIMEOUT_SECONDS + MARGIN_SECONDS) != 0
-    assert re.search(rf"no sign of life for \d\.\d s from rank {rank} \(.*pid {worker};", shown.read_text())
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    (told,) = [line for line in shown.read_text().splitlines() if line.startswith("error: ")]
+    assert re.search(rf"no sign of life for \d\.\d s from rank {rank} \(.*pid {worker}; after step {last},", told)
 
 
 def test_silence_is_of_counters_and_ends_with_the_run() -> None:

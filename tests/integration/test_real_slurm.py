@@ -7,6 +7,7 @@ interrupted run has the metrics of an undisturbed one, bit for bit. docs/multi_n
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -223,6 +224,7 @@ def test_usr1_while_the_ranks_start_is_a_requeue(seconds: float, tmp_path: Path)
     time.sleep(seconds)
     subprocess.run(["scancel", "--batch", "--signal=USR1", job.number], check=True)
     job.wait_until_requeued_and_go_on()
+    assert "Traceback" not in job.output() and "frame #" not in job.output(), job.output()
     job.wait_for_step(3)
     job.cancel()
 
@@ -273,10 +275,19 @@ def test_scancel_saves_and_stays_cancelled(tmp_path: Path) -> None:
 def test_a_killed_rank_ends_all_nodes_and_the_job_fails(rank: str, tmp_path: Path) -> None:
     job = submit(tmp_path)
     job.wait_for_step(3)
-    os.kill(job.process_of(RANK=rank), signal.SIGKILL)
+    pid = job.process_of(RANK=rank)
+    os.kill(pid, signal.SIGKILL)
     job.wait_for_state("FAILED")
     assert job.field("ExitCode") == "1:0" and job.field("Restarts") == "0"
     job.wait_for(lambda: not job.processes(), 40)
+    shown = job.output()
+    assert "Traceback" not in shown and "frame #" not in shown, shown
+    last = read_metrics(job.folder)[-1]["step"]
+    found = re.findall(
+        rf"error: rank {rank} \(.*, pid {pid}\) was ended by SIGKILL .* after step (\d+); .*/node-{rank}/", shown
+    )
+    assert [int(step) in (last - 1, last) for step in found] == [True], shown
+    assert len(job.log.read_text().split("error: ")) <= 3, "one paragraph from each node's launcher"
 
 
 @pytest.mark.parametrize("which", ["node 0", "node 1", "batch script"])
@@ -299,6 +310,22 @@ def slurmstepd_of(pid: int) -> int:
     while "slurmstepd" not in Path(f"/proc/{pid}/comm").read_text():
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return pid
+
+
+def test_a_second_job_in_the_folder_is_refused_and_the_first_trains_on(tmp_path: Path) -> None:
+    one_node, one_rank = ("--nodes", "1"), ("--training.local_batch_size", "8")
+    first = submit(tmp_path, *one_rank, options=one_node)
+    first.wait_for_step(3)
+    second = submit(tmp_path, *one_rank, options=(*one_node, "--output", str(tmp_path / "second.txt")))
+    second.wait_for_state("FAILED")
+    assert second.field("ExitCode") == "2:0"
+    told = (tmp_path / "second.txt").read_text()
+    assert told.startswith("error: ") and told.count("\n") == 1 and f"SLURM job {first.number}; wait for it" in told
+    num_steps = len(read_metrics(first.folder))
+    first.wait_for_step(num_steps + 5)
+    first.cancel()
+    steps = [line["step"] for line in read_metrics(first.folder)]
+    assert steps == list(range(1, len(steps) + 1)) and saved_steps(first.folder) == [len(steps)]
 
 
 def test_a_job_array_trains_each_task_in_its_own_folder(tmp_path: Path) -> None:

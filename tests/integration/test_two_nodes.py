@@ -7,6 +7,7 @@ test_real_slurm.py runs the script under a real SLURM.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,10 +89,19 @@ def test_a_crash_on_one_node_ends_both_and_the_job_is_not_requeued(tmp_path: Pat
     endless = ("--training.steps", "1000000", "--checkpoint.interval", "2", "--comm.train_timeout_seconds", "20")
     with started(tmp_path, *endless) as job:
         wait_for_checkpoint(tmp_path / "run", job)
-        os.kill(rank_process(1), signal.SIGKILL)
+        pid = rank_process(1)
+        os.kill(pid, signal.SIGKILL)
         output, _ = job.communicate(timeout=120)
     assert job.returncode == 1, output[-3000:]
     assert not (tmp_path / "scontrol.log").exists()
+    logs = [path.read_text() for path in (tmp_path / "run" / "logs").rglob("*.log")]
+    assert "Traceback" not in output + "".join(logs) and "frame #" not in output + "".join(logs), output
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    (step,) = re.findall(
+        rf"error: rank 1 \(.*, pid {pid}\) was ended by SIGKILL .* after step (\d+); .*/node-1/", output
+    )
+    assert int(step) in (last - 1, last), "rank 1 may die between the last collective of a step and its end"
+    assert output.count("error: ") <= 2, "the launcher of the other node may know of it, too"
 
 
 def rank_process(rank: int) -> int:

@@ -8,18 +8,38 @@ always completed, because a partial step cannot be saved. A validation ends befo
 on all ranks.
 
 Ctrl-C (SIGINT) stops at once and saves nothing.
+
+Importing torch takes seconds, in which a signal would kill the process or end it with a traceback. This file therefore
+imports torch only where it communicates, and entry points call `listen_early` before their other imports.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from titan_distill.fault_tolerance.exit_codes import EXIT_INTERRUPTED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_early: set[int] = set()
+"""Stop signals that came before a `Stop` listened."""
+
+
+def listen_early() -> None:
+    """Remembers stop signals for the `Stop` to come, and lets Ctrl-C end the process at once. For a process that has
+    nothing to lose yet."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: _early.add(number))
+    signal.signal(signal.SIGINT, leave_at_once)
+
+
+def leave_at_once(number: int, frame: FrameType | None) -> None:
+    """Handler of Ctrl-C that ends the process. An exception would pass through whatever is being imported."""
+    os.write(1, b"interrupted before any work was done\n")  # `print` is not reentrant
+    os._exit(EXIT_INTERRUPTED)
 
 
 class StopRequested(Exception):
@@ -41,17 +61,18 @@ class Stop:
     def __enter__(self) -> Stop:
         self._previous = {number: signal.signal(number, self._request) for number in STOP_SIGNALS}
         self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+        self.is_signalled = self.is_signalled or bool(_early)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Restores the old signal handlers. After an agreed stop it restores only the handler of Ctrl-C.
+        """Restores the old signal handlers. After an agreed stop it restores only the handler of Ctrl-C, and ignores
+        the other signals.
 
-        Launchers may repeat SIGTERM. The old handler would then kill a run that has already saved, and its exit code
-        would no longer be 75.
+        Launchers may repeat SIGTERM. It would then kill a run that has already saved, and its exit code would no longer
+        be 75. A handler of ours would not do, because Python drops handlers before it ends.
         """
         for number, handler in self._previous.items():
-            if number == signal.SIGINT or not self.is_agreed:
-                signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.is_agreed and number != signal.SIGINT else handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.is_signalled = True
@@ -67,6 +88,9 @@ class Stop:
 
     def poll(self) -> None:
         """Raises StopRequested on all ranks if any rank has received a signal. Collective until it has raised once."""
+        import torch
+        import torch.distributed as dist
+
         if not self.is_agreed:
             num_signalled = torch.tensor(float(self.is_signalled))
             if dist.is_initialized():

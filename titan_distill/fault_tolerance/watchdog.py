@@ -40,7 +40,9 @@ from types import FrameType
 from typing import Any, Literal, NoReturn
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from titan_distill.fault_tolerance.exit_codes import EXIT_FAILED
+from titan_distill.fault_tolerance.failures import StepFile, leave_sentence, log_folder, report
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +67,12 @@ class Beat:
     pid: int
     agent: int
     """Process id of the rank's torchrun."""
+    logs: str = ""
+    """Folder of the rank's output, if torchrun has made one."""
     count: int = 0
     step: int = 0
     position: str = "start"
-    """Innermost line of the main thread outside of torch."""
+    """Innermost line of the main thread outside of torch, at the time of the beat."""
     waits: bool = False
     """Whether that line is inside torch.distributed."""
     same_call_seconds: float = 0.0
@@ -98,10 +102,9 @@ class Watchdog:
 
     def __init__(self, rank: int, world_size: int, timeout_seconds: float) -> None:
         """Starts the heartbeat. It needs torchrun's environment. With one rank nothing starts."""
-        self.step = 0
-        """Number of completed steps; the trainer sets it."""
+        self._step, self._step_file = 0, StepFile()
         self._rank, self._world_size, self._timeout = rank, world_size, timeout_seconds
-        self._beat = Beat(socket.gethostname(), os.getpid(), os.getppid())
+        self._beat = Beat(socket.gethostname(), os.getpid(), os.getppid(), str(log_folder() or ""))
         self._main_thread = threading.get_ident()
         self._call: tuple[int, int] = (0, 0)
         self._call_since = time.monotonic()
@@ -117,6 +120,16 @@ class Watchdog:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
+    @property
+    def step(self) -> int:
+        """Number of completed steps; the trainer sets it."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+        self._step_file.write(step)
+
     def tighten(self, timeout_seconds: float) -> None:
         """Sets the timeout for the rest of the run. The timeout during start-up is longer, because loading and
         compiling take time."""
@@ -130,18 +143,25 @@ class Watchdog:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Marks this rank as ended or failed in the store. Raises LostRankError in place of a collective's error that
-        another rank caused."""
+        another rank caused; a collective that failed on all ranks alike keeps its error."""
         if self._thread is None:
             return
         self._is_over = True
         self._wake.set()
         self._thread.join()
         own_fault = error is not None and not _is_from_collective(error)
-        message = f"{type(error).__name__}: {error}" if own_fault else ""
-        self._beat = replace(self._beat, state="done" if error is None else "failed", error=message[:2000])
-        self._write()
-        if error is not None and not own_fault:
-            raise LostRankError(self._find_cause()) from error
+        message = f"{type(error).__name__}: {error}".splitlines()[0] if own_fault else ""
+        state: Literal["failed", "done"] = "done" if error is None else "failed"
+        self._beat = replace(self._beat, step=self.step, state=state, error=message[:2000])
+        cause = ""
+        try:
+            self._write()
+            if error is not None and not own_fault:
+                cause = self._find_cause()
+        except RuntimeError as gone:  # of the store, which a node that has ended takes with it
+            cause = "" if error is None or own_fault else _no_store(gone)
+        if cause:
+            raise LostRankError(cause) from error
 
     # The thread ------------------------------------------------------------------------------------
 
@@ -154,22 +174,20 @@ class Watchdog:
                 self._write()
                 beats = self._read() if self._all_have_started() else {}
             except RuntimeError as error:  # of the store
-                gone = f"the store on {os.environ['MASTER_ADDR']} does not answer: that machine or its torchrun is gone"
-                self._leave(f"{gone} ({error})")
+                self._leave(_no_store(error))
             now = time.monotonic()
             seconds = self._silence.update(beats, now)
             if lost := {rank: beats[rank] for rank, value in seconds.items() if value >= PATIENCE * self._timeout}:
-                self._kill_siblings(lost)
-                self._leave(_no_sign_of_life(lost, PATIENCE * self._timeout))
+                self._leave(self._lost(lost, beats, PATIENCE * self._timeout))
             self._leave_after_failure(beats)
             if self._beat.same_call_seconds >= PATIENCE * self._timeout:
                 self._complain(beats)
 
     def _leave_after_failure(self, beats: Mapping[int, Beat]) -> None:
-        failed = {rank: beat for rank, beat in beats.items() if beat.state == "failed"}
+        failed = any(beat.state == "failed" for beat in beats.values())
         if failed and self._beats_after_failure == BEATS_AFTER_FAILURE:
-            self._leave(f"the run was ended by {_list_ranks(failed)}; {'; '.join(b.error for b in failed.values())}")
-        self._beats_after_failure += bool(failed)
+            self._leave(self._find_cause() or "all other ranks have failed; the output of each says why")
+        self._beats_after_failure += failed
 
     def _look_at_main_thread(self) -> None:
         frame = sys._current_frames()[self._main_thread]
@@ -189,21 +207,23 @@ class Watchdog:
                 self._rank, self._beat.position, self._beat.same_call_seconds, _list_ranks(elsewhere),
             )  # fmt: skip
 
-    def _kill_siblings(self, lost: Mapping[int, Beat]) -> None:
+    def _lost(self, lost: Mapping[int, Beat], beats: Mapping[int, Beat], seconds: float) -> str:
+        """Kills the lost ranks of this rank's torchrun. Returns a sentence about all lost ranks."""
+        named = _list_ranks(_up_to_date(lost, {**beats, self._rank: replace(self._beat, step=self.step)}))
+        sentence = f"no sign of life for {seconds:.1f} s from {named}: killed, stopped, or its machine is down"
         # torchrun then sees the lost rank fail first and names it; SIGTERM, its own way, does not reach a stopped one.
         for beat in lost.values():
-            if (beat.host, beat.agent) == (self._beat.host, self._beat.agent):
+            if (beat.host, beat.agent) == (self._beat.host, self._beat.agent) and _is_alive(beat.pid):
+                if beat.logs:
+                    leave_sentence(Path(beat.logs), LostRankError(sentence))
                 with suppress(ProcessLookupError):
                     os.kill(beat.pid, signal.SIGKILL)
+        return sentence
 
     def _leave(self, message: str) -> NoReturn:
-        log.error("error: %s", message)
-        try:
-            raise LostRankError(message)
-        except LostRankError as error:  # torchrun's summary shows it, whichever ranks' output is shown
-            get_error_handler().record_exception(error)
+        report(LostRankError(message), is_consequence=True)
         time.sleep(SECONDS_TO_BE_ENDED)
-        os._exit(1)  # the main thread waits in a collective, where no exception reaches it
+        os._exit(EXIT_FAILED)  # the main thread waits in a collective, where no exception reaches it
 
     # The store -------------------------------------------------------------------------------------
 
@@ -222,25 +242,24 @@ class Watchdog:
 
     def _find_cause(self) -> str:
         """Returns a sentence that names the rank that made a collective fail: a rank that raised an error, else one
-        without heartbeat, else one that has not failed and does not wait in a collective."""
+        without heartbeat, else one that has not failed and does not wait in a collective. "" if there is none."""
         interval = self._timeout / BEATS_A_TIMEOUT
         before, deadline = self._read(), time.monotonic() + 2.5 * interval
         while True:
             beats = self._read()
             if failed := {rank: beat for rank, beat in beats.items() if beat.error}:
                 return "; ".join(f"rank {rank} {_where(beat)} failed: {beat.error}" for rank, beat in failed.items())
-            running = {rank: beat for rank, beat in beats.items() if beat.state == "running"}
-            silent = {rank: beat for rank, beat in running.items() if beat.count == before[rank].count}
+            others = {rank: beat for rank, beat in beats.items() if rank != self._rank and beat.state == "running"}
+            silent = {rank: beat for rank, beat in others.items() if beat.count == before[rank].count}
             if not silent or time.monotonic() > deadline:
                 break
             time.sleep(interval / 4)
         if silent:
-            self._kill_siblings(silent)
-            return _no_sign_of_life(silent, 2.5 * interval)
-        if not running:
-            return "a collective failed on all ranks alike; what it raised stands above"
-        busy = {rank: beat for rank, beat in running.items() if not beat.waits}
-        return f"the other ranks waited in vain for {_list_ranks(busy or running)}"
+            return self._lost(silent, beats, 2.5 * interval)
+        if not others:
+            return ""
+        busy = {rank: beat for rank, beat in others.items() if not beat.waits}
+        return f"the other ranks waited in vain for {_list_ranks(_up_to_date(busy or others, beats))}"
 
 
 def record_collectives(folder: Path, init_timeout_seconds: int) -> None:
@@ -295,8 +314,24 @@ def _is_from_collective(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo/" in str(error))
 
 
-def _no_sign_of_life(lost: Mapping[int, Beat], seconds: float) -> str:
-    return f"no sign of life for {seconds:.1f} s from {_list_ranks(lost)}: killed, stopped, or its machine is down"
+def _no_store(error: RuntimeError) -> str:
+    address, reason = os.environ["MASTER_ADDR"], str(error).splitlines()[0]
+    return f"the store on {address} does not answer: that machine has lost a rank, or it is down ({reason})"
+
+
+def _up_to_date(some: Mapping[int, Beat], beats: Mapping[int, Beat]) -> dict[int, Beat]:
+    """Returns the beats of some ranks with the latest step of all ranks: when one rank is in a step, all have completed
+    the step before it, and the last beat of a lost rank may be older than that."""
+    latest = max(beat.step for beat in beats.values())
+    return {rank: replace(beat, step=latest) for rank, beat in some.items()}
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this machine exists and has not ended. A stopped process has not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _list_ranks(beats: Mapping[int, Beat]) -> str:
@@ -305,4 +340,5 @@ def _list_ranks(beats: Mapping[int, Beat]) -> str:
 
 
 def _where(beat: Beat) -> str:
-    return f"({beat.host}, pid {beat.pid}; after step {beat.step}, at {beat.position})"
+    logs = f", its output is in {beat.logs}" if beat.logs else ""
+    return f"({beat.host}, pid {beat.pid}; after step {beat.step}, last seen at {beat.position}{logs})"

@@ -165,13 +165,35 @@ def _mesh(device_type: str, **shape: int) -> DeviceMesh:
 
 
 def num_ranks() -> int:
-    """Returns the number of ranks from torchrun's environment. It works before a process group exists."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Returns the number of ranks from torchrun's environment. It works before a process group exists. Raises
+    ValueError for a variable that is no such number."""
+    return _from_environment("WORLD_SIZE", default=1, least=1)
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0 by torchrun's environment, before any process group exists."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this is rank 0 by torchrun's environment, before any process group exists. Raises as `num_ranks`."""
+    return _rank() == 0
+
+
+def _rank() -> int:
+    rank, size = _from_environment("RANK", default=0, least=0), num_ranks()
+    if rank >= size:
+        raise ValueError(
+            f"the environment has RANK = {rank}, but WORLD_SIZE = {size}, whose largest rank is {size - 1}; {_UNSET}"
+        )
+    return rank
+
+
+def _from_environment(name: str, default: int, least: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not (value.isascii() and value.isdecimal()) or int(value) < least:
+        raise ValueError(
+            f"the environment has {name} = {value!r}, which must be a whole number of at least {least}; {_UNSET}"
+        )
+    return int(value)
+
+
+_UNSET = "unset it, or start the ranks with run_train.sh or torchrun, which set it"
 
 
 def default_device() -> torch.device:
@@ -185,13 +207,14 @@ def default_device() -> torch.device:
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         # Not through the environment, which the allocator may have read by now.
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", _from_environment("LOCAL_RANK", default=0, least=0))
 
 
 def check_local_ranks() -> None:
-    """Raises ValueError if torchrun starts more ranks on this machine than it has GPUs. Without GPUs there is no
-    limit."""
-    num_local, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    """Raises ValueError if torchrun starts more ranks on this machine than it has GPUs, or if its environment is no
+    torchrun's. Without GPUs there is no limit."""
+    _from_environment("LOCAL_RANK", default=0, least=0)
+    num_local, num_gpus = _from_environment("LOCAL_WORLD_SIZE", default=1, least=1), torch.cuda.device_count()
     if torch.cuda.is_available() and num_local > num_gpus:
         raise ValueError(
             f"{num_local} ranks on this machine are more than the {num_gpus} GPUs that it shows; start {num_gpus} "
@@ -206,7 +229,8 @@ def start_world(timeout_seconds: float, force_group: bool = False) -> World:
     ValueError for more ranks than GPUs.
     """
     check_local_ranks()
-    rank, size, device = int(os.environ.get("RANK", 0)), num_ranks(), default_device()
+    rank, size, device = _rank(), num_ranks(), default_device()
+    check_rendezvous()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1 or force_group:
@@ -215,6 +239,19 @@ def start_world(timeout_seconds: float, force_group: bool = False) -> World:
         timeout = datetime.timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, device, timeout_seconds)
+
+
+def check_rendezvous() -> None:
+    """Raises ValueError if the environment announces several ranks but does not say where they meet."""
+    if num_ranks() == 1:
+        return
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ValueError(
+                f"the environment has WORLD_SIZE = {num_ranks()}, but no {name}; unset WORLD_SIZE, or start the ranks "
+                "with run_train.sh or torchrun, which set both"
+            )
+    _from_environment("MASTER_PORT", default=0, least=1)
 
 
 def tighten_timeout(seconds: float, layouts: Layouts) -> None:
