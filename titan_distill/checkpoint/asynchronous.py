@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from titan_distill.checkpoint.storage import flatten
-from titan_distill.parallelisms.pinned import slabs
+from titan_distill.parallelisms.pinned import SharedMemory, slabs
 from titan_distill.parallelisms.tensor import local
 
 
@@ -88,6 +88,8 @@ class Stager:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers: dict[str, Tensor] = {}
+        self.memory = SharedMemory()
+        """Memory that contains all buffers."""
 
     @torch.no_grad()
     def begin(self, state: dict[str, Any], steady: Iterable[Tensor]) -> Stage:
@@ -114,7 +116,8 @@ class Stager:
         wanted = {name: (source.shape, source.dtype) for name, source in sources.items()}
         if wanted == {name: (buffer.shape, buffer.dtype) for name, buffer in self._buffers.items()}:
             return
-        self._buffers = {}  # frees the old ones before the new ones are made
+        self._buffers, self.memory = {}, SharedMemory()  # frees the old ones before the new ones are made
         on_gpu = {name: wanted[name] for name, source in sources.items() if source.is_cuda}
         on_host = {name: wanted[name] for name in wanted if name not in on_gpu}
-        self._buffers = slabs(on_gpu, page_locked=True) | slabs(on_host, page_locked=False)
+        self._buffers = slabs(on_gpu, page_locked=True, memory=self.memory)
+        self._buffers |= slabs(on_host, page_locked=False, memory=self.memory)

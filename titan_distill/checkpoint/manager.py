@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from titan_distill.checkpoint.manifest import (
     verify_sizes,
 )
 from titan_distill.checkpoint.state import TrainState
+from titan_distill.checkpoint.writing_process import WritingProcess
 from titan_distill.fault_tolerance.files import FileRecord
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.fault_tolerance.run_lock import RunLock
@@ -128,9 +130,10 @@ class CheckpointManager:
         resumed = self._resumed_from
         needed = [resumed] if resumed is not None and resumed.name >= name else []
         if self.is_async:
-            stage = self._stage = self._stager.begin(collected, _steady(roles))
-            self._saving_name = name
-            self._saving = in_background("checkpoint", lambda: self._publish(manifest, stage, needed))
+            stage = self._stager.begin(collected, _steady(roles))
+            process = self.ranks.together(lambda: WritingProcess(self._stager.memory))
+            self._stage, self._saving_name = stage, name
+            self._saving = in_background("checkpoint", lambda: self._publish(manifest, stage, needed, process))
         else:
             self._publish(manifest, Stage(collected), needed)
         return self.folder / name
@@ -206,17 +209,20 @@ class CheckpointManager:
             noise_version=info.noise_version,
         )
 
-    def _publish(self, manifest: Manifest, stage: Stage, needed: list[Path]) -> None:
+    def _publish(
+        self, manifest: Manifest, stage: Stage, needed: list[Path], process: WritingProcess | None = None
+    ) -> None:
         ranks = self._saving_ranks
 
         def write(folder: Path) -> dict[str, FileRecord]:
-            return storage.write(stage.state, folder, ranks.group, stage.copies)
+            return storage.write(stage.state, folder, ranks.group, stage.copies, process)
 
         try:
             if self.is_async and self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # a new thread's is 0, and using it would cost memory there
-            ranks.together(stage.finish)
-            commit.publish_step(self.folder, manifest, write, ranks, self.keep, needed, self._check_lock)
+            with process or nullcontext():
+                ranks.together(stage.finish)
+                commit.publish_step(self.folder, manifest, write, ranks, self.keep, needed, self._check_lock)
         finally:
             stage.is_complete.set()  # whatever has failed, nobody waits for it in vain
 
