@@ -1,4 +1,4 @@
-"""Asynchronous saves: a thread copies the run's state to host memory and writes the copy to disk.
+"""Asynchronous saves: a thread copies the run's state to host memory, from which another process writes it to disk.
 
 A save that runs during training must write the state of one step, so it writes a copy. Parameters, optimizer moments
 and EMA change only when a role steps or its EMA is swapped in. The saving thread copies these tensors while training
@@ -7,7 +7,8 @@ continues, and the run waits for the copy only before it changes them. Everythin
 verify that nothing changed during the copy.
 
 Host buffers are reused from save to save. For a state on a GPU they are page-locked (`pinned.py`), and the copies run
-on a separate CUDA stream. The price of asynchronous saving is this copy of the state in host memory.
+on a separate CUDA stream. The buffers are shared with the process that writes (`writing_process.py`). The price of
+asynchronous saving is this copy of the state in host memory.
 
 Torch's DefaultStager is not used: it copies all values in its thread, including numbers that training may change
 meanwhile, and a caller cannot wait for the copy later than in the call itself.

@@ -2,10 +2,11 @@
 complete checkpoints.
 
 `commit.py` makes a checkpoint folder appear only when it is complete. With `checkpoint.mode = "sync"` training waits
-until the checkpoint is published. With `"async"` it waits only until its state is copied (`asynchronous.py`); a thread
-with its own process group writes and publishes while training continues. Both modes write the same files. At most one
-save runs at a time, and the next one waits for it. The price of "sync" is time. The price of "async" is a copy of the
-state in host memory, and a failed save is noticed some steps later.
+until the checkpoint is published. With `"async"` it waits only until its state is copied (`asynchronous.py`). While
+training continues, a thread with its own process group plans and publishes, and a process of low priority writes
+(`writing_process.py`). Both modes write the same files. At most one save runs at a time, and the next one waits for it.
+The price of "sync" is time. The price of "async" is a copy of the state in host memory, and a failed save is noticed
+some steps later.
 
 Rank 0 chooses names, finds checkpoints and removes old ones, and tells the other ranks. A failure on one rank is raised
 on all ranks, at the same step.

@@ -6,7 +6,8 @@ so a checkpoint from elsewhere could run code. Here an unpickler that accepts on
 
 Writing differs from DCP's defaults as follows:
 
-- Files are hashed on their way to the disk (`HashedFile`).
+- Files are hashed on their way to the disk (`HashedFile`), and those of asynchronous saves are written by another
+  process (`writing_process.py`).
 - Rank 0 knows every rank's plan, and so the size of the checkpoint, before anything is written. If the disk has too
   little space, all ranks fail at once, instead of some of them minutes later.
 - The values may come from copies in host memory (`asynchronous.py`). The plan is always made from the live tensors,

@@ -6,7 +6,7 @@ model would take 50 % more memory than their size. Here all tensors of one dtype
 ordinary pages, which CUDA then locks. Forked data workers do not inherit the locked pages; otherwise each worker would
 at once get a copy of all of them.
 
-Without a GPU the same code runs with unlocked pages.
+Without a GPU the same code runs with unlocked pages. Slabs in `SharedMemory` are seen by other processes, too.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def local_storage(tensor: Tensor) -> Tensor:
 
 
 class _Pages(mmap.mmap):
-    """Anonymous memory of this process that CUDA locks until it is freed.
+    """Memory that CUDA locks until it is freed.
 
     It unlocks in `__del__`, because an mmap frees its memory before a `weakref.finalize` runs.
     """
