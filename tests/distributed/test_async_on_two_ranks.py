@@ -13,7 +13,8 @@ from test_checkpoint_reshard import PROGRESS, assert_identical, full_state, make
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import read_manifest
 from titan_distill.checkpoint.state import TrainState
-from titan_distill.fault_tolerance import files
+from titan_distill.checkpoint.writing_process import Piece, WritingProcess
+from titan_distill.fault_tolerance.files import FileRecord
 from titan_distill.fault_tolerance.ranks import RankFailure
 from titan_distill.roles import RoleManager
 
@@ -57,7 +58,7 @@ def _fail_on_both(manager: CheckpointManager, roles: RoleManager, step: int) -> 
 
 def _fill_the_disk(folder: Path) -> None:
     roles, manager = make_roles(seed=0), CheckpointManager(folder / "checkpoints", 2, RUN, mode="async")
-    write, filler, is_first = files.HashedFile.write, folder / "filler", dist.get_rank() == 0
+    write, filler, is_first = WritingProcess.write, folder / "filler", dist.get_rank() == 0
     train(roles, 1)
     manager.save(roles, TrainState(step=1))
     manager.wait()
@@ -68,19 +69,19 @@ def _fill_the_disk(folder: Path) -> None:
     message = _fail_on_both(manager, roles, 2)
     assert re.match(r"the checkpoint needs \d+\.\d KiB, but the disk of .* has 0 B left;", message), message
 
-    def fill_and_write(file: files.HashedFile, data: bytes) -> int:
+    def fill_and_write(process: WritingProcess, path: Path, pieces: list[Piece]) -> FileRecord:
         fill(folder)
-        return write(file, data)
+        return write(process, path, pieces)
 
     if is_first:
         filler.unlink()
     else:
-        files.HashedFile.write = fill_and_write
+        WritingProcess.write = fill_and_write
     dist.barrier()
     message = _fail_on_both(manager, roles, 2)
     assert re.match(r"writing .* failed on .*rank 1: OSError: .*No space left on device", message), message
 
-    files.HashedFile.write = write
+    WritingProcess.write = write
     if is_first:
         filler.unlink()
     dist.barrier()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import mmap
 
 import pytest
 import torch
 
-from titan_distill.parallelisms.pinned import slabs
+from titan_distill.parallelisms.pinned import SharedMemory, slabs
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
@@ -34,3 +35,14 @@ def test_memory_can_be_locked_again_after_it_was_freed() -> None:
         made["a"].fill_(1.0)
         del made
         gc.collect()
+
+
+def test_another_process_sees_what_is_copied_from_the_gpu_into_shared_memory() -> None:
+    """As the process that writes asynchronous saves does, through the descriptor."""
+    memory = SharedMemory()
+    made = slabs({"a": (SHAPE, torch.float32)}, page_locked=True, memory=memory)
+    source = torch.randn(SHAPE, device="cuda")
+    made["a"].copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    seen = torch.frombuffer(mmap.mmap(memory.descriptor, 0, flags=mmap.MAP_SHARED), dtype=torch.float32)
+    assert made["a"].is_pinned() and torch.equal(seen[: source.numel()].view(SHAPE), source.cpu())

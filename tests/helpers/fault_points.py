@@ -1,4 +1,5 @@
-"""Points at which a save can be killed: a run that has this module in `job.imports` dies there, by SIGKILL.
+"""Points at which a save can be killed: a run that has this module in `job.imports` dies there, by SIGKILL, or its
+writing process does.
 
 `TITAN_TEST_FAULT = "<point> <step> <rank>"` in the environment says where. The points wrap functions of the publish
 protocol, so that the protocol itself knows nothing of tests.
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from titan_distill.checkpoint import commit, discovery
+from titan_distill.checkpoint.writing_process import Piece, WritingProcess
 from titan_distill.fault_tolerance import files
+from titan_distill.fault_tolerance.files import FileRecord
 
 VARIABLE = "TITAN_TEST_FAULT"
 
@@ -23,8 +26,9 @@ def die() -> None:
 
 
 def mid_shard(step: int) -> None:
-    """Half of a piece of this rank's file is on its way."""
+    """Half of a piece of this rank's file is on its way, or half of what the writing process is to write."""
     write = files.HashedFile.write
+    half_a_file(step, lambda process: die())
 
     def half_a_write(file: files.HashedFile, data: Any) -> int:
         path = Path(str(file.name))
@@ -34,6 +38,24 @@ def mid_shard(step: int) -> None:
         return write(file, data)
 
     files.HashedFile.write = half_a_write  # type: ignore[method-assign]
+
+
+def writer_dies(step: int) -> None:
+    """The writing process dies when half of this rank's file is on disk; the run itself goes on."""
+    half_a_file(step, lambda process: os.kill(process.pid, signal.SIGKILL))
+
+
+def half_a_file(step: int, then: Callable[[WritingProcess], None]) -> None:
+    """Has the writing process write half of the step's data, before `then`."""
+    write = WritingProcess.write
+
+    def half_and_all(process: WritingProcess, path: Path, pieces: list[Piece]) -> FileRecord:
+        if path.suffix == ".distcp" and path.parent.name.startswith(discovery.step_name(step)):
+            write(process, path, pieces[: len(pieces) // 2])
+            then(process)
+        return write(process, path, pieces)
+
+    WritingProcess.write = half_and_all  # type: ignore[method-assign]
 
 
 def before_manifest(step: int) -> None:
@@ -83,4 +105,4 @@ POINTS = {point.__name__: point for point in (mid_shard, before_manifest, before
 if fault := os.environ.get(VARIABLE):
     _point, _step, _rank = fault.split()
     if os.environ.get("RANK", "0") == _rank:
-        POINTS[_point](int(_step))
+        {**POINTS, writer_dies.__name__: writer_dies}[_point](int(_step))

@@ -1,4 +1,5 @@
-"""A run that is killed inside a save goes on from the newest published step, and saves the lost step again."""
+"""A run that is killed inside a save goes on from the newest published step, and saves the lost step again. So does one
+whose writing process is killed."""
 
 from __future__ import annotations
 
@@ -29,5 +30,18 @@ def test_killed_at_each_fault_point_one_after_the_other(tmp_path: Path) -> None:
     assert job.start("async").wait(60) == 0, job.log.read_text()
     job.check_resumed(newest)
     assert sorted(path.name for path in job.checkpoints.iterdir()) == ["step-00000006", "step-00000007"][-KEEP:]
+    job.check_folder()
+    job.check_like_uninterrupted()
+
+
+def test_run_whose_writing_process_is_killed_says_so_and_can_be_resumed(tmp_path: Path) -> None:
+    job = Job(tmp_path, num_steps=4)
+    assert job.start("async", "writer_dies 3 0").wait(60) == 1, job.log.read_text()
+    shown = job.log.read_text()
+    assert "ChildProcessError: the process that writes __0_0.distcp was killed by SIGKILL; is memory short?\n" in shown
+    assert "Traceback" not in shown
+    assert sorted(path.name for path in job.checkpoints.iterdir()) == ["step-00000001", "step-00000002"]
+    assert job.start("async").wait(60) == 0, job.log.read_text()
+    job.check_resumed(2)
     job.check_folder()
     job.check_like_uninterrupted()

@@ -16,6 +16,7 @@ from titan_distill.checkpoint.discovery import PIN_NAME
 from titan_distill.checkpoint.manager import CheckpointManager
 from titan_distill.checkpoint.manifest import read_manifest, verify_hashes
 from titan_distill.checkpoint.state import TrainState
+from titan_distill.checkpoint.writing_process import Piece, WritingProcess
 from titan_distill.fault_tolerance import files
 from titan_distill.fault_tolerance.files import FileRecord
 from titan_distill.fault_tolerance.ranks import RankFailure
@@ -57,7 +58,8 @@ def test_disk_that_is_too_small_is_refused_before_writing(
         manager = CheckpointManager(disk, 2, RUN, mode=mode)
         manager.save(trained_roles(), TrainState(step=1))
         manager.wait()
-        monkeypatch.setattr(files.HashedFile, "write", lambda *_: pytest.fail("nothing may be written"))
+        for writer in (files.HashedFile, WritingProcess):
+            monkeypatch.setattr(writer, "write", lambda *_: pytest.fail("nothing may be written"))
         with pytest.raises(storage.NotEnoughSpace, match=r"needs \d+\.\d MiB, but the disk of .* has \d+\.\d KiB left"):
             manager.save(trained_roles(width=20_000), TrainState(step=2))
             manager.wait()
@@ -82,7 +84,8 @@ def test_foreseen_size_is_enough_and_not_much_more(tmp_path: Path, width: int, m
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_disk_that_fills_up_meanwhile_harms_nothing(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with small_disk(tmp_path / "disk", NUM_KIB) as disk:
-        manager, write = CheckpointManager(disk, 2, RUN, mode=mode), files.HashedFile.write
+        manager = CheckpointManager(disk, 2, RUN, mode=mode)
+        write, delegate = files.HashedFile.write, WritingProcess.write
         first = manager.save(trained_roles(), TrainState(step=1))
         manager.wait()
 
@@ -92,8 +95,14 @@ def test_disk_that_fills_up_meanwhile_harms_nothing(tmp_path: Path, mode: str, m
                 fill(disk)
             return written
 
+        def delegate_half_then_fill(process: WritingProcess, path: Path, pieces: list[Piece]) -> FileRecord:
+            delegate(process, path, pieces[: len(pieces) // 2])
+            fill(disk)
+            return delegate(process, path, pieces)
+
         with monkeypatch.context() as patched:
             patched.setattr(files.HashedFile, "write", write_then_fill)
+            patched.setattr(WritingProcess, "write", delegate_half_then_fill)
             with pytest.raises(RankFailure, match=r"writing .* failed on rank 0: .*No space left on device"):
                 manager.save(trained_roles(), TrainState(step=2))
                 manager.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from slab_checks import assert_exact_slabs
 from torch import nn
 
 from titan_distill.checkpoint.asynchronous import Stager
-from titan_distill.parallelisms.pinned import slabs
+from titan_distill.parallelisms.pinned import SharedMemory, slabs
 
 WANTED = {
     "matrix": (torch.Size([5, 7]), torch.float32),
@@ -32,6 +33,18 @@ def test_slabs_are_exact_and_keep_tensors_apart() -> None:
         tensor.fill_(number)
     for number, tensor in enumerate(made.values(), start=1):
         assert (tensor == number).all() and tensor.is_contiguous()
+
+
+def test_shared_slabs_are_seen_by_whoever_has_the_descriptor() -> None:
+    memory = SharedMemory()
+    made = slabs(WANTED, page_locked=False, memory=memory)
+    assert_exact_slabs(list(made.values()))
+    seen = mmap.mmap(memory.descriptor, 0, access=mmap.ACCESS_READ)
+    for number, tensor in enumerate((tensor for tensor in made.values() if tensor.numel()), start=1):
+        content = memoryview(tensor.fill_(number).reshape(-1).view(torch.uint8).numpy())
+        start = memory.offset(content)
+        assert start is not None and seen[start : start + len(content)] == content
+    assert memory.offset(memoryview(b"elsewhere")) is None
 
 
 def test_each_tensor_counts_its_own_changes() -> None:

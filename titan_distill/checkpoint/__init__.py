@@ -2,9 +2,9 @@
 
 A save uses `manager.py` (decides when to save), `state.py` (names the tensors of a run's state), `commit.py` (makes a
 folder appear only when it is complete), `storage.py` (torch.distributed.checkpoint, with safe reading) and
-`manifest.py` (sizes, hashes and description of the folder). An asynchronous save also uses `asynchronous.py`.
-`discovery.py` finds usable checkpoints. `initial_weights.py` starts a role from a role of a checkpoint,
-`diffusers_folder.py` reads other weights.
+`manifest.py` (sizes, hashes and description of the folder). An asynchronous save also uses `asynchronous.py` (copies
+the state) and `writing_process.py` (writes the copy). `discovery.py` finds usable checkpoints. `initial_weights.py`
+starts a role from a role of a checkpoint, `diffusers_folder.py` reads other weights.
 
 `tools/` has the tools that one process runs on a checkpoint, a tensor at a time.
 """

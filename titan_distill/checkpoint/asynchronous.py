@@ -1,4 +1,4 @@
-"""Asynchronous saves: a thread copies the run's state to host memory and writes the copy to disk.
+"""Asynchronous saves: a thread copies the run's state to host memory, from which another process writes it to disk.
 
 A save that runs during training must write the state of one step, so it writes a copy. Parameters, optimizer moments
 and EMA change only when a role steps or its EMA is swapped in. The saving thread copies these tensors while training
@@ -7,7 +7,8 @@ continues, and the run waits for the copy only before it changes them. Everythin
 verify that nothing changed during the copy.
 
 Host buffers are reused from save to save. For a state on a GPU they are page-locked (`pinned.py`), and the copies run
-on a separate CUDA stream. The price of asynchronous saving is this copy of the state in host memory.
+on a separate CUDA stream. The buffers are shared with the process that writes (`writing_process.py`). The price of
+asynchronous saving is this copy of the state in host memory.
 
 Torch's DefaultStager is not used: it copies all values in its thread, including numbers that training may change
 meanwhile, and a caller cannot wait for the copy later than in the call itself.
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from titan_distill.checkpoint.storage import flatten
-from titan_distill.parallelisms.pinned import slabs
+from titan_distill.parallelisms.pinned import SharedMemory, slabs
 from titan_distill.parallelisms.tensor import local
 
 
@@ -88,6 +89,8 @@ class Stager:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers: dict[str, Tensor] = {}
+        self.memory = SharedMemory()
+        """Memory that contains all buffers."""
 
     @torch.no_grad()
     def begin(self, state: dict[str, Any], steady: Iterable[Tensor]) -> Stage:
@@ -114,7 +117,8 @@ class Stager:
         wanted = {name: (source.shape, source.dtype) for name, source in sources.items()}
         if wanted == {name: (buffer.shape, buffer.dtype) for name, buffer in self._buffers.items()}:
             return
-        self._buffers = {}  # frees the old ones before the new ones are made
+        self._buffers, self.memory = {}, SharedMemory()  # frees the old ones before the new ones are made
         on_gpu = {name: wanted[name] for name, source in sources.items() if source.is_cuda}
         on_host = {name: wanted[name] for name in wanted if name not in on_gpu}
-        self._buffers = slabs(on_gpu, page_locked=True) | slabs(on_host, page_locked=False)
+        self._buffers = slabs(on_gpu, page_locked=True, memory=self.memory)
+        self._buffers |= slabs(on_host, page_locked=False, memory=self.memory)

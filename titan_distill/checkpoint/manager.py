@@ -2,10 +2,11 @@
 complete checkpoints.
 
 `commit.py` makes a checkpoint folder appear only when it is complete. With `checkpoint.mode = "sync"` training waits
-until the checkpoint is published. With `"async"` it waits only until its state is copied (`asynchronous.py`); a thread
-with its own process group writes and publishes while training continues. Both modes write the same files. At most one
-save runs at a time, and the next one waits for it. The price of "sync" is time. The price of "async" is a copy of the
-state in host memory, and a failed save is noticed some steps later.
+until the checkpoint is published. With `"async"` it waits only until its state is copied (`asynchronous.py`). While
+training continues, a thread with its own process group plans and publishes, and a process of low priority writes
+(`writing_process.py`). Both modes write the same files. At most one save runs at a time, and the next one waits for it.
+The price of "sync" is time. The price of "async" is a copy of the state in host memory, and a failed save is noticed
+some steps later.
 
 Rank 0 chooses names, finds checkpoints and removes old ones, and tells the other ranks. A failure on one rank is raised
 on all ranks, at the same step.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +36,7 @@ from titan_distill.checkpoint.manifest import (
 )
 from titan_distill.checkpoint.resuming import resumable
 from titan_distill.checkpoint.state import TrainState
+from titan_distill.checkpoint.writing_process import WritingProcess
 from titan_distill.fault_tolerance.files import FileRecord
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.fault_tolerance.run_lock import RunLock
@@ -132,9 +135,10 @@ class CheckpointManager:
         resumed = self._resumed_from
         needed = [resumed] if resumed is not None and resumed.name >= name else []
         if self.is_async:
-            stage = self._stage = self._stager.begin(collected, _steady(roles))
-            self._saving_name = name
-            self._saving = in_background("checkpoint", lambda: self._publish(manifest, stage, needed))
+            stage = self._stager.begin(collected, _steady(roles))
+            process = self.ranks.together(lambda: WritingProcess(self._stager.memory))
+            self._stage, self._saving_name = stage, name
+            self._saving = in_background("checkpoint", lambda: self._publish(manifest, stage, needed, process))
         else:
             self._publish(manifest, Stage(collected), needed)
         return self.folder / name
@@ -207,17 +211,20 @@ class CheckpointManager:
             data=info.data,
         )
 
-    def _publish(self, manifest: Manifest, stage: Stage, needed: list[Path]) -> None:
+    def _publish(
+        self, manifest: Manifest, stage: Stage, needed: list[Path], process: WritingProcess | None = None
+    ) -> None:
         ranks = self._saving_ranks
 
         def write(folder: Path) -> dict[str, FileRecord]:
-            return storage.write(stage.state, folder, ranks.group, stage.copies)
+            return storage.write(stage.state, folder, ranks.group, stage.copies, process)
 
         try:
             if self.is_async and self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # a new thread's is 0, and using it would cost memory there
-            ranks.together(stage.finish)
-            commit.publish_step(self.folder, manifest, write, ranks, self.keep, needed, self._check_lock)
+            with process or nullcontext():
+                ranks.together(stage.finish)
+                commit.publish_step(self.folder, manifest, write, ranks, self.keep, needed, self._check_lock)
         finally:
             stage.is_complete.set()  # whatever has failed, nobody waits for it in vain
 

@@ -6,7 +6,8 @@ so a checkpoint from elsewhere could run code. Here an unpickler that accepts on
 
 Writing differs from DCP's defaults as follows:
 
-- Files are hashed on their way to the disk (`HashedFile`).
+- Files are hashed on their way to the disk (`HashedFile`), and those of asynchronous saves are written by another
+  process (`writing_process.py`).
 - Rank 0 knows every rank's plan, and so the size of the checkpoint, before anything is written. If the disk has too
   little space, all ranks fail at once, instead of some of them minutes later.
 - The values may come from copies in host memory (`asynchronous.py`). The plan is always made from the live tensors,
@@ -24,7 +25,7 @@ import pickle
 import shutil
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.utils.serialization import config as serialization
 
 from titan_distill.checkpoint.manifest import CheckpointDamaged, Manifest, verify_hashes
+from titan_distill.checkpoint.writing_process import DelegatedFile, WritingProcess
 from titan_distill.fault_tolerance.files import FileRecord, HashedFile, format_bytes, is_bare
 from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 
@@ -74,13 +76,14 @@ def write(
     folder: Path,
     group: dist.ProcessGroup | None,
     copies: Mapping[str, torch.Tensor] | None = None,
+    process: WritingProcess | None = None,
 ) -> dict[str, FileRecord]:
     """Writes `state` to `folder` from all ranks of `group`; returns the records of the files that this rank wrote.
 
-    `copies` contains, by flat name, tensors to write instead of those in `state`. Every rank raises NotEnoughSpace
-    before anything is written, and RankFailure if any rank fails.
+    `copies` contains, by flat name, tensors to write instead of those in `state`. Files are written by `process` if
+    there is one. Every rank raises NotEnoughSpace before anything is written, and RankFailure if any rank fails.
     """
-    writer, planner = Writer(folder), _SavePlanner(copies or {})
+    writer, planner = Writer(folder, process), _SavePlanner(copies or {})
     # Files need no CRC-32 of each tensor: nobody reads it, the manifest has SHA-256, and it takes a core as long as
     # writing to a fast disk.
     with _dcp_errors("writing", folder), serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
@@ -195,14 +198,15 @@ class NotEnoughSpace(RankFailure):
 class _HashedFiles(FileSystem):
     """File access of DCP that records size and SHA-256 of every file it writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, open_file: Callable[[Path], HashedFile | DelegatedFile]) -> None:
+        self._open = open_file
         self.records: dict[str, FileRecord] = {}
         """Size and SHA-256 by file name."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
         assert mode == "wb", "a save does not read"
-        with HashedFile(Path(path)) as file:
+        with self._open(Path(path)) as file:
             try:
                 yield file
             except RuntimeError as error:
@@ -219,10 +223,11 @@ class _HashedFiles(FileSystem):
 class Writer(dcp.FileSystemWriter):
     """DCP's writer of one checkpoint: one file per rank, flushed to disk."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, process: WritingProcess | None = None) -> None:
         # One thread: further ones are where DCP loses an OSError (https://github.com/pytorch/pytorch/issues/191391).
-        super().__init__(folder, thread_count=1, sync_files=True)
-        self.fs = self.files = _HashedFiles()
+        # The process flushes what it writes.
+        super().__init__(folder, thread_count=1, sync_files=process is None)
+        self.fs = self.files = _HashedFiles(HashedFile if process is None else process.open)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Runs on rank 0 only. Raises NotEnoughSpace, which DCP tells the others."""

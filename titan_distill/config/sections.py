@@ -264,8 +264,8 @@ class CheckpointConfig:
     keep: int = free(3)
     """Number of newest complete checkpoints to keep. A step whose folder has a file named pin is never deleted."""
     mode: Literal["sync", "async"] = free("sync")
-    """sync waits until a checkpoint is written. async trains while it is written and needs host memory for one copy of
-    the saved state. Both write the same files."""
+    """sync waits until a checkpoint is written. async trains while a process of low priority writes it, and needs host
+    memory for one copy of the saved state. Both write the same files."""
     resume_from: str = free("")
     """Checkpoint to resume from: latest (of this run's output folder) or a path. Default: a fresh start."""
     allow_changed_data: bool = field(default=False, compare=False)

@@ -6,7 +6,7 @@ model would take 50 % more memory than their size. Here all tensors of one dtype
 ordinary pages, which CUDA then locks. Forked data workers do not inherit the locked pages; otherwise each worker would
 at once get a copy of all of them.
 
-Without a GPU the same code runs with unlocked pages.
+Without a GPU the same code runs with unlocked pages. Slabs in `SharedMemory` are seen by other processes, too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Hashable, Mapping
 from itertools import accumulate
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,13 +32,16 @@ ALIGNMENT_BYTES = 64
 """Alignment of the tensors in a slab, in bytes: one cache line."""
 _PORTABLE = 1
 """Value of cudaHostRegisterPortable, which locks pages for all GPUs of the process."""
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
-def slabs(wanted: Mapping[Name, tuple[torch.Size, torch.dtype]], *, page_locked: bool) -> dict[Name, Tensor]:
+def slabs(
+    wanted: Mapping[Name, tuple[torch.Size, torch.dtype]], *, page_locked: bool, memory: SharedMemory | None = None
+) -> dict[Name, Tensor]:
     """Returns contiguous tensors of zeros with the `wanted` shapes and dtypes, in one slab per dtype.
 
     Each tensor has its own storage object and version counter, so saving or changing one does not involve the others. A
-    slab is unlocked and freed together with the last of its tensors.
+    slab is unlocked and freed together with the last of its tensors. With `memory` the slabs are a part of it.
     """
     by_dtype: dict[torch.dtype, list[Name]] = defaultdict(list)
     for name, (_, dtype) in wanted.items():
@@ -46,7 +50,8 @@ def slabs(wanted: Mapping[Name, tuple[torch.Size, torch.dtype]], *, page_locked:
     for dtype, names in by_dtype.items():
         num_bytes = [math.prod(wanted[name][0]) * dtype.itemsize for name in names]
         starts = [0, *accumulate(-(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for size in num_bytes)]
-        pages = _Pages(-1, max(1, starts[-1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        slab_bytes = max(1, starts[-1])
+        pages = _Pages(-1, slab_bytes, flags=_PRIVATE) if memory is None else memory.extend(slab_bytes)
         if page_locked:
             pages.lock()
         for name, start, size in zip(names, starts, num_bytes):
@@ -86,7 +91,7 @@ def local_storage(tensor: Tensor) -> Tensor:
 
 
 class _Pages(mmap.mmap):
-    """Anonymous memory of this process that CUDA locks until it is freed.
+    """Memory that CUDA locks until it is freed.
 
     It unlocks in `__del__`, because an mmap frees its memory before a `weakref.finalize` runs.
     """
@@ -94,8 +99,11 @@ class _Pages(mmap.mmap):
     _locked_by: tuple[int, int] | None = None
     """Id of the process that locked the pages, and their address. None while they are not locked."""
 
+    def address(self) -> int:
+        return torch.frombuffer(self, dtype=torch.uint8).data_ptr()
+
     def lock(self) -> None:
-        address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
+        address = self.address()
         self.madvise(mmap.MADV_DONTFORK)
         torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, len(self), _PORTABLE)))
         self._locked_by = os.getpid(), address
@@ -105,3 +113,32 @@ class _Pages(mmap.mmap):
         if self._locked_by is not None and self._locked_by[0] == os.getpid() and not sys.is_finalizing():
             torch.cuda.synchronize()  # a copy may still be under way
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._locked_by[1])))
+
+
+class SharedMemory:
+    """Memory for slabs that another process can map, by its file descriptor. It has no name in a file system, and is
+    freed when the last process unmaps it."""
+
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("checkpoint")
+        self._slabs: list[tuple[int, int, int]] = []
+        """Address, length in bytes and offset in the file of each slab."""
+
+    def extend(self, num_bytes: int) -> _Pages:
+        """Returns further pages at the end."""
+        offset = os.fstat(self.descriptor).st_size
+        os.ftruncate(self.descriptor, offset + -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        pages = _Pages(self.descriptor, num_bytes, flags=mmap.MAP_SHARED, offset=offset)
+        self._slabs.append((pages.address(), num_bytes, offset))
+        return pages
+
+    def offset(self, view: memoryview) -> int | None:
+        """Returns where the bytes of `view` begin in the file. None if they lie elsewhere."""
+        address = np.frombuffer(view, np.uint8).ctypes.data if len(view) else 0
+        for start, num_bytes, offset in self._slabs:
+            if start <= address and address + len(view) <= start + num_bytes:
+                return offset + address - start
+        return None
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
