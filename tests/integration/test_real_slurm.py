@@ -57,13 +57,13 @@ class Job:
         shown = subprocess.run(["scontrol", "--oneliner", "show", "job", self.number], capture_output=True, text=True)
         return dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word).get(name, "")
 
-    def wait_for(self, what: Callable[[], Any], seconds: float = 240) -> None:
+    def wait_for(self, what: Callable[[], Any], seconds: float = 480) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, f"{self.field('JobState')} {self.field('ExitCode')}\n{self.output()}"
             time.sleep(0.3)
 
-    def wait_for_state(self, state: str, seconds: float = 240) -> None:
+    def wait_for_state(self, state: str, seconds: float = 480) -> None:
         self.wait_for(lambda: self.field("JobState") == state, seconds)
 
     def wait_for_step(self, step: int) -> None:
