@@ -12,6 +12,7 @@ from titan_distill.config.config import Config
 from titan_distill.config.degrees import RunLayout, resolve_layout
 from titan_distill.config.loading import check_paths, in_one_sentence
 from titan_distill.config.parsing import COMMAND_LINE
+from titan_distill.config.paths import of_key
 from titan_distill.methods.base import TrainingMethod, method_class
 from titan_distill.models.base import ModelFamily, model_family
 
@@ -46,6 +47,7 @@ def resolve(config: Config, world_size: int, *, without_files: bool = False) -> 
             config = _spell_out_references(config)
         family = model_family(config.recipe.family)(config)
         if not without_files:
+            family.check_files()
             family.config = family.spelled_out()
         family.check_layouts(layout.roles)
     return ResolvedRun(family.config, family, method_class(config.recipe.method), layout)
@@ -59,7 +61,8 @@ def _spell_out_references(config: Config) -> Config:
     roles = dict(config.roles)
     for name, role in roles.items():
         if is_reference(role.init_from):
-            found = resolve_reference(role.init_from)
+            with of_key(f"roles.{name}.init_from", role.init_from):
+                found = resolve_reference(role.init_from)
             if found.manifest.family != config.recipe.family:
                 raise ValueError(
                     f"roles.{name}.init_from = {role.init_from!r} is of family {found.manifest.family!r}, but "

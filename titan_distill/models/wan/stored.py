@@ -10,7 +10,7 @@ from pathlib import Path
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, network_folder
 from titan_distill.checkpoint.initial_weights import WeightsReference, is_reference, read_weights, resolve_reference
 from titan_distill.models.wan.config import WanConfig
-from titan_distill.models.wan.state_dict import load_weights, read_config
+from titan_distill.models.wan.state_dict import check_weights, load_weights, read_config
 from titan_distill.models.wan.transformer import WanTransformer
 
 EXPERTS = (TRANSFORMER, TRANSFORMER_2)
@@ -46,6 +46,12 @@ class StoredWeights:
                 else WanConfig.from_diffusers(self._reference.trained.architecture)
             )
         return self._architectures[expert]
+
+    def check(self, model: WanTransformer, expert: str) -> None:
+        """Compares names, shapes and stored types of one network's tensors with `model`, which may be on the meta
+        device. Raises ValueError. Tensors of a checkpoint are compared when they are read."""
+        if self._reference is None:
+            check_weights(model, network_folder(Path(self.weights), expert))
 
     def loader(self, expert: str) -> WeightLoader:
         """Returns a function that fills a model with one network's weights. Nothing is read before it is called."""
