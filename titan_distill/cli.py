@@ -23,6 +23,7 @@ from titan_distill.commands import preprocess
 from titan_distill.config.sections import RecipeConfig
 from titan_distill.data import summary
 from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT
+from titan_distill.fault_tolerance.utf8 import restart_in_utf8
 from titan_distill.models.base import model_family
 from titan_distill.observability.quiet import quiet_libraries
 
@@ -131,6 +132,8 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command. Bad input is one sentence on stderr and exit code 2."""
+    if argv is None:
+        restart_in_utf8()
     quiet_libraries()
     arguments = sys.argv[1:] if argv is None else list(argv)
     command = COMMANDS.get(arguments[0]) if arguments else None

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference
+from titan_distill.checkpoint.initial_weights import resolve_reference
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import RunLayout, resolve_layout
 from titan_distill.config.loading import check_paths, in_one_sentence
 from titan_distill.config.parsing import COMMAND_LINE
-from titan_distill.config.paths import of_key
+from titan_distill.config.paths import is_reference, of_key
 from titan_distill.methods.base import TrainingMethod, method_class
 from titan_distill.models.base import ModelFamily, model_family
 

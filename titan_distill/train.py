@@ -46,6 +46,7 @@ from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 from titan_distill.fault_tolerance.run_folder import Run, check_folder, open_run, read_run, resumes
 from titan_distill.fault_tolerance.run_lock import RunLock, check_free
 from titan_distill.fault_tolerance.signals import Stop
+from titan_distill.fault_tolerance.utf8 import restart_in_utf8
 from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog, record_collectives
 from titan_distill.methods.base import Head, TrainingMethod
 from titan_distill.models.base import ModelFamily
@@ -86,6 +87,8 @@ IN_USE = "wait for it, stop it, or choose another --job.name"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one job. Returns the process's exit code, one of `exit_codes`."""
+    if argv is None:
+        restart_in_utf8()
     argv = sys.argv[1:] if argv is None else list(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     quiet_libraries()

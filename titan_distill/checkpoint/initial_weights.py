@@ -22,6 +22,7 @@ from titan_distill.checkpoint.diffusers_folder import TRANSFORMER
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import MANIFEST_NAME, Manifest, TrainedRole, read_manifest
 from titan_distill.checkpoint.state import ema_key, model_key
+from titan_distill.config.paths import is_reference
 from titan_distill.fault_tolerance.files import fingerprint, record_file
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.parallelisms.lora import without_adapters
@@ -53,11 +54,6 @@ class WeightsReference:
     def trained(self) -> TrainedRole:
         """Returns the role's entry in the manifest, with its architecture."""
         return self.manifest.trained[self.role]
-
-
-def is_reference(text: str) -> bool:
-    """Returns whether `init_from` names a role of a checkpoint. Otherwise it names a folder of weights."""
-    return "#" in text
 
 
 def resolve_reference(text: str) -> WeightsReference:

@@ -66,8 +66,8 @@ def export(
                 if (pipeline / name).is_dir():
                     shutil.copytree(pipeline / name, temporary / name)
             index = family.pipeline_index(index, trained.modules, config)
-            (temporary / PIPELINE_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        (temporary / "README.md").write_text(_model_card(checkpoint, manifest, role, use_ema=use_ema))
+            (temporary / PIPELINE_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(_model_card(checkpoint, manifest, role, use_ema=use_ema), encoding="utf-8")
     print(f"{role} of {checkpoint} ({'EMA' if use_ema else 'raw'}, {dtype}) is in {out}")
 
 
@@ -78,7 +78,7 @@ def _model_card(checkpoint: Path, manifest: Manifest, role: str, *, use_ema: boo
     if manifest.weights_only:
         config_text = "# none: these weights were imported"
     else:
-        config_text = config.read_text() if config.is_file() else "# not found beside the checkpoints"
+        config_text = config.read_text(encoding="utf-8") if config.is_file() else "# not found beside the checkpoints"
     return f"""---
 library_name: diffusers
 tags: [titan_distill, {manifest.family}]

@@ -6,6 +6,7 @@ what a path leads to therefore begins with the key, and for a relative path with
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,12 @@ from pathlib import Path
 def seen_from(path: str | Path) -> str:
     """Returns where a relative path is seen from, in brackets with a space before; empty for an absolute path."""
     return "" if Path(path).is_absolute() else f" (seen from {Path.cwd()})"
+
+
+def is_reference(text: str) -> bool:
+    """Returns whether the value of an `init_from` names a role of a checkpoint, as PATH#ROLE. Otherwise it names a
+    folder of weights, whose name may have a `#`, too."""
+    return "#" in text and not os.path.isdir(text)
 
 
 @contextmanager

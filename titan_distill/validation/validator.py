@@ -219,7 +219,9 @@ class Validator:
         self, step: int, request: ValidationRequest, rows: dict[str, Rows], scores: dict[str, dict[str, float]]
     ) -> None:
         folder, captions = self._step_folder(step), self.prompts[: self.config.num_videos]
-        (folder / "captions.txt").write_text("".join(f"{index:03d} {text}\n" for index, text in enumerate(captions)))
+        (folder / "captions.txt").write_text(
+            "".join(f"{index:03d} {text}\n" for index, text in enumerate(captions)), encoding="utf-8"
+        )
         if self.config.num_videos and self.makes_videos:
             titles = {sample.label: _title(sample, scores.get(sample.label, {})) for sample in request.samples}
             columns = [

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.checkpoint.complete import check_tensors
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER
-from titan_distill.checkpoint.initial_weights import is_reference
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
 from titan_distill.config.dtypes import DTYPES
-from titan_distill.config.paths import of_key
+from titan_distill.config.paths import is_reference, of_key
 from titan_distill.config.role_sections import HEAD_FLAVOR, RoleConfig
 from titan_distill.models.base import Adapter, EncoderFolders, FootageEncoder, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
@@ -96,7 +95,7 @@ class WanFamily(ModelFamily):
     def _stored(self, role: RoleConfig) -> StoredWeights | None:
         """Returns the weights that the role starts from; None if they are random."""
         weights = role.path or role.init_from
-        return self._open(weights) if weights else None
+        return self._open(weights, may_refer=not role.path) if weights else None
 
     def _experts(self, name: str, role: RoleConfig, *, by_name: bool) -> tuple[str, ...]:
         return experts_of(name, role, self._stored(role), by_name=by_name)
