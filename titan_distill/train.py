@@ -30,6 +30,7 @@ from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import needs_group
 from titan_distill.config.loading import help_text, load_config, to_toml
+from titan_distill.config.paths import of_key
 from titan_distill.config.text import redacted
 from titan_distill.data.loader import SampleLoader, open_dataset
 from titan_distill.data.rows import RowDataset
@@ -148,7 +149,8 @@ def open_folder(config: Config, command: Sequence[str]) -> Iterator[RunLock]:
 
 def _parent(resume_from: Path) -> tuple[Run | None, int]:
     """Returns the run and the step of a checkpoint in another folder."""
-    checkpoint = discovery.resolve(resume_from)
+    with of_key("checkpoint.resume_from", resume_from):
+        checkpoint = discovery.resolve(resume_from)
     return read_run(checkpoint.parent.parent), read_manifest(checkpoint).step
 
 
@@ -173,7 +175,9 @@ def train(trainer: Trainer) -> int:
         if not trainer.stop.is_interrupted:
             raise
         # Ctrl-C reaches all ranks. A rank that waits for another in a collective fails when that one leaves.
-        print(f"interrupted at step {trainer.state.step}; --checkpoint.resume_from latest resumes from the last save")
+        print(
+            f"interrupted after step {trainer.state.step}; --checkpoint.resume_from latest resumes from the last save"
+        )
         return EXIT_INTERRUPTED
     finally:
         trainer.metrics.close()

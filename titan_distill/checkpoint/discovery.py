@@ -73,7 +73,7 @@ def find_latest(folder: Path) -> Path | None:
     if newest is None and (broken := step_folders(folder)):
         raise ValueError(
             f"none of the {len(broken)} checkpoints in {folder} is complete (each is named in a warning above); "
-            "delete them to start from step 0, or name another checkpoint"
+            "name another checkpoint, or start from step 0 with another --job.name"
         )
     return newest
 

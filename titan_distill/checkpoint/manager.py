@@ -34,6 +34,7 @@ from titan_distill.checkpoint.manifest import (
     verify_sizes,
 )
 from titan_distill.checkpoint.state import TrainState
+from titan_distill.config.paths import of_key
 from titan_distill.fault_tolerance.files import FileRecord
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.fault_tolerance.run_lock import RunLock
@@ -161,7 +162,8 @@ class CheckpointManager:
         """
         if resume_from == discovery.LATEST:
             return self.ranks.on_rank_zero(lambda: discovery.find_latest(self.folder))
-        return self.ranks.on_rank_zero(lambda: discovery.resolve(Path(resume_from)))
+        with of_key("checkpoint.resume_from", resume_from):
+            return self.ranks.on_rank_zero(lambda: discovery.resolve(Path(resume_from)))
 
     def load(self, path: Path, roles: RoleManager) -> TrainState:
         """Restores all trainable roles, in any layout. Everything is checked before any tensor changes.

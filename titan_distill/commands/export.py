@@ -18,6 +18,7 @@ from titan_distill.checkpoint.initial_weights import trained_role
 from titan_distill.checkpoint.manifest import Manifest, read_manifest
 from titan_distill.checkpoint.tools.contents import role_tensors
 from titan_distill.config.dtypes import DTYPES
+from titan_distill.config.paths import of_key, seen_from
 from titan_distill.fault_tolerance.files import atomic
 from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.models.base import model_family
@@ -42,18 +43,20 @@ def export(
         pipeline: Diffusers folder whose VAE, text encoder, tokenizer and scheduler are copied beside the transformer.
             Default: the run's pipeline_config.path.
     """
-    checkpoint = resolve(checkpoint)
+    with of_key("--checkpoint", checkpoint):
+        checkpoint = resolve(checkpoint)
     manifest = read_manifest(checkpoint)
     trained = trained_role(checkpoint, manifest, role)
     use_ema = trained.has_ema if weights == "auto" else weights == "ema"
     if out.exists():
-        raise ValueError(f"{out} exists already; remove it, or export to another folder")
+        raise ValueError(f"{out} exists already; export to another folder")
     probe_folder(out, "--out")
     family, config = model_family(manifest.family), manifest.pipeline_config
     pipeline = pipeline or (Path(config["path"]) if config.get("path") else None)
     if pipeline is not None and not (pipeline / PIPELINE_INDEX).is_file():
         raise ValueError(
-            f"{pipeline} is not a diffusers pipeline: it has no {PIPELINE_INDEX}; name a folder that has one"
+            f"{pipeline}{seen_from(pipeline)} is not a diffusers pipeline: it has no {PIPELINE_INDEX}; "
+            "name a folder that has one"
         )
     tensors = {name: role_tensors(checkpoint, role, use_ema=use_ema, module=name) for name in trained.modules}
     with atomic(out) as temporary:

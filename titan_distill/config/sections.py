@@ -83,7 +83,7 @@ class DataConfig:
     @property
     def holds_videos(self) -> bool:
         """Whether the data is a table of videos and prompts, which the run encodes while it trains."""
-        return self.path.endswith(".csv")
+        return self.path.lower().endswith(".csv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +323,7 @@ class ProfilingConfig:
     enabled: bool = False
     """Record a torch.profiler trace in the folder profile/ of the run."""
     start_step: int = 10
-    """First step of the trace."""
+    """Steps before the trace."""
     num_steps: int = 3
     """Number of steps in the trace."""
 
