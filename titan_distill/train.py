@@ -29,10 +29,11 @@ from titan_distill.checkpoint.manifest import AdaptedBase, FrozenRole, read_mani
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import needs_group
-from titan_distill.config.loading import help_text, load_config, to_toml
+from titan_distill.config.loading import help_text, in_one_sentence, load_config, to_toml
+from titan_distill.config.parsing import COMMAND_LINE
 from titan_distill.config.text import redacted
 from titan_distill.data.loader import SampleLoader, open_dataset
-from titan_distill.data.rows import RowDataset
+from titan_distill.data.rows import BadRowError, RowDataset
 from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
 from titan_distill.fault_tolerance.exit_codes import (
     EXIT_BAD_INPUT,
@@ -75,6 +76,7 @@ from titan_distill.planner.report import memory_table
 from titan_distill.resolve import ResolvedRun, resolve
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 from titan_distill.trainer import NonFiniteError, Trainer
+from titan_distill.validation.scorers import validation_prompts
 from titan_distill.validation.validator import Validator
 
 CHECK = "--check"
@@ -116,6 +118,7 @@ def start(argv: list[str], stop: Stop, held: ExitStack) -> Trainer | None:
     check_machine(config)
     if is_main_process():
         check_output(config)
+        open_inputs(run)
     if CHECK in argv:
         return None
     lock = held.enter_context(open_folder(config, redacted(argv))) if is_main_process() else None
@@ -163,9 +166,9 @@ def train(trainer: Trainer) -> int:
     try:
         with trainer.watchdog or nullcontext():
             finished = trainer.run()
-    except (NonFiniteError, RankFailure) as error:
+    except (NonFiniteError, RankFailure, BadRowError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_BAD_INPUT if isinstance(error, BadRowError) else EXIT_FAILED
     except (KeyboardInterrupt, LostRankError):
         if not trainer.stop.is_interrupted:
             raise
@@ -218,7 +221,7 @@ def assemble(
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    dataset = _open_data(run)  # before the weights, which take longer
+    dataset = open_inputs(run)  # before the weights, which take longer
     layouts = build_layouts(run, world)
     roles = build_roles(run, layouts, world.device)
     adapter = run.family.build_adapter(world.device, layouts)
@@ -245,6 +248,7 @@ def assemble(
         state=state,
         layouts=layouts,
         ranks=ranks,
+        step_ranks=Ranks(config.comm.init_timeout_seconds),
         watchdog=watchdog,
         stop=stop or Stop(),
     )
@@ -325,14 +329,21 @@ def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -
             role.ema = Ema(role.network, config.ema.decay, config.ema.start_step)
 
 
-def _open_data(run: ResolvedRun) -> RowDataset[Any]:
-    method_config, family = run.config.method_config, run.family
-    return open_dataset(
-        run.config.data,
-        tensors=(*run.method.extra_tensors(method_config), *family.extra_tensors()),
-        video_size=family.video_size(),
-        needs_latents=family.needs_latents or run.method.needs_latents(method_config),
-    )
+def open_inputs(run: ResolvedRun) -> RowDataset[Any]:
+    """Opens the training data and reads its first rows and the prompts of validation. Raises ConfigError, in seconds,
+    for any that do not fit the run."""
+    config, method_config, family = run.config, run.config.method_config, run.family
+    with in_one_sentence(config.job.config_file or COMMAND_LINE):
+        dataset = open_dataset(
+            config.data,
+            tensors=(*run.method.extra_tensors(method_config), *family.extra_tensors()),
+            video_size=family.video_size(),
+            needs_latents=family.needs_latents or run.method.needs_latents(method_config),
+            checks=(*family.row_checks(), *run.method.row_checks(config)),
+        )
+        if config.validation.enabled:
+            validation_prompts(config)
+    return dataset
 
 
 def _build_loader(config: Config, dataset: RowDataset[Any], layouts: Layouts, state: TrainState) -> SampleLoader:

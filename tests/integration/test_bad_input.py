@@ -35,7 +35,7 @@ CASES = {
     ),
     "missing checkpoint": (("--checkpoint.resume_from", "no/step-1"), ("checkpoint.resume_from", "no/step-1")),
     "batch that does not divide": (("--training.local_batch_size", "3"), ("global_batch_size", "3")),
-    "latents that are not there": (("--method_config.rollout", "data"), ("data.path", "latents")),
+    "latents that are not there": (("--method_config.rollout", "data"), ("prompts.parquet, row 0", "only text")),
     "size that the latents contradict": (("--pipeline_config.num_frames", "18"), ("num_frames", "17")),
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from titan_distill.config.config import Config
 from titan_distill.config.role_sections import HEAD_FLAVOR
 from titan_distill.data.loader import Batch
+from titan_distill.data.parquet import RowCheck
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import TrajectoryRequest, ValidationRequest
 from titan_distill.models.base import Adapter
@@ -117,6 +118,11 @@ class TrainingMethod(ABC):
     @classmethod
     def extra_tensors(cls, config: Any) -> tuple[str, ...]:
         """Returns the names of further tensors that every row of the data must have. `Batch.extra` contains them."""
+        return ()
+
+    @classmethod
+    def row_checks(cls, config: Config) -> tuple[RowCheck, ...]:
+        """Returns checks of each row of parquet data: the tensors of `extra_tensors` against the configuration."""
         return ()
 
     @classmethod

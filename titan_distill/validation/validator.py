@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from titan_distill.config.config import Config
-from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
 from titan_distill.fault_tolerance.ranks import Ranks
@@ -36,7 +35,7 @@ from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.distances import project, sliced_wasserstein, sliced_wasserstein_excess
 from titan_distill.validation.sampling import Sampling, go_on
-from titan_distill.validation.scorers import scorer
+from titan_distill.validation.scorers import scorer, validation_prompts
 from titan_distill.validation.video import Video, contact_sheet, thumbnails, write_mp4
 
 
@@ -100,7 +99,7 @@ class Validator:
         self.layouts, self.ranks, self.makes_videos = layouts, ranks, makes_videos
         self.poll: Callable[[], None] = go_on
         path = self.config.prompts or config.data.path
-        self.prompts = read_prompts(path, self.config.num_prompts)
+        self.prompts = validation_prompts(config)
         self.condition = adapter.prompt_conditions(path, self.prompts)
         self.score = scorer(self.config.scorer)
         self._baselines: dict[str, Samples] = {}

@@ -105,11 +105,6 @@ class WanAdapter(Adapter):
     def prepare_batch(self, batch: Batch) -> Batch:
         if not batch.is_encoded:
             batch = self._encoded(batch)
-        if batch.latents is not None and tuple(batch.latents.shape[1:]) != self.latent_shape:
-            raise ValueError(
-                f"the data's latents have shape {tuple(batch.latents.shape[1:])}, but pipeline_config's num_frames, "
-                f"height and width make {self.latent_shape}; change pipeline_config or preprocess videos at that size"
-            )
         return batch.to(self.device)
 
     def _encoded(self, batch: Batch) -> Batch:

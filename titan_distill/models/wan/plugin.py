@@ -7,6 +7,7 @@ import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
 from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.role_sections import HEAD_FLAVOR, RoleConfig
+from titan_distill.data.parquet import RowCheck
 from titan_distill.models.base import Adapter, EncoderFolders, FootageEncoder, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
@@ -32,6 +34,7 @@ from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import build_transformer, check_degrees, empty_transformer
 from titan_distill.models.wan.pipeline_config import WanPipelineConfig
 from titan_distill.models.wan.pipeline_index import exported_index
+from titan_distill.models.wan.rows import check_row
 from titan_distill.models.wan.state_dict import UNUSED_KEY, save_folder
 from titan_distill.models.wan.stored import EXPERTS, StoredWeights
 from titan_distill.models.wan.text_encoder import TextEncoder
@@ -82,14 +85,23 @@ class WanFamily(ModelFamily):
         # Of videos they are made here.
         return () if self.config.data.holds_videos else self._image_tensors()
 
+    def row_checks(self) -> tuple[RowCheck, ...]:
+        networks = self._known_networks()
+        if not networks:
+            return ()
+        shape, text_width = self._space.shape(*self.video_size()), networks[0].text_dim
+        return (partial(check_row, shape, text_width, next((n.image_dim for n in networks if n.image_dim), None)),)
+
     def _image_tensors(self) -> tuple[str, ...]:
-        known = [
+        return needed_tensors(self._known_networks())
+
+    def _known_networks(self) -> list[WanConfig]:
+        return [
             self._architecture(name, role, by_name=bool(role.flavor))
             for name, role in self._networks().items()
             # Whoever samples from a checkpoint need not have what all roles once started from.
             if role.flavor or is_reference(role.init_from) or Path(role.path or role.init_from).is_dir()
         ]
-        return needed_tensors(known)
 
     def _stored(self, role: RoleConfig) -> StoredWeights | None:
         """Returns the weights that the role starts from; None if they are random."""
