@@ -61,7 +61,7 @@ class Training:
         started = time.perf_counter()
         self.role.transformer(self.x).square().mean().backward()
         stalled = timed(checkpoints.before_change)
-        self.role.step(tick_ema=False)
+        self.role.step(0, tick_ema=False)
         self.num_steps += 1
         stalled += timed(checkpoints.poll)
         return time.perf_counter() - started, stalled

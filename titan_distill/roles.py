@@ -22,7 +22,8 @@ from titan_distill.parallelisms.fsdp import reshard
 class Ema:
     """Exponential moving average of a module's trained parameters, sharded as they are.
 
-    Until `start_step` updates are done, the average equals the parameters, so it does not contain the initial weights.
+    In the first `start_step` training steps the average equals the parameters, so it does not contain the initial
+    weights. Recipes count this start in training steps, also where the role has an update only every few steps.
     """
 
     def __init__(self, module: nn.Module, decay: float, start_step: int) -> None:
@@ -32,10 +33,9 @@ class Ema:
         }
 
     @torch.no_grad()
-    def update(self, module: nn.Module, num_updates: int) -> None:
-        """Adds the current parameters to the average. `num_updates` counts the role's optimizer steps, including the
-        last one."""
-        decay = self.decay if num_updates > self.start_step else 0.0
+    def update(self, module: nn.Module, train_step: int) -> None:
+        """Adds the parameters that training step `train_step`, counted from 0, has made to the average."""
+        decay = self.decay if train_step >= self.start_step else 0.0
         reshard(module)
         shadow, current = list(self.shadow.values()), [p.detach() for p in module.parameters() if p.requires_grad]
         torch._foreach_lerp_(shadow, current, 1.0 - decay)
@@ -73,7 +73,7 @@ class RoleHandle:
     """Whether only LoRA adapters train. A checkpoint then stores them and names the weights that they adapt."""
     max_grad_norm: float = math.inf
     num_updates: int = 0
-    """Number of optimizer steps. A checkpoint stores it; the EMA starts by it."""
+    """Number of optimizer steps. A checkpoint stores it."""
     num_skips: int = 0
     """Number of updates skipped because they were not finite. A checkpoint stores it."""
 
@@ -86,8 +86,9 @@ class RoleHandle:
         """The whole network: the transformer, or all modules by name where there are several."""
         return self.transformer if len(self.modules) == 1 else nn.ModuleDict(self.modules)
 
-    def step(self, *, tick_ema: bool) -> None:
-        """Applies the accumulated gradients, advances the schedules and updates the EMA."""
+    def step(self, train_step: int, *, tick_ema: bool) -> None:
+        """Applies the accumulated gradients of training step `train_step` (counted from 0), advances the schedules and
+        updates the EMA."""
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -95,7 +96,7 @@ class RoleHandle:
             scheduler.step()
         self.num_updates += 1
         if self.ema is not None and tick_ema:
-            self.ema.update(self.network, self.num_updates)
+            self.ema.update(self.network, train_step)
 
     def skip(self) -> None:
         """Drops the accumulated gradients. Weights, optimizer state, schedules and EMA stay as they are."""

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import logging
 import sys
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -320,7 +319,7 @@ def _check_latent_spaces(family: ModelFamily, modules: Mapping[str, Mapping[str,
 def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -> None:
     """Adds optimizer, learning-rate schedule and EMA to every trained role. A schedule lasts as long as the role has
     updates."""
-    num_updates = Counter(update.role for step in range(config.training.steps) for update in method.updates(step))
+    num_updates = method.num_updates(config.training.steps)
     for role in roles.trainable:
         optimizer = build_optimizer(role.parameters(), config.roles[role.name].optimizer)
         role.optimizers["transformer"] = optimizer

@@ -119,7 +119,7 @@ class Trainer:
                 skip_or_raise(sentence, role.num_skips, self.config.training.max_nonfinite_skips)
             else:
                 self._release_state()
-                role.step(tick_ema=update.ema)
+                role.step(self.state.step, tick_ema=update.ema)
         if self.config.training.max_nonfinite_skips:
             values[f"nonfinite_skips/{role.name}"] = role.num_skips
         return values

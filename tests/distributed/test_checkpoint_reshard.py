@@ -51,7 +51,7 @@ def train(roles: RoleManager, num_updates: int) -> None:
     for _ in range(num_updates):
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(student.num_updates))
         student.transformer(x).square().sum().backward()
-        student.step(tick_ema=True)
+        student.step(student.num_updates, tick_ema=True)
 
 
 def full_state(roles: RoleManager) -> dict[str, Any]:

@@ -28,9 +28,9 @@ def held(tensors):
     return sum(storages.values())
 
 found = {}
-def step(role, *, tick_ema, real=roles.RoleHandle.step):
+def step(role, train_step, *, tick_ema, real=roles.RoleHandle.step):
     gradients = held(p.grad for p in role.parameters())
-    real(role, tick_ema=tick_ema)
+    real(role, train_step, tick_ema=tick_ema)
     found[role.name] = {
         "parameters": held(role.transformer.parameters()),
         "gradients": gradients,

@@ -56,7 +56,7 @@ def train(handle: RoleHandle) -> None:
     for parameter in handle.parameters():
         generator = torch.Generator().manual_seed(handle.num_updates)
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-    handle.step(tick_ema=True)
+    handle.step(handle.num_updates, tick_ema=True)
 
 
 def make_manager(folder: Path) -> CheckpointManager:

@@ -55,7 +55,7 @@ def train(handle: RoleHandle, num_updates: int) -> None:
     for _ in range(num_updates):
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(handle.num_updates))
         handle.transformer(x).square().sum().backward()
-        handle.step(tick_ema=True)
+        handle.step(handle.num_updates, tick_ema=True)
 
 
 def snapshot(roles: RoleManager) -> dict[str, Any]:

@@ -196,7 +196,26 @@ def check_cadence_and_ema(folder: Path) -> None:
     ):
         trainer.run()
     assert log == ["0s", "0c", "1c", "2c", "3s", "3c", "4c", "5c", "6s", "6c", "7c"]
-    assert ticks == [1, 2, 3]
+    assert ticks == [0, 3, 6]
+
+
+def check_ema_start(folder: Path) -> None:
+    """Ratio 3 and a start after 4 training steps: equal to the weights after the updates of steps 0 and 3, an average
+    from that of step 6 on, which is the student's third."""
+    options = ("--method_config.update_ratio", "3", "--ema.decay", "0.75", "--ema.start_step", "4")
+    trainer = toy_trainer(folder, "dmd2", *options)
+    student = trainer.roles["student"]
+    assert student.ema is not None
+    average: list[Tensor] = []
+    for step in range(8):
+        trainer.train_step()
+        weights = [p.detach().clone() for p in student.parameters()]
+        if step < 4:
+            average = weights
+        elif step == 6:
+            average = [0.75 * a + 0.25 * w for a, w in zip(average, weights, strict=True)]
+        for expected, found in zip(average, student.ema.shadow.values(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def check_per_sample_normaliser(folder: Path) -> None:
@@ -217,6 +236,7 @@ SPIES: dict[str, Callable[[Path], None]] = {
         check_loss_against_transcription,
         check_critic_loss_against_transcription,
         check_cadence_and_ema,
+        check_ema_start,
         check_per_sample_normaliser,
     )
 }
@@ -291,10 +311,14 @@ def _x0_critic_loss(kind: str, *tensors: Tensor) -> Tensor:
     return ORIGINAL_CRITIC_LOSS("x0", *tensors)
 
 
-def _step_and_tick_again(self: RoleHandle, *, tick_ema: bool) -> None:
-    ORIGINAL_STEP(self, tick_ema=tick_ema)
+def _step_and_tick_again(self: RoleHandle, train_step: int, *, tick_ema: bool) -> None:
+    ORIGINAL_STEP(self, train_step, tick_ema=tick_ema)
     if self.ema is not None:
-        self.ema.update(self.transformer, self.num_updates)
+        self.ema.update(self.transformer, train_step)
+
+
+def _step_counts_updates(self: RoleHandle, train_step: int, *, tick_ema: bool) -> None:
+    ORIGINAL_STEP(self, self.num_updates, tick_ema=tick_ema)
 
 
 def _guidance_off_by_one(self: Dmd2Config) -> Any:
@@ -342,6 +366,10 @@ MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]] = {
     "EMA ticks twice an update": (
         lambda: patch.object(RoleHandle, "step", _step_and_tick_again),
         "check_cadence_and_ema",
+    ),
+    "EMA starts by the role's updates": (
+        lambda: patch.object(RoleHandle, "step", _step_counts_updates),
+        "check_ema_start",
     ),
     "x0 loss for flow loss in the critic": (
         lambda: patch.object(losses, "critic_loss", _x0_critic_loss),

@@ -34,7 +34,7 @@ def check_after_a_rollout(_: int) -> None:
         assert_values(role, whole, offset=0.0)
         assert torch.equal(model(*inputs), before)
         model(*inputs)
-        ema.update(model, num_updates=1)
+        ema.update(model, train_step=0)
     for name, parameter in whole.named_parameters():
         average = ema.shadow[name]
         assert isinstance(average, DTensor)

@@ -244,7 +244,8 @@ class EmaConfig:
     decay: float = 0.0
     """Decay of the average per update of the role. 0 turns the average off."""
     start_step: int = 0
-    """Updates of the role during which the average equals the weights."""
+    """Training steps, counted for every role alike, before the average begins. Until then it equals the weights. At
+    200 steps and five steps per student update, the student has had 40 updates."""
     role: str = "student"
     """Trained role whose weights are averaged."""
 

@@ -179,6 +179,11 @@ class TrainingMethod(ABC):
     def updates(self, step: int) -> list[Update]:
         """Returns the updates due at `step` (counted from 0), in the order they must run."""
 
+    @abstractmethod
+    def num_updates(self, num_steps: int) -> dict[str, int]:
+        """Returns how many updates each trained role has in the first `num_steps` steps, by a formula: a run may have
+        more steps than can be counted one by one. Learning-rate schedules need it."""
+
     def normal(self, purpose: str, batch: Batch, step: int, shape: Sequence[int] | None = None) -> Tensor:
         """Returns standard normal noise [B, *shape] keyed by `purpose`, step and sample. Default shape: that of
         latents."""

@@ -88,6 +88,9 @@ class Consistency(FewStepTraining):
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.student_loss)]
 
+    def num_updates(self, num_steps: int) -> dict[str, int]:
+        return {"student": num_steps}
+
     def student_loss(self, batch: Batch, step: int) -> LossResult:
         """Pulls the prediction at one grid level towards that at the next lower one, per sample."""
         assert batch.latents is not None

@@ -137,6 +137,11 @@ class Dmd2(AdversarialTraining):
             return critics
         return [student] if self.config.exclusive else [student, *critics]
 
+    def num_updates(self, num_steps: int) -> dict[str, int]:
+        students = -(-num_steps // self.config.update_ratio)  # rounded up
+        critics = num_steps - students if self.config.exclusive else num_steps
+        return {"student": students, "critic": critics, **dict.fromkeys(self.heads(self.config), critics)}
+
     def student_loss(self, batch: Batch, step: int) -> LossResult:
         """Moves the student's samples along the difference of the two scores."""
         condition = self.adapter.text_condition(batch)

@@ -78,6 +78,9 @@ class Finetune(TrainingMethod):
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.student_loss)]
 
+    def num_updates(self, num_steps: int) -> dict[str, int]:
+        return {"student": num_steps}
+
     def student_loss(self, batch: Batch, step: int) -> LossResult:
         """Velocity regression on noised real latents, per sample."""
         assert batch.latents is not None

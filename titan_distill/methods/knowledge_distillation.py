@@ -118,6 +118,9 @@ class KnowledgeDistillation(FewStepTraining):
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.student_loss)]
 
+    def num_updates(self, num_steps: int) -> dict[str, int]:
+        return {"student": num_steps}
+
     def student_loss(self, batch: Batch, step: int) -> LossResult:
         """Regresses the end of each sample's trajectory from one of its states, or from one per segment; the states are
         keyed draws."""

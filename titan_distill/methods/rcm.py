@@ -78,6 +78,11 @@ class Rcm(TangentTraining, Dmd2):
             return [Update("student", self.student_loss)]
         return super().updates(step)
 
+    def num_updates(self, num_steps: int) -> dict[str, int]:
+        warmup = min(num_steps, self.config.tangent_warmup)
+        after, before = super().num_updates(num_steps), super().num_updates(warmup)
+        return {role: after[role] - before[role] + (warmup if role == "student" else 0) for role in after}
+
     def student_loss(self, batch: Batch, step: int) -> LossResult:
         """Returns the weighted sum of both terms; during the warm-up the consistency term alone."""
         consistency = self.tangent_loss(batch, step)

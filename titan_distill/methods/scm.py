@@ -164,3 +164,6 @@ class Scm(TangentTraining):
 
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.tangent_loss)]
+
+    def num_updates(self, num_steps: int) -> dict[str, int]:
+        return {"student": num_steps}
