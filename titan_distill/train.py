@@ -48,6 +48,7 @@ from titan_distill.fault_tolerance.run_lock import RunLock, check_free
 from titan_distill.fault_tolerance.signals import Stop
 from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog, record_collectives
 from titan_distill.methods.base import Head, TrainingMethod
+from titan_distill.methods.unreached import unreached_schedules
 from titan_distill.models.base import ModelFamily
 from titan_distill.models.head import FeatureHead, build_head
 from titan_distill.observability.banner import banner, closing
@@ -111,6 +112,9 @@ def start(argv: list[str], stop: Stop, held: ExitStack) -> Trainer | None:
         return None
     config = load_config(words)
     run = resolve(config, num_ranks(), without_files=config.job.dry_run)
+    if is_main_process():
+        for sentence in unreached_schedules(config, run.method):
+            print(f"warning: {sentence}")
     if config.job.dry_run:
         print(dry_run(run))
         return None
@@ -319,7 +323,7 @@ def _check_latent_spaces(family: ModelFamily, modules: Mapping[str, Mapping[str,
 def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -> None:
     """Adds optimizer, learning-rate schedule and EMA to every trained role. A schedule lasts as long as the role has
     updates."""
-    num_updates = method.num_updates(config.training.steps)
+    num_updates = method.num_updates(config.method_config, config.training.steps)
     for role in roles.trainable:
         optimizer = build_optimizer(role.parameters(), config.roles[role.name].optimizer)
         role.optimizers["transformer"] = optimizer

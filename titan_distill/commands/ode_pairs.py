@@ -40,7 +40,7 @@ from titan_distill.data.loader import collate
 from titan_distill.data.parquet import LatentRow, ParquetDataset, read_ids, write_rows
 from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
-from titan_distill.diffusion.requests import TrajectoryRequest
+from titan_distill.diffusion.requests import TrajectoryRequest, check_options
 from titan_distill.diffusion.schedule import few_step_sigmas, timestep
 from titan_distill.diffusion.trajectory import grid_indices, sample_trajectory
 from titan_distill.fault_tolerance.files import atomic
@@ -94,6 +94,7 @@ def ode_pairs(options: OdePairsOptions) -> str:
         ValueError: a timestep that is not on the solver's grid (before anything is built or computed), a job that says
             too little, a folder with other pairs, prompts or weights that can't be read.
     """
+    check_options(options.num_steps, options.guidance_scale)
     config = with_teacher(load_config(["--job.config_file", str(options.config)]), options.teacher)
     shift = config.pipeline_config.flow_shift
     request = trajectory_request(config, options)

@@ -118,7 +118,8 @@ class KnowledgeDistillation(FewStepTraining):
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.student_loss)]
 
-    def num_updates(self, num_steps: int) -> dict[str, int]:
+    @classmethod
+    def num_updates(cls, config: Any, num_steps: int) -> dict[str, int]:
         return {"student": num_steps}
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:

@@ -155,6 +155,12 @@ class WanFamily(ModelFamily):
                 continue
             architecture = self._architecture(name, role, by_name=True)
             self._check_latents(name, role, architecture)
+            width = min(architecture.inner_dim, architecture.ffn_dim)
+            if role.lora.rank > width:
+                raise ValueError(
+                    f"roles.{name}.lora.rank = {role.lora.rank} is above the width of the layers, {width}, with "
+                    "which LoRA adapters give every change of the weights; set it to less, or to 0 to train the weights"
+                )
             if role.lora.enabled and degrees[name].tensor > 1:
                 raise ValueError(
                     f"roles.{name}.lora does not go with tensor = {degrees[name].tensor}: LoRA adapters are not cut "
