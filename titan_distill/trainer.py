@@ -10,7 +10,7 @@ ranks. One rank, many ranks and any number of micro-batches therefore take the s
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
@@ -127,7 +127,10 @@ class Trainer:
     def forward_backward(self, update: Update, role: RoleHandle, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Sums the gradients of all micro-batches. Returns sums of the loss and of the method's metrics over this
         rank's samples, and the [N] losses themselves."""
-        micro_batches = batch.split(self.config.training.local_batch_size)
+        micro_batches: Sequence[Batch] = batch.split(self.config.training.local_batch_size)
+        if update.prepare is not None:
+            with torch.no_grad():
+                micro_batches = update.prepare(micro_batches, self.state.step, self._global_mean)
         global_batch_size = self.config.training.global_batch_size
         totals: dict[str, Tensor] = {}
         losses: list[Tensor] = []
@@ -142,6 +145,10 @@ class Trainer:
                 totals[name] = totals[name] + total if name in totals else total
             losses.append(result.losses_B.detach())
         return totals, torch.cat(losses)
+
+    def _global_mean(self, values_N: Tensor) -> Tensor:
+        total = sum_over_samples(values_N.double().sum(0), self.layouts.data_group)
+        return total / self.config.training.global_batch_size
 
     def _sum_over_ranks(self, totals: dict[str, Tensor], num_nonfinite: Tensor) -> tuple[dict[str, float], float]:
         """Reduces in one collective all that ranks tell each other about an update: its sums, whether it is finite, and

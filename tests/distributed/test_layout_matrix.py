@@ -94,7 +94,7 @@ OPTIONS = {
     "cm": "--ema.start_step 1",
     "scm": "--method_config.tangent_warmup 2 --method_config.derivative_step 0",
     "rcm": "--method_config.tangent_warmup 1 --method_config.update_ratio 2",
-    "dmd2_gan": "--method_config.adversarial_weight 1",
+    "dmd2_gan": "--method_config.adversarial_weight 1 --method_config.f_divergence jensen_shannon",
     "self_forcing": "--roles.student.init_from tests/assets/tiny_wan/transformer --method_config.context_noise 50 "
     "--method_config.same_step_across_blocks false --method_config.denoising_steps [1000.0,500.0] "
     "--pipeline_config.num_frames 9",

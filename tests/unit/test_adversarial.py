@@ -6,6 +6,7 @@ what follows the scores at the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -144,7 +145,7 @@ def check_student_update(folder: Path) -> None:
 
 
 def check_divergences(folder: Path) -> None:
-    """h(r) = r² f″(r) by automatic differentiation, and each sample's direction multiplied by its own h."""
+    """h(r) = r² f″(r) by automatic differentiation, and the weights of a run that does not normalise them."""
     generators: dict[str, Callable[[Tensor], Tensor]] = {
         "reverse_kl": lambda r: -r.log(),
         "forward_kl": lambda r: r * r.log(),
@@ -159,16 +160,88 @@ def check_divergences(folder: Path) -> None:
         assert (h_B - r.detach() ** 2 * curvature).abs().max() < 1e-10, name
     assert adversarial.divergence_weight("forward_kl", torch.tensor([50.0])) == adversarial.MAX_RATIO
 
-    trainer, method, batch = method_and_batch(folder, FP64, "--method_config.f_divergence", "forward_kl")
+    raw = ("--method_config.f_divergence", "forward_kl", "--method_config.normalise_weights", "false")
+    trainer, method, batch = method_and_batch(folder, FP64, *raw)
     assert batch.latents is not None
-    direction, sigma_B = torch.ones_like(batch.latents), torch.full((8,), 0.3, dtype=FP64)
-    found = method.weighted(direction, batch.latents, sigma_B, trainer.adapter.text_condition(batch))
+    sigma_B = torch.full((8,), 0.3, dtype=FP64)
+    found_B = method.weight(batch, batch.latents, sigma_B, trainer.adapter.text_condition(batch))
     expected_B = literal_logits(trainer, batch.latents, sigma_B).exp().clamp(max=10)
-    torch.testing.assert_close(found, expected_B[:, None].expand_as(direction).detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found_B, expected_B.detach(), rtol=1e-9, atol=1e-12)
     assert expected_B.std() > 1e-3
+    assert all(update.prepare is None for update in method.updates(0))
 
 
-CHECKS = {check.__name__: check for check in (check_discriminator_update, check_student_update, check_divergences)}
+DIVERGENCES = ("forward_kl", "jensen_shannon")
+SIGMAS = torch.tensor([0.02, 0.03, 0.31, 0.35, 0.39, 0.62, 0.95, 1.0], dtype=FP64)
+
+
+def literal_weights(divergence: str, z_N: Tensor, sigma_N: Tensor) -> Tensor:
+    """Sample by sample: its ratio over the mean ratio of its tenth of noise levels, and h of it over the mean h."""
+    ratios = [min(max(math.exp(z), 0.1), 10.0) for z in z_N.tolist()]
+    tenths = [min(int(10 * sigma), 9) for sigma in sigma_N.tolist()]
+    weights = []
+    for ratio, tenth in zip(ratios, tenths, strict=True):
+        similar = [r for r, t in zip(ratios, tenths, strict=True) if t == tenth]
+        relative = ratio / (sum(similar) / len(similar))
+        weights.append(min(relative, 10.0) if divergence == "forward_kl" else relative / (1 + relative))
+    return torch.tensor(weights, dtype=FP64) / (sum(weights) / len(weights))
+
+
+def check_normalised_weights(folder: Path) -> None:
+    """Written out, for an undecided discriminator, a winning one, and one that is sure to the last digit."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(8, generator=generator, dtype=FP64)
+    for divergence in DIVERGENCES:
+        for z_N in (0.5 * spread, 0.5 * spread - 2.0, 300 * spread - 800):
+            found = adversarial.normalised_weight(divergence, z_N, SIGMAS, lambda values: values.mean(0))  # type: ignore[arg-type]
+            torch.testing.assert_close(found, literal_weights(divergence, z_N, SIGMAS), rtol=1e-12, atol=1e-12)
+            assert found.mean().item() == pytest.approx(1, abs=1e-12)
+        raw = adversarial.divergence_weight(divergence, 0.5 * spread - 2.0)  # type: ignore[arg-type]
+        assert raw.mean() < 0.25
+
+
+def gradient_of_the_student(folder: Path, *overrides: str) -> tuple[list[Tensor], float]:
+    """Gradient that one update of the student leaves, by the real trainer, and the mean size of its direction. The
+    discriminator finds all samples unlikely, some more than others."""
+    trainer, method, batch = method_and_batch(folder, torch.float32, *overrides)
+    real_logits = method._logits
+
+    def logits(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return real_logits(x, *arguments, **options) - 0.3 + 0.3 * x[:, 0]
+
+    with patch.object(method, "_logits", logits):
+        update = method.updates(0)[0]
+        totals, _ = trainer.forward_backward(update, trainer.roles["student"], batch)
+    gradients = [p.grad.clone() for p in trainer.roles["student"].parameters() if p.grad is not None]
+    return gradients, totals["dmd/gradient_size"].item() / 8
+
+
+def check_matching_keeps_its_strength(folder: Path) -> None:
+    """A winning discriminator leaves matching about as strong as reverse KL has it, and micro-batches of any
+    size give the same gradient."""
+    plain = ("--method_config.adversarial_weight", "0.01")
+    _, size = gradient_of_the_student(folder, *plain)
+    for divergence in DIVERGENCES:
+        chosen = (*plain, "--method_config.f_divergence", divergence)
+        _, raw = gradient_of_the_student(folder, *chosen, "--method_config.normalise_weights", "false")
+        whole, normalised = gradient_of_the_student(folder, *chosen)
+        assert raw < 0.3 * size and normalised == pytest.approx(size, rel=0.05)
+        for local_batch in ("4", "1"):
+            parts, _ = gradient_of_the_student(folder, *chosen, "--training.local_batch_size", local_batch)
+            for one, other in zip(whole, parts, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        check_discriminator_update,
+        check_student_update,
+        check_divergences,
+        check_normalised_weights,
+        check_matching_keeps_its_strength,
+    )
+}
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -244,6 +317,22 @@ def _encouraged(z_B: Tensor) -> Tensor:
     return torch.nn.functional.softplus(z_B)
 
 
+def _mean_of_a_micro_batch(self: Dmd2, micro_batches: Any, step: int, mean: Any) -> list[Batch]:
+    return [ORIGINAL_WITH_WEIGHTS(self, [batch], step, lambda values: values.mean(0))[0] for batch in micro_batches]
+
+
+def _raw(divergence: Any, z_N: Tensor, *_: Any) -> Tensor:
+    return adversarial.divergence_weight(divergence, z_N)
+
+
+def _one_stage(divergence: Any, z_N: Tensor, sigma_N: Tensor, mean: Any) -> Tensor:
+    h_N = adversarial.divergence_weight(divergence, z_N)
+    return h_N / mean(h_N)
+
+
+ORIGINAL_WITH_WEIGHTS = Dmd2.with_weights
+
+
 def _labels_swapped(z_real_B: Tensor, z_made_B: Tensor) -> Tensor:
     return torch.nn.functional.softplus(z_real_B) + torch.nn.functional.softplus(-z_made_B)
 
@@ -262,6 +351,15 @@ MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]] = {
     ),
     "saturating loss": (lambda: patch.object(adversarial, "deception_loss", _saturating), "check_student_update"),
     "student encouraged": (lambda: patch.object(adversarial, "deception_loss", _encouraged), "check_student_update"),
+    "weights not normalised": (
+        lambda: patch.object(adversarial, "normalised_weight", _raw), "check_matching_keeps_its_strength"
+    ),
+    "weights normalised by micro-batch": (
+        lambda: patch.object(Dmd2, "with_weights", _mean_of_a_micro_batch), "check_matching_keeps_its_strength"
+    ),
+    "ratios not normalised": (
+        lambda: patch.object(adversarial, "normalised_weight", _one_stage), "check_normalised_weights"
+    ),
     "weights left out": (
         lambda: patch.object(adversarial, "divergence_weight", lambda name, z: torch.ones_like(z)), "check_divergences"
     ),
@@ -318,6 +416,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
         (("--method_config.discriminator_depths", "[]"), "discriminator_depths is empty, but adversarial_weight"),
         (("--method_config.discriminator_depths", "[1, 1]"), r"discriminator_depths = \[1, 1\] names a block twice"),
         (("--method_config.adversarial_weight", "0"), "no effect without a discriminator"),
+        (("--method_config.normalise_weights", "false"), "normalise_weights = false has no effect with f_divergence"),
         (("--method_config.r1_noise", "0"), "r1_noise = 0.0 is out of range; choose above 0"),
         (("--roles.discriminator.flavor", "mlp"), r"roles\.discriminator\.flavor = 'mlp', but .* is a head; set it to"),
         (("--roles.critic.flavor", "head"), r"roles\.critic\.flavor = 'head', but .* is no head; name a network's"),

@@ -227,6 +227,18 @@ def check_per_sample_normaliser(folder: Path) -> None:
     torch.testing.assert_close(g, torch.tensor([[1.0, 1.0], [0.01, 0.01]], dtype=torch.float64))
 
 
+def check_score_times(folder: Path) -> None:
+    """`ts_schedule` keeps score times from below the step after the exit, `ts_schedule_max` from above the exit, each
+    alone; at shift 3, where the schedule's levels are 1, 0.9, 0.75 and 0.5."""
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for lower, upper in ((False, False), (True, False), (False, True), (True, True)):
+        switches = ("--method_config.ts_schedule", str(lower), "--method_config.ts_schedule_max", str(upper))
+        trainer = toy_trainer(folder, "dmd2", "--pipeline_config.flow_shift", "3", *(s.lower() for s in switches))
+        for exit_index, (level, after) in enumerate(((1.0, 0.9), (0.9, 0.75), (0.75, 0.5), (0.5, 0.0))):
+            expected = torch.tensor([after if lower else 0.0, level if upper else 1.0]).double().clamp(0.02, 0.98)
+            torch.testing.assert_close(method_of(trainer)._score_sigma(ends, exit_index), expected)
+
+
 SPIES: dict[str, Callable[[Path], None]] = {
     check.__name__: check
     for check in (
@@ -237,6 +249,7 @@ SPIES: dict[str, Callable[[Path], None]] = {
         check_critic_loss_against_transcription,
         check_cadence_and_ema,
         check_ema_start,
+        check_score_times,
         check_per_sample_normaliser,
     )
 }
@@ -251,23 +264,23 @@ def test_spy(name: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------
 
 
-def _no_backward_simulation(
-    self: Dmd2, batch: Batch, condition: Any, step: int, purpose: str, exit_index: int
-) -> Tensor:
+def _no_backward_simulation(self: Dmd2, batch: Batch, condition: Any, step: int, purpose: str, levels: Any) -> Tensor:
     return self.normal(f"{purpose}/noise/0", batch, step)
 
 
 def _rollout_with_gradient(self: Dmd2, batch: Batch, condition: Any, step: int, purpose: str) -> dmd2.Rollout:
     exit_index = self.noise.index(f"{purpose}/exit", step, len(self.sigmas))
-    x = self._student_input(batch, condition, step, purpose, exit_index)
-    return dmd2.Rollout(self._student_x0(x, exit_index, condition), exit_index)
+    levels = self.rollout_levels(batch, step, purpose, exit_index)
+    x = self._student_input(batch, condition, step, purpose, levels)
+    return dmd2.Rollout(self._student_x0(x, levels[-1], condition), exit_index)
 
 
 def _last_exit_for_critic(self: Dmd2, batch: Batch, condition: Any, step: int, purpose: str) -> dmd2.Rollout:
     exit_index = 3 if "critic" in purpose else self.noise.index(f"{purpose}/exit", step, len(self.sigmas))
+    levels = self.rollout_levels(batch, step, purpose, exit_index)
     with torch.no_grad():
-        x = self._student_input(batch, condition, step, purpose, exit_index)
-    return dmd2.Rollout(self._student_x0(x, exit_index, condition), exit_index)
+        x = self._student_input(batch, condition, step, purpose, levels)
+    return dmd2.Rollout(self._student_x0(x, levels[-1], condition), exit_index)
 
 
 def _loss_through_the_scores(self: Dmd2, batch: Batch, step: int) -> Any:
@@ -305,6 +318,14 @@ def _wrong_sign(fake: Tensor, real: Tensor, generated: Tensor, normalise: bool =
 
 def _always_student(self: Dmd2, step: int) -> list[Any]:
     return [dmd2.Update("student", self.student_loss), dmd2.Update("critic", self.critic_loss)]
+
+
+def _both_bounds(u_B: Tensor, *, low: float, high: float, **options: Any) -> Tensor:
+    """The upper bound follows the lower one."""
+    return ORIGINAL_SCORE_SIGMA(u_B, low=low, high=high if low == 0 else min(high, low + 0.25), **options)
+
+
+ORIGINAL_SCORE_SIGMA = dmd2.schedule.score_sigma
 
 
 def _x0_critic_loss(kind: str, *tensors: Tensor) -> Tensor:
@@ -366,6 +387,10 @@ MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]] = {
     "EMA ticks twice an update": (
         lambda: patch.object(RoleHandle, "step", _step_and_tick_again),
         "check_cadence_and_ema",
+    ),
+    "one switch for both bounds of score times": (
+        lambda: patch.object(dmd2.schedule, "score_sigma", _both_bounds),
+        "check_score_times",
     ),
     "EMA starts by the role's updates": (
         lambda: patch.object(RoleHandle, "step", _step_counts_updates),

@@ -28,7 +28,7 @@ ITS_OWN = {
         "sparse_attention.schedule_rate", "sparse_attention.schedule_interval", "sparse_attention.crossover",
     },
     "self_forcing": {"roles.student.init_from", "roles.student.flavor", "roles.student.path"},
-    "rcm": {"method_config.tangent_warmup"},
+    "rcm": {"method_config.tangent_warmup", "method_config.consistency_weight"},
 }  # fmt: skip
 OFF = ("checkpoint.", "validation.", "job.imports")  # imports: the scorer of validation
 

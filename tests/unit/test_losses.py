@@ -8,7 +8,7 @@ from titan_distill.methods import losses
 
 FP64 = torch.float64
 SHAPE = (3, 4, 2, 5, 6)
-KINDS = ("flow", "x0", "noise", "v")
+KINDS = ("flow", "x0", "noise", "v", "trigflow")
 
 
 def draw(seed, dtype=FP64):
@@ -153,11 +153,14 @@ def test_shifted_generator_gets_the_closed_form_direction():
 def literal_critic(kind, v, x, x0, noise, sigma):
     s = sigma[:, None, None, None, None]
     x0_pred, noise_pred = x - s * v, x + (1 - s) * v
+    t = torch.atan(s / (1 - s))
+    output = (t.cos() * (t.cos() + t.sin()) * x - x0_pred) / t.sin()  # of x_t = (cos t + sin t) x
     squares = {
         "flow": (v - (noise - x0)) ** 2,
         "x0": (x0_pred - x0) ** 2,
         "noise": (noise_pred - noise) ** 2,
         "v": (((1 - s) * noise_pred - s * x0_pred) - ((1 - s) * noise - s * x0)) ** 2,
+        "trigflow": (output - (t.cos() * noise - t.sin() * x0)) ** 2,
     }
     return literal_mean(squares[kind])
 
@@ -167,6 +170,7 @@ FACTORS = {
     "x0": lambda s: s**2,
     "noise": lambda s: (1 - s) ** 2,
     "v": lambda s: ((1 - s) ** 2 + s**2) ** 2,
+    "trigflow": lambda s: (1 - s) ** 2 + s**2,
 }
 
 
@@ -202,6 +206,22 @@ def test_critic_takes_sigma_per_frame(kind):
     loss_B = losses.critic_loss(kind, v, schedule.add_noise(x0, noise, sigma), x0, noise, sigma)
     expected = literal_mean(FACTORS[kind](sigma) * (v - (noise - x0)) ** 2)
     assert torch.allclose(loss_B, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_critic_loss_has_the_same_minimiser(kind):
+    """One noisy sample may come from two pairs of x0 and ε: the best velocity is the mean of both targets."""
+    _, x, x0, noise, sigma = critic_case()
+    other_x0 = x0 + draw(4)
+    other_noise = (x - (1 - sigma[:, None, None, None, None]) * other_x0) / sigma[:, None, None, None, None]
+    targets = noise - x0, other_noise - other_x0
+    best = ((targets[0] + targets[1]) / 2).requires_grad_()
+    pairs = ((x0, noise), (other_x0, other_noise))
+    total = sum(losses.critic_loss(kind, best, x, *pair, sigma).sum() for pair in pairs)
+    (gradient,) = torch.autograd.grad(total, best)
+    assert gradient.abs().max() < 1e-12
+    moved = sum(losses.critic_loss(kind, best + 0.1, x, *pair, sigma).sum() for pair in pairs)
+    assert moved > total
 
 
 def test_an_unknown_critic_loss_is_named():

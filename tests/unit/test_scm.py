@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -388,14 +390,124 @@ def test_rcm_is_the_weighted_sum_after_the_warmup(tmp_path: Path) -> None:
     with patch.object(losses, "consistency_tangent", lambda *a: (ramps.append(a[-1]), ORIGINAL_TANGENT(*a))[1]):
         during, after = method.student_loss(batch, 1), method.student_loss(batch, 6)
     assert ramps == [0.25, 1.0]
-    torch.testing.assert_close(during.losses_B, 100 / 64 * method.tangent_loss(batch, 1).losses_B)
+    torch.testing.assert_close(during.losses_B, 50 / 64 * method.tangent_loss(batch, 1).losses_B)
     matching = Dmd2.student_loss(method, batch, 6)
     torch.testing.assert_close(
-        after.losses_B, 100 / 64 * method.tangent_loss(batch, 6).losses_B + matching.losses_B
+        after.losses_B, 50 / 64 * method.tangent_loss(batch, 6).losses_B + matching.losses_B
     )  # fmt: skip
     assert after.metrics_B.keys() == {"scm/tangent_size", "dmd/gradient_size"}
     after.losses_B.sum().backward()
     assert all(p.grad is None for name in ("teacher", "critic") for p in trainer.roles[name].transformer.parameters())
+
+
+def check_rcm_total_gradient(folder: Path) -> None:
+    """By default the gradient in F and in the student's sample is that of the paper's total, 100 ‖F − sg(F + g)‖² +
+    ‖x − sg(x − d)‖² with sums over elements: twice their number times ours."""
+    trainer = exact_trainer(folder, 0.3, "rcm")
+    for name in ("student", "critic"):
+        trainer.roles[name].transformer.double()
+    method, batch = trainer.method, trainer.adapter.prepare_batch(next(trainer.loader))
+    batch = replace(batch, latents=batch.latents.double())  # type: ignore[union-attr]
+    captured: dict[str, Tensor] = {}
+    real_tangent, real_dmd, real_normal = losses.tangent_loss, losses.dmd_loss, method.normal
+
+    def tangent_loss(output: Tensor, g: Tensor) -> Tensor:
+        output.retain_grad()
+        captured.update(output=output, g=g)
+        return real_tangent(output, g)
+
+    def dmd_loss(x: Tensor, g: Tensor, mask: Tensor | None = None) -> Tensor:
+        x.retain_grad()
+        captured.update(x=x, d=g)
+        return real_dmd(x, g, mask)
+
+    with (
+        patch.object(losses, "tangent_loss", tangent_loss),
+        patch.object(losses, "dmd_loss", dmd_loss),
+        patch.object(method, "normal", lambda *args: real_normal(*args).double()),
+    ):
+        method.student_loss(batch, 6).losses_B.sum().backward()  # type: ignore[attr-defined]
+    output, x = (captured[name].detach().double().requires_grad_() for name in ("output", "x"))
+    theirs = 100 * (output - (output + captured["g"]).detach()).square().sum()
+    theirs = theirs + (x - (x - captured["d"]).detach()).square().sum()
+    for found, expected in zip((captured["output"], captured["x"]), torch.autograd.grad(theirs, (output, x))):
+        assert found.grad is not None and expected.abs().mean() > 1e-4
+        torch.testing.assert_close(2 * 64 * found.grad.double(), expected, rtol=1e-12, atol=1e-12)
+
+
+def check_rcm_rollout_times(folder: Path) -> None:
+    """With random times each forward after the first is at min(shifted uniform, level before), drawn per sample, and
+    its input is the prediction before it, noised to that level."""
+    options = ("--method_config.rollout_times", "random", "--pipeline_config.flow_shift", "5")
+    trainer = toy_trainer(folder, "rcm", *options, "--method_config.last_step_only", "true")
+    method, batch = trainer.method, trainer.adapter.prepare_batch(next(trainer.loader))
+    assert isinstance(method, Rcm)
+    calls: list[tuple[Tensor, Tensor]] = []
+    real = trainer.adapter.predict_velocity
+
+    def predict(role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Any) -> Tensor:
+        calls.append((x.detach(), sigma_B))
+        return real(role, x, sigma_B, condition)
+
+    with patch.object(trainer.adapter, "predict_velocity", predict):
+        method.rollout(batch, trainer.adapter.text_condition(batch), 6, "test")
+    expected = [torch.ones(8, dtype=FP64)]
+    for index in (1, 2, 3):
+        u = method.noise.uniform(f"test/time/{index}", 6, batch.sample_ids)
+        expected.append(torch.minimum(5 * u / (1 + 4 * u), expected[-1]))
+    torch.testing.assert_close(torch.stack([sigma for _, sigma in calls]), torch.stack(expected))
+    assert torch.stack(expected).std(1)[1:].min() > 0.01
+    student = trainer.roles["student"].transformer
+    for index, ((x, sigma), (following, level)) in enumerate(pairwise(calls), start=1):
+        with torch.no_grad():
+            v = student(x, sigma.float()[:, None], torch.ones(8, 1))
+        x0 = x.double() - sigma[:, None] * v.double()
+        noise = method.normal(f"test/noise/{index}", batch, 6).double()
+        literal = (1 - level[:, None]) * x0 + level[:, None] * noise
+        torch.testing.assert_close(following.double(), literal, rtol=1e-5, atol=1e-5)
+
+
+RCM_CHECKS = {check.__name__: check for check in (check_rcm_total_gradient, check_rcm_rollout_times)}
+
+
+@pytest.mark.parametrize("name", RCM_CHECKS)
+def test_rcm_check(name: str, tmp_path: Path) -> None:
+    RCM_CHECKS[name](tmp_path)
+
+
+def _levels_not_limited(self: Rcm, batch: Any, step: int, purpose: str, exit_index: int) -> list[Tensor]:
+    draws = [self.noise.uniform(f"{purpose}/time/{i}", step, batch.sample_ids) for i in range(1, exit_index + 1)]
+    return [torch.ones(8, dtype=FP64), *(schedule.shift_sigma(u, 5.0) for u in draws)]
+
+
+def _summed_without_half(x: Tensor, g: Tensor, mask: Tensor | None = None) -> Tensor:
+    return 2 * ORIGINAL_DMD_LOSS(x, g, mask)
+
+
+ORIGINAL_DMD_LOSS = losses.dmd_loss
+RCM_MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]] = {
+    "times that may rise": (
+        lambda: patch.object(Rcm, "rollout_levels", _levels_not_limited), "check_rcm_rollout_times"
+    ),
+    "matching twice as strong": (
+        lambda: patch.object(losses, "dmd_loss", _summed_without_half), "check_rcm_total_gradient"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RCM_MUTANTS)
+def test_rcm_mutant_is_caught(name: str, tmp_path: Path) -> None:
+    plant, check = RCM_MUTANTS[name]
+    assert is_caught(lambda: RCM_CHECKS[check](tmp_path), plant())
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--method_config.ts_schedule=true", "--method_config.ts_schedule_max=true", "--method_config.rollout=data"],
+)
+def test_random_rollout_times_have_no_exit_step_to_follow(option: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="which rollout_times = 'random' replaces; change one of the two"):
+        toy_trainer(tmp_path, "rcm", "--method_config.rollout_times", "random", option)
 
 
 def test_rcm_cadence(tmp_path: Path) -> None:

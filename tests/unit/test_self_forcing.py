@@ -23,7 +23,7 @@ from toy_run import toy_trainer
 from titan_distill.config.parsing import ConfigError
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion.noise import KeyedNoise
-from titan_distill.methods import self_forcing
+from titan_distill.methods import losses, self_forcing
 from titan_distill.methods.self_forcing import SelfForcing
 from titan_distill.models.base import Adapter
 from titan_distill.trainer import Trainer
@@ -213,7 +213,8 @@ LONG = ("--method_config.num_rollout_segments", "7")
 
 
 def check_long_rollouts(folder: Path) -> None:
-    """Seven segments for a sample of four: the last three have gradients, the one before them was encoded anew."""
+    """Seven segments for a sample of four: the last three have gradients, the one before them was encoded anew and is
+    left out of the loss, but not of the normaliser."""
     trainer = toy_trainer(folder, "self_forcing", *LONG)
     spy, method, batch = Spy().watch(trainer), method_of(trainer), one_batch(trainer)
     encoded: list[Tensor] = []
@@ -223,7 +224,14 @@ def check_long_rollouts(folder: Path) -> None:
         sample = Adapter.last_sample(self, sequence)
         return torch.cat((torch.full_like(sample[:, :1], 50.0), sample[:, 1:]), dim=1)
 
-    with patch.object(ToyAdapter, "last_sample", last_sample):
+    scores: list[Tensor] = []
+    real_direction = losses.dmd_direction
+
+    def direction(fake: Tensor, real: Tensor, x0: Tensor, **options: Any) -> Tensor:
+        scores.extend((fake.double(), real.double()))
+        return real_direction(fake, real, x0, **options)
+
+    with patch.object(ToyAdapter, "last_sample", last_sample), patch.object(losses, "dmd_direction", direction):
         rollout = method.rollout(batch, trainer.adapter.text_condition(batch), 0, "dmd2/student")
         rollout.x0.retain_grad()
         with patch.object(method, "rollout", lambda *_, **__: rollout):
@@ -235,6 +243,10 @@ def check_long_rollouts(folder: Path) -> None:
     assert rollout.x0.grad is not None
     by_segment = rollout.x0.grad.unflatten(1, (SEGMENTS, -1)).abs().amin((0, 2))
     assert by_segment[0] == 0 and (by_segment[1:] > 0).all()
+    fake, real = scores
+    normaliser_B = (rollout.x0.detach() - real).abs().mean(1, keepdim=True)
+    expected = (fake - real) / normaliser_B / ((SEGMENTS - 1) * LENGTH)
+    torch.testing.assert_close(rollout.x0.grad[:, LENGTH:].double(), expected[:, LENGTH:], rtol=1e-5, atol=1e-8)
     counted = torch.ones(8, SEGMENTS * LENGTH)
     counted[:, :LENGTH] = 0
     assert rollout.mask is not None and torch.equal(rollout.mask.expand(8, -1), counted)
@@ -299,6 +311,13 @@ def _exit_of_the_first(self: SelfForcing, step: int, purpose: str, segment: int)
     return EXIT(self, step, purpose, 0)
 
 
+def _normaliser_of_the_trained(fake: Tensor, real: Tensor, x0: Tensor, **options: Any) -> Tensor:
+    mask = torch.ones_like(x0)
+    mask[:, :LENGTH] = 0
+    return DIRECTION(fake, real, x0, **{**options, "mask": mask})
+
+
+DIRECTION = losses.dmd_direction
 EXIT = SelfForcing._exit_index
 SPIED_MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]] = {
     "gradient through the context": (lambda: patch.object(SelfForcing, "_write", _write_with_graph), "forwards"),
@@ -308,6 +327,10 @@ SPIED_MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]] 
     "all segments trained": (lambda: patch.object(SelfForcing, "_segment", _always_with_gradient), "long rollouts"),
     "first segment not masked": (
         lambda: patch.object(SelfForcing, "_all_but_the_first", lambda self, sample: None),
+        "long rollouts",
+    ),
+    "normaliser of the trained segments": (
+        lambda: patch.object(losses, "dmd_direction", _normaliser_of_the_trained),
         "long rollouts",
     ),
     "one exit where each has its own": (
@@ -371,6 +394,10 @@ def test_segments_come_one_by_one(tmp_path: Path) -> None:
         (
             ("--method_config.ts_schedule", "true", "--method_config.same_step_across_blocks", "false"),
             r"ts_schedule = true follows the exit of a rollout.* change one of the two",
+        ),
+        (
+            ("--method_config.ts_schedule_max", "true", "--method_config.same_step_across_blocks", "false"),
+            r"ts_schedule_max = true follows the exit of a rollout.* change one of the two",
         ),
         (
             ("--compile.enabled", "true", "--method_config.num_rollout_segments", "9"),

@@ -31,12 +31,19 @@ difference of scores, weighed by h(r) = r² f″(r) (f-distill, 2502.15681). And
 
 The scores are the guided teacher's and the ratio is the data's: a heuristic wherever guidance moves the one from the
 other.
+
+A discriminator that wins finds all of the student's samples unlikely. Then h is small for every sample, and the whole
+term fades just where the student is furthest from the data. `normalise_weights` makes h relative to the global batch:
+r is divided by its mean among samples of similar noise levels, where a perfect discriminator's mean is 1, and h by its
+mean over all. The means need every sample before the first loss, so the student makes its samples twice
+(`Update.prepare`); in return they do not depend on ranks and micro-batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -44,17 +51,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_distill.config.config import Config
-from titan_distill.config.parsing import check_range
+from titan_distill.config.parsing import check_no_effect, check_range
 from titan_distill.data.loader import Batch
-from titan_distill.diffusion import schedule
-from titan_distill.methods.base import Head, LossResult, Passes, Update
+from titan_distill.diffusion.transfer import to_device
+from titan_distill.methods.base import GlobalMean, Head, LossResult, Passes, Update
 from titan_distill.methods.few_step import FewStepTraining, GuidedFewStepConfig
 from titan_distill.models.base import Condition
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
 
 MAX_RATIO = 10.0
-"""Largest weight of forward_kl. Without it, a confident discriminator could let one sample dominate the batch."""
+"""Largest weight of forward_kl, and largest ratio p_real / p_made or p_made / p_real that normalised weights consider.
+Without it, a confident discriminator could let one sample dominate the batch."""
+NUM_RATIO_BINS = 10
+"""Number of equal parts of [0, 1] in which noise levels count as similar, as in FastGen. The ratio of a sample alone in
+its part becomes 1."""
+WEIGHT = "divergence_weight"
+"""Name in `Batch.extra` of the normalised weights [B]."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,10 @@ class AdversarialConfig(GuidedFewStepConfig):
     f_divergence: Divergence = "reverse_kl"
     """Divergence that distribution matching minimises. All but reverse_kl need a discriminator, whose output weighs
     each student sample."""
+    normalise_weights: bool = True
+    """True: the weights of f_divergence have mean 1 over the global batch, so that a discriminator that finds all
+    samples unlikely does not switch distribution matching off. It costs one more rollout without gradient per student
+    update."""
     discriminator_depths: tuple[int, ...] = ()
     """Blocks of the critic, counted from 0, whose hidden states the discriminator reads, for example 15, 22 and 29 of
     30."""
@@ -78,10 +95,16 @@ class AdversarialConfig(GuidedFewStepConfig):
     def has_discriminator(self) -> bool:
         return self.adversarial_weight > 0 or self.f_divergence != "reverse_kl"
 
+    @property
+    def has_normalised_weights(self) -> bool:
+        return self.f_divergence != "reverse_kl" and self.normalise_weights
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "adversarial_weight", "r1_weight", least=0)
         check_range(self, "r1_noise", above=0)
+        if self.f_divergence == "reverse_kl":
+            check_no_effect(self, "normalise_weights", given="f_divergence")
         if self.has_discriminator and not self.discriminator_depths:
             raise ValueError(
                 "discriminator_depths is empty, but adversarial_weight and f_divergence ask for a discriminator; name "
@@ -122,6 +145,22 @@ def divergence_weight(divergence: Divergence, z_made_B: Tensor) -> Tensor:
     return DIVERGENCE_WEIGHTS[divergence](z_made_B)
 
 
+@torch.no_grad()
+def normalised_weight(divergence: Divergence, z_made_N: Tensor, sigma_N: Tensor, mean: GlobalMean) -> Tensor:
+    """Returns weights [N] whose mean over the global batch is 1.
+
+    Each ratio exp(z), limited to [1 / MAX_RATIO, MAX_RATIO], is divided by the mean ratio of the samples whose noise
+    level is in the same of NUM_RATIO_BINS parts, and each weight h by the mean weight.
+    """
+    z_N = z_made_N.double().clamp(-math.log(MAX_RATIO), math.log(MAX_RATIO))
+    part_N = (sigma_N * NUM_RATIO_BINS).long().clamp(max=NUM_RATIO_BINS - 1)
+    is_in_NP = to_device(F.one_hot(part_N, NUM_RATIO_BINS).double(), z_N.device)
+    share_P, ratio_P = mean(torch.stack([is_in_NP, is_in_NP * z_N.exp()[:, None]], 1)).unbind()
+    mean_ratio_N = is_in_NP @ (ratio_P / share_P.clamp(min=torch.finfo(torch.float64).tiny))
+    h_N = divergence_weight(divergence, z_N - mean_ratio_N.log())
+    return h_N / mean(h_N)
+
+
 class AdversarialTraining(FewStepTraining):
     """Training of the discriminator, for methods with a student, a critic and samples of the student."""
 
@@ -149,8 +188,13 @@ class AdversarialTraining(FewStepTraining):
         if not config.has_discriminator:
             return []
         judged = 3 if config.r1_weight else 2
+        weights = [Passes("student", "student", "rollout", rollout, students)] if config.has_normalised_weights else []
+        if config.f_divergence != "reverse_kl":
+            weights.append(Passes("student", "critic", "discriminator", 1, students))
+        deception = Passes("student", "critic", "discriminator", 1, students, backward=True)
         return [
-            Passes("student", "critic", "discriminator", 1, students, backward=config.adversarial_weight > 0),
+            *weights,
+            *([deception] if config.adversarial_weight else []),
             Passes("discriminator", "student", "rollout", rollout, critics),
             Passes("discriminator", "critic", "discriminator", 1, critics, num_conditions=judged),
         ]
@@ -199,13 +243,35 @@ class AdversarialTraining(FewStepTraining):
         linear_B = ((x0 - leaf.detach()) * gradient).double().flatten(1).sum(1)
         return self.config.adversarial_weight * (loss_B.detach() + linear_B)
 
+    def scored_sample(self, batch: Batch, condition: Condition, step: int) -> tuple[Tensor, Tensor]:
+        """Returns the student's samples of its update as their scores are compared: noised, with their noise levels
+        [B]. Called without gradient."""
+        raise NotImplementedError
+
+    def with_weights(self, micro_batches: Sequence[Batch], step: int, mean: GlobalMean) -> list[Batch]:
+        """Returns the micro-batches with the normalised weights of their samples, WEIGHT."""
+        z_N, sigma_N = [], []
+        for batch in micro_batches:
+            condition = self.adapter.text_condition(batch)
+            x, sigma_B = self.scored_sample(batch, condition, step)
+            z_N.append(self._logits(x, sigma_B, condition, through=False))
+            sigma_N.append(sigma_B)
+        weight_N = normalised_weight(self.config.f_divergence, torch.cat(z_N), torch.cat(sigma_N), mean)
+        parts = weight_N.split([len(batch.sample_ids) for batch in micro_batches])
+        return [
+            replace(batch, extra={**batch.extra, WEIGHT: part})
+            for batch, part in zip(micro_batches, parts, strict=True)
+        ]
+
     @torch.no_grad()
-    def weighted(self, direction: Tensor, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """Returns `direction`, the difference of scores at `x`, weighted for the configured divergence."""
+    def weight(self, batch: Batch, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor | None:
+        """Returns the weights [B] of the samples' differences of scores at `x` for the configured divergence; None for
+        weights of 1."""
         if self.config.f_divergence == "reverse_kl":
-            return direction
-        h_B = divergence_weight(self.config.f_divergence, self._logits(x, sigma_B, condition, through=False))
-        return direction * schedule.broadcast_sigma(h_B, direction)
+            return None
+        if self.config.normalise_weights:
+            return batch.extra[WEIGHT]
+        return divergence_weight(self.config.f_divergence, self._logits(x, sigma_B, condition, through=False))
 
     def _logits(self, x: Tensor, sigma_B: Tensor, condition: Condition, *, through: bool) -> Tensor:
         """Returns the logits [B], float64. `through` says whether gradients reach `x`; they always reach the head."""

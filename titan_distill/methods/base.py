@@ -38,6 +38,10 @@ class LossResult:
     """Detached [B] values, averaged over the global batch and logged under their key."""
 
 
+GlobalMean = Callable[[Tensor], Tensor]
+"""Mean over the global batch of values [N, ...], one for each of this rank's samples. Collective."""
+
+
 @dataclass(frozen=True)
 class Update:
     """One optimizer step of one role."""
@@ -47,6 +51,9 @@ class Update:
     """Called as `loss(micro_batch, step)` once per micro-batch, with gradients enabled."""
     ema: bool = True
     """Whether this update also updates the role's EMA, if the role has one."""
+    prepare: Callable[[Sequence[Batch], int, GlobalMean], Sequence[Batch]] | None = None
+    """Called as `prepare(micro_batches, step, mean)` before the first loss, without gradients. It returns the
+    micro-batches that `loss` gets, for instance with tensors that depend on the whole global batch."""
 
 
 @dataclass(frozen=True)

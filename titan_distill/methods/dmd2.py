@@ -14,9 +14,10 @@ Equation numbers and defaults: DMD (2311.18828) eq. 7–8, DMD2 §4; Self-Forcin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -56,13 +57,15 @@ class Dmd2Config(AdversarialConfig):
     max_step: float = 980.0
     """Highest timestep at which scores are compared."""
     ts_schedule: bool = False
-    """True: the score timestep is drawn between the exit step and the step after it. False: it is drawn over the whole
-    range."""
+    """True: the score timestep is not drawn below the step after the exit step, where the rollout would go on."""
+    ts_schedule_max: bool = False
+    """True: the score timestep is not drawn above the exit step. Both switches apply to student and critic."""
     clamp: Literal["after_shift", "resample"] = "after_shift"
     """Way to keep the score timestep between min_step and max_step. `after_shift` clamps the shifted timestep,
     `resample` draws between the two."""
-    critic_loss: Literal["flow", "x0", "noise", "v"] = "flow"
-    """Quantity that the critic regresses. All have the same minimum, but weigh noise levels differently."""
+    critic_loss: losses.CriticLoss = "flow"
+    """Quantity that the critic regresses. All have the same minimum, but weigh noise levels differently: relative to
+    `flow`, `x0` by σ², `noise` by (1 - σ)², `v` by n⁴ and `trigflow` (rCM's) by n², with n² = (1 - σ)² + σ²."""
     normalise: bool = True
     """True: the score difference of each sample is divided by its mean |x - x_real| (DMD eq. 8)."""
     student_sampler: Literal["sde", "ode"] = "sde"
@@ -92,7 +95,7 @@ class Rollout:
     x0: Tensor
     exit_index: int
     mask: Tensor | None = None
-    """Mask of the elements whose scores are compared, broadcast to `x0`; None for all."""
+    """Mask of the elements that the student's loss counts, broadcast to `x0`; None for all."""
 
 
 @register_method("dmd2")
@@ -132,7 +135,8 @@ class Dmd2(AdversarialTraining):
     def updates(self, step: int) -> list[Update]:
         """Returns the updates due at a step: the student's when it is due, then the critic's and that of a
         discriminator. With `exclusive`, a step with a student update has no other."""
-        student = Update("student", self.student_loss)
+        prepare = self.with_weights if self.config.has_normalised_weights else None
+        student = Update("student", self.student_loss, prepare=prepare)
         critics = [Update("critic", self.critic_loss), *self.discriminator_updates()]
         if step % self.config.update_ratio != 0:
             return critics
@@ -149,7 +153,7 @@ class Dmd2(AdversarialTraining):
         condition = self.adapter.text_condition(batch)
         rollout = self.rollout(batch, condition, step, purpose="dmd2/student")
         with torch.no_grad():
-            direction = self._score_difference(batch, condition, step, rollout)
+            direction = self._direction(batch, condition, step, rollout)
         losses_B = losses.dmd_loss(rollout.x0, direction, self._mask(rollout, condition))
         metrics = {"dmd/gradient_size": direction.detach().abs().flatten(1).mean(1)}
         if self.config.adversarial_weight:
@@ -185,76 +189,92 @@ class Dmd2(AdversarialTraining):
         num_steps = len(self.sigmas)
         last = num_steps - 1
         exit_index = last if self.config.last_step_only else self.noise.index(f"{purpose}/exit", step, num_steps)
+        levels = self.rollout_levels(batch, step, purpose, exit_index)
         with self.timer("rollout"):
             with torch.no_grad():
-                x = self._student_input(batch, condition, step, purpose, exit_index)
-            return Rollout(self._student_x0(x, exit_index, condition), exit_index)
+                x = self._student_input(batch, condition, step, purpose, levels)
+            return Rollout(self._student_x0(x, levels[-1], condition), exit_index)
 
-    def _student_input(self, batch: Batch, condition: Condition, step: int, purpose: str, exit_index: int) -> Tensor:
+    def rollout_levels(self, batch: Batch, step: int, purpose: str, exit_index: int) -> list[Tensor]:
+        """Returns the noise levels [B] of a rollout's forwards, up to the exit step: those of the schedule."""
+        size = len(batch.sample_ids)
+        return [torch.full((size,), sigma, dtype=torch.float64) for sigma in self.sigmas[: exit_index + 1]]
+
+    def _student_input(
+        self, batch: Batch, condition: Condition, step: int, purpose: str, levels: Sequence[Tensor]
+    ) -> Tensor:
         if self.config.rollout == "data":
             assert batch.latents is not None
-            noise = self.normal(f"{purpose}/noise/0", batch, step)
-            return self.adapter.add_noise(batch.latents, noise, self._sigma_B(exit_index, noise))
+            return self.adapter.add_noise(batch.latents, self.normal(f"{purpose}/noise/0", batch, step), levels[-1])
         return self.denoise(
-            lambda x, index: self._student_x0(x, index, condition),
+            lambda x, sigma_B: self._student_x0(x, sigma_B, condition),
             lambda index: self.normal(f"{purpose}/noise/{index}", batch, step),
-            exit_index,
+            levels,
         )
 
     def denoise(
-        self, predict_x0: Callable[[Tensor, int], Tensor], normal: Callable[[int], Tensor], exit_index: int
+        self,
+        predict_x0: Callable[[Tensor, Tensor], Tensor],
+        normal: Callable[[int], Tensor],
+        levels: Sequence[Tensor],
     ) -> Tensor:
-        """Denoises `normal(0)` up to the input of the forward at the exit step, as at inference."""
+        """Denoises `normal(0)` at the first of `levels` up to the input of the forward at the last, as at inference."""
         x = normal(0)
-        for index in range(exit_index):
-            x0 = predict_x0(x, index)
+        for index, (sigma_B, next_B) in enumerate(pairwise(levels)):
+            x0 = predict_x0(x, sigma_B)
             if self.config.student_sampler == "sde":
                 noise = normal(index + 1)
             else:
-                velocity = schedule.velocity_from_x0(x, x0, self._sigma_B(index, x))
-                noise = schedule.noise_from_velocity(x, velocity, self._sigma_B(index, x))
-            x = self.adapter.add_noise(x0, noise, self._sigma_B(index + 1, x))
+                noise = schedule.noise_from_velocity(x, schedule.velocity_from_x0(x, x0, sigma_B), sigma_B)
+            x = self.adapter.add_noise(x0, noise, next_B)
         return x
 
-    def _student_x0(self, x: Tensor, index: int, condition: Condition) -> Tensor:
-        return self.adapter.predict_x0(self.roles["student"], x, self._sigma_B(index, x), condition)
+    def _student_x0(self, x: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+        return self.adapter.predict_x0(self.roles["student"], x, sigma_B, condition)
 
-    def _score_difference(self, batch: Batch, condition: Condition, step: int, rollout: Rollout) -> Tensor:
-        config, x0 = self.config, rollout.x0.detach()
+    def scored_sample(self, batch: Batch, condition: Condition, step: int) -> tuple[Tensor, Tensor]:
+        return self._noised(batch, step, self.rollout(batch, condition, step, purpose="dmd2/student"))
+
+    def _noised(self, batch: Batch, step: int, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Returns the samples at the noise levels [B] at which the student's update compares their scores."""
         u_B = self.noise.uniform("dmd2/student/timestep", step, batch.sample_ids)
         sigma_B = self._score_sigma(u_B, rollout.exit_index)
-        x = self.adapter.add_noise(x0, self.normal("dmd2/student/noise", batch, step), sigma_B)
-        mask = self._mask(rollout, condition)
+        noise = self.normal("dmd2/student/noise", batch, step)
+        return self.adapter.add_noise(rollout.x0.detach(), noise, sigma_B), sigma_B
+
+    def _direction(self, batch: Batch, condition: Condition, step: int, rollout: Rollout) -> Tensor:
+        """Returns the direction against which the student's samples move: the difference of their scores, normalised
+        and weighted."""
+        config = self.config
+        x, sigma_B = self._noised(batch, step, rollout)
         with self.timer("critic"):
             fake = self.adapter.predict_x0(self.roles["critic"], x, sigma_B, condition, config.critic_guidance)
         with self.timer("teacher"):
             real = self.adapter.predict_x0(self.roles["teacher"], x, sigma_B, condition, config.teacher_guidance)
-        direction = losses.dmd_direction(fake, real, x0, normalise=config.normalise, mask=mask)
-        return self.weighted(direction, x, sigma_B, condition)
+        # Self-Forcing's mask of a long rollout belongs to the loss alone: its normaliser is that of the whole sample.
+        mask = self.adapter.loss_mask(condition)
+        direction = losses.dmd_direction(fake, real, rollout.x0.detach(), normalise=config.normalise, mask=mask)
+        weight_B = self.weight(batch, x, sigma_B, condition)
+        return direction if weight_B is None else direction * schedule.broadcast_sigma(weight_B, direction)
 
     def _mask(self, rollout: Rollout, condition: Condition) -> Tensor | None:
-        """Returns the mask of elements whose scores are compared: the rollout's, or else the elements that the
+        """Returns the mask of elements that the student's loss counts: the rollout's, or else the elements that the
         condition does not give."""
         return self.adapter.loss_mask(condition) if rollout.mask is None else rollout.mask
 
     def _score_sigma(self, u_B: Tensor, exit_index: int) -> Tensor:
         """Returns the noise levels at which scores are compared, one per sample, from uniform draws."""
-        low, high = 0.0, 1.0
-        if self.config.ts_schedule:
-            bounds = [*self.sigmas, 0.0]
-            high, low = (schedule.unshift_sigma(bounds[exit_index + i], self.adapter.flow_shift) for i in (0, 1))
+        config, shift = self.config, self.adapter.flow_shift
+        exit_u, next_u = (schedule.unshift_sigma(s, shift) for s in (*self.sigmas, 0.0)[exit_index : exit_index + 2])
         return schedule.score_sigma(
             u_B,
-            low=low,
-            high=high,
-            shift=self.adapter.flow_shift,
-            min_step=self.config.min_step,
-            max_step=self.config.max_step,
-            clamp=self.config.clamp,
+            low=next_u if config.ts_schedule else 0.0,
+            high=exit_u if config.ts_schedule_max else 1.0,
+            shift=shift,
+            min_step=config.min_step,
+            max_step=config.max_step,
+            clamp=config.clamp,
         )
-
-    def _sigma_B(self, index: int, x: Tensor) -> Tensor:
-        return torch.full((len(x),), self.sigmas[index], dtype=torch.float64)
 
     def student_sample(self) -> SampleRequest:
         sample = super().student_sample()

@@ -21,12 +21,13 @@ from titan_distill.diffusion.schedule import (
     broadcast_sigma,
     noise_from_velocity,
     trigonometric,
+    trigonometric_velocity,
     velocity,
     x0_from_velocity,
 )
 from titan_distill.diffusion.transfer import to_device
 
-CriticLoss = Literal["flow", "x0", "noise", "v"]
+CriticLoss = Literal["flow", "x0", "noise", "v", "trigflow"]
 ConsistencyLoss = Literal["l2", "pseudo_huber"]
 TangentForm = Literal["scm", "rcm"]
 
@@ -103,8 +104,10 @@ def critic_loss(
         x0      x_σ − σ v                   against x0                  factor σ²
         noise   x_σ + (1 − σ) v             against ε                   factor (1 − σ)²
         v       (1 − σ) ε̂ − σ x̂0            against (1 − σ) ε − σ x0    factor ((1 − σ)² + σ²)²
+        trigflow  F = dx_t/dt               against cos t ε − sin t x0  factor (1 − σ)² + σ²
 
-    where ε̂ and x̂0 are the two lines above it: "v" is the v-prediction of diffusion (2202.00512) with α = 1 − σ.
+    where ε̂ and x̂0 are those of the lines above: "v" is the v-prediction of diffusion (2202.00512) with α = 1 − σ.
+    "trigflow" is the same in trigonometric time (sCM 2410.11081), as rCM's critic regresses it.
     Raises ValueError for another kind.
     """
     v, x, x0, noise = v_pred.double(), x_noisy.double(), x0.double(), noise.double()
@@ -117,8 +120,11 @@ def critic_loss(
     elif kind == "v":
         level = broadcast_sigma(sigma, x)
         error = (1 - level) * (noise_from_velocity(x, v, sigma) - noise) - level * (x0_from_velocity(x, v, sigma) - x0)
+    elif kind == "trigflow":
+        cos, sin, _ = trigonometric(sigma, x)
+        error = trigonometric_velocity(x, v, sigma) - (cos * noise - sin * x0)
     else:
-        raise ValueError(f"unknown critic loss {kind!r}; choose 'flow', 'x0', 'noise' or 'v'")
+        raise ValueError(f"unknown critic loss {kind!r}; choose 'flow', 'x0', 'noise', 'v' or 'trigflow'")
     return _mean_per_sample(error**2, mask)
 
 

@@ -46,9 +46,9 @@ class TangentConfig(GuidedFewStepConfig):
     """Distribution of the noise level before the shift of pipeline_config.flow_shift. With `logit_normal`, σ / (1 − σ)
     is log-normal, as in the papers."""
     logit_mean: float = -0.8
-    """Mean of the logit-normal distribution, to which the shift s adds log s. The default is ours."""
+    """Mean of the logit-normal distribution, to which the shift s adds log s. Default: that of rCM's code."""
     logit_std: float = 1.6
-    """Standard deviation of the logit-normal distribution. The default is ours."""
+    """Standard deviation of the logit-normal distribution. Default: that of rCM's code."""
     tangent_warmup: int = 1000
     """Training steps over which the weight of the student's own derivative grows from 0 to 1."""
     tangent_floor: float = 0.1

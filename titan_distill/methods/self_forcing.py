@@ -59,10 +59,11 @@ class SelfForcingConfig(Dmd2Config):
                 "rollout = 'data' trains on noised data, and recipe.method = 'self_forcing' on what the student makes "
                 "itself; leave it at 'simulate'"
             )
-        if self.ts_schedule and not self.same_step_across_blocks:
+        if (self.ts_schedule or self.ts_schedule_max) and not self.same_step_across_blocks:
+            name = "ts_schedule" if self.ts_schedule else "ts_schedule_max"
             raise ValueError(
-                "ts_schedule = true follows the exit of a rollout, but same_step_across_blocks = false gives each "
-                "segment its own; change one of the two"
+                f"{name} = true follows the exit of a rollout, but same_step_across_blocks = false gives each segment "
+                "its own; change one of the two"
             )
 
 
@@ -161,17 +162,14 @@ class SelfForcing(Dmd2):
         self, stream: SegmentStream, batch: Batch, step: int, purpose: str, segment: int, exit_index: int
     ) -> Tensor:
         """Returns the x0 prediction of one segment at its exit step."""
-        length = self.lengths[segment]
-
-        def predict_x0(x: Tensor, index: int) -> Tensor:
-            return stream.predict_x0(x, self._sigma_B(index, x))
+        length, levels = self.lengths[segment], self.rollout_levels(batch, step, purpose, exit_index)
 
         def normal(index: int) -> Tensor:
             return self._segment_noise(batch, step, f"{purpose}/noise/{index}", length)
 
         with torch.no_grad():
-            x = self.denoise(predict_x0, normal, exit_index)
-        return predict_x0(x, exit_index)
+            x = self.denoise(stream.predict_x0, normal, levels)
+        return stream.predict_x0(x, levels[-1])
 
     def _write(self, stream: SegmentStream, batch: Batch, step: int, purpose: str, x0: Tensor) -> None:
         length = x0.shape[self.adapter.sequence_dim]
@@ -187,7 +185,7 @@ class SelfForcing(Dmd2):
         return self.normal(purpose, batch, step, shape)
 
     def _all_but_the_first(self, sample: Tensor) -> Tensor:
-        """Returns a loss mask that leaves out the first segment of `sample`."""
+        """Returns a mask that leaves the first segment of `sample` out of the student's loss."""
         dim = self.adapter.sequence_dim
         mask = sample.new_ones([sample.shape[dim] if d == dim else 1 for d in range(sample.ndim)])
         mask.narrow(dim, 0, self.sample_lengths[0]).zero_()

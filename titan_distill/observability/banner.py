@@ -86,7 +86,8 @@ def _describe(config: Config, handle: RoleHandle, degrees: Degrees, device: torc
     if config.float8.for_role(name).enabled:
         facts.append(describe_float8(config.float8, module))
     if config.ema.decay and config.ema.role == name:
-        facts.append(f"EMA {config.ema.decay} from update {config.ema.start_step}")
+        start = f" after step {config.ema.start_step}" if config.ema.start_step else ""
+        facts.append(f"EMA {config.ema.decay}{start}")
     return " · ".join(facts)
 
 

@@ -12,13 +12,14 @@ x0 = x − m σ v by its *own* level; the scalar σ would move the first frame a
 Samplers and methods keep x at one level σ and never look at frames: `held` puts the image back before each forward, so
 that fresh noise, a solver's step or a rollout's may change the first frame in any way. No loss counts it.
 
-**Training** mixes both kinds: a sample starts from an image with probability `image_probability`, and then m is not 0
-but exp(N(−3.5, 0.5)), about 0.03, drawn once a sample: a little noise on the given frame, so that the network does not
-depend on an image without flaws (a model that continues its own video will give it such ones). Sampling has m = 0.
+**Training** mixes both kinds: a sample starts from an image with probability `image_probability`, and then m is by
+default not 0 but exp(N(−3.5, 0.5)), about 0.03, drawn once a sample: a little noise on the given frame, so that the
+network does not depend on an image without flaws (a model that continues its own video will give it such ones).
+Sampling has m = 0, and so has the DMD2 recipe for TI2V-5B, in which every sample starts from an image.
 The image is the sample's own first latent frame: the VAE is causal, so that frame is what the picture alone encodes to.
 Both draws are keyed by the sample's id, which is unique over the run, and thus the same for all updates of a step.
 
-Source: Wan 2.2 (TI2V-5B); formulas: docs/algorithms.md, "First frames of TI2V". The mask's law is Wan's own.
+Source: Wan 2.2 (TI2V-5B); formulas: docs/algorithms.md, "First frames of TI2V".
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class WanPipelineConfig:
     """Attention sink: the first frames, never evicted from the KV cache."""
     image_probability: float = 0.0
     """Share of the training samples that start from an image, their own first latent frame (image-to-video); the rest
-    has text only. Wan 2.2 TI2V was trained with 0.2."""
+    has text only."""
     image_noise_mean: float = -3.5
     """Mean of the logarithm of an image's noise level, as a share of its training sample's noise level; -inf adds no
     noise."""
