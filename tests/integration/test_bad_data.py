@@ -12,14 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_media
 import tiny_ti2v
 import torch
 import toy_family
 from damaged_rows import damage
 from forked import train_forked
 from runs import HELPERS, REPOSITORY, TINY_SHAPES, read_metrics, tiny_argv
-from tiny_media import write_video
 
+from titan_distill.commands.ode_pairs import OdePairsOptions, ode_pairs
 from titan_distill.data.loader import SampleOrder
 from titan_distill.data.parquet import LatentRow, ParquetDataset, write_rows
 from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT
@@ -37,6 +38,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.chdir(REPOSITORY)
 
     def said(argv: list[str]) -> str:
+        capsys.readouterr()  # of the libraries that wrote the input
         began = time.process_time()
         assert main([*argv, CHECK]) == EXIT_BAD_INPUT
         assert time.process_time() - began < 10
@@ -97,6 +99,22 @@ def test_text_of_another_encoder(say: Say, tmp_path: Path) -> None:
     assert "max_bad_rows" not in shown, "there is no row to leave out"
 
 
+def test_a_text_encoder_of_other_networks(say: Say, tmp_path: Path) -> None:
+    """Prompts that the run encodes have no first row to look at; the encoder's configuration says their width."""
+    pipeline = tiny_media.write_pipeline(tmp_path / "pipeline")
+    shown = say(tiny_argv("dmd2", tmp_path / "run", "--pipeline_config.path", str(pipeline)))
+    assert "roles.teacher takes text embeddings of width 64, but the text encoder of the run makes 16" in shown
+
+
+def test_prompts_of_another_encoder_for_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    write_rows(tmp_path / "text.parquet", [LatentRow("0", "a", torch.zeros(3, 32))])
+    options = OdePairsOptions(Path("train_configs/tiny_wan_kd.toml"), tmp_path / "text.parquet", tmp_path / "pairs")
+    with pytest.raises(ValueError, match=r"text\.parquet: a text embedding of width 32, but the networks take 64"):
+        ode_pairs(options)
+    assert not (tmp_path / "pairs").exists()
+
+
 def test_trajectories_of_another_schedule(say: Say, tmp_path: Path) -> None:
     good = ParquetDataset(TINY_SHAPES / "latents.parquet")[0]
     assert good.vae_latent is not None
@@ -106,10 +124,9 @@ def test_trajectories_of_another_schedule(say: Say, tmp_path: Path) -> None:
     assert "pairs.parquet, row 0: a trajectory with the timesteps [1000.0, 750.0, 500.0, 0.0], but" in shown
 
 
-def test_a_first_video_that_is_too_short(say: Say, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_first_video_that_is_too_short(say: Say, tmp_path: Path) -> None:
     pipeline = tiny_ti2v.write_pipeline(tmp_path / "pipeline")
-    capsys.readouterr()
-    write_video(tmp_path / "clips" / "short.mp4", 5)
+    tiny_media.write_video(tmp_path / "clips" / "short.mp4", 5)
     (tmp_path / "videos.csv").write_text("video,prompt\nclips/short.mp4,x\n")
     argv = tiny_ti2v.arguments("finetune", pipeline, tmp_path / "videos.csv", tmp_path / "run")
     assert "videos.csv, line 2: " in (shown := say(argv)) and "has 5 frames, but a clip needs 9" in shown

@@ -37,7 +37,7 @@ from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.loading import load_config
 from titan_distill.config.role_sections import RoleConfig
 from titan_distill.data.loader import collate
-from titan_distill.data.parquet import LatentRow, ParquetDataset, read_ids, write_rows
+from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck, read_ids, write_rows
 from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import TrajectoryRequest, check_options
@@ -114,6 +114,8 @@ def ode_pairs(options: OdePairsOptions) -> str:
     role, family = config.roles["teacher"], model_family(config.recipe.family)(config)
     degrees = role_degrees(config, "teacher", num_ranks())
     family.check_layouts({"teacher": degrees})
+    if isinstance(prompts, ParquetDataset):
+        _check_first_prompt(options.prompts, prompts, family.row_checks())
     if is_main_process():
         probe_folder(options.out, "--out")
     with _world(config) as world, RunLock(options.out) if world.is_main else nullcontext():
@@ -128,6 +130,16 @@ def ode_pairs(options: OdePairsOptions) -> str:
         is_writer = world.rank % layouts.data_group == 0
         _run(batches, layouts, lambda batch, is_ours: maker.make(batch, write=is_ours and is_writer))
     return f"{options.out}: {num_pairs} pairs, {num_missing} of them made now"
+
+
+def _check_first_prompt(path: Path, prompts: ParquetDataset, checks: Sequence[RowCheck]) -> None:
+    """Raises ValueError for text embeddings of another encoder, before the teacher's weights are read."""
+    row = prompts[0]
+    try:
+        for check in checks:
+            check(LatentRow(row.id, row.caption, row.text_embedding))  # whatever latents there are, they are not read
+    except ValueError as error:
+        raise ValueError(f"--prompts {path}: {error}") from error
 
 
 @contextmanager

@@ -148,6 +148,7 @@ class WanAdapter(Adapter):
         if self.pipeline.validate_from_image:
             self.check_takes_images()
             first_frames = FirstFrames(path, self.pipeline.height, self.pipeline.width)
+            first_frames.latents([0], self)  # raises for pictures of another size now, not after the first samples
 
         def condition(ids: Sequence[int]) -> Condition:
             text = self.encode_prompts([prompts[index] for index in ids])

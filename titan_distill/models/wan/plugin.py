@@ -37,7 +37,7 @@ from titan_distill.models.wan.pipeline_index import exported_index
 from titan_distill.models.wan.rows import check_row
 from titan_distill.models.wan.state_dict import UNUSED_KEY, save_folder
 from titan_distill.models.wan.stored import EXPERTS, StoredWeights
-from titan_distill.models.wan.text_encoder import TextEncoder
+from titan_distill.models.wan.text_encoder import TextEncoder, text_width
 from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import load_vae
@@ -155,6 +155,7 @@ class WanFamily(ModelFamily):
                 continue
             architecture = self._architecture(name, role, by_name=True)
             self._check_latents(name, role, architecture)
+            self._check_text_width(name, architecture)
             width = min(architecture.inner_dim, architecture.ffn_dim)
             if role.lora.rank > width:
                 raise ValueError(
@@ -194,6 +195,14 @@ class WanFamily(ModelFamily):
             raise ValueError(
                 f"roles.{name}.attention = 'causal' is for one network that makes videos from text, but this one "
                 f"has {what}; choose another flavor, or attention = 'dense'"
+            )
+
+    def _check_text_width(self, name: str, architecture: WanConfig) -> None:
+        width = text_width(self.config.pipeline_config.path)
+        if width not in (None, architecture.text_dim):
+            raise ValueError(
+                f"roles.{name} takes text embeddings of width {architecture.text_dim}, but the text encoder of the run "
+                f"makes {width}; choose another model for it, or another pipeline_config.path"
             )
 
     def token_grid(self) -> Grid:
