@@ -16,13 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from titan_distill.fault_tolerance.exit_codes import (
-    EXIT_BAD_INPUT,
-    EXIT_COME_AGAIN,
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-)
+from titan_distill.fault_tolerance.exit_codes import EXIT_COME_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 
 SECONDS_TO_LEAVE = 10
 """Seconds from Ctrl-C to a kill, because a rank that waits in a collective on a GPU does not notice the signal."""
@@ -55,7 +49,7 @@ class Relay:
         was_too_early = bool(self.received) and workers <= {-signal.SIGUSR1, -signal.SIGTERM}
         if EXIT_COME_AGAIN in workers or was_too_early:
             return EXIT_COME_AGAIN
-        return EXIT_BAD_INPUT if EXIT_BAD_INPUT in workers else EXIT_FAILED
+        return EXIT_FAILED
 
 
 def _children() -> list[int]:

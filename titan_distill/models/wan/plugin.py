@@ -34,10 +34,10 @@ from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import build_transformer, check_degrees, empty_transformer
 from titan_distill.models.wan.pipeline_config import WanPipelineConfig
 from titan_distill.models.wan.pipeline_index import exported_index
-from titan_distill.models.wan.rows import check_row
+from titan_distill.models.wan.rows import check_row, text_width
 from titan_distill.models.wan.state_dict import UNUSED_KEY, save_folder
 from titan_distill.models.wan.stored import EXPERTS, StoredWeights
-from titan_distill.models.wan.text_encoder import TextEncoder, text_width
+from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import load_vae

@@ -1,4 +1,4 @@
-"""Check of a row of training data against the sizes of a Wan run.
+"""Checks of training data and of the run's text encoder against the sizes of a Wan run's networks.
 
 Data that was made for another resolution, another VAE or another text encoder looks like any other. Its first batch
 fails deep in the network, after the weights are loaded and the teacher is sampled, or, worse, is cropped and trained
@@ -7,6 +7,9 @@ on.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from titan_distill.checkpoint.diffusers_folder import read_json
 from titan_distill.data.parquet import LatentRow
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT
 
@@ -41,3 +44,15 @@ def check_row(latent_shape: tuple[int, ...], text_width: int, image_width: int |
             f"{EMBEDDING} of {list(tokens.shape)}, but the networks take [tokens, {image_width}]; preprocess the "
             "pictures with their image encoder"
         )
+
+
+def text_width(pipeline: str) -> int | None:
+    """Returns the width of the embeddings that the text encoder in a pipeline folder makes; None without a folder or
+    where it does not say so. Raises ValueError for a configuration that can't be read."""
+    file = Path(pipeline) / "text_encoder" / "config.json"
+    if not pipeline or not file.is_file():
+        return None
+    try:
+        return read_json(file).get("d_model")
+    except ValueError as error:
+        raise ValueError(f"{file} is no configuration of a text encoder ({error}); copy it again") from error

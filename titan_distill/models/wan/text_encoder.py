@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from titan_distill.checkpoint.diffusers_folder import read_json
 from titan_distill.fault_tolerance.files import atomic, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -132,18 +131,6 @@ class TextEncoder:
         )
         model.requires_grad_(False).eval()
         return cpu_offload(model, self._device) if self._offload else model.to(self._device)
-
-
-def text_width(pipeline: str) -> int | None:
-    """Returns the width of the embeddings that the text encoder in a pipeline folder makes; None without a folder or
-    where it does not say so. Raises ValueError for a configuration that can't be read."""
-    file = Path(pipeline) / "text_encoder" / "config.json"
-    if not pipeline or not file.is_file():
-        return None
-    try:
-        return read_json(file).get("d_model")
-    except ValueError as error:
-        raise ValueError(f"{file} is no configuration of a text encoder ({error}); copy it again") from error
 
 
 def _pad(embedding_LD: Tensor, max_tokens: int) -> Tensor:
