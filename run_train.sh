@@ -66,7 +66,7 @@ if has_option job.dry_run "$@"; then # one process that plays the first of many
     WORLD_SIZE=$num_processes exec "$python" -m titan_distill.train "${arguments[@]}"
 fi
 
-# torchrun makes exit code 1 and a traceback of its own out of every failing rank, so wrong input is told before it.
+# One process tells of wrong input before all of them start.
 trap 'exit 75' TERM USR1 # once the check is done; from then on the launcher listens
 WORLD_SIZE=$num_processes LOCAL_WORLD_SIZE=$num_processes "$python" -m titan_distill.train --check "${arguments[@]}" >/dev/null
 exec "$python" -m titan_distill.launch --standalone --nproc-per-node "$num_processes" \

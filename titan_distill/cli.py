@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from titan_distill.fault_tolerance.signals import leave_at_once
+from titan_distill.fault_tolerance.utf8 import restart_in_utf8
 
 if __name__ == "__main__" or Path(sys.argv[0]).name == "titan-distill":
+    restart_in_utf8()
     signal.signal(signal.SIGINT, leave_at_once)  # until `main`: imports take seconds
 
 import tyro
 from tyro.conf import Positional
 
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, open_folder
+from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.tools import diff as comparison
 from titan_distill.checkpoint.tools import inspect as checkpoints
 from titan_distill.checkpoint.tools import rewrite
@@ -30,7 +33,6 @@ from titan_distill.config.paths import of_key
 from titan_distill.config.sections import RecipeConfig
 from titan_distill.data import summary
 from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from titan_distill.fault_tolerance.utf8 import restart_in_utf8
 from titan_distill.models.base import model_family
 from titan_distill.observability.quiet import quiet_libraries
 
@@ -86,7 +88,8 @@ def reshard(path: Positional[Path], out: Path, num_files: int) -> None:
         num_files: Number of data files, of about equal size.
     """
     with of_key("PATH", path):
-        rewrite.reshard(path, out, num_files)
+        checkpoint = resolve(path)
+    rewrite.reshard(checkpoint, out, num_files)
     print(f"{path} is in {out}, in {num_files} files")
 
 
@@ -144,8 +147,6 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command. Bad input is one sentence on stderr and exit code 2, Ctrl-C is exit code 130."""
-    if argv is None:
-        restart_in_utf8()
     if signal.getsignal(signal.SIGINT) is leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     quiet_libraries()

@@ -92,8 +92,7 @@ from titan_distill.validation.scorers import validation_prompts
 from titan_distill.validation.validator import Validator
 
 CHECK = "--check"
-"""Option that only checks the input. run_train.sh gives it before torchrun, which would turn one sentence into a
-traceback per rank."""
+"""Option that only checks the input. run_train.sh gives it to one process before it starts all of them."""
 HELP = ("--help", "-h")
 IN_USE = "wait for it, stop it, or choose another --job.name"
 
@@ -109,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             report(error)
             return EXIT_BAD_INPUT
+        except RankFailure as error:
+            report(error)
+            return EXIT_FAILED
         except (KeyboardInterrupt, LostRankError) as error:
             if stop.is_interrupted:
                 print("interrupted before the first step")
@@ -165,8 +167,17 @@ def open_folder(config: Config, command: Sequence[str]) -> Iterator[RunLock]:
     """Locks the output folder and makes it this run's. For one process per run. Raises as `check_output`."""
     folder, resume_from = config.job.output_folder, config.checkpoint.resume_from
     with RunLock(folder, remedy=IN_USE) as lock:
-        parent, step = (None, 0) if not resume_from or resumes(folder, resume_from) else _parent(Path(resume_from))
-        open_run(folder, resume_from, overwrite=config.job.overwrite, command=command, parent=parent, parent_step=step)
+        is_own = resumes(folder, resume_from)
+        parent, step = (None, 0) if not resume_from or is_own else _parent(Path(resume_from))
+        open_run(
+            folder,
+            resume_from,
+            overwrite=config.job.overwrite,
+            command=command,
+            parent=parent,
+            parent_step=step,
+            adopted=_saved_by(folder, resume_from) if is_own and read_run(folder) is None else "",
+        )
         yield lock
 
 
@@ -175,6 +186,12 @@ def _parent(resume_from: Path) -> tuple[Run | None, int]:
     with of_key("checkpoint.resume_from", resume_from):
         checkpoint = discovery.resolve(resume_from)
     return read_run(checkpoint.parent.parent), read_manifest(checkpoint).step
+
+
+def _saved_by(folder: Path, resume_from: str) -> str:
+    """Returns the id of the run that saved the checkpoint to resume from; "" for none, or one of version 0.1."""
+    checkpoint = discovery.find(folder / "checkpoints", resume_from)
+    return read_manifest(checkpoint).run if checkpoint else ""
 
 
 def check_machine(config: Config) -> None:
@@ -247,7 +264,7 @@ def assemble(
     """Builds all parts of a run. Raises ValueError, in one sentence, for input that does not fit together."""
     config, folder = run.config, run.config.job.output_folder
     ranks = Ranks(config.comm.validation_timeout_seconds)
-    # Before the weights, which take longer, and before anything of an earlier start is replaced.
+    # Before the weights, which take longer, and before config.toml is replaced.
     dataset = open_inputs(run)
     resume = ranks.on_rank_zero(lambda: _check_resume(config, dataset))
     if world.is_main:

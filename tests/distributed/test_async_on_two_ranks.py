@@ -10,6 +10,7 @@ import torch.distributed as dist
 from small_disk import fill, small_disk
 from test_checkpoint_reshard import PROGRESS, assert_identical, full_state, make_roles, on_two_ranks, train
 
+from titan_distill.checkpoint.discovery import find_latest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import read_manifest
 from titan_distill.checkpoint.state import TrainState
@@ -87,7 +88,7 @@ def _fill_the_disk(folder: Path) -> None:
     dist.barrier()
     manager.save(roles, TrainState(step=2))
     manager.wait()
-    assert manager.find("latest") == manager.folder / "step-00000002"
+    assert find_latest(manager.folder) == manager.folder / "step-00000002"
 
 
 def _do_all(folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from titan_distill.checkpoint.discovery import find_latest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import CheckpointDamaged, read_manifest
 from titan_distill.checkpoint.state import TrainState
@@ -112,7 +113,7 @@ def test_one_rank_to_two_and_back(tmp_path: Path) -> None:
     on_two_ranks(_load_compare_save_again, tmp_path, source, expected)
 
     manager = make_manager(tmp_path)
-    resharded = manager.find("latest")
+    resharded = find_latest(manager.folder)
     manifest = read_manifest(resharded)
     assert (manifest.world_size, manifest.trained["student"].mesh) == (2, {"dp_shard": 2})
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} == manifest.files.keys()
@@ -146,7 +147,7 @@ def _fail_on_rank_one(folder: Path) -> None:
     assert_identical(full_state(roles), state)
 
     manager.save(roles, TrainState(step=2))
-    assert manager.find("latest") == folder / "step-00000002"
+    assert find_latest(manager.folder) == folder / "step-00000002"
 
 
 def test_failure_on_one_rank_is_raised_on_both_and_harms_nothing(tmp_path: Path) -> None:

@@ -110,6 +110,9 @@ class CountingSlice:
     def get_shape(self) -> list[int]:
         return self._stored.get_shape()
 
+    def get_dtype(self) -> str:
+        return self._stored.get_dtype()
+
     def __getitem__(self, region: Any) -> torch.Tensor:
         return CountingFile._counted(self._stored[region])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,17 @@ def test_identity_of_starts_resumes_and_children(tmp_path: Path) -> None:
     child = read_run(second)
     assert child is not None and (child.parent, child.parent_step) == (run.id, 2) and child.id != run.id
     assert read_manifest(second / "checkpoints/step-00000003").run == child.id
+
+
+def test_copied_checkpoints_resume_as_the_run_that_saved_them(tmp_path: Path) -> None:
+    """Only `checkpoints/` was copied to another cluster."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert start(first) == 0
+    shutil.copytree(first / "checkpoints", second / "checkpoints")
+    assert start(second, "--training.steps", "2", "--checkpoint.resume_from", "latest") == 0
+    run, copied = read_run(first), read_run(second)
+    assert run is not None and copied is not None and copied.id == run.id
+    assert read_manifest(second / "checkpoints/step-00000002").run == run.id
 
 
 def test_overwrite_keeps_the_old_run_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import slow_report
 from PIL import Image
 from runs import REPOSITORY, read_metrics, tiny_argv
-from test_dead_rank import MARGIN_SECONDS, torchrun, workers
+from test_dead_rank import MARGIN_SECONDS, launched, workers
 
 from titan_distill import train
 
@@ -43,7 +43,7 @@ def test_report_outlasts_the_timeout_and_a_lost_rank_ends_it(tmp_path: Path, mon
         "--comm.train_timeout_seconds", str(TIMEOUT_SECONDS),
     )  # fmt: skip
     command = ["--standalone", "--nproc-per-node", "2", "-m", "titan_distill.train", *job]
-    with torchrun(tmp_path, "node", *command) as (agent, shown):
+    with launched(tmp_path, "node", *command) as (agent, shown):
         deadline = time.monotonic() + 240
         while not (tmp_path / LAST).exists():
             assert agent.poll() is None and time.monotonic() < deadline, shown.read_text()[-3000:]

@@ -18,6 +18,7 @@ from test_checkpoint import RUN, assert_identical, make_roles, snapshot, train
 from titan_distill.checkpoint import manager as manager_module
 from titan_distill.checkpoint import storage
 from titan_distill.checkpoint.asynchronous import Stage, Stager
+from titan_distill.checkpoint.discovery import find_latest
 from titan_distill.checkpoint.manager import CheckpointManager
 from titan_distill.checkpoint.manifest import read_manifest
 from titan_distill.checkpoint.state import TrainState
@@ -83,7 +84,7 @@ def test_writes_what_was_there_while_training_goes_on(manager: CheckpointManager
     manager.before_change()
     for name in ("student", "critic"):
         train(roles[name], 2)
-    assert manager.find("latest") is None
+    assert find_latest(manager.folder) is None
     writing.opened.set()
     manager.wait()
     assert manager.load(path, resumed) == TrainState(step=3, samples_seen=12, seed=7)
@@ -150,7 +151,7 @@ def test_change_that_did_not_wait_is_found_out(manager: CheckpointManager, copyi
     copying.opened.set()
     with pytest.raises(RankFailure, match=r"critic.* was changed while it was copied"):
         manager.wait()
-    assert manager.find("latest") is None
+    assert find_latest(manager.folder) is None
 
 
 def test_only_one_save_is_under_way(manager: CheckpointManager, writing: Gate) -> None:
@@ -182,7 +183,7 @@ def test_failure_is_raised_once_at_the_next_step_boundary(
     assert os.listdir(manager.folder) == ["step-00000001"]
     manager.save(roles, TrainState(step=2))
     manager.wait()
-    assert manager.find("latest") == manager.folder / "step-00000002"
+    assert find_latest(manager.folder) == manager.folder / "step-00000002"
 
 
 def fail(*_: Any) -> None:
@@ -208,7 +209,7 @@ def test_save_under_way_survives_the_end_of_training(tmp_path: Path, writing: Ga
         manager.save(roles, TrainState(step=1))
         threading.Timer(MOMENT_SECONDS, writing.opened.set).start()
         raise error
-    assert manager.find("latest") == tmp_path / "step-00000001"
+    assert find_latest(manager.folder) == tmp_path / "step-00000001"
 
 
 def test_save_that_hangs_is_given_up_when_training_fails(
@@ -224,7 +225,7 @@ def test_save_that_hangs_is_given_up_when_training_fails(
         manager.save(roles, TrainState(step=2))
         raise ZeroDivisionError
     assert "step-00000002 is not saved" in caplog.text
-    assert manager.find("latest") == tmp_path / "step-00000001"
+    assert find_latest(manager.folder) == tmp_path / "step-00000001"
 
 
 def test_four_steps_and_four_are_eight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

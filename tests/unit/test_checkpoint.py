@@ -22,7 +22,7 @@ from small_checkpoints import trained_role
 from torch import nn
 
 from titan_distill.checkpoint import storage
-from titan_distill.checkpoint.discovery import complete_steps, find_latest, resolve
+from titan_distill.checkpoint.discovery import complete_steps, find, find_latest, resolve
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -264,7 +264,7 @@ class TestPublish:
         self, manager: CheckpointManager, saved: Path
     ) -> None:
         leftover = saved.rename(saved.with_name("step-00000009.tmp-dead"))
-        assert manager.find("latest") is None
+        assert find_latest(manager.folder) is None
         manager.save(make_roles(seed=0), TrainState(step=4))
         assert not leftover.exists()
 
@@ -277,7 +277,7 @@ class TestPublish:
         assert os.listdir(manager.folder) == [saved.name]
         manager.load(saved, roles)
         manager.save(roles, TrainState(step=4))
-        assert manager.find("latest") == saved.with_name("step-00000004")
+        assert find_latest(manager.folder) == saved.with_name("step-00000004")
 
     def test_failed_write_keeps_no_view_of_what_it_was_writing(self, manager: CheckpointManager, saved: Path) -> None:
         """Such a view, as garbage in the cycle that a traceback is, crashes Python 3.12.0 and 3.12.1."""
@@ -319,18 +319,18 @@ class TestDiscovery:
         newer = manager.save(make_roles(seed=0), TrainState(step=4))
         assert resolve(manager.folder / "latest") == newer
         os.truncate(newer / "__0_0.distcp", 100)
-        assert resolve(manager.folder / "latest") == manager.find("latest") == saved
+        assert resolve(manager.folder / "latest") == find_latest(manager.folder) == saved
         assert "__0_0.distcp is damaged" in caplog.text
         with pytest.raises(CheckpointDamaged, match=r"__0_0.distcp is damaged"):
-            manager.find(str(newer))
+            find(manager.folder, str(newer))
 
     def test_only_unusable_checkpoints_is_an_error(self, manager: CheckpointManager, saved: Path) -> None:
         (saved / MANIFEST_NAME).unlink()
         with pytest.raises(ValueError, match="none of the 1 checkpoints"):
-            manager.find("latest")
+            find_latest(manager.folder)
 
     def test_no_checkpoints_is_not(self, manager: CheckpointManager) -> None:
-        assert manager.find("latest") is None
+        assert find_latest(manager.folder) is None
         manager.folder.mkdir()
         assert find_latest(manager.folder) is None
 
@@ -376,7 +376,7 @@ class TestDamage:
         newer = f'"format_version": {FORMAT_VERSION + 1}'
         path.write_text(path.read_text().replace(f'"format_version": {FORMAT_VERSION}', newer))
         with pytest.raises(ValueError, match=rf"format_version {FORMAT_VERSION + 1}, but .* reads up to") as error:
-            manager.find("latest")
+            find_latest(manager.folder)
         assert not isinstance(error.value, CheckpointDamaged)
 
 

@@ -12,7 +12,7 @@ from test_checkpoint import RUN, make_roles, train
 from torch.distributed.checkpoint.planner import SavePlan
 
 from titan_distill.checkpoint import storage
-from titan_distill.checkpoint.discovery import PIN_NAME
+from titan_distill.checkpoint.discovery import PIN_NAME, find_latest
 from titan_distill.checkpoint.manager import CheckpointManager
 from titan_distill.checkpoint.manifest import read_manifest, verify_hashes
 from titan_distill.checkpoint.state import TrainState
@@ -111,7 +111,7 @@ def test_disk_that_fills_up_meanwhile_harms_nothing(tmp_path: Path, mode: str, m
         verify_hashes(first, read_manifest(first))
         manager.save(trained_roles(), TrainState(step=2))
         manager.wait()
-        assert manager.find("latest") == disk / "step-00000002"
+        assert find_latest(manager.folder) == disk / "step-00000002"
 
 
 def steps(manager: CheckpointManager) -> list[int]:

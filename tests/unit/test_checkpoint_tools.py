@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from titan_distill.checkpoint import storage
+from titan_distill.checkpoint.discovery import find_latest
 from titan_distill.checkpoint.initial_weights import read_weights, resolve_reference
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import CheckpointDamaged, read_manifest, write_manifest
@@ -273,7 +274,7 @@ class TestReshard:
 
         roles, expected = make_roles(seed=8), make_roles(seed=9)
         manager = make_manager(out.parent)
-        assert manager.load(manager.find("latest"), roles) == manager.load(checkpoint, expected)
+        assert manager.load(find_latest(manager.folder), roles) == manager.load(checkpoint, expected)
         for name in ("student", "critic"):
             for each in (roles, expected):
                 train(each[name])

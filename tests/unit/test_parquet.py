@@ -387,7 +387,7 @@ def test_further_tensors_come_back_when_they_are_asked_for(tmp_path: Path) -> No
     unasked = ParquetDataset(tmp_path)
     assert_same(unasked[1], make_row(1))
     assert not any("trajectory" in name for name in unasked._table(unasked._groups[0]).column_names)
-    assert parquet.read_texts(tmp_path, "id") == ["row-0", "row-1", "row-2"]
+    assert parquet.read_ids(tmp_path) == ["row-0", "row-1", "row-2"]
 
 
 def test_old_files_have_no_further_tensors(tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.fault_tolerance.run_lock import RunLock
 from titan_distill.roles import RoleManager
 
+BACKGROUND_PATIENCE = 30
+"""Times the timeout of other collectives that ranks wait for each other in a save in the background. On a node whose
+cores are all busy the writing process takes up to thirty times as long (`writing_process.py`)."""
 PATIENCE_SECONDS = 60.0
 """Seconds that a failed run waits for a save in progress. Earlier checkpoints do not depend on that save."""
 
@@ -99,7 +102,9 @@ class CheckpointManager:
         self._check_lock = (lambda: None) if lock is None else lock.check
         self.ranks = Ranks(timeout_seconds)
         # Groups are not for two threads at once: the saving thread has its own.
-        self._saving_ranks = Ranks(timeout_seconds) if self.is_async else self.ranks
+        # Training goes on meanwhile, a writer of low priority may be slow, and the heartbeat notices a lost rank.
+        patience = BACKGROUND_PATIENCE * timeout_seconds if timeout_seconds else None
+        self._saving_ranks = Ranks(patience) if self.is_async else self.ranks
         self._device = device or torch.device("cpu")
         self._stager = Stager(self._device)
         self._stage: Stage | None = None
@@ -162,10 +167,6 @@ class CheckpointManager:
             self._saving = None
             self.ranks.together(saving.result)
 
-    def find(self, resume_from: str) -> Path | None:
-        """Returns, on every rank, the checkpoint of this folder that `discovery.find` finds. Raises its errors."""
-        return self.ranks.on_rank_zero(lambda: discovery.find(self.folder, resume_from))
-
     def load(self, path: Path, roles: RoleManager) -> TrainState:
         """Restores all trainable roles, in any layout. Everything is checked before any tensor changes.
 
@@ -173,10 +174,10 @@ class CheckpointManager:
         this run or only the checkpoint has.
         """
         manifest = self.ranks.on_rank_zero(lambda: resumable(path))
-        metadata = storage.open_together(path, manifest, self.ranks)
-        target = state.template(roles, metadata.state_dict_metadata.keys())
         self.ranks.together(lambda: self._check_bases(path, manifest))
         self.ranks.together(lambda: self._check_architectures(path, manifest))
+        metadata = storage.open_together(path, manifest, self.ranks)
+        target = state.template(roles, metadata.state_dict_metadata.keys())
         self.ranks.together(lambda: storage.check_matches(target, path, metadata))
         if self.ranks.rank == 0:
             self._warn_before_resuming(path, manifest)

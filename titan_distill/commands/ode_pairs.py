@@ -38,7 +38,7 @@ from titan_distill.config.loading import load_config
 from titan_distill.config.paths import of_key
 from titan_distill.config.role_sections import RoleConfig
 from titan_distill.data.loader import collate
-from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck, parquet_files, read_texts, write_rows
+from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck, parquet_files, read_ids, write_rows
 from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import TrajectoryRequest, check_options
@@ -208,7 +208,7 @@ def missing_batches(out: Path, settings: dict[str, Any], num_pairs: int, options
     """Returns the indices of the pairs that no file in `out` contains, one list per file to write. Raises ValueError if
     `out` contains other data."""
     check_identity(out, settings)
-    found = set(read_texts(out, "id")) if parquet_files(out) else set()
+    found = set(read_ids(out)) if parquet_files(out) else set()
     starts = range(0, num_pairs, options.batch_size)
     files = (range(start, min(start + options.batch_size, num_pairs)) for start in starts)
     batches = ([index for index in indices if pair_id(options.seed, index) not in found] for indices in files)

@@ -21,7 +21,7 @@ import torch
 from titan_distill.checkpoint.initial_weights import networks_digest
 from titan_distill.config.config import Config
 from titan_distill.config.text import to_dict
-from titan_distill.data.parquet import LatentRow, ParquetDataset, read_texts
+from titan_distill.data.parquet import LatentRow, ParquetDataset, parquet_files, read_captions
 from titan_distill.diffusion.noise import NOISE_VERSION
 from titan_distill.diffusion.requests import TrajectoryRequest
 from titan_distill.fault_tolerance.files import atomic
@@ -42,7 +42,7 @@ WITHOUT_EFFECT = (
     *("parallelism", "roles.teacher.parallelism", "activation_checkpoint", "compile"),
     *("metrics", "profiling", "comm"),
     # Compared by digest.
-    *("roles.teacher.path", "roles.teacher.init_from"),
+    *("roles.teacher.path", "roles.teacher.init_from", "roles.teacher.flavor"),
 )
 """Keys of the configuration, and tables of them, that change no pair."""
 OF_SPARSE_ATTENTION = ("sparse_attention", "training.steps")
@@ -69,7 +69,7 @@ def identity(
     weights = role.path or role.init_from
     named = {
         "teacher": weights or "random weights",
-        "teacher_digest": networks_digest(weights) if weights else f"job.seed {config.job.seed}",
+        "teacher_digest": networks_digest(weights) if weights else f"job.seed {config.job.seed}, flavor {role.flavor}",
         "prompts": str(prompts),
         "prompts_digest": prompts_digest,
         "noise_version": NOISE_VERSION,
@@ -106,7 +106,7 @@ def digest_of_prompts(prompts: list[str] | ParquetDataset) -> str:
 
     Another encoder changes every embedding, and all of them together may be larger than the weights.
     """
-    texts, rows = (prompts, []) if isinstance(prompts, list) else (read_texts(prompts.path, "caption"), _ends(prompts))
+    texts, rows = (prompts, []) if isinstance(prompts, list) else (read_captions(prompts.path, None), _ends(prompts))
     digest = hashlib.sha256(json.dumps(texts).encode())
     for embedding_LD in (row.text_embedding for row in rows):
         digest.update(f"{embedding_LD.dtype}{list(embedding_LD.shape)}".encode())
@@ -121,7 +121,7 @@ def _ends(dataset: ParquetDataset) -> list[LatentRow]:
 def check_identity(out: Path, settings: Mapping[str, Any]) -> None:
     """Raises ValueError, with both values, if the pairs in `out` have another identity than `settings`, or none."""
     file = out / SETTINGS
-    if not list(out.glob("*.parquet")):
+    if not parquet_files(out):
         return
     if not file.is_file():
         raise ValueError(f"{out} holds parquet files that are no pairs ({SETTINGS} is missing); choose another --out")

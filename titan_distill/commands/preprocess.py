@@ -105,7 +105,7 @@ def read_captions(path: Path) -> dict[str, str]:
     if path.suffix.lower() not in READERS:
         raise ValueError(f"captions file {path} ends in {path.suffix!r}: expected {' or '.join(READERS)}")
     if not path.is_file():
-        raise ValueError(f"no captions file {path}")
+        raise ValueError("there is no such captions file; correct the path")
     captions: dict[str, str] = {}
     columns = ("file_name", "caption")
     for where, entry in READERS[path.suffix.lower()](path, columns):
@@ -119,7 +119,7 @@ def read_captions(path: Path) -> dict[str, str]:
 def find_videos(folder: Path, captions: Iterable[str], captions_file: Path) -> dict[str, Path]:
     """Videos below `folder` by relative name, sorted; raises `ValueError` unless they match `captions` one to one."""
     if not folder.is_dir():
-        raise ValueError(f"no folder {folder}: expected a folder of videos")
+        raise ValueError("there is no such folder; name a folder of videos")
     paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     videos = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
     without_video = sorted(set(captions) - set(videos))

@@ -135,18 +135,17 @@ def schema_with(names: Iterable[str]) -> pa.Schema:
     return pa.schema([*SCHEMA, *(pa.field(*column) for name in names for column in _columns(name).items())])
 
 
-def read_texts(path: str | Path, column: str) -> list[str]:
-    """Returns one text column (such as `id` or `caption`) of all rows of a parquet file or folder, in order. No other
-    column is read.
+def read_ids(path: str | Path) -> list[str]:
+    """Returns the ids of all rows of a parquet file or folder, in order. No other column is read.
 
     Raises:
         ValueError: as `ParquetDataset`.
     """
-    texts: list[str] = []
+    ids: list[str] = []
     for file in _list_files(Path(path)):
-        with _reading(f"{file} has no readable column {column}"), pq.ParquetFile(file) as parquet:
-            texts += parquet.read(columns=[column], use_threads=False).column(column).to_pylist()
-    return texts
+        with _reading(f"{file} has no readable column id"), pq.ParquetFile(file) as parquet:
+            ids += parquet.read(columns=["id"], use_threads=False).column("id").to_pylist()
+    return ids
 
 
 def read_captions(path: str | Path, num_rows: int | None) -> list[str]:

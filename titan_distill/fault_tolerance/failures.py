@@ -103,7 +103,8 @@ def describe(failures: Mapping[int, ProcessFailure], logs: Path, is_shown: Calla
     error, traceback = _error(failure)
     if not error:
         return f"error: {who} ended with exit code {failure.exitcode} {when}{output}"
-    shown = "" if is_shown(failure.local_rank) else f"{traceback.rstrip()}\n"
+    told = any(is_shown(failures[other].local_rank) and _error(failures[other])[0] == error for other in causes)
+    shown = "" if told else f"{traceback.rstrip()}\n"
     return f"{shown}error: {who} failed {when} with {error.splitlines()[0]}{output}"
 
 

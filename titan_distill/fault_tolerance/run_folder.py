@@ -17,7 +17,7 @@ import os
 import platform
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -125,6 +125,7 @@ def open_run(
     command: Sequence[str] = (),
     parent: Run | None = None,
     parent_step: int = 0,
+    adopted: str = "",
 ) -> Run:
     """Makes `folder` that of this start and returns the run it belongs to. For one process, which holds its lock.
 
@@ -134,6 +135,7 @@ def open_run(
         command: Command line, without secrets.
         parent: With a `resume_from` in another folder: the run there.
         parent_step: With it: the step at which the new run begins.
+        adopted: For a folder without `run.json`: the id of the run that saved its checkpoints; empty if they have none.
 
     Raises ValueError as `check_folder` does.
     """
@@ -145,6 +147,7 @@ def open_run(
     run = read_run(folder) if resumes(folder, resume_from) else None
     if run is None:
         run = new_run(command, parent.id if parent else "", parent_step)
+        run = replace(run, id=adopted or run.id)
         write_run(folder, run)
     return run
 

@@ -38,7 +38,7 @@ def listen_early() -> None:
 
 def leave_at_once(number: int, frame: FrameType | None) -> None:
     """Handler of Ctrl-C that ends the process. An exception would pass through whatever is being imported."""
-    os.write(1, b"interrupted before any work was done\n")  # `print` is not reentrant
+    os.write(2, b"interrupted before any work was done\n")  # `print` is not reentrant
     os._exit(EXIT_INTERRUPTED)
 
 

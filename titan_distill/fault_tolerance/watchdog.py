@@ -184,10 +184,11 @@ class Watchdog:
                 self._complain(beats)
 
     def _leave_after_failure(self, beats: Mapping[int, Beat]) -> None:
-        failed = any(beat.state == "failed" for beat in beats.values())
+        failed = {rank: beat for rank, beat in beats.items() if beat.state == "failed"}
         if failed and self._beats_after_failure == BEATS_AFTER_FAILURE:
-            self._leave(self._find_cause() or "all other ranks have failed; the output of each says why")
-        self._beats_after_failure += failed
+            reasons = "".join(f"; {beat.error}" for beat in failed.values() if beat.error)
+            self._leave(f"the run was ended by {_list_ranks(_up_to_date(failed, beats))}{reasons}")
+        self._beats_after_failure += bool(failed)
 
     def _look_at_main_thread(self) -> None:
         frame = sys._current_frames()[self._main_thread]

@@ -197,6 +197,7 @@ class TrainingMethod(ABC):
     def num_updates(cls, config: Any, num_steps: int) -> dict[str, int]:
         """Returns how many updates each trained role has in the first `num_steps` steps under this `method_config`, by
         a formula: a run may have more steps than can be counted one by one. Learning-rate schedules need it."""
+        raise ValueError(f"the method {cls.__name__} has no classmethod num_updates(cls, config, num_steps); add it")
 
     def normal(self, purpose: str, batch: Batch, step: int, shape: Sequence[int] | None = None) -> Tensor:
         """Returns standard normal noise [B, *shape] keyed by `purpose`, step and sample. Default shape: that of

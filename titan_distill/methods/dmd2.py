@@ -155,8 +155,10 @@ class Dmd2(AdversarialTraining):
         rollout = self.rollout(batch, condition, step, purpose="dmd2/student")
         with torch.no_grad():
             direction = self._direction(batch, condition, step, rollout)
-        losses_B = losses.dmd_loss(rollout.x0, direction, self._mask(rollout, condition))
-        metrics = {"dmd/gradient_size": direction.detach().abs().flatten(1).mean(1)}
+        mask = self._mask(rollout, condition)
+        losses_B = losses.dmd_loss(rollout.x0, direction, mask)
+        trained = direction if mask is None else direction * mask
+        metrics = {"dmd/gradient_size": trained.abs().flatten(1).mean(1)}
         if self.config.adversarial_weight:
             sigma_of = partial(self._score_sigma, exit_index=rollout.exit_index)
             adversarial_B = self.adversarial_term(batch, condition, step, rollout.x0, sigma_of)

@@ -75,7 +75,7 @@ class Rcm(TangentTraining, Dmd2):
         warmup, num_steps = config.method_config.tangent_warmup, config.training.steps
         if warmup < num_steps:
             return []
-        consequence = "the student learns consistency alone, with part of its own derivative, and the critic nothing"
+        consequence = "the student learns consistency alone, with part of its own derivative"
         return [
             f"method_config.tangent_warmup = {warmup} leaves none of the {num_steps} steps to distribution matching: "
             f"{consequence}"

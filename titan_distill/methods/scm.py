@@ -47,7 +47,8 @@ class TangentConfig(GuidedFewStepConfig):
     """Distribution of the noise level before the shift of pipeline_config.flow_shift. With `logit_normal`, σ / (1 − σ)
     is log-normal, as in the papers."""
     logit_mean: float = logged(-0.8)
-    """Mean of the logit-normal distribution, to which the shift s adds log s. Default: that of rCM's code."""
+    """Mean of the logit-normal distribution, to which the shift s adds log s: rCM's means less log s. Default: rCM's at
+    s = 1."""
     logit_std: float = logged(1.6)
     """Standard deviation of the logit-normal distribution. Default: that of rCM's code."""
     tangent_warmup: int = 1000

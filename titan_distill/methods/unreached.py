@@ -47,7 +47,7 @@ def _average(config: Config, method: type[TrainingMethod]) -> list[str]:
     if not ema.decay:
         return []
     before, after = (method.num_updates(config.method_config, n)[ema.role] for n in (min(ema.start_step, steps), steps))
-    if before < after:
+    if before < after or not after:  # a role without updates: `_idle_roles` tells
         return []
     return [
         f"ema.start_step = {ema.start_step} is beyond the last update of the {ema.role} in training.steps = {steps}: "

@@ -71,7 +71,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def prepare_batch(self, batch: Batch) -> Batch:
-        """Moves a batch to the device and checks its shapes against this family. Raises ValueError."""
+        """Moves a batch to the device and encodes what is not encoded yet. Raises ValueError."""
 
     @abstractmethod
     def text_condition(self, batch: Batch) -> Condition:

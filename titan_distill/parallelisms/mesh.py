@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -249,7 +248,7 @@ def check_rendezvous() -> None:
         if name not in os.environ:
             raise ValueError(
                 f"the environment has WORLD_SIZE = {num_ranks()}, but no {name}; unset WORLD_SIZE, or start the ranks "
-                "with run_train.sh or torchrun, which set both"
+                "with run_train.sh or torchrun, which set them"
             )
     _from_environment("MASTER_PORT", default=0, least=1)
 
@@ -265,17 +264,6 @@ def _limit_waiting(groups: Iterable[dist.ProcessGroup | None], seconds: float) -
     for group in groups:
         # The only way to change it; TorchTitan does the same.
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
-
-
-@contextmanager
-def main_rank_first() -> Iterator[None]:
-    """Runs the block on rank 0 first and then on all other ranks, so that rank 0 fills a cache on disk and the others
-    read it."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and dist.get_rank() == 0:
-        dist.barrier()
 
 
 def sum_over_samples(values: torch.Tensor, data_group: int) -> torch.Tensor:

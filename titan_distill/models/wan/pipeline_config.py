@@ -28,7 +28,8 @@ class WanPipelineConfig:
     """Diffusers pipeline folder with vae, text_encoder, tokenizer and scheduler; "" where nothing is encoded or
     decoded."""
     flow_shift: float = logged(5.0)
-    """Shift of the noise schedule, for every role: sigma = s u / (1 + (s - 1) u). Wan uses 3 at 480p and 5 at 720p."""
+    """Shift of the noise schedule, for every role: sigma = s u / (1 + (s - 1) u). Published samplers of Wan
+    use 3 to 12, by size of the model and resolution."""
     negative_prompt: str = logged("")
     """Prompt of the unconditional prediction of classifier-free guidance."""
     height: int = 480

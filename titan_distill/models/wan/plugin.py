@@ -23,6 +23,7 @@ from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.paths import is_reference, of_key
 from titan_distill.config.role_sections import HEAD_FLAVOR, RoleConfig
 from titan_distill.data.parquet import RowCheck
+from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.models.base import Adapter, EncoderFolders, FootageEncoder, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
@@ -42,7 +43,7 @@ from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import load_vae
-from titan_distill.parallelisms.mesh import Layouts, RoleMesh, main_rank_first
+from titan_distill.parallelisms.mesh import Layouts, RoleMesh
 from titan_distill.parallelisms.shards import copy_full_tensor
 from titan_distill.registry import register_model
 
@@ -128,7 +129,8 @@ class WanFamily(ModelFamily):
 
     def sampling_settings(self, role: str) -> dict[str, Any]:
         pipeline, is_causal = self.config.pipeline_config, self.config.roles[role].attention == "causal"
-        without = ("path", "offload_text_encoder", "validate_from_image", *(() if is_causal else CAUSAL_KEYS))
+        of_training = ("image_probability", "image_noise_mean", "image_noise_std", "validate_from_image")
+        without = ("path", "offload_text_encoder", *of_training, *(() if is_causal else CAUSAL_KEYS))
         settings = {name: x for name, x in super().sampling_settings(role).items() if name not in without}
         settings["boundary_ratio"] = pipeline.boundary_ratio or self._boundary()
         return settings | {"text_encoder": TextEncoder(pipeline.path).files_digest if pipeline.path else ""}
@@ -335,9 +337,11 @@ class WanFamily(ModelFamily):
         encoders = Encoders.of_run(config, self._image_tensors(), device)
         if pipeline.path:
             # A real text encoder is 22 GB, and one embedding is all that most ranks need of it.
-            with main_rank_first(), of_key("pipeline_config.path", pipeline.path):
-                negative = encoders.text.cached_embedding(
-                    pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
+            with of_key("pipeline_config.path", pipeline.path):
+                negative = Ranks().on_rank_zero(
+                    lambda: encoders.text.cached_embedding(
+                        pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
+                    )
                 )
         # A started run has the boundary in its configuration, whatever became of the folders since.
         boundary = pipeline.boundary_ratio or self._boundary()
