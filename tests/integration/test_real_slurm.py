@@ -57,13 +57,13 @@ class Job:
         shown = subprocess.run(["scontrol", "--oneliner", "show", "job", self.number], capture_output=True, text=True)
         return dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word).get(name, "")
 
-    def wait_for(self, what: Callable[[], Any], seconds: float = 240) -> None:
+    def wait_for(self, what: Callable[[], Any], seconds: float = 480) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, f"{self.field('JobState')} {self.field('ExitCode')}\n{self.output()}"
             time.sleep(0.3)
 
-    def wait_for_state(self, state: str, seconds: float = 240) -> None:
+    def wait_for_state(self, state: str, seconds: float = 480) -> None:
         self.wait_for(lambda: self.field("JobState") == state, seconds)
 
     def wait_for_step(self, step: int) -> None:
@@ -287,7 +287,8 @@ def test_a_killed_rank_ends_all_nodes_and_the_job_fails(rank: str, tmp_path: Pat
         rf"error: rank {rank} \(.*, pid {pid}\) was ended by SIGKILL .* after step (\d+); .*/node-{rank}/", shown
     )
     assert [int(step) in (last - 1, last) for step in found] == [True], shown
-    assert len(job.log.read_text().split("error: ")) <= 3, "one paragraph from each node's launcher"
+    told = [line for line in job.log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(told) <= 2, "one paragraph from each node's launcher"
 
 
 @pytest.mark.parametrize("which", ["node 0", "node 1", "batch script"])

@@ -14,6 +14,7 @@ on all ranks, at the same step.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
@@ -253,7 +254,7 @@ class CheckpointManager:
         for name, trained in manifest.trained.items():
             saved, now = trained.architecture, self.run_info.architectures.get(name, {})
             for key in sorted(saved.keys() & now.keys()):
-                if saved[key] != now[key]:
+                if json.dumps(saved[key]) != json.dumps(now[key]):  # a tuple is saved as a list
                     raise ValueError(
                         f"roles.{name} has {key} = {now[key]}, but {path} was saved with {saved[key]}; name a network "
                         "of the same architecture, or start a new run with roles.<name>.init_from"

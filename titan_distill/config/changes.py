@@ -51,14 +51,14 @@ def _compare(saved: Mapping[str, Any], present: Mapping[str, Any], config: Any, 
             continue  # says where the configuration came from
         key, value, now = f"{prefix}{field.name}", getattr(config, field.name), present[field.name]
         if dataclasses.is_dataclass(value):
-            yield from _compare(saved.get(field.name, {}), now, value, f"{key}.")
+            yield from _compare(saved.get(field.name) or {}, now, value, f"{key}.")
         elif key == "roles":
             yield from _compare_roles(saved.get(key, {}), now, value)
         elif field.name in saved and saved[field.name] != now:
             yield Change(key, toml_value(saved[field.name]), toml_value(now), on_resume(field))
         elif field.name not in saved and value != default_of(field):
             yield Change(key, "default", toml_value(now), on_resume(field))
-    for name in saved.keys() - present.keys():
+    for name in sorted(saved.keys() - present.keys()):
         yield Change(f"{prefix}{name}", toml_value(saved[name]), "no longer a key", LOGGED)
 
 
