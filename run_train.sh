@@ -38,6 +38,7 @@ wrong() { # SENTENCE: what is wrong with the input
     exit 2
 }
 
+export PYTHONUTF8=1 # names of files and output in UTF-8, whatever the locale
 python=${PYTHON:-$(command -v python || command -v python3)}
 num_gpus=$(gpus_visible)
 num_processes=${NGPU:-$((num_gpus > 0 ? num_gpus : 1))}

@@ -97,11 +97,11 @@ def install(packed: Path, folder: Path) -> Installed:
     with tarfile.open(packed) as archive:
         archive.extractall(folder, filter="data")
     for listing in folder.glob("*/__grp__*.json"):
-        names = json.loads(listing.read_text())["child_paths"]
+        names = json.loads(listing.read_text(encoding="utf-8"))["child_paths"]
         paths = {name: str(listing.parent / Path(path).name) for name, path in names.items()}
-        listing.write_text(json.dumps({"child_paths": paths}))
+        listing.write_text(json.dumps({"child_paths": paths}), encoding="utf-8")
     os.environ[FOLDER_VARIABLE] = str(folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     here = identity()
     differences = [
         f"{name}: made with {made}, here {here.get(name)}"
@@ -113,7 +113,7 @@ def install(packed: Path, folder: Path) -> Installed:
 
 def compiled_since(folder: Path) -> list[str]:
     """Names of the kernels that any process has compiled into an installed folder: those not found in it."""
-    known = set(json.loads((folder / MANIFEST).read_text())["kernels"])
+    known = set(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["kernels"])
     return sorted(_kernels(folder)[key] for key in _kernels(folder).keys() - known)
 
 
@@ -253,9 +253,9 @@ def make(folder: Path, processes: int, jobs: Sequence[Job]) -> int:
             print(f"{time.monotonic() - started:6.1f} s  {name} {error}", flush=True)
             failed += [f"{name}: {error}"] if error else []
     if hasattr(nvidia, "make_launcher"):
-        _build_module(Path(nvidia.dirname, "driver.c").read_text(), "cuda_utils")
+        _build_module(Path(nvidia.dirname, "driver.c").read_text(encoding="utf-8"), "cuda_utils")
     kernels = _kernels(folder)
-    (folder / MANIFEST).write_text(json.dumps({"identity": identity(), "kernels": kernels}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps({"identity": identity(), "kernels": kernels}, indent=1), encoding="utf-8")
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} kernels do not compile: {failed[0]}")
     return len(kernels)
@@ -298,7 +298,7 @@ def _build_module(text: str, name: str) -> None:
         stub = [f"{folder}/libcuda.so.1", "-Wl,-soname,libcuda.so.1"]
         subprocess.run(["gcc", "-shared", "-x", "c", "/dev/null", "-o", *stub], check=True)
         compiler = Path(folder) / "cc"  # else a linker that drops what is not needed drops the empty library
-        compiler.write_text('#!/bin/sh\nexec gcc -Wl,--no-as-needed "$@"\n')
+        compiler.write_text('#!/bin/sh\nexec gcc -Wl,--no-as-needed "$@"\n', encoding="utf-8")
         compiler.chmod(0o755)
         os.environ["CC"] = str(compiler)
         folders = [nvidia.libdevice_dir, folder]

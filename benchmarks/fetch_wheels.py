@@ -25,7 +25,7 @@ MOST_MIB = 24
 
 def requirements() -> list[str]:
     """`NAME==VERSION` of each wheel to carry."""
-    lines = (line.split("#")[0].strip() for line in WHEELS.read_text().splitlines())
+    lines = (line.split("#")[0].strip() for line in WHEELS.read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line]
 
 

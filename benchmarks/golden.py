@@ -112,7 +112,7 @@ def write(name: str) -> str:
 
 def read(name: str) -> dict[str, Any]:
     """The file of a golden job: `machine`, `command`, `tolerance` and `curves`."""
-    return json.loads(_file(name).read_text())
+    return json.loads(_file(name).read_text(encoding="utf-8"))
 
 
 def digest(curves: Curves) -> str:

@@ -17,7 +17,7 @@ IFF_UP = 1
 
 def loopback_is_up(flags: Path = LOOPBACK) -> bool:
     """True where the interface `lo` is there and up: gloo listens on it where the host's own name is not known."""
-    return flags.is_file() and bool(int(flags.read_text(), 16) & IFF_UP)
+    return flags.is_file() and bool(int(flags.read_text(encoding="utf-8"), 16) & IFF_UP)
 
 
 def rms_norm_jvp_error(device: torch.device | str, dtype: torch.dtype = torch.float32, width: int = 1536) -> float:

@@ -177,7 +177,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         file.flush()
         outputs = (
             subprocess.run(
-                [_BINARIES / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True
+                [_BINARIES / "cuobjdump", flag, file.name], capture_output=True, encoding="utf-8", check=True
             ).stdout
             for flag in ("-res-usage", "-sass")
         )
@@ -206,7 +206,7 @@ def space(kernel: str, rows: int, dtype: torch.dtype) -> Iterator[Candidate]:
 @cache
 def versions() -> dict[str, str]:
     """Triton's and its assembler's."""
-    text = subprocess.run([_BINARIES / "ptxas", "--version"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([_BINARIES / "ptxas", "--version"], capture_output=True, encoding="utf-8", check=True).stdout
     return {"triton": triton.__version__, "ptxas": re.search(r"V([\d.]+)", text)[1]}
 
 
@@ -234,10 +234,10 @@ def write_table(path: Path, builds: list[Build]) -> None:
     """Adds lines to a tab-separated file, in place of those that the same Triton and assembler made."""
     rows = list(map(table_row, builds))
     if path.exists():
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             old = csv.DictReader(file, delimiter="\t")
             rows = [row for row in old if any(row[name] != value for name, value in versions().items())] + rows
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -18,7 +18,7 @@ def machine() -> dict[str, Any]:
     """Processor, accelerator, versions, commit and date."""
     commit = ""
     if shutil.which("git"):  # a copied tree may lack git
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", check=False)
         commit = head.stdout.strip()
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -35,9 +35,10 @@ def machine() -> dict[str, Any]:
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Writes `result` with the machine it was measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n", encoding="utf-8")
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

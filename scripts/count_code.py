@@ -29,14 +29,18 @@ def count(source: str) -> int:
 
 
 def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, encoding="utf-8").stdout
 
 
 def sources(commit: str | None) -> dict[str, str]:
     """Path -> text of every Python file under FOLDERS."""
     if commit is None:
         paths = git("ls-files", "--cached", "--others", "--exclude-standard", *FOLDERS).split()
-        return {path: Path(path).read_text() for path in paths if path.endswith(".py") and Path(path).exists()}
+        return {
+            path: Path(path).read_text(encoding="utf-8")
+            for path in paths
+            if path.endswith(".py") and Path(path).exists()
+        }
     paths = git("ls-tree", "-r", "--name-only", commit, "--", *FOLDERS).split()
     return {path: git("show", f"{commit}:{path}") for path in paths if path.endswith(".py")}
 

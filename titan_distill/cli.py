@@ -26,9 +26,11 @@ from titan_distill.commands import generate as generation
 from titan_distill.commands import ode_pairs as pairs
 from titan_distill.commands import plan as planning
 from titan_distill.commands import preprocess
+from titan_distill.config.paths import of_key
 from titan_distill.config.sections import RecipeConfig
 from titan_distill.data import summary
 from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from titan_distill.fault_tolerance.utf8 import restart_in_utf8
 from titan_distill.models.base import model_family
 from titan_distill.observability.quiet import quiet_libraries
 
@@ -41,7 +43,8 @@ def list_checkpoints(folder: Positional[Path]) -> None:
     Args:
         folder: Folder of the run, or its `checkpoints`.
     """
-    print(checkpoints.describe_folder(folder))
+    with of_key("FOLDER", folder):
+        print(checkpoints.describe_folder(folder))
 
 
 def verify(path: Positional[Path]) -> None:
@@ -50,7 +53,8 @@ def verify(path: Positional[Path]) -> None:
     Args:
         path: Folder of a step, or `outputs/<name>/checkpoints/latest`.
     """
-    print(checkpoints.verify(path))
+    with of_key("PATH", path):
+        print(checkpoints.verify(path))
 
 
 def import_weights(
@@ -66,8 +70,9 @@ def import_weights(
         role: Role that starts from the weights.
     """
     model_family(family)
-    for module in (TRANSFORMER, TRANSFORMER_2):
-        open_folder(folder, module)
+    with of_key("FOLDER", folder):
+        for module in (TRANSFORMER, TRANSFORMER_2):
+            open_folder(folder, module)
     print("No import is needed, and nothing is written: each rank reads only its slices of a diffusers folder.")
     print(f'Write in the job\'s TOML:\n\n[roles.{role}]\npath = "{folder}"')
 
@@ -80,7 +85,8 @@ def reshard(path: Positional[Path], out: Path, num_files: int) -> None:
         out: Checkpoint folder to write; must not exist.
         num_files: Number of data files, of about equal size.
     """
-    rewrite.reshard(path, out, num_files)
+    with of_key("PATH", path):
+        rewrite.reshard(path, out, num_files)
     print(f"{path} is in {out}, in {num_files} files")
 
 
@@ -117,7 +123,8 @@ def inspect(path: Path) -> None:
     Args:
         path: The file or folder.
     """
-    print(summary.inspect(path))
+    with of_key("--path", path):
+        print(summary.inspect(path))
 
 
 COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
@@ -137,6 +144,8 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command. Bad input is one sentence on stderr and exit code 2, Ctrl-C is exit code 130."""
+    if argv is None:
+        restart_in_utf8()
     if signal.getsignal(signal.SIGINT) is leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     quiet_libraries()

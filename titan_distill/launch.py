@@ -28,6 +28,7 @@ from titan_distill.fault_tolerance.exit_codes import (
 )
 from titan_distill.fault_tolerance.failures import describe
 from titan_distill.fault_tolerance.signals import leave_at_once
+from titan_distill.fault_tolerance.utf8 import restart_in_utf8
 
 SECONDS_TO_LEAVE = 10
 """Seconds from Ctrl-C to a kill, because a rank that waits in a collective on a GPU does not notice the signal."""
@@ -92,7 +93,7 @@ def _children() -> list[int]:
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has just ended
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            parent = int(status.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
             if parent == os.getpid():
                 found.append(int(status.parent.name))
     return found
@@ -110,6 +111,7 @@ def _catches(pid: int, number: int) -> bool:
 
 def main() -> int:
     """Runs torchrun on the command line's arguments. Returns the exit code."""
+    restart_in_utf8()
     relay = Relay()  # before torch is imported, which takes seconds
     try:
         return launch(sys.argv[1:], relay)

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from titan_distill.checkpoint.initial_weights import is_reference, resolve_reference
+from titan_distill.checkpoint.initial_weights import resolve_reference
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import RunLayout, resolve_layout
 from titan_distill.config.loading import check_paths, in_one_sentence
 from titan_distill.config.parsing import COMMAND_LINE
+from titan_distill.config.paths import is_reference, of_key
 from titan_distill.methods.base import TrainingMethod, method_class
 from titan_distill.models.base import ModelFamily, model_family
 
@@ -47,6 +48,7 @@ def resolve(config: Config, world_size: int, *, without_files: bool = False) -> 
             config = spell_out_references(config)
         family = model_family(config.recipe.family)(config)
         if not without_files:
+            family.check_files()
             family.config = family.spelled_out()
         family.check_layouts(layout.roles)
     return ResolvedRun(family.config, family, method_class(config.recipe.method), layout)
@@ -61,7 +63,8 @@ def spell_out_references(config: Config, names: Collection[str] | None = None) -
     roles = dict(config.roles)
     for name, role in roles.items():
         if is_reference(role.init_from) and (names is None or name in names):
-            found = resolve_reference(role.init_from)
+            with of_key(f"roles.{name}.init_from", role.init_from):
+                found = resolve_reference(role.init_from)
             if found.manifest.family != config.recipe.family:
                 raise ValueError(
                     f"roles.{name}.init_from = {role.init_from!r} is of family {found.manifest.family!r}, but "

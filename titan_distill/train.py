@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from titan_distill.fault_tolerance.signals import Stop, listen_early
+from titan_distill.fault_tolerance.utf8 import restart_in_utf8
 
 if __name__ == "__main__":
+    restart_in_utf8()
     listen_early()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns with a C++ stack of a node that has left
 
@@ -37,6 +39,7 @@ from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import needs_group
 from titan_distill.config.loading import help_text, load_config, to_toml
+from titan_distill.config.paths import of_key
 from titan_distill.config.text import redacted, to_dict
 from titan_distill.data.loader import SampleLoader, open_dataset
 from titan_distill.data.rows import RowDataset
@@ -162,7 +165,8 @@ def open_folder(config: Config, command: Sequence[str]) -> Iterator[RunLock]:
 
 def _parent(resume_from: Path) -> tuple[Run | None, int]:
     """Returns the run that saved a checkpoint of another folder, and the checkpoint's step."""
-    checkpoint = discovery.resolve(resume_from)
+    with of_key("checkpoint.resume_from", resume_from):
+        checkpoint = discovery.resolve(resume_from)
     return read_run(checkpoint.parent.parent), read_manifest(checkpoint).step
 
 
@@ -188,7 +192,9 @@ def train(trainer: Trainer) -> int:
             report(error, is_consequence=True)
             return EXIT_FAILED
         # Ctrl-C reaches all ranks. A rank that waits for another in a collective fails when that one leaves.
-        print(f"interrupted at step {trainer.state.step}; --checkpoint.resume_from latest resumes from the last save")
+        print(
+            f"interrupted after step {trainer.state.step}; --checkpoint.resume_from latest resumes from the last save"
+        )
         return EXIT_INTERRUPTED
     finally:
         trainer.metrics.close()

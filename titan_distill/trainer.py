@@ -111,7 +111,8 @@ class Trainer:
             values, num_nonfinite = self._sum_over_ranks(totals, count_nonfinite(losses_N, norm))
             values |= {f"grad_norm/{role.name}": norm, f"lr/{role.name}": role.learning_rate}
             if num_nonfinite:
-                sentence = describe_nonfinite(role.name, self.state.step, batch.sample_ids, losses_N, norm)
+                step = self.state.step + 1  # messages count as the progress line does, from 1
+                sentence = describe_nonfinite(role.name, step, batch.sample_ids, losses_N, norm)
                 role.skip()
                 skip_or_raise(sentence, role.num_skips, self.config.training.max_nonfinite_skips)
             else:

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: the GPU suite needs a GPU and nvidia-smi lists none; try --rehearse", file=sys.stderr)
         return EXIT_BAD_INPUT
     code = run_suite(PARTS, arguments.out, arguments.budget, arguments.rehearse, arguments.cache)
-    print((arguments.out / "summary.md").read_text())
+    print((arguments.out / "summary.md").read_text(encoding="utf-8"))
     return code
 
 

@@ -94,7 +94,7 @@ def clocks(device: str) -> Row:
     a = torch.randn(8192, 8192, device=device).bfloat16()
     for _ in range(1500):  # some two seconds of work, queued ahead
         torch.mm(a, a)
-    values = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split(",")
+    values = subprocess.run(command, capture_output=True, check=True, timeout=10, encoding="utf-8").stdout.split(",")
     torch.cuda.synchronize()
     return dict(zip(CLOCKS, map(str.strip, values)))
 

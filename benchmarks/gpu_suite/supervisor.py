@@ -38,11 +38,12 @@ class Worker:
         reading, writing = os.pipe()
         count = sum(file.name.startswith(name) for file in logs.iterdir())
         self.log = logs / f"{name}-{count}.log"
-        with self.log.open("w") as log:
+        with self.log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "benchmarks.gpu_suite.worker", str(writing)],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=REPOSITORY, env=environment, text=True,
                 pass_fds=[writing], preexec_fn=os.setpgrp,
+                encoding="utf-8",
             )  # fmt: skip
         os.close(writing)
         self._reading, self._buffer = reading, b""
@@ -227,7 +228,7 @@ def nvidia_gpus() -> list[str]:
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     if shutil.which(command[0]) is None:
         return []
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS_FOR_NVIDIA_SMI)
+    done = subprocess.run(command, capture_output=True, check=False, timeout=SECONDS_FOR_NVIDIA_SMI, encoding="utf-8")
     return done.stdout.splitlines()
 
 

@@ -44,7 +44,7 @@ def write_data(assets: Path, pipeline: Path, local: Path, *, num_shipped: int, n
     write_rows(assets / "latents.parquet", _latent_rows(vae, text, num_shipped, seed))
     write_rows(assets / "prompts.parquet", _prompt_rows(text))
     prompts = [f"{clip.caption()}\n" for clip in held_out_attributes()] * PROMPT_REPEATS
-    (assets / "held_out_prompts.txt").write_text("".join(prompts))
+    (assets / "held_out_prompts.txt").write_text("".join(prompts), encoding="utf-8")
     write_rows(local / "latents.parquet", _latent_rows(vae, text, num_local, seed + 1))
 
 
@@ -63,7 +63,7 @@ def write_pipeline_index(pipeline: Path) -> None:
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    (pipeline / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (pipeline / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _latent_rows(vae: AutoencoderKLWan, text: TextEncoder, num_rows: int, seed: int) -> Iterator[LatentRow]:

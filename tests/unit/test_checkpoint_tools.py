@@ -421,11 +421,14 @@ class TestInitialWeights:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda model: model.register_parameter("more", nn.Parameter(torch.zeros(1))), "has no more"),
-            (lambda model: delattr(model.proj_out, "bias"), "has proj_out.bias, unknown to the model"),
+            (
+                lambda model: model.register_parameter("more", nn.Parameter(torch.zeros(1))),
+                r"lacks 1 of the \d+ tensors of its network: more",
+            ),
+            (lambda model: delattr(model.proj_out, "bias"), "has 1 that the network does not have: proj_out.bias"),
             (
                 lambda model: setattr(model.proj_out, "bias", nn.Parameter(torch.zeros(9))),
-                r"\[16\], the model needs \[9\]",
+                r"of another shape: proj_out.bias \(\[16\] instead of \[9\]\)",
             ),
         ],
     )

@@ -316,7 +316,7 @@ ERRORS = [
     (["--validation.num_videos", "97"], {}, ["validation.num_videos = 97 is more than num_prompts = 96"]),
     (["--job.name", "\udcff"], {}, ["not valid UTF-8"]),
     (["--größe"], {}, ['command line: --"größe" is not known; the sections are job, ']),
-    (["--pipeline_config_path", "a\n\x1bb"], {}, [r"a\n\x1bb: the file cannot be read"]),
+    (["--pipeline_config_path", "a\n\x1bb"], {}, [r"a\n\x1bb (seen from /", "): the file cannot be read"]),
 ]  # fmt: skip
 
 

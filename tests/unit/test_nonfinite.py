@@ -70,7 +70,7 @@ def test_a_skipped_update_changes_nothing_and_is_counted_over_the_run(tmp_path: 
 
     again = toy_trainer(tmp_path, "finetune", *SKIPPING, "--checkpoint.resume_from", "latest")
     poison(again, {5: {41: INF}, 7: {60: NAN}})
-    with pytest.raises(NonFiniteError, match=r"step 7.*2 such updates were allowed and skipped"):
+    with pytest.raises(NonFiniteError, match=r"step 8.*2 such updates were allowed and skipped"):
         again.run()
     lines = read_metrics(tmp_path / "run")
     assert [line["nonfinite_skips/student"] for line in lines] == [0, 0, 1, 1, 1, 2, 2]
@@ -80,7 +80,7 @@ def test_a_skipped_update_changes_nothing_and_is_counted_over_the_run(tmp_path: 
 def test_without_leave_the_first_one_ends_the_run(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, "finetune", "--training.local_batch_size", "4")
     poison(trainer, {1: {9: NAN, 14: INF}})
-    expected = r"^loss/student is not finite at step 1: rank 0, samples \[9, 14\]\. Nothing was updated"
+    expected = r"^loss/student is not finite at step 2: rank 0, samples \[9, 14\]\. Nothing was updated"
     with pytest.raises(NonFiniteError, match=expected):
         trainer.run()
     assert trainer.roles["student"].num_updates == 1
@@ -89,7 +89,7 @@ def test_without_leave_the_first_one_ends_the_run(tmp_path: Path) -> None:
 def test_a_gradient_that_overflows_is_told_apart(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, "finetune")
     trainer.roles["student"].parameters()[0].register_hook(lambda gradient: gradient * INF)
-    with pytest.raises(NonFiniteError, match=r"^grad_norm/student is not finite at step 0 on ranks \[0\], though"):
+    with pytest.raises(NonFiniteError, match=r"^grad_norm/student is not finite at step 1 on ranks \[0\], though"):
         trainer.run()
 
 
@@ -116,6 +116,6 @@ def test_what_one_rank_sees_all_ranks_do(max_skips: int, code: int, tmp_path: Pa
     codes = train_forked(2, argv, tmp_path, before=see_nan_in_sample_13)
     told = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(2)]
     assert codes == [code, code], told
-    expected = "loss/student is not finite at step 1: rank 1, samples [13]"
+    expected = "loss/student is not finite at step 2: rank 1, samples [13]"
     assert expected in told[0]
     assert (expected in told[1]) == (max_skips == 0), "an end is said by all, a skip once"

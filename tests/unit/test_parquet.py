@@ -238,7 +238,7 @@ def test_truncated_file_is_named_in_one_sentence(tmp_path: Path, kept: float) ->
     write_rows(tmp_path / "a.parquet", [make_row(index) for index in range(10)])
     data = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(data[: int(kept * len(data))])
-    with pytest.raises(ValueError, match=r"a\.parquet is not a complete parquet file .*: remove it") as error:
+    with pytest.raises(ValueError, match=r"a\.parquet is not a complete parquet file .*: copy it again") as error:
         ParquetDataset(tmp_path)
     assert "\n" not in str(error.value)
 

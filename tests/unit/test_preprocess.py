@@ -177,7 +177,7 @@ def test_videos_and_captions_must_match(config: PreprocessConfig, tmp_path: Path
 def test_existing_output_is_not_replaced(config: PreprocessConfig) -> None:
     config.out.mkdir()
     (config.out / OUTPUT_NAME).write_bytes(b"precious")
-    with pytest.raises(ValueError, match="exists: remove it or choose another"):
+    with pytest.raises(ValueError, match="exists; choose another"):
         preprocess(config)
     assert (config.out / OUTPUT_NAME).read_bytes() == b"precious"
 

@@ -176,7 +176,7 @@ def test_interrupt_stays_an_interrupt(tmp_path: Path, capsys: pytest.CaptureFixt
         trainer.stop = stop
         signal_in_step(trainer, 2, signal.SIGINT)
         assert train(trainer) == 130
-    assert "interrupted at step 2" in capsys.readouterr().out
+    assert "interrupted after step 2" in capsys.readouterr().out
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -225,14 +225,17 @@ DAMAGES = {
     "another size": (lambda f: edit_json(f / "config.json", ffn_dim=99), r"another model: ffn_dim 99 \(model: 100\)"),
     "no weights": (lambda f: (f / WEIGHTS_NAME).unlink(), "safetensors does not exist"),
     "cut weights": (lambda f: os.truncate(f / WEIGHTS_NAME, 5000), "safetensors is damaged"),
-    "missing key": (lambda f: edit_weights(f / WEIGHTS_NAME, lambda x: x.pop(BIAS)), f"lack {BIAS} .1 of"),
+    "missing key": (
+        lambda f: edit_weights(f / WEIGHTS_NAME, lambda x: x.pop(BIAS)),
+        rf"lacks 1 of the \d+ tensors of its network: {BIAS}",
+    ),
     "extra key": (
         lambda f: edit_weights(f / WEIGHTS_NAME, lambda x: x.update(lora=torch.ones(1))),
-        "have lora, unknown",
+        "has 1 that the network does not have: lora",
     ),
     "other shape": (
         lambda f: edit_weights(f / WEIGHTS_NAME, lambda x: x.update({BIAS: torch.ones(3)})),
-        rf"{BIAS} in .* has shape \(3,\), the model needs \(128,\)",
+        rf"has 1 of another shape: {BIAS} \(\[3\] instead of \[128\]\)",
     ),
 }
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from titan_distill.checkpoint.manifest import CheckpointDamaged, read_manifest, verify_sizes
+from titan_distill.config.paths import of_key
 from titan_distill.fault_tolerance.run_folder import read_run
 
 LATEST = "latest"
@@ -86,7 +87,9 @@ def find(folder: Path, resume_from: str) -> Path | None:
     """
     if resume_from == LATEST:
         return find_latest(folder)
-    path, owner = resolve(Path(resume_from)), read_run(folder.parent)
+    with of_key("checkpoint.resume_from", resume_from):
+        path = resolve(Path(resume_from))
+    owner = read_run(folder.parent)
     saved = read_manifest(path).run
     if path.resolve().parent == folder.resolve() and owner is not None and saved not in ("", owner.id):
         raise ValueError(

@@ -18,10 +18,12 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from titan_distill.checkpoint import storage
+from titan_distill.checkpoint.complete import check_tensors
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, network_folder
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.manifest import MANIFEST_NAME, Manifest, TrainedRole, read_manifest
 from titan_distill.checkpoint.state import ema_key, model_key
+from titan_distill.config.paths import is_reference
 from titan_distill.fault_tolerance.files import fingerprint, record_file
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.parallelisms.lora import without_adapters
@@ -53,11 +55,6 @@ class WeightsReference:
     def trained(self) -> TrainedRole:
         """Returns the role's entry in the manifest, with its architecture."""
         return self.manifest.trained[self.role]
-
-
-def is_reference(text: str) -> bool:
-    """Returns whether `init_from` names a role of a checkpoint. Otherwise it names a folder of weights."""
-    return "#" in text
 
 
 def resolve_reference(text: str) -> WeightsReference:
@@ -140,24 +137,19 @@ def read_weights(reference: str, module: nn.Module, name: str = TRANSFORMER) -> 
 
     `name` chooses one module of a role with several. Collective if there are several ranks. Everything is checked
     before any tensor changes. Raises the errors of `resolve_reference`, CheckpointDamaged with the name of the file, or
-    ValueError with the name of the first weight that only the module or only the checkpoint has.
+    ValueError with the names of weights that only the module or only the checkpoint has.
     """
     ranks = Ranks()
     found = ranks.on_rank_zero(lambda: resolve_reference(reference))
     metadata = storage.open_together(found.checkpoint, found.manifest, ranks)
     names = stored_names(metadata, found.trained, found.role, name, use_ema=found.use_ema)
     weights: dict[str, Any] = without_adapters(get_model_state_dict(module))
-    ranks.together(lambda: _check_same(weights, names, metadata, reference))
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    ranks.together(lambda: check_tensors(reference, shapes, _shapes(names, metadata), "choose other weights"))
     storage.read({names[name]: weight for name, weight in weights.items()}, found.checkpoint, metadata, ranks.group)
 
 
-def _check_same(weights: dict[str, torch.Tensor], names: dict[str, str], metadata: Metadata, reference: str) -> None:
-    if missing := sorted(weights.keys() - names.keys()):
-        raise ValueError(f"{reference} has no {missing[0]} ({len(missing)} of {len(weights)} weights are missing)")
-    if extra := sorted(names.keys() - weights.keys()):
-        raise ValueError(f"{reference} has {extra[0]}, unknown to the model ({len(extra)} such weights)")
-    for name, weight in sorted(weights.items()):
-        entry = metadata.state_dict_metadata[names[name]]
-        if not isinstance(entry, TensorStorageMetadata) or entry.size != weight.shape:
-            found = list(entry.size) if isinstance(entry, TensorStorageMetadata) else "no tensor"
-            raise ValueError(f"{name} in {reference} is {found}, the model needs {list(weight.shape)}")
+def _shapes(names: dict[str, str], metadata: Metadata) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each stored tensor by its name in the model. A value that is no tensor is left out."""
+    entries = {name: metadata.state_dict_metadata[stored] for name, stored in names.items()}
+    return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}

@@ -105,7 +105,7 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes `manifest.json` and waits until it is on disk."""
     content = dataclasses.asdict(manifest)
-    with (folder / MANIFEST_NAME).open("w") as file:
+    with (folder / MANIFEST_NAME).open("w", encoding="utf-8") as file:
         json.dump({**content, "digest": _digest(content)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
@@ -121,7 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointDamaged(f"{path} is missing, so {folder.name} is not a complete checkpoint")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         version, digest = content["format_version"], content.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointDamaged(f"{path} is damaged: it is not the JSON object that was written") from error

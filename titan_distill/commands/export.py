@@ -20,6 +20,7 @@ from titan_distill.checkpoint.manifest import Manifest, read_manifest
 from titan_distill.checkpoint.tools.contents import role_tensors
 from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.loading import import_family
+from titan_distill.config.paths import of_key, seen_from
 from titan_distill.fault_tolerance.files import atomic, is_bare
 from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.models.base import model_family
@@ -47,19 +48,21 @@ def export(
         trust_imports: Modules of the run's job.imports to import although they are not part of titan_distill. Importing
             a module runs its code. Default: none.
     """
-    checkpoint = resolve(checkpoint)
+    with of_key("--checkpoint", checkpoint):
+        checkpoint = resolve(checkpoint)
     manifest = read_manifest(checkpoint)
     trained = trained_role(checkpoint, manifest, role)
     use_ema = trained.has_ema if weights == "auto" else weights == "ema"
     if out.exists():
-        raise ValueError(f"{out} exists already; remove it, or export to another folder")
+        raise ValueError(f"{out} exists already; export to another folder")
     probe_folder(out, "--out")
     import_family(checkpoint.parent.parent / "config.toml", manifest.family, trust_imports)
     family, config = model_family(manifest.family), manifest.pipeline_config
     pipeline = pipeline or (Path(config["path"]) if config.get("path") else None)
     if pipeline is not None and not (pipeline / PIPELINE_INDEX).is_file():
         raise ValueError(
-            f"{pipeline} is not a diffusers pipeline: it has no {PIPELINE_INDEX}; name a folder that has one"
+            f"{pipeline}{seen_from(pipeline)} is not a diffusers pipeline: it has no {PIPELINE_INDEX}; "
+            "name a folder that has one"
         )
     index = {} if pipeline is None else _read_index(pipeline)
     tensors = {name: role_tensors(checkpoint, role, use_ema=use_ema, module=name) for name in trained.modules}
@@ -73,8 +76,8 @@ def export(
                 if (pipeline / name).is_dir() or (pipeline / name).is_symlink():
                     left_out += _copy(pipeline / name, temporary / name, _own_folder(pipeline))
             index = family.pipeline_index(index, trained.modules, config)
-            (temporary / PIPELINE_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        (temporary / "README.md").write_text(_model_card(checkpoint, manifest, role, use_ema=use_ema))
+            (temporary / PIPELINE_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(_model_card(checkpoint, manifest, role, use_ema=use_ema), encoding="utf-8")
     print(f"{role} of {checkpoint} ({'EMA' if use_ema else 'raw'}, {dtype}) is in {out}")
     if left_out:
         print(f"left out, because these are no files in {pipeline}, but links or the like: {', '.join(left_out)}")
@@ -119,7 +122,7 @@ def _model_card(checkpoint: Path, manifest: Manifest, role: str, *, use_ema: boo
     if manifest.weights_only:
         config_text = "# none: these weights were imported"
     else:
-        config_text = config.read_text() if config.is_file() else "# not found beside the checkpoints"
+        config_text = config.read_text(encoding="utf-8") if config.is_file() else "# not found beside the checkpoints"
     return f"""---
 library_name: diffusers
 tags: [titan_distill, {manifest.family}]

@@ -17,6 +17,7 @@ from titan_distill.checkpoint.manifest import read_manifest
 from titan_distill.checkpoint.tools.contents import role_tensors
 from titan_distill.config.config import Config
 from titan_distill.config.loading import load_config
+from titan_distill.config.paths import of_key
 from titan_distill.data.footage import read_picture
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest
@@ -70,8 +71,10 @@ def generate(
     probe_file(out, "--out", (".mp4",))
     device = default_device()
     pipeline = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}
+    with of_key("--checkpoint", checkpoint):
+        step = resolve(checkpoint)
     config, adapter, handle, request = load_role(
-        resolve(checkpoint), role, device, pipeline, raw_weights=raw_weights, trusted=trust_imports
+        step, role, device, pipeline, raw_weights=raw_weights, trusted=trust_imports
     )
     if num_steps is not None and request.sigmas is not None:
         raise ValueError(
@@ -95,7 +98,8 @@ def _picture(config: Config, image: Path) -> Tensor:
     size = model_family(config.recipe.family)(config).video_size()
     if size is None:
         raise ValueError(f"--image {image}: family {config.recipe.family!r} makes no videos; leave it out")
-    return read_picture(image, *size[1:])
+    with of_key("--image", image):
+        return read_picture(image, *size[1:])
 
 
 def load_role(

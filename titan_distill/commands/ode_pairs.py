@@ -35,9 +35,10 @@ from titan_distill.config.config import Config
 from titan_distill.config.degrees import needs_group, role_degrees
 from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.loading import load_config
+from titan_distill.config.paths import of_key
 from titan_distill.config.role_sections import RoleConfig
 from titan_distill.data.loader import collate
-from titan_distill.data.parquet import LatentRow, ParquetDataset, read_texts, write_rows
+from titan_distill.data.parquet import LatentRow, ParquetDataset, parquet_files, read_texts, write_rows
 from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import TrajectoryRequest
@@ -100,8 +101,9 @@ def ode_pairs(options: OdePairsOptions) -> str:
     indices = grid_indices(request.sigmas, num_steps=request.num_steps, shift=shift, solver=request.solver)
     if options.batch_size < 1 or (options.num_pairs is not None and options.num_pairs < 1):
         raise ValueError(f"--batch-size {options.batch_size} and --num-pairs {options.num_pairs} must be at least 1")
-    is_list = options.prompts.suffix in (".txt", ".jsonl")
-    prompts = read_prompts(options.prompts, None) if is_list else ParquetDataset(options.prompts)
+    is_list = options.prompts.suffix.lower() in (".txt", ".jsonl")
+    with of_key("--prompts", options.prompts):
+        prompts = read_prompts(options.prompts, None) if is_list else ParquetDataset(options.prompts)
     num_pairs = options.num_pairs or len(prompts)
     config = spell_out_references(config, ["teacher"])
     role, family = config.roles["teacher"], model_family(config.recipe.family)(config)
@@ -193,7 +195,7 @@ def missing_batches(out: Path, settings: dict[str, Any], num_pairs: int, options
     """Returns the indices of the pairs that no file in `out` contains, one list per file to write. Raises ValueError if
     `out` contains other data."""
     check_identity(out, settings)
-    found = set(read_texts(out, "id")) if list(out.glob("*.parquet")) else set()
+    found = set(read_texts(out, "id")) if parquet_files(out) else set()
     starts = range(0, num_pairs, options.batch_size)
     files = (range(start, min(start + options.batch_size, num_pairs)) for start in starts)
     batches = ([index for index in indices if pair_id(options.seed, index) not in found] for indices in files)

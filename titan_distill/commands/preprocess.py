@@ -20,6 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from titan_distill.config.dtypes import DTYPES
+from titan_distill.config.paths import of_key
 from titan_distill.config.sections import RecipeConfig
 from titan_distill.data.footage import SUFFIXES, VideoSize, read_clips
 from titan_distill.data.parquet import LatentRow, write_rows
@@ -77,9 +78,11 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
     """
     output = config.out / OUTPUT_NAME
     if output.exists():
-        raise ValueError(f"{output} exists: remove it or choose another folder for --out")
-    captions = read_captions(config.captions)
-    videos = find_videos(config.folder, captions, config.captions)
+        raise ValueError(f"{output} exists; choose another folder for --out")
+    with of_key("--captions", config.captions):
+        captions = read_captions(config.captions)
+    with of_key("FOLDER", config.folder):
+        videos = find_videos(config.folder, captions, config.captions)
     if config.image_encoder and not config.images:
         raise ValueError(f"--image-encoder {config.image_encoder} has no effect without --images; add it")
     for name in ("fps", "stride", "clips_per_video"):
@@ -97,13 +100,13 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
 
 def read_captions(path: Path) -> dict[str, str]:
     """Captions by file name from a .csv or .jsonl file; raises `ValueError` with the line that is wrong."""
-    if path.suffix not in READERS:
+    if path.suffix.lower() not in READERS:
         raise ValueError(f"captions file {path} ends in {path.suffix!r}: expected {' or '.join(READERS)}")
     if not path.is_file():
         raise ValueError(f"no captions file {path}")
     captions: dict[str, str] = {}
     columns = ("file_name", "caption")
-    for where, entry in READERS[path.suffix](path, columns):
+    for where, entry in READERS[path.suffix.lower()](path, columns):
         name, caption = non_empty(where, entry, columns)
         if name in captions:
             raise ValueError(f"{where}: {name} has a second caption here: keep only one")

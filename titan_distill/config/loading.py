@@ -27,6 +27,7 @@ from titan_distill.config.parsing import (
     read_toml,
     reject_unknown_keys,
 )
+from titan_distill.config.paths import is_reference, seen_from
 from titan_distill.config.role_sections import OptimizerConfig, ParallelismConfig
 from titan_distill.config.sections import JobConfig, RecipeConfig, ValidationConfig
 from titan_distill.config.text import NO_VALUE, field_types, schema_help, to_dict, toml_text
@@ -159,13 +160,18 @@ def check_paths(config: Config) -> None:
     if config.checkpoint.resume_from != "latest":
         either["checkpoint.resume_from"] = config.checkpoint.resume_from
     for key, path in (folders | either).items():
-        if key.endswith(".init_from") and "#" in path:
+        if key.endswith(".init_from") and is_reference(path):
             continue  # a role in a checkpoint: `resolve` finds it
         # os.path, because pathlib before Python 3.14 raises OSError for a name that is too long to exist.
         exists = os.path.isdir(path) if key in folders else os.path.exists(path)
         if path and not exists:
             what = "folder" if key in folders else "file or folder"
-            raise ValueError(f"{key} = {path!r} is no existing {what} (seen from {Path.cwd()}); correct the path")
+            is_file = os.path.isfile(path)
+            raise ValueError(
+                f"{key} = {path!r} is a file{seen_from(path)}; name the folder that it is in"
+                if is_file
+                else f"{key} = {path!r} is no existing {what}{seen_from(path)}; correct the path"
+            )
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
+from titan_distill.config.paths import seen_from
 from titan_distill.config.text import BARE_KEY, NO_VALUE, SCALARS, describe, field_types, fields_of, is_required, show
 
 if sys.version_info >= (3, 11):
@@ -92,7 +93,7 @@ def read_toml(path: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         problem = "cannot be read" if isinstance(error, OSError) else "is not valid TOML"
-        raise ConfigError(f"{path or repr(path)}: the file {problem}: {reason}") from error
+        raise ConfigError(f"{path or repr(path)}{seen_from(path)}: the file {problem}: {reason}") from error
 
 
 def parse_overrides(argv: Sequence[str]) -> list[tuple[str, Text]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from titan_distill.config.parsing import check_no_effect, check_range
+from titan_distill.config.paths import is_reference
 from titan_distill.config.resume import free, logged
 
 HEAD_FLAVOR = "head"
@@ -122,7 +123,7 @@ class RoleConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "max_grad_norm", above=0)
-        if not self.path and not self.flavor and "#" not in self.init_from:
+        if not self.path and not self.flavor and not is_reference(self.init_from):
             raise ValueError(
                 "path and flavor are both empty; set path to a diffusers folder, flavor to a known size, or init_from "
                 "to a role in a checkpoint"

@@ -84,7 +84,7 @@ class DataConfig:
     @property
     def holds_videos(self) -> bool:
         """Whether the data is a table of videos and prompts, which the run encodes while it trains."""
-        return self.path.endswith(".csv")
+        return self.path.lower().endswith(".csv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +328,7 @@ class ProfilingConfig:
     enabled: bool = free(False)
     """Record a torch.profiler trace in the folder profile/ of the run."""
     start_step: int = free(10)
-    """First step of the trace."""
+    """Steps before the trace."""
     num_steps: int = free(3)
     """Number of steps in the trace."""
 

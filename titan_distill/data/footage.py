@@ -82,7 +82,9 @@ def read_clips(path: Path, size: VideoSize, stride: int | None = None) -> Iterat
             yield Clip(torch.stack([pixels for _, _, pixels in window]), duration)
     if count < num_frames:
         rate = "" if size.fps is None else f" at {size.fps:g} frames per second"
-        raise ValueError(f"{path} has {count} frames{rate}, but a clip needs {num_frames}: remove it or ask for fewer")
+        raise ValueError(
+            f"{path} has {count} frames{rate}, but a clip needs {num_frames}; take longer footage, or ask for fewer"
+        )
 
 
 def read_picture(path: Path, height: int, width: int) -> Tensor:
@@ -109,7 +111,7 @@ def decode(path: Path) -> Iterator[TimedFrame]:
         lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
         with av.open(str(path), **lenient) as container:
             if not container.streams.video:
-                raise ValueError(f"{path} has no video stream: remove it from the folder")
+                raise ValueError(f"{path} has no video stream; take a file with one")
             stream = container.streams.video[0]
             interval = float(1 / (stream.average_rate or 25))
             first = last = None
@@ -120,7 +122,7 @@ def decode(path: Path) -> Iterator[TimedFrame]:
                     # A damaged timestamp; resampled, the frame before it would be repeated for hours, or without end.
                     raise ValueError(
                         f"{path} shows one frame for over {_MAX_STANDSTILL_SECONDS:g} seconds: its "
-                        "timestamps are damaged; encode it again or remove it"
+                        "timestamps are damaged, so take a copy that is encoded anew"
                     )
                 last = TimedFrame(start, start + duration, frame)
                 first = first or last

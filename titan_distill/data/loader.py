@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from titan_distill.config.paths import of_key
 from titan_distill.config.sections import DataConfig
 from titan_distill.data.footage import VideoSize
 from titan_distill.data.parquet import LatentRow, ParquetDataset
@@ -93,8 +94,10 @@ def open_dataset(
             lacking = f"the tensors {', '.join(tensors)}" if tensors else "samples of a family without videos"
             raise ValueError(f"data.path = {data.path!r} is a .csv, which can't hold {lacking}; use parquet")
         size = VideoSize(*video_size, data.fps) if needs_latents else None
-        return VideoDataset(data.path, size, data.max_bad_rows)
-    dataset = ParquetDataset(data.path, tensors=tensors, max_bad_rows=data.max_bad_rows)
+        with of_key("data.path", data.path):
+            return VideoDataset(data.path, size, data.max_bad_rows)
+    with of_key("data.path", data.path):
+        dataset = ParquetDataset(data.path, tensors=tensors, max_bad_rows=data.max_bad_rows)
     if needs_latents and not dataset.has_latents:
         raise ValueError(
             f"data.path = {data.path!r} holds only text, but this job trains on latents; make them with "

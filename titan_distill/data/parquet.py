@@ -72,7 +72,7 @@ _READ_ERRORS = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)
 """Errors that pyarrow raises for a damaged file. They include MemoryError, because a damaged length may request any
 amount of memory."""
 
-_REMEDY = "remove it or write it again"
+_REMEDY = "copy it again from where it was made, or name other data"
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class ParquetDataset(RowDataset[LatentRow]):
         self.digest = digest.hexdigest()
         self._group_ends = list(itertools.accumulate(group.num_rows for group in self._groups))
         if not len(self):
-            raise ValueError(f"{self.path} holds no rows: write the dataset again")
+            raise ValueError(f"{self.path} holds no rows; name other data")
 
     def __len__(self) -> int:
         return self._group_ends[-1] if self._group_ends else 0
@@ -237,12 +237,18 @@ class _Group(NamedTuple):
     num_rows: int
 
 
+def parquet_files(folder: Path) -> list[Path]:
+    """Returns the parquet files in a folder, sorted by name; none if there is no such folder."""
+    paths = folder.iterdir() if folder.is_dir() else iter(())
+    return sorted(path for path in paths if path.suffix.lower() == ".parquet")
+
+
 def _list_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise ValueError(f"no dataset at {path}: expected a parquet file or a folder of them")
-    files = sorted(path.glob("*.parquet"))
+    files = parquet_files(path)
     if not files:
         raise ValueError(f"no *.parquet file in {path}: expected the output of `titan-distill data preprocess`")
     return files

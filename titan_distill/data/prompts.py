@@ -19,11 +19,12 @@ def read_prompts(path: str | Path, num_prompts: int | None) -> list[str]:
     file that can't be read, has no prompts, or has a line that is not a prompt.
     """
     path = Path(path)
-    if path.suffix == ".txt":
+    kind = path.suffix.lower()
+    if kind == ".txt":
         prompts = [line.strip() for _, line in read_lines(path)]
-    elif path.suffix in READERS:
-        columns = (COLUMNS[path.suffix],)
-        rows = READERS[path.suffix](path, columns)
+    elif kind in READERS:
+        columns = (COLUMNS[kind],)
+        rows = READERS[kind](path, columns)
         prompts = [non_empty(where, entry, columns)[0] for where, entry in rows]
     else:
         dataset = ParquetDataset(path)

@@ -61,7 +61,9 @@ class RowDataset(torch.utils.data.Dataset[Row]):
                 return self.read(row % len(self))
             except BadRowError as error:
                 self._tolerate(row % len(self), error)
-        raise BadRowError(f"all {len(self)} rows of {self.path} are bad: see the log for each, and write them again")
+        raise BadRowError(
+            f"all {len(self)} rows of {self.path} are bad, each for the reason in the log; correct or name other data"
+        )
 
     def _tolerate(self, index: int, error: BadRowError) -> None:
         if index in self.bad_rows:

@@ -29,8 +29,8 @@ def count_nonfinite(losses_N: Tensor, grad_norm: float) -> Tensor:
 
 
 def describe_nonfinite(role: str, step: int, sample_ids: list[int], losses_N: Tensor, grad_norm: float) -> str:
-    """Returns a sentence that names role, step, and the samples of the ranks with non-finite values. Collective; the
-    result is equal on all ranks."""
+    """Returns a sentence that names role, step (counted from 1), and the samples of the ranks with non-finite values.
+    Collective; the result is equal on all ranks."""
     bad = [sample for sample, finite in zip(sample_ids, losses_N.isfinite().tolist(), strict=True) if not finite]
     found: list[Any] = [(bad, sample_ids, grad_norm)]
     if dist.is_initialized():

@@ -243,7 +243,7 @@ def _state(path: Path) -> tuple[int, int] | None:
 def _boot() -> str:
     """Empty where the system does not say, such as outside Linux."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
@@ -252,7 +252,7 @@ def _boot() -> str:
 def _start_time(pid: int) -> str:
     """Clock ticks since boot at which a process started; empty for a process that does not live."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else fields[19]

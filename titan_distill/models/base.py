@@ -283,6 +283,11 @@ class ModelFamily(ABC):
         sentence; None if no part is given. Only methods with `uses_loss_mask` can train with given parts."""
         return None
 
+    def check_files(self) -> None:
+        """Checks the weights and encoders that the configuration names, by the headers of their files, before anything
+        is built. Raises ValueError."""
+        return
+
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
         """Checks each role's degrees against its network, before anything is built. Raises ValueError."""
         return

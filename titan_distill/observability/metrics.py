@@ -49,8 +49,8 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _complete_lines(path) if start_step > 0 and path.exists() else []
         with atomic(path) as fresh:
-            fresh.write_text("".join(line for line in kept if json.loads(line)["step"] <= start_step))
-        self._file = path.open("r+")
+            fresh.write_text("".join(line for line in kept if json.loads(line)["step"] <= start_step), encoding="utf-8")
+        self._file = path.open("r+", encoding="utf-8")
         self._file.seek(0, os.SEEK_END)
         self._last_start = self._file.tell()
         self._last_line: dict[str, float | None] = {}
@@ -73,7 +73,7 @@ class MetricsFile:
 
 
 def _complete_lines(path: Path) -> list[str]:
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 class MetricsLogger:

@@ -30,12 +30,12 @@ Profiler = profile | NoProfile
 
 
 def build_profiler(config: ProfilingConfig, folder: Path, world: World, first_step: int = 0) -> Profiler:
-    """Builds the profiler that `config` describes, which writes below `folder`. `first_step` is the step at which the
-    run starts, counted from 0 like `config.start_step`."""
+    """Builds the profiler that `config` describes, which writes below `folder`. `first_step` is the number of
+    steps that the run has already done, as `config.start_step` is that of the steps before the trace."""
     wait = config.start_step - first_step
     if config.enabled and wait < 0:
         log.warning(
-            "no profile: this run resumes at step %d, after profiling.start_step = %d", first_step, config.start_step
+            "no profile: this run resumes after step %d, but profiling.start_step = %d", first_step, config.start_step
         )
     if not config.enabled or wait < 0:
         return NoProfile()

@@ -131,8 +131,8 @@ def _identity(folder: Path) -> dict[str, dict[str, object]]:
 def _run_id(path: Path, start_step: int) -> str:
     """Returns the id of the W&B run. A resumed job reads it from `path`; a new job creates it and writes it there."""
     if start_step == 0 or not path.exists():
-        path.write_text(uuid.uuid4().hex[:8])
-    return path.read_text()
+        path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def _gif(video_THWC: np.ndarray, fps: float) -> bytes:

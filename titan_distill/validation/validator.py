@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from titan_distill.config.config import Config
+from titan_distill.config.paths import of_key
 from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
@@ -101,9 +102,12 @@ class Validator:
         self.config, self.adapter, self.folder = config.validation, adapter, folder
         self.layouts, self.ranks, self.makes_videos = layouts, ranks, makes_videos
         self.poll: Callable[[], None] = go_on
-        path = self.config.prompts or config.data.path
-        self.prompts = read_prompts(path, self.config.num_prompts)
-        self.condition = adapter.prompt_conditions(path, self.prompts)
+        key, path = "validation.prompts", self.config.prompts
+        if not path:
+            key, path = "data.path", config.data.path
+        with of_key(key, path):
+            self.prompts = read_prompts(path, self.config.num_prompts)
+            self.condition = adapter.prompt_conditions(path, self.prompts)
         self.score = scorer(self.config.scorer)
         self._baselines: dict[str, Samples] = {}
 
@@ -221,7 +225,9 @@ class Validator:
         self, step: int, request: ValidationRequest, rows: dict[str, Rows], scores: dict[str, dict[str, float]]
     ) -> None:
         folder, captions = self._step_folder(step), self.prompts[: self.config.num_videos]
-        (folder / "captions.txt").write_text("".join(f"{index:03d} {text}\n" for index, text in enumerate(captions)))
+        (folder / "captions.txt").write_text(
+            "".join(f"{index:03d} {text}\n" for index, text in enumerate(captions)), encoding="utf-8"
+        )
         if self.config.num_videos and self.makes_videos:
             titles = {sample.label: _title(sample, scores.get(sample.label, {})) for sample in request.samples}
             columns = [

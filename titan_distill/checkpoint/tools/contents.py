@@ -20,14 +20,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from titan_distill.checkpoint import storage
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, open_folder
 from titan_distill.checkpoint.discovery import resolve
-from titan_distill.checkpoint.initial_weights import (
-    is_reference,
-    resolve_reference,
-    stored_names,
-    trained_role,
-    weights_digest,
-)
+from titan_distill.checkpoint.initial_weights import resolve_reference, stored_names, trained_role, weights_digest
 from titan_distill.checkpoint.manifest import AdaptedBase, CheckpointDamaged, Manifest, read_manifest, verify_hashes
+from titan_distill.config.paths import is_reference
 from titan_distill.parallelisms.lora import merge
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from titan_distill.checkpoint.tools.contents import Contents, open_checkpoint
+from titan_distill.config.paths import of_key
 
 _SLICE_ELEMENTS = 1 << 17
 
@@ -43,7 +44,10 @@ def diff(a: Path, b: Path) -> Iterator[str]:
 
     Raises ValueError for a missing or damaged checkpoint, before the first line.
     """
-    return _differences(open_checkpoint(a), open_checkpoint(b))
+    with of_key("A", a):
+        first = open_checkpoint(a)
+    with of_key("B", b):
+        return _differences(first, open_checkpoint(b))
 
 
 def _differences(a: Contents, b: Contents) -> Iterator[str]:

@@ -40,7 +40,7 @@ def reshard(checkpoint: Path, out: Path, num_files: int) -> Path:
     """
     contents = open_checkpoint(checkpoint)
     if out.exists():
-        raise ValueError(f"{out} exists already; remove it, or write to another folder")
+        raise ValueError(f"{out} exists already; write to another folder")
     num_values = len(contents.names)
     if not 1 <= num_files <= num_values:
         raise ValueError(

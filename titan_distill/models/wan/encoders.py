@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from titan_distill.config.config import Config
+from titan_distill.config.paths import of_key
 from titan_distill.models.base import FootageEncoder
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT
 from titan_distill.models.wan.image_encoder import ENCODER, ImageEncoder
 from titan_distill.models.wan.latents import LatentSpace
+from titan_distill.models.wan.original import open_part
 from titan_distill.models.wan.text_encoder import TextEncoder
-from titan_distill.models.wan.vae import encode_image, encode_video, load_vae, vae_dtype
+from titan_distill.models.wan.vae import encode_image, encode_video, load_vae, vae_dtype, vae_folder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -35,19 +37,36 @@ class Encoders(FootageEncoder):
     image_tensors: tuple[str, ...] = ()
 
     @classmethod
+    def check_folders(cls, config: Config, image_tensors: tuple[str, ...]) -> None:
+        """Checks the files in pipeline_config.path without loading them. Raises ValueError."""
+        pipeline = config.pipeline_config
+        if not pipeline.path:
+            return
+        with of_key("pipeline_config.path", pipeline.path):
+            open_part(vae_folder(Path(pipeline.path)), "VAE")
+            TextEncoder(pipeline.path)
+            if cls._needs_image_encoder(pipeline.path, image_tensors):
+                ImageEncoder(pipeline.path)
+
+    @staticmethod
+    def _needs_image_encoder(pipeline: str, image_tensors: tuple[str, ...]) -> bool:
+        return EMBEDDING in image_tensors and (Path(pipeline) / ENCODER).is_dir()
+
+    @classmethod
     def of_run(cls, config: Config, image_tensors: tuple[str, ...], device: torch.device) -> Encoders:
         """Opens the encoders in pipeline_config.path. The image encoder is opened only if its embeddings are needed and
         its folder exists, because the data may already contain them."""
         pipeline, dtype = config.pipeline_config, getattr(torch, config.training.dtype)
         if not pipeline.path:
             return cls(image_tensors=image_tensors)
-        has_image_encoder = EMBEDDING in image_tensors and (Path(pipeline.path) / ENCODER).is_dir()
-        return cls(
-            load_vae(Path(pipeline.path), device, vae_dtype(device, dtype)),
-            TextEncoder(pipeline.path, dtype=dtype, device=device, offload=pipeline.offload_text_encoder),
-            ImageEncoder(pipeline.path, device=device) if has_image_encoder else None,
-            image_tensors,
-        )
+        has_image_encoder = cls._needs_image_encoder(pipeline.path, image_tensors)
+        with of_key("pipeline_config.path", pipeline.path):
+            return cls(
+                load_vae(Path(pipeline.path), device, vae_dtype(device, dtype)),
+                TextEncoder(pipeline.path, dtype=dtype, device=device, offload=pipeline.offload_text_encoder),
+                ImageEncoder(pipeline.path, device=device) if has_image_encoder else None,
+                image_tensors,
+            )
 
     @property
     def vae(self) -> AutoencoderKLWan:

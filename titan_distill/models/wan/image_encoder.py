@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan_distill.checkpoint.complete import load_complete
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMERS_WEIGHTS_NAME
+from titan_distill.models.wan.original import open_part
+
 ENCODER, PROCESSOR = "image_encoder", "image_processor"
 
 
@@ -20,14 +24,14 @@ class ImageEncoder:
     """CLIP's vision tower from a diffusers pipeline's folder, which has it as image_encoder/ beside image_processor/.
 
     Raises:
-        ValueError: a folder is missing or holds no config or safetensors weights.
+        ValueError: a folder is missing or holds no config or safetensors weights. At the first use: tensors of the
+            network are missing, superfluous, misshapen or quantised.
     """
 
     def __init__(self, pipeline: str | Path, *, device: torch.device | str = "cpu") -> None:
         self._encoder, self._processor = Path(pipeline) / ENCODER, Path(pipeline) / PROCESSOR
         self._device = torch.device(device)
-        if not (self._encoder / "config.json").is_file() or not list(self._encoder.glob("*.safetensors")):
-            raise ValueError(f"no image encoder in {self._encoder}: expected config.json and *.safetensors")
+        open_part(self._encoder, "image encoder", TRANSFORMERS_WEIGHTS_NAME)
         if not (self._processor / "preprocessor_config.json").is_file():
             raise ValueError(f"no image processor in {self._processor}: expected preprocessor_config.json")
 
@@ -45,9 +49,17 @@ class ImageEncoder:
 
     @functools.cached_property
     def _model(self) -> Any:
-        from transformers import CLIPVisionModel
+        from transformers import CLIPVisionConfig, CLIPVisionModel
 
-        model = CLIPVisionModel.from_pretrained(
-            self._encoder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        model = load_complete(
+            self._encoder,
+            lambda: CLIPVisionModel(CLIPVisionConfig.from_pretrained(self._encoder, local_files_only=True)),
+            lambda: CLIPVisionModel.from_pretrained(
+                self._encoder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            ),
+            weights_name=TRANSFORMERS_WEIGHTS_NAME,
+            prefix="vision_model.",  # versions of transformers differ in it, and read either form
+            # The text tower and what stands beside the two; and a buffer that older versions stored.
+            unused=r"^(text_model|text_projection|visual_projection|logit_scale)\b|position_ids$",
         )
         return model.requires_grad_(False).eval().to(self._device)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from titan_distill.attention.sparse import SparseAttention
+from titan_distill.checkpoint.complete import check_tensors
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER
-from titan_distill.checkpoint.initial_weights import is_reference
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
 from titan_distill.config.dtypes import DTYPES
+from titan_distill.config.paths import is_reference, of_key
 from titan_distill.config.role_sections import HEAD_FLAVOR, RoleConfig
 from titan_distill.models.base import Adapter, EncoderFolders, FootageEncoder, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
@@ -94,7 +95,7 @@ class WanFamily(ModelFamily):
     def _stored(self, role: RoleConfig) -> StoredWeights | None:
         """Returns the weights that the role starts from; None if they are random."""
         weights = role.path or role.init_from
-        return self._open(weights) if weights else None
+        return self._open(weights, may_refer=not role.path) if weights else None
 
     def _experts(self, name: str, role: RoleConfig, *, by_name: bool) -> tuple[str, ...]:
         return experts_of(name, role, self._stored(role), by_name=by_name)
@@ -141,6 +142,22 @@ class WanFamily(ModelFamily):
         # Two networks that start at random must not start alike.
         seed = self.config.job.seed + EXPERTS.index(expert)
         return build_transformer(self.config, name, architecture, load, mesh, device, seed)
+
+    def check_files(self) -> None:
+        for name, role in self._networks().items():
+            if (stored := self._stored(role)) is None:
+                continue
+            key = f"roles.{name}.{'path' if role.path else 'init_from'}"
+            with of_key(key, stored.weights):
+                experts = {expert: stored.architecture(expert) for expert in self._experts(name, role, by_name=False)}
+            for expert in experts:
+                architecture = self._architecture(name, role, by_name=False, expert=expert)
+                with of_key(key, stored.weights):
+                    stored.check(self._empty(architecture), expert)
+        Encoders.check_folders(self.config, self._image_tensors())
+
+    def _empty(self, architecture: WanConfig) -> WanTransformer:
+        return empty_transformer(architecture, self.config.sparse_attention, self.config.pipeline_config.segmentation)
 
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
         self._boundary(by_name=True)
@@ -252,14 +269,15 @@ class WanFamily(ModelFamily):
     def restore_module(
         self, architecture: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], device: torch.device
     ) -> nn.Module:
-        config = WanConfig.from_diffusers(architecture)
-        model = empty_transformer(config, self.config.sparse_attention, self.config.pipeline_config.segmentation)
+        model = self._empty(WanConfig.from_diffusers(architecture))
         # As the run computes, so that what is sampled here is what its validation shows.
         model.to(getattr(torch, self.config.training.dtype)).to_empty(device=device).requires_grad_(False)
-        parameters = dict(model.named_parameters())
+        parameters, found = dict(model.named_parameters()), {}
         for name, tensor in _used(tensors):
-            copy_full_tensor(parameters.pop(name), tensor)
-        assert not parameters, f"the checkpoint lacks {', '.join(parameters)}"
+            found[name] = tuple(tensor.shape)
+            if name in parameters and parameters[name].shape == tensor.shape:
+                copy_full_tensor(parameters[name], tensor)
+        check_tensors("the checkpoint", {name: tuple(p.shape) for name, p in parameters.items()}, found)
         return model
 
     @staticmethod
@@ -289,7 +307,8 @@ class WanFamily(ModelFamily):
         config, pipeline, negative = self.config, self.config.pipeline_config, None
         encoders = Encoders.of_run(config, self._image_tensors(), device)
         if pipeline.path:
-            with main_rank_first():  # a real text encoder is 22 GB, and one embedding is all that most ranks need of it
+            # A real text encoder is 22 GB, and one embedding is all that most ranks need of it.
+            with main_rank_first(), of_key("pipeline_config.path", pipeline.path):
                 negative = encoders.text.cached_embedding(
                     pipeline.negative_prompt, config.data.max_text_tokens, config.job.output_folder / "cache"
                 )
@@ -300,10 +319,16 @@ class WanFamily(ModelFamily):
 
     @classmethod
     def footage_encoder(cls, folders: EncoderFolders, device: torch.device) -> FootageEncoder:
-        images = ImageEncoder(folders.image_encoder, device=device) if folders.image_encoder else None
+        images = None
+        if folders.image_encoder:
+            with of_key("--image-encoder", folders.image_encoder):
+                images = ImageEncoder(folders.image_encoder, device=device)
         names = (*[LATENT] * folders.images, *[EMBEDDING] * (images is not None))
-        text = TextEncoder(folders.text_encoder, folders.tokenizer, device=device)
-        return Encoders(load_vae(folders.vae, device), text, images, names)
+        with of_key("--text-encoder", folders.text_encoder):
+            text = TextEncoder(folders.text_encoder, folders.tokenizer, device=device)
+        with of_key("--vae", folders.vae):
+            vae = load_vae(folders.vae, device)
+        return Encoders(vae, text, images, names)
 
 
 def _wan(module: nn.Module) -> WanTransformer:

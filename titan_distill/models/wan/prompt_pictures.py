@@ -28,12 +28,12 @@ class FirstFrames:
     def __init__(self, path: str, height: int, width: int) -> None:
         self._size = height, width
         self._rows: list[tuple[str, Path]] | ParquetDataset
-        if path.endswith((".txt", ".jsonl")):
+        if path.lower().endswith((".txt", ".jsonl")):
             raise ValueError(
                 f"pipeline_config.validate_from_image = true, but {path} holds prompts only; set validation.prompts to "
                 "a .csv with the columns prompt and image, or to parquet with latents"
             )
-        self._rows = _pictures(Path(path)) if path.endswith(".csv") else ParquetDataset(path)
+        self._rows = _pictures(Path(path)) if path.lower().endswith(".csv") else ParquetDataset(path)
         if isinstance(self._rows, ParquetDataset) and not self._rows.has_latents:
             raise ValueError(f"pipeline_config.validate_from_image = true, but {path} has no latents; set it to false")
 
@@ -68,7 +68,7 @@ class PictureRows:
 
     def __init__(self, path: str, names: tuple[str, ...]) -> None:
         self._names = names
-        if names and path.endswith((".csv", ".txt", ".jsonl")):
+        if names and path.lower().endswith((".csv", ".txt", ".jsonl")):
             raise ValueError(
                 f"the models of this run start from images, of which {path} holds no embeddings; set "
                 "validation.prompts to parquet from `titan-distill data preprocess --images`"

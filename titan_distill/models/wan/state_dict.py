@@ -18,9 +18,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from titan_distill.checkpoint.diffusers_folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, open_folder, read_json
+from titan_distill.checkpoint.complete import check_dtypes, check_tensors
+from titan_distill.checkpoint.diffusers_folder import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    DiffusersFolder,
+    open_folder,
+    read_json,
+)
 from titan_distill.fault_tolerance.files import with_umask_mode
 from titan_distill.models.wan.config import WanConfig
+from titan_distill.models.wan.original import refuse_original
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.parallelisms.lora import without_adapters
 from titan_distill.parallelisms.shards import fill, local_region
@@ -44,6 +53,7 @@ def read_config(folder: str | Path) -> WanConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"weights folder {folder} does not exist")
+    refuse_original(folder)
     return WanConfig.from_diffusers(read_json(folder / CONFIG_NAME))
 
 
@@ -62,19 +72,39 @@ def load_weights(model: WanTransformer, folder: str | Path) -> None:
             name, a damaged file, a key that is missing, superfluous or of another shape, or gates of a sparse model for
             a dense one.
     """
+    parameters = without_adapters(dict(model.named_parameters()))
+    found, gates = check_weights(model, folder)
+    for name in gates:
+        local(parameters.pop(name)).zero_()
+    for name in (name for name in found.shapes if name in parameters):
+        if local(parameters[name]).numel():  # FSDP leaves the last ranks without a part of a small tensor
+            fill(parameters[name], found.read_part(name, local_region(parameters[name])))
+
+
+def check_weights(model: WanTransformer, folder: str | Path) -> tuple[DiffusersFolder, list[str]]:
+    """Compares a diffusers folder with `model`, which may be on the meta device, by the headers of its files.
+
+    Returns the open folder, and the names of the gates that a sparse model has and dense weights lack. Raises the
+    errors of `load_weights`.
+    """
     folder = Path(folder)
     config = read_config(folder)
     _check_same_config(model.config, config, folder)
-    parameters = without_adapters(dict(model.named_parameters()))
     found = open_folder(folder)
+    needed = {name: tuple(p.shape) for name, p in without_adapters(dict(model.named_parameters())).items()}
     stored = {name: shape for name, shape in found.shapes.items() if UNUSED_KEY not in name}
+    gates = []
     if not config.sparse_attention and not any(GATE in name for name in stored):
-        for name in [name for name in parameters if GATE in name]:
-            local(parameters.pop(name)).zero_()
-    _check_keys(parameters, stored, folder)
-    for name in stored:
-        if local(parameters[name]).numel():  # FSDP leaves the last ranks without a part of a small tensor
-            fill(parameters[name], found.read_part(name, local_region(parameters[name])))
+        gates = [name for name in needed if GATE in name]
+    extra = sorted(stored.keys() - needed.keys())
+    if extra and all(GATE in name for name in extra):
+        raise ValueError(
+            f"weights in {folder} have {extra[0]}: they are of a model with sparse attention, whose coarse branch this "
+            "dense one lacks; set the role's attention to 'sparse' or choose other weights"
+        )
+    check_tensors(str(found.source), {name: needed[name] for name in needed.keys() - set(gates)}, stored)
+    check_dtypes(found, list(stored))
+    return found, gates
 
 
 def save_folder(
@@ -119,8 +149,9 @@ def save_folder(
             "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
             "weight_map": {name: final for final, shard in zip(final_names, shards, strict=True) for name in shard},
         }
-        (folder / INDEX_NAME).write_text(json.dumps(index_of_shards, indent=2, sort_keys=True) + "\n")
-    (folder / CONFIG_NAME).write_text(json.dumps(config.to_diffusers(), indent=2) + "\n")
+        text = json.dumps(index_of_shards, indent=2, sort_keys=True) + "\n"
+        (folder / INDEX_NAME).write_text(text, encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(json.dumps(config.to_diffusers(), indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(
@@ -153,20 +184,3 @@ def _check_same_config(ours: WanConfig, theirs: WanConfig, folder: Path) -> None
     ]
     if differing:
         raise ValueError(f"weights in {folder} are of another model: {', '.join(differing)}")
-
-
-def _check_keys(parameters: Mapping[str, Tensor], stored: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Compare names and shapes of files with the model's; report one problem, the first in the alphabet."""
-    missing, extra = sorted(parameters.keys() - stored.keys()), sorted(stored.keys() - parameters.keys())
-    if missing:
-        raise ValueError(f"weights in {folder} lack {missing[0]} ({len(missing)} of {len(parameters)} keys missing)")
-    if extra and all(GATE in name for name in extra):
-        raise ValueError(
-            f"weights in {folder} have {extra[0]}: they are of a model with sparse attention, whose coarse branch this "
-            "dense one lacks; set the role's attention to 'sparse' or choose other weights"
-        )
-    if extra:
-        raise ValueError(f"weights in {folder} have {extra[0]}, unknown to the model ({len(extra)} such keys)")
-    for name, parameter in sorted(parameters.items()):
-        if stored[name] != tuple(parameter.shape):
-            raise ValueError(f"{name} in {folder} has shape {stored[name]}, the model needs {tuple(parameter.shape)}")

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, network_folder
-from titan_distill.checkpoint.initial_weights import WeightsReference, is_reference, read_weights, resolve_reference
+from titan_distill.checkpoint.initial_weights import WeightsReference, read_weights, resolve_reference
+from titan_distill.config.paths import is_reference
 from titan_distill.models.wan.config import WanConfig
-from titan_distill.models.wan.state_dict import load_weights, read_config
+from titan_distill.models.wan.state_dict import check_weights, load_weights, read_config
 from titan_distill.models.wan.transformer import WanTransformer
 
 EXPERTS = (TRANSFORMER, TRANSFORMER_2)
@@ -20,15 +21,17 @@ WeightLoader = Callable[[WanTransformer], None]
 
 
 class StoredWeights:
-    """The networks that a role starts from. `weights` names a diffusers folder, or a role in a checkpoint."""
+    """The networks that a role starts from. `weights` names a diffusers folder or, where `may_refer`, perhaps a role in
+    a checkpoint."""
 
-    def __init__(self, weights: str) -> None:
+    def __init__(self, weights: str, *, may_refer: bool) -> None:
         self.weights = weights
+        self._refers = may_refer and is_reference(weights)
         self._architectures: dict[str, WanConfig] = {}
 
     @functools.cached_property
     def _reference(self) -> WeightsReference | None:
-        return resolve_reference(self.weights) if is_reference(self.weights) else None
+        return resolve_reference(self.weights) if self._refers else None
 
     @functools.cached_property
     def experts(self) -> tuple[str, ...]:
@@ -47,8 +50,14 @@ class StoredWeights:
             )
         return self._architectures[expert]
 
+    def check(self, model: WanTransformer, expert: str) -> None:
+        """Compares names, shapes and stored types of one network's tensors with `model`, which may be on the meta
+        device. Raises ValueError. Tensors of a checkpoint are compared when they are read."""
+        if self._reference is None:
+            check_weights(model, network_folder(Path(self.weights), expert))
+
     def loader(self, expert: str) -> WeightLoader:
         """Returns a function that fills a model with one network's weights. Nothing is read before it is called."""
-        if is_reference(self.weights):
+        if self._refers:
             return partial(read_weights, self.weights, name=expert)
         return partial(load_weights, folder=network_folder(Path(self.weights), expert))

@@ -24,7 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from titan_distill.checkpoint.complete import load_complete
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMERS_WEIGHTS_NAME
 from titan_distill.fault_tolerance.files import atomic, fingerprint, with_umask_mode
+from titan_distill.models.wan.original import open_part
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,8 @@ class TextEncoder:
         dtype: of the weights and the computation. Embeddings come back as fp32 in any case.
 
     Raises:
-        ValueError: a folder is missing or holds no config or safetensors weights.
+        ValueError: a folder is missing or holds no config or safetensors weights. At the first use: tensors of the
+            network are missing, superfluous, misshapen or quantised.
     """
 
     def __init__(
@@ -60,8 +64,7 @@ class TextEncoder:
         self._dtype = dtype
         self._device = torch.device(device)
         self._offload = offload
-        if not (self._folder / "config.json").is_file() or not list(self._folder.glob("*.safetensors")):
-            raise ValueError(f"no text encoder in {self._folder}: expected config.json and *.safetensors")
+        open_part(self._folder, "text encoder", TRANSFORMERS_WEIGHTS_NAME)
         if not self._tokenizer_folder.is_dir():
             raise ValueError(
                 f"no tokenizer folder {self._tokenizer_folder}: name it if it is not beside the text encoder"
@@ -82,12 +85,13 @@ class TextEncoder:
         """`encode([prompt], max_tokens)[0]`, from a safetensors file in `cache_dir` if it has been computed before.
 
         The file's name is a digest of the prompt and of the encoder and tokenizer files (names, sizes, both ends of
-        each), so another encoder never finds it. It appears complete or not at all: any number of ranks may call this.
+        each), so another encoder never finds it, and of a word: earlier versions, which loaded incomplete encoders,
+        stored embeddings under other names. It appears complete or not at all: any number of ranks may call this.
 
         Raises:
             ValueError: the cached file is damaged.
         """
-        key = f"{prompt}\0{max_tokens}\0{self._dtype}\0{self.files_digest}"
+        key = f"complete\0{prompt}\0{max_tokens}\0{self._dtype}\0{self.files_digest}"
         file = Path(cache_dir) / f"text-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +111,10 @@ class TextEncoder:
         ).to(self._device)
         with torch.no_grad():
             hidden_1LD = self._model(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        return hidden_1LD[0, : min(num_tokens, max_tokens)].float().cpu()
+        embedding_LD = hidden_1LD[0, : min(num_tokens, max_tokens)].float().cpu()
+        if not embedding_LD.isfinite().all():
+            raise ValueError(f"the text encoder in {self._folder} makes values that are not finite of {prompt[:60]!r}")
+        return embedding_LD
 
     @functools.cached_property
     def files_digest(self) -> str:
@@ -123,12 +130,19 @@ class TextEncoder:
     @functools.cached_property
     def _model(self) -> Any:
         from accelerate import cpu_offload
-        from transformers import UMT5EncoderModel
+        from transformers import UMT5Config, UMT5EncoderModel
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-        model = UMT5EncoderModel.from_pretrained(
-            self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True
+        model = load_complete(
+            self._folder,
+            lambda: UMT5EncoderModel(UMT5Config.from_pretrained(self._folder, local_files_only=True)),
+            lambda: UMT5EncoderModel.from_pretrained(
+                self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True
+            ),
+            weights_name=TRANSFORMERS_WEIGHTS_NAME,
+            tied=("shared.weight", "encoder.embed_tokens.weight"),
+            unused=r"^(decoder|lm_head)\.",  # of the whole model, of which this is the first half
         )
         model.requires_grad_(False).eval()
         return cpu_offload(model, self._device) if self._offload else model.to(self._device)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from titan_distill.checkpoint.complete import load_complete
 from titan_distill.diffusion.transfer import to_device
+from titan_distill.models.wan.original import open_part
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -24,15 +26,24 @@ def num_decoded_at_once(device: torch.device) -> int:
     return 1 if device.type == "cuda" else 4
 
 
+def vae_folder(path: Path) -> Path:
+    """Returns the folder of a VAE, given that folder or its pipeline's."""
+    return path / "vae" if (path / "vae").is_dir() else path
+
+
 def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
     """Loads diffusers' AutoencoderKLWan from its folder or from its pipeline's folder. Raises `ValueError` if there is
-    none."""
+    none, or if its tensors are missing, superfluous, misshapen or quantised."""
     from diffusers import AutoencoderKLWan
 
-    folder = path / "vae" if (path / "vae").is_dir() else path
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        raise ValueError(f"no VAE in {folder}: expected config.json and *.safetensors")
-    vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+    folder = vae_folder(path)
+    open_part(folder, "VAE")
+    kind, local = AutoencoderKLWan, {"local_files_only": True}
+    vae = load_complete(
+        folder,
+        lambda: kind.from_config(kind.load_config(folder, **local)),
+        lambda: kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **local),
+    )
     return vae.requires_grad_(False).eval().to(device)
 
 

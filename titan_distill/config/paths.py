@@ -1,0 +1,34 @@
+"""Paths that a key or an option names, in messages.
+
+A relative path is seen from the working directory, which is not always where the user thinks it is. A message about
+what a path leads to therefore begins with the key, and for a relative path with that directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def seen_from(path: str | Path) -> str:
+    """Returns where a relative path is seen from, in brackets with a space before; empty for an absolute path."""
+    return "" if Path(path).is_absolute() else f" (seen from {Path.cwd()})"
+
+
+def is_reference(text: str) -> bool:
+    """Returns whether the value of an `init_from` names a role of a checkpoint, as PATH#ROLE. Otherwise it names a
+    folder of weights, whose name may have a `#`, too."""
+    return "#" in text and not os.path.isdir(text)
+
+
+@contextmanager
+def of_key(key: str, path: str | Path) -> Iterator[None]:
+    """Puts `key = 'path'`, and where a relative path is seen from, before the messages of ValueErrors. `key` is one of
+    the configuration or an option."""
+    try:
+        yield
+    except ValueError as error:
+        error.args = (f"{key} = {str(path)!r}{seen_from(path)}: {error}",)
+        raise
