@@ -1,4 +1,4 @@
-"""Wrong command lines, one per line, and wrong texts, for `wrong_inputs`: each changes one thing of an input that works."""
+"""Wrong command lines, one per line, and wrong texts, for `wrong_inputs`: each changes one thing that works."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ CONFIGURATION = r"""
 --method_config.denoising_steps "[500.0, 1000.0]"
 --method_config.denoising_steps "[1000.0, nan]"
 --method_config.denoising_steps "[2000.0, 500.0]"
---method_config.denoising_steps 500
+--method_config.denoising_steps soon
 --method_config.update_ratio 0
 --method_config.exclusive true
 --method_config.min_step 980.0 --method_config.max_step 20.0
@@ -205,7 +205,7 @@ OUTPUT = r"""
 
 GENERATE = "generate --checkpoint {run}/checkpoints/latest --prompt x --out {new}/x.mp4"
 EXPORT = "checkpoint export --checkpoint {run}/checkpoints/latest --out {new}/x"
-PREPROCESS = "data preprocess {new}/videos --captions {new}/captions.csv --out {new}/x --pipeline {pipe}"
+PREPROCESS = "data preprocess {new}/videos --captions {new}/captions.csv --out {new}/x --vae {pipe} --text-encoder {pipe}"
 PAIRS = "data ode-pairs {job} --prompts {new}/foreign.txt --out {new}/x"
 COMMANDS = f"""
 genrate --checkpoint x
@@ -230,7 +230,6 @@ generate --checkpoint {{run}}/checkpoints/latest --prompt x --out {{new}}/file/x
 {GENERATE} --num-frames 33
 {GENERATE} --num-frames -3
 {GENERATE} --seed -1
-{GENERATE} --seed 99999999999999999999
 {GENERATE} --sink-frames 3
 {GENERATE} --cache-window-frames -1
 {GENERATE} --image {{new}}/none.png
@@ -281,7 +280,7 @@ data inspect --path {{net}}
 {PREPROCESS} --max-text-tokens 0
 {PREPROCESS} --device gpu
 {PREPROCESS} --family nobody
-data preprocess {{new}}/videos --captions {{new}}/captions.csv --out {{new}}/file --pipeline {{pipe}}
+data preprocess {{new}}/videos --captions {{new}}/captions.csv --out {{new}}/file --vae {{pipe}} --text-encoder {{pipe}}
 data preprocess {{new}}/videos --captions {{new}}/captions.csv --out {{new}}/x --pipeline {{net}}
 data preprocess {{new}}/videos --captions {{new}}/captions.csv --out {{new}}/x
 data preprocess {{new}}/none --captions {{new}}/captions.csv --out {{new}}/x --pipeline {{pipe}}
