@@ -205,7 +205,6 @@ TRANSFORMER: dict[str, Damage] = {
     "a pickle": _original("diffusion_pytorch_model.bin"),
 }
 ENCODER: dict[str, Damage] = {
-    "another architecture": _config(model_type="gpt2", architectures=["GPT2LMHeadModel"]),
     "an unknown architecture": _config(model_type="mine", architectures=["Mine"]),
     "words for layers": _config(num_layers="two"),
     "another width": _config(d_model=96),
@@ -392,7 +391,6 @@ CHECKPOINT: dict[str, Damage] = {
     "manifest with roles of numbers": _manifest(lambda content: content.update(trained={"student": 3})),
     "manifest without files": _manifest(lambda content: content.update(files={})),
     "manifest with files of words": _manifest(lambda content: content.update(files="all")),
-    "manifest of another family": _manifest(lambda content: content.update(family="nobody's")),
     "manifest that leads out": _manifest(_outside),
     "index missing": _checkpoint(lambda path: (path / ".metadata").unlink()),
     "index cut": _index(lambda content: content[:99]),

@@ -133,7 +133,7 @@ def _data() -> Iterator[Case]:
     clips = "--data.path {new}/table.csv --method_config.rollout data"
     for what, content in tables.VIDEOS.items():
         yield Case(f"videos: {what}", TRAIN, clips, _beside_videos(content))
-    preprocess = "data preprocess {new}/videos --out {new}/x --vae {pipe} --text-encoder {pipe} --captions {new}/table.csv"
+    preprocess = tables.PREPROCESS.replace("captions.csv", "table.csv")
     for what, content in tables.CAPTIONS.items():
         yield Case(f"captions: {what}", COMMAND, preprocess, _beside_videos(content))
 

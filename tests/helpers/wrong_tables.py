@@ -205,8 +205,10 @@ OUTPUT = r"""
 
 GENERATE = "generate --checkpoint {run}/checkpoints/latest --prompt x --out {new}/x.mp4"
 EXPORT = "checkpoint export --checkpoint {run}/checkpoints/latest --out {new}/x"
-PREPROCESS = "data preprocess {new}/videos --captions {new}/captions.csv --out {new}/x --vae {pipe} --text-encoder {pipe}"
-PAIRS = "data ode-pairs {job} --prompts {new}/foreign.txt --out {new}/x"
+KD = "train_configs/tiny_wan_kd.toml"
+ENCODERS = "--vae {pipe} --text-encoder {pipe}"
+PREPROCESS = f"data preprocess {{new}}/videos --captions {{new}}/captions.csv --out {{new}}/x {ENCODERS}"
+PAIRS = f"data ode-pairs {KD} --prompts {{new}}/foreign.txt --out {{new}}/x"
 COMMANDS = f"""
 genrate --checkpoint x
 generate
@@ -280,23 +282,23 @@ data inspect --path {{net}}
 {PREPROCESS} --max-text-tokens 0
 {PREPROCESS} --device gpu
 {PREPROCESS} --family nobody
-data preprocess {{new}}/videos --captions {{new}}/captions.csv --out {{new}}/file --vae {{pipe}} --text-encoder {{pipe}}
-data preprocess {{new}}/videos --captions {{new}}/captions.csv --out {{new}}/x --pipeline {{net}}
+data preprocess {{new}}/videos --captions {{new}}/captions.csv --out {{new}}/file {ENCODERS}
+data preprocess {{new}}/videos --captions {{new}}/captions.csv --out {{new}}/x --vae {{net}} --text-encoder {{net}}
 data preprocess {{new}}/videos --captions {{new}}/captions.csv --out {{new}}/x
-data preprocess {{new}}/none --captions {{new}}/captions.csv --out {{new}}/x --pipeline {{pipe}}
-data preprocess {{new}}/videos --captions {{new}}/none.csv --out {{new}}/x --pipeline {{pipe}}
-data preprocess {{new}}/videos --captions {{new}}/file --out {{new}}/x --pipeline {{pipe}}
+data preprocess {{new}}/none --captions {{new}}/captions.csv --out {{new}}/x {ENCODERS}
+data preprocess {{new}}/videos --captions {{new}}/none.csv --out {{new}}/x {ENCODERS}
+data preprocess {{new}}/videos --captions {{new}}/file --out {{new}}/x {ENCODERS}
 data ode-pairs {{new}}/none.toml --prompts {{new}}/foreign.txt --out {{new}}/x
-data ode-pairs {{job}} --prompts {{new}}/none.txt --out {{new}}/x
-data ode-pairs {{job}} --prompts {{new}}/foreign.txt --out {{new}}/file
+data ode-pairs {KD} --prompts {{new}}/none.txt --out {{new}}/x
+data ode-pairs {KD} --prompts {{new}}/foreign.txt --out {{new}}/file
 {PAIRS} --num-pairs 0
 {PAIRS} --num-steps 0
 {PAIRS} --times 1234
 {PAIRS} --times nan
 {PAIRS} --solver heun
-{PAIRS} --guidance-scale nan --num-steps 4
-{PAIRS} --batch-size 0 --num-steps 4
-{PAIRS} --seed -1 --num-steps 4
+{PAIRS} --guidance-scale nan
+{PAIRS} --batch-size 0
+{PAIRS} --seed -1
 {PAIRS} --teacher {{new}}/none
 {PAIRS} --teacher {{pipe}}/vae
 """

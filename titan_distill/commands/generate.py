@@ -66,6 +66,8 @@ def generate(
         trust_imports: Modules of the run's job.imports to import although they are not part of titan_distill. Importing
             a module runs its code. Default: none.
     """
+    if seed < 0:
+        raise ValueError(f"--seed {seed} is negative; choose 0 or more")
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the video should show")
     probe_file(out, "--out", (".mp4",))
