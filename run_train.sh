@@ -68,7 +68,7 @@ fi
 
 # torchrun makes exit code 1 and a traceback of its own out of every failing rank, so wrong input is told before it.
 trap 'exit 75' TERM USR1 # once the check is done; from then on the launcher listens
-WORLD_SIZE=$num_processes LOCAL_WORLD_SIZE=$num_processes "$python" -m titan_distill.train --check "${arguments[@]}"
+WORLD_SIZE=$num_processes LOCAL_WORLD_SIZE=$num_processes "$python" -m titan_distill.train --check "${arguments[@]}" >/dev/null
 exec "$python" -m titan_distill.launch --standalone --nproc-per-node "$num_processes" \
     --local-ranks-filter "$shown_ranks" --role rank --tee 3 \
     -m titan_distill.train "${arguments[@]}"

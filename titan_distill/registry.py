@@ -65,6 +65,8 @@ class Table:
 METHODS = Table("recipe.method", "titan_distill.methods")
 FAMILIES = Table("recipe.family", "titan_distill.models")
 SCORERS = Table("validation.scorer", "titan_distill.validation")
+PROMPT_CHECKS: dict[str, Callable[[str], object]] = {}
+"""Check of a prompt by the name of the scorer that asks for it."""
 
 
 class MethodClass(Protocol):
@@ -95,9 +97,11 @@ def register_model(name: str) -> Callable[[T], T]:
     return _register(FAMILIES, name)
 
 
-def register_scorer(name: str) -> Callable[[T], T]:
+def register_scorer(name: str, check_prompt: Callable[[str], object] | None = None) -> Callable[[T], T]:
     """Decorator that registers a function (video uint8 [T, H, W, 3], prompt) -> scores by name as
-    `validation.scorer = name`."""
+    `validation.scorer = name`. `check_prompt` raises ValueError for a prompt that the scorer cannot rate."""
+    if check_prompt is not None:
+        PROMPT_CHECKS[name] = check_prompt
     return _register(SCORERS, name)
 
 

@@ -38,11 +38,12 @@ from titan_distill.checkpoint.resuming import Resume, find_resume
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import needs_group
-from titan_distill.config.loading import help_text, load_config, to_toml
+from titan_distill.config.loading import help_text, in_one_sentence, load_config, to_toml
+from titan_distill.config.parsing import COMMAND_LINE
 from titan_distill.config.paths import of_key
 from titan_distill.config.text import redacted, to_dict
 from titan_distill.data.loader import SampleLoader, open_dataset
-from titan_distill.data.rows import RowDataset
+from titan_distill.data.rows import BadRowError, RowDataset
 from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
 from titan_distill.fault_tolerance.exit_codes import (
     EXIT_BAD_INPUT,
@@ -58,6 +59,7 @@ from titan_distill.fault_tolerance.run_folder import Run, check_folder, open_run
 from titan_distill.fault_tolerance.run_lock import RunLock, check_free
 from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog, record_collectives
 from titan_distill.methods.base import Head, TrainingMethod
+from titan_distill.methods.unreached import unreached_schedules
 from titan_distill.models.base import ModelFamily
 from titan_distill.models.head import FeatureHead, build_head
 from titan_distill.observability.banner import banner, closing
@@ -86,6 +88,7 @@ from titan_distill.planner.report import memory_table
 from titan_distill.resolve import ResolvedRun, resolve
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 from titan_distill.trainer import NonFiniteError, Trainer
+from titan_distill.validation.scorers import validation_prompts
 from titan_distill.validation.validator import Validator
 
 CHECK = "--check"
@@ -124,12 +127,16 @@ def start(argv: list[str], stop: Stop, held: ExitStack) -> Trainer | None:
         return None
     config = load_config(words)
     run = resolve(config, num_ranks(), without_files=config.job.dry_run)
+    if is_main_process():
+        for sentence in unreached_schedules(config, run.method):
+            print(f"warning: {sentence}")
     if config.job.dry_run:
         print(dry_run(run))
         return None
     check_machine(config)
     if is_main_process():
         check_output(config)
+        open_inputs(run)
     if CHECK in argv:
         find_resume(run.config)
         return None
@@ -184,9 +191,9 @@ def train(trainer: Trainer) -> int:
     try:
         with trainer.watchdog or nullcontext():
             finished = trainer.run()
-    except (NonFiniteError, RankFailure) as error:
+    except (NonFiniteError, RankFailure, BadRowError) as error:
         report(error)
-        return EXIT_FAILED
+        return EXIT_BAD_INPUT if isinstance(error, BadRowError) else EXIT_FAILED
     except (KeyboardInterrupt, LostRankError) as error:
         if not trainer.stop.is_interrupted:
             report(error, is_consequence=True)
@@ -241,7 +248,7 @@ def assemble(
     config, folder = run.config, run.config.job.output_folder
     ranks = Ranks(config.comm.validation_timeout_seconds)
     # Before the weights, which take longer, and before anything of an earlier start is replaced.
-    dataset = _open_data(run)
+    dataset = open_inputs(run)
     resume = ranks.on_rank_zero(lambda: _check_resume(config, dataset))
     layouts = build_layouts(run, world)
     roles = build_roles(run, layouts, world.device)
@@ -273,6 +280,7 @@ def assemble(
         state=state,
         layouts=layouts,
         ranks=ranks,
+        step_ranks=Ranks(config.comm.init_timeout_seconds),
         watchdog=watchdog,
         stop=stop or Stop(),
     )
@@ -344,7 +352,7 @@ def _check_latent_spaces(family: ModelFamily, modules: Mapping[str, Mapping[str,
 def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -> None:
     """Adds optimizer, learning-rate schedule and EMA to every trained role. A schedule lasts as long as the role has
     updates."""
-    num_updates = method.num_updates(config.training.steps)
+    num_updates = method.num_updates(config.method_config, config.training.steps)
     for role in roles.trainable:
         optimizer = build_optimizer(role.parameters(), config.roles[role.name].optimizer)
         role.optimizers["transformer"] = optimizer
@@ -353,14 +361,21 @@ def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -
             role.ema = Ema(role.network, config.ema.decay, config.ema.start_step)
 
 
-def _open_data(run: ResolvedRun) -> RowDataset[Any]:
-    method_config, family = run.config.method_config, run.family
-    return open_dataset(
-        run.config.data,
-        tensors=(*run.method.extra_tensors(method_config), *family.extra_tensors()),
-        video_size=family.video_size(),
-        needs_latents=family.needs_latents or run.method.needs_latents(method_config),
-    )
+def open_inputs(run: ResolvedRun) -> RowDataset[Any]:
+    """Opens the training data and reads its first rows and the prompts of validation. Raises ConfigError, in seconds,
+    for any that do not fit the run."""
+    config, method_config, family = run.config, run.config.method_config, run.family
+    with in_one_sentence(config.job.config_file or COMMAND_LINE):
+        dataset = open_dataset(
+            config.data,
+            tensors=(*run.method.extra_tensors(method_config), *family.extra_tensors()),
+            video_size=family.video_size(),
+            needs_latents=family.needs_latents or run.method.needs_latents(method_config),
+            checks=(*family.row_checks(), *run.method.row_checks(config)),
+        )
+        if config.validation.enabled:
+            validation_prompts(config)
+    return dataset
 
 
 def _build_loader(config: Config, dataset: RowDataset[Any], layouts: Layouts, state: TrainState) -> SampleLoader:

@@ -57,6 +57,8 @@ class Trainer:
     layouts: Layouts
     ranks: Ranks
     """All ranks, for waits that may last longer than a collective during training."""
+    step_ranks: Ranks
+    """All ranks, for what they tell each other in every step."""
     watchdog: Watchdog | None = None
     stop: Stop = field(default_factory=Stop)
 
@@ -73,7 +75,7 @@ class Trainer:
                 while self.state.step < self.config.training.steps and not self.stop.is_agreed:
                     self.train_step()
                     if self.state.step == first_step + 1:
-                        tighten_timeout(self.config.comm.train_timeout_seconds, self.layouts)
+                        tighten_timeout(self.config.comm.train_timeout_seconds, self.layouts, self.step_ranks.group)
                         if self.watchdog is not None:
                             self.watchdog.tighten(self.config.comm.train_timeout_seconds)
                     self.after_step()
@@ -97,7 +99,8 @@ class Trainer:
         batch, under the name "step", then every update under its role's name."""
         step = self.state.step
         with self.timer("data"):
-            batch = self.adapter.prepare_batch(next(self.loader))
+            # A bad row on one rank is every rank's error, before they wait for that rank in a collective.
+            batch = self.step_ranks.together(lambda: self.adapter.prepare_batch(next(self.loader)))
         yield "step", self.adapter.start_step(self.roles, step)
         for update in self.method.updates(step):
             yield update.role, self.run_update(update, batch)

@@ -68,7 +68,7 @@ def read_clip(video_THW3: npt.NDArray[np.uint8]) -> Reading:
     )
 
 
-@register_scorer("shapes")
+@register_scorer("shapes", check_prompt=parse_caption)
 def shapes_scores(video_THW3: npt.NDArray[np.uint8], prompt: str) -> dict[str, float]:
     """1 where the frames show what the prompt says, else 0; `prompt_accuracy` wants colour, shape and direction at
     once."""

@@ -65,13 +65,11 @@ class MlpVelocity(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, 1)])
 
-    def hidden(self, x: Tensor, sigma_B1: Tensor, label_B1: Tensor) -> list[Tensor]:
-        """[B, values, width] behind each block but the last."""
-        hidden = torch.stack([x, sigma_B1.expand_as(x), label_B1.expand_as(x)], -1)
-        return [hidden := torch.nn.functional.silu(block(hidden)) for block in self.blocks[:-1]]
-
     def forward(self, x: Tensor, sigma_B1: Tensor, label_B1: Tensor) -> Tensor:
-        return self.blocks[-1](self.hidden(x, sigma_B1, label_B1)[-1]).squeeze(-1)
+        hidden = torch.stack([x, sigma_B1.expand_as(x), label_B1.expand_as(x)], -1)
+        for block in self.blocks[:-1]:
+            hidden = torch.nn.functional.silu(block(hidden))
+        return self.blocks[-1](hidden).squeeze(-1)
 
 
 class ChainTeacher(nn.Module):
@@ -187,8 +185,18 @@ class ToyAdapter(Adapter):
         return ToyStream(role)
 
     def features(self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, depths: Any) -> list[Tensor]:
-        hidden = role.transformer.hidden(x, sigma_B[:, None].to(x.dtype), condition["label"])
-        return [hidden[depth] for depth in depths]
+        """By a whole forward, without which FSDP2 does not gather the network's weights."""
+        found: dict[int, Tensor] = {}
+        hooks = [
+            role.transformer.blocks[depth].register_forward_hook(
+                lambda block, inputs, output, depth=depth: found.update({depth: torch.nn.functional.silu(output)})
+            )
+            for depth in depths
+        ]
+        self.predict_velocity(role, x, sigma_B, condition)
+        for hook in hooks:
+            hook.remove()
+        return [found[depth] for depth in depths]
 
     def mean_over_positions(self, role: RoleHandle, x: Tensor, values_BL: Tensor) -> Tensor:
         return values_BL.double().mean(1)

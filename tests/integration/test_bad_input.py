@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from runs import REPOSITORY, tiny_argv
 
+from titan_distill.cli import main as cli
 from titan_distill.train import CHECK, main
 
 CASES = {
@@ -35,7 +36,15 @@ CASES = {
     ),
     "missing checkpoint": (("--checkpoint.resume_from", "no/step-1"), ("checkpoint.resume_from", "no/step-1")),
     "batch that does not divide": (("--training.local_batch_size", "3"), ("global_batch_size", "3")),
-    "latents that are not there": (("--method_config.rollout", "data"), ("data.path", "latents")),
+    "latents that are not there": (("--method_config.rollout", "data"), ("prompts.parquet, row 0", "only text")),
+    "adapters wider than the layers": (
+        ("--roles.student.lora.rank", "129"),
+        ("roles.student.lora.rank = 129 is above the width of the layers, 128", "or to 0"),
+    ),
+    "a teacher without steps": (("--method_config.teacher_steps", "0"), ("method_config.teacher_steps = 0", "1000")),
+    "a teacher with endless steps": (("--method_config.teacher_steps", "1000000000"), ("teacher_steps = 1000000000",)),
+    "guidance that is no number": (("--method_config.guidance_scale", "nan"), ("guidance_scale", "a finite number")),
+    "guidance without end": (("--method_config.guidance_scale", "inf"), ("guidance_scale", "a finite number")),
     "size that the latents contradict": (("--pipeline_config.num_frames", "18"), ("num_frames", "17")),
 }
 
@@ -96,6 +105,41 @@ def test_through_the_launcher(num_ranks: int, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "training.steps" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--guidance-scale", "nan"), "--guidance-scale nan is out of range; choose -100 to 100"),
+        (("--guidance-scale", "inf"), "--guidance-scale inf is out of range"),
+        (("--num-steps", "0"), "--num-steps 0 is out of range; choose 1 to 1000"),
+        (("--num-steps", "1000000000"), "--num-steps 1000000000 is out of range"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "ode-pairs"])
+def test_sampling_options_of_commands(
+    command: str, options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before weights are loaded, which these paths do not have."""
+    words = {
+        "generate": ["generate", "--checkpoint", "no", "--prompt", "a", "--out", str(tmp_path / "x.mp4")],
+        "ode-pairs": ["data", "ode-pairs", "no.toml", "--prompts", "no.txt", "--out", str(tmp_path / "pairs")],
+    }
+    with pytest.raises(SystemExit) as leaving:
+        cli([*words[command], *options])
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(("fps", "message"), [("nan", "--fps nan is not positive"), ("1e9", "--fps 1e+09 repeats")])
+def test_rates_of_preprocessing(fps: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "captions.csv").write_text("file_name,caption\na.mp4,x\n")
+    words = ["data", "preprocess", str(tmp_path), "--captions", str(tmp_path / "captions.csv"), "--fps", fps]
+    with pytest.raises(SystemExit) as leaving:
+        cli([*words, "--out", str(tmp_path / "out"), "--vae", "no", "--text-encoder", "no"])
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_missing_role_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

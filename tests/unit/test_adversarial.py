@@ -6,6 +6,7 @@ what follows the scores at the other.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,11 +17,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from forked import train_forked
 from mutants import is_caught
 from runs import REPOSITORY, tiny_argv
 from torch import Tensor
-from toy_family import CONDITIONAL_MEAN, VARIANCE
-from toy_run import toy_trainer
+from toy_family import CONDITIONAL_MEAN, VARIANCE, write_data
+from toy_run import ASSETS, toy_trainer
 
 from titan_distill.data.loader import Batch
 from titan_distill.methods import adversarial, losses
@@ -390,6 +392,41 @@ def test_the_discriminator_alone_leads_to_the_data(name: str, tmp_path: Path) ->
     assert found == (name == "none"), (mean, deviation)
 
 
+# --- on two ranks
+
+
+def a_rank_forgets_the_others() -> None:
+    """Mutant: a global mean that counts the samples of one rank."""
+    Trainer._global_mean = lambda self, values_N: values_N.double().sum(0) / 8  # type: ignore[method-assign]
+
+
+def test_two_ranks_weigh_their_samples_together(tmp_path: Path) -> None:
+    """The second student update, of step 5, when the discriminator has an opinion."""
+    write_data(tmp_path / "toy.parquet")
+    chosen = ("--method_config.f_divergence", "jensen_shannon", "--data.path", str(tmp_path / "toy.parquet"))
+    argv = [
+        "--job.config_file",
+        str(ASSETS / "toy_adversarial.toml"),
+        *chosen,
+        "--roles.discriminator.optimizer.lr",
+        "0.3",
+    ]
+
+    def student_step(name: str, num_ranks: int, before: Callable[[], None] | None = None) -> dict[str, float]:
+        (tmp_path / name).mkdir()
+        options = ["--job.output_dir", str(tmp_path / name / "run"), "--training.local_batch_size", str(8 // num_ranks)]
+        codes = train_forked(num_ranks, [*argv, *options], tmp_path / name, before)
+        assert codes == [0] * num_ranks, (tmp_path / name / "rank0.txt").read_text()
+        lines = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[5])
+
+    one, two = student_step("one", 1), student_step("two", 2)
+    for key in ("dmd/gradient_size", "loss/student", "grad_norm/student"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5), key
+    wrong = student_step("mutant", 2, a_rank_forgets_the_others)
+    assert wrong["dmd/gradient_size"] != pytest.approx(one["dmd/gradient_size"], rel=1e-3)
+
+
 # --- around it
 
 
@@ -458,6 +495,11 @@ def test_the_plan_only_grows_by_the_discriminators_passes(config_class: type[Dmd
     assert passes[: len(plain)] == plain
     assert [(p.update, p.role, p.num_conditions) for p in passes[len(plain) :]] == [
         ("student", "critic", 1), ("discriminator", "student", 1), ("discriminator", "critic", 3),
+    ]  # fmt: skip
+    weighing = method.passes(config_class(f_divergence="forward_kl", discriminator_depths=(1,)))
+    assert [(p.update, p.role, p.phase) for p in weighing[len(plain) :]] == [
+        ("student", "student", "rollout"), ("student", "critic", "discriminator"),
+        ("discriminator", "student", "rollout"), ("discriminator", "critic", "discriminator"),
     ]  # fmt: skip
     rollouts = [p for p in passes if p.phase == "rollout" and p.update != "student"]
     assert rollouts[1] == replace(rollouts[0], update="discriminator")

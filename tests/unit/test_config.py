@@ -276,7 +276,15 @@ ERRORS = [
     (["--optimizer.betas", "[0.9, 1]\nx = 1"], {}, ["must be a list of 2"]),
     (["--optimizer.betas", "0.9,x"], {}, ['command line: optimizer.betas[1] = "x" must be a number']),
     (["--optimizer.betas", "0.9,1"], {}, ["betas = (0.9, 1.0) is out of range; choose at least 0 and below 1"]),
-    (["--optimizer.lr", "inf"], {}, ["optimizer.lr = inf is out of range"]),
+    (["--method_config.guidance=-inf"], {}, ['method_config.guidance = "-inf" must be a finite number']),
+    ([], {"ratio = 3": "schedule = [1000, inf]"}, ["x.toml: method_config.schedule[1] = inf must be a finite number"]),
+    ([], {"ratio = 3": "weights = { a = nan }"}, ["x.toml: method_config.weights.a = nan must be a finite number"]),
+    (["--training.max_grad_norm=-inf"], {}, ["training.max_grad_norm = -inf is out of range; choose above 0"]),
+    (["--optimizer.lr", "2"], {}, ["optimizer.lr = 2.0 is out of range; choose above 0 and at most 1"]),
+    (["--data.num_workers", "5000"], {}, ["data.num_workers = 5000 is out of range; choose at least 0 and"]),
+    (["--comm.init_timeout_seconds", "9999999999"], {}, ["init_timeout_seconds = 9999999999 is out of range"]),
+    (["--validation.num_prompts", "9999999999"], {}, ["num_prompts = 9999999999 is out of range"]),
+    (["--optimizer.lr", "inf"], {}, ['optimizer.lr = "inf" must be a finite number']),
     ([], {"lr = 1e-4": "lr = -1e-4"}, ["roles.student.optimizer.lr = -0.0001 is out of range; choose above 0"]),
     ([], {'name = "probe"': ""}, ["x.toml: job.name is required but missing; set it to a string"]),
     ([], {'name = "probe"': 'name = "a/b"'}, ["job.name = 'a/b'"]),
@@ -345,6 +353,19 @@ def test_unreadable_files(load: Callable[..., Config], tmp_path: Path) -> None:
         load_config(["--job.config_file"])
     with pytest.raises(ConfigError, match=r"^command line: job\.name is required"):
         load_config([])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    """As editors on Windows write one."""
+    for name, encoding in (("plain.toml", "utf-8"), ("marked.toml", "utf-8-sig")):
+        (tmp_path / name).write_text(VALID.replace("probe", "größe", 1), encoding=encoding)
+    plain, marked = (load_config(["--job.config_file", str(tmp_path / f"{name}.toml")]) for name in ("plain", "marked"))
+    assert marked == plain and marked.job.name == "größe"
+    (tmp_path / "pipeline.toml").write_text("flow_shift = 2.0\n", encoding="utf-8-sig")
+    argv = ["--job.config_file", str(tmp_path / "marked.toml")]
+    assert (
+        load_config([*argv, "--pipeline_config_path", str(tmp_path / "pipeline.toml")]).pipeline_config.flow_shift == 2
+    )
 
 
 def test_a_missing_import_inside_a_module_is_not_hidden(

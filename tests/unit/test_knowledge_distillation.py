@@ -147,9 +147,10 @@ def test_split_batches_draw_the_same_times(tmp_path: Path) -> None:
 
 
 def test_pairs_of_another_shift_are_refused(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path, "knowledge_distillation", "--pipeline_config.flow_shift", "3")
-    with pytest.raises(ValueError, match=r"hold the timesteps \[1000.0, 750.0, 500.0, 250.0\].*shift 3 need"):
-        trainer.run()
+    """When the run is assembled: before the student's weights are loaded and the teacher is sampled."""
+    message = r"pairs-000000-000063\.parquet, row 0: .* timesteps \[1000.0, 750.0, 500.0, 250.0\].*shift 3 need 900\.00"
+    with pytest.raises(ValueError, match=message):
+        toy_trainer(tmp_path, "knowledge_distillation", "--pipeline_config.flow_shift", "3")
 
 
 def test_more_states_than_levels_are_fine_and_fewer_are_refused(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_more_states_than_levels_are_fine_and_fewer_are_refused(tmp_path: Path) 
     toy_trainer(tmp_path, "knowledge_distillation", *few).run()
     many = ("--method_config.denoising_steps", "[1000.0, 900.0, 500.0]")
     with pytest.raises(ValueError, match=r"need 900\.00; change denoising_steps or .* record the trajectories again"):
-        toy_trainer(tmp_path, "knowledge_distillation", *many, "--job.seed", "1").run()
+        toy_trainer(tmp_path, "knowledge_distillation", *many, "--job.seed", "1")
 
 
 def test_data_without_trajectories_is_named_before_the_first_step(tmp_path: Path) -> None:

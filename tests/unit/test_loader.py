@@ -7,6 +7,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 from titan_distill.data.loader import Batch, SampleLoader, SampleOrder
 from titan_distill.data.parquet import SCHEMA, LatentRow, ParquetDataset, write_rows
+from titan_distill.data.rows import BadRowError
 
 NUM_ROWS = 10
 MAX_TEXT_TOKENS = 6
@@ -152,7 +154,7 @@ def test_no_worker_outlives_a_failure_or_a_resume(dataset: ParquetDataset) -> No
     assert len(multiprocessing.active_children()) == 2
     (dataset.path / "a.parquet").unlink()
     batches.load_state_dict({"samples_seen": 0})
-    with pytest.raises(RuntimeError, match="unreadable"):
+    with pytest.raises(BadRowError, match="unreadable"):
         next(batches)
     assert not multiprocessing.active_children()
 
@@ -186,7 +188,7 @@ def test_global_random_state_is_left_alone(dataset: ParquetDataset, num_workers:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_bad_row_is_a_plain_runtime_error_with_the_path(tmp_path: Path, num_workers: int) -> None:
+def test_a_bad_row_is_one_sentence_from_every_process(tmp_path: Path, num_workers: int) -> None:
     write_rows(tmp_path / "a.parquet", (make_row(index) for index in range(NUM_ROWS)))
     records = pq.ParquetFile(tmp_path / "a.parquet").read().to_pylist()
     order = SampleOrder(NUM_ROWS, seed=7)
@@ -194,16 +196,16 @@ def test_a_bad_row_is_a_plain_runtime_error_with_the_path(tmp_path: Path, num_wo
     records[damaged]["vae_latent_shape"] = [2]
     pq.write_table(pa.Table.from_pylist(records, SCHEMA), tmp_path / "a.parquet")
 
-    batches = loader(ParquetDataset(tmp_path), num_workers=num_workers)
+    batches = loader(ParquetDataset(tmp_path, max_bad_rows=0), num_workers=num_workers)
     samples(batches, 2)
-    message = rf"can't load samples 8 to 11 from {tmp_path}: BadRowError: .*a\.parquet, row {damaged}: vae_latent_shape"
-    with pytest.raises(RuntimeError, match=message) as error:
+    message = rf"{tmp_path}/a\.parquet, row {damaged}: vae_latent_shape is \[2\].*; data\.max_bad_rows = 0 allows no"
+    with pytest.raises(BadRowError, match=message) as error:
         next(batches)
-    assert type(error.value) is RuntimeError
     assert "\n" not in str(error.value)
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value), "as it travels to the other ranks"
     assert "_from_record" in str(error.value.__cause__), "the reader's own traceback is kept for developers"
     assert batches.state_dict() == {"samples_seen": 8}
-    with pytest.raises(RuntimeError, match="samples 8 to 11"):
+    with pytest.raises(BadRowError, match=message):
         next(batches)
 
 
@@ -222,14 +224,14 @@ def test_tolerated_bad_rows_are_the_same_on_every_layout(tmp_path: Path) -> None
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_file_that_vanishes_is_named(dataset: ParquetDataset, num_workers: int) -> None:
     (dataset.path / "a.parquet").unlink()
-    with pytest.raises(RuntimeError, match=r"a\.parquet, rows 0 to 9: unreadable"):
+    with pytest.raises(BadRowError, match=r"a\.parquet, rows 0 to 9: unreadable"):
         next(loader(dataset, num_workers=num_workers))
 
 
 UNEQUAL_ROWS = {
     "latents": ([make_row(0), make_row(1, shape=(2, 1, 2, 4))], r"a latent of \[2, 1, 2, \d\], row 'row-\d' of"),
     "text only": ([make_row(0), make_row(1, shape=None)], "row 'row-1' has no latent, others have"),
-    "text": ([make_row(0), make_row(1, num_tokens=7)], "row 'row-1' has 7 text tokens, data.max_text_tokens is 6"),
+    "text": ([make_row(0), make_row(1, num_tokens=7)], "row 'row-1': 7 text tokens, but data.max_text_tokens is 6"),
 }
 
 
@@ -237,7 +239,7 @@ UNEQUAL_ROWS = {
 def test_rows_that_do_not_fit_together_are_named(tmp_path: Path, case: str) -> None:
     rows, message = UNEQUAL_ROWS[case]
     write_rows(tmp_path / "a.parquet", rows)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(BadRowError, match=message):
         next(loader(ParquetDataset(tmp_path)))
 
 
@@ -282,5 +284,5 @@ def test_further_tensors_travel_with_their_samples(tmp_path: Path) -> None:
     assert next(loader(ParquetDataset(tmp_path))).extra == {}
 
     write_rows(tmp_path / "a.parquet", (row(index, length=3 + index % 2) for index in range(NUM_ROWS)))
-    with pytest.raises(RuntimeError, match=r"row 'row-\d' has a states of \[\d, 2\], row 'row-\d' of .*the same shape"):
+    with pytest.raises(BadRowError, match=r"row 'row-\d' has a states of \[\d, 2\], row 'row-\d' of .*the same shape"):
         next(loader(ParquetDataset(tmp_path, tensors=("states",))))

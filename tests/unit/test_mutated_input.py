@@ -6,13 +6,17 @@ import random
 from pathlib import Path
 
 import pytest
-from config_mutations import NUM_RANKS, Mutant, mutants, outcome, sweep
+from config_mutations import KEYS, NUM_RANKS, Mutant, mutants, outcome, sweep
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parquet_mutations import good_records, mutate, read_some
 from runs import REPOSITORY
 
 from titan_distill.config.config import Config
+from titan_distill.config.loading import load_config
+from titan_distill.config.parsing import ConfigError
+from titan_distill.config.text import field_types
+from titan_distill.methods.finetune import FinetuneConfig
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +47,23 @@ def test_mutated_parquet_files(tmp_path: Path, num_trials: int, num_workers: int
         mutate(folder, records, draw)
         results.append(read_some(folder, max_bad_rows=draw.choice([0, 2, 100]), num_workers=num_workers))
     assert num_trials == 1 or {type(result) for result in results} == {str, list}
+
+
+FINETUNE = {f"method_config.{name}" for name in field_types(FinetuneConfig)}
+INFINITE = {"training.max_grad_norm", "roles.student.max_grad_norm", "pipeline_config.image_noise_mean"}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_are_finite(value: str) -> None:
+    """Every key that is a number; but one that means something by inf may be infinite."""
+    kinds = {float: value, tuple[float, ...]: f"[{value}]", tuple[float, float]: f"[0.5, {value}]", float | None: value}
+    numbers = {key: kinds[kind] for key, kind in KEYS.items() if kind in kinds and "teacher." not in key}
+    assert len(numbers) > 30
+    for key, text in numbers.items():
+        job = "finetune" if key in FINETUNE else "dmd2"
+        argv = ["--job.config_file", str(REPOSITORY / "train_configs" / f"tiny_wan_{job}.toml"), f"--{key}={text}"]
+        if key in INFINITE and value != "nan":
+            continue
+        with pytest.raises(ConfigError) as caught:
+            load_config(argv)
+        assert key in str(caught.value) and "number" in str(caught.value)

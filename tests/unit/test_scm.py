@@ -548,6 +548,10 @@ def test_refusals(method: str, overrides: tuple[str, ...], message: str, tmp_pat
         toy_trainer(tmp_path, method, *overrides)
 
 
-def test_a_warmup_that_never_ends_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tangent_warmup = 8 leaves none of the 8 steps"):
-        toy_trainer(tmp_path, "rcm", "--method_config.tangent_warmup", "8")
+def test_a_warmup_that_never_ends_trains_the_student_alone(tmp_path: Path) -> None:
+    """A shortened run: the start says so (`test_unreached.py`)."""
+    trainer = toy_trainer(tmp_path, "rcm", "--method_config.tangent_warmup", "8")
+    critic = [p.detach().clone() for p in trainer.roles["critic"].parameters()]
+    trainer.run()
+    assert (trainer.roles["student"].num_updates, trainer.roles["critic"].num_updates) == (8, 0)
+    assert all(map(torch.equal, trainer.roles["critic"].parameters(), critic))

@@ -20,7 +20,7 @@ from titan_distill.config.loading import load_config
 from titan_distill.config.paths import of_key
 from titan_distill.data.footage import read_picture
 from titan_distill.diffusion.noise import KeyedNoise
-from titan_distill.diffusion.requests import SampleRequest
+from titan_distill.diffusion.requests import SampleRequest, check_options
 from titan_distill.fault_tolerance.outputs import probe_file
 from titan_distill.methods.base import method_class
 from titan_distill.models.base import Adapter, model_family
@@ -70,6 +70,7 @@ def generate(
         raise ValueError(f"--seed {seed} is negative; choose 0 or more")
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the video should show")
+    check_options(num_steps, guidance_scale)
     probe_file(out, "--out", (".mp4",))
     device = default_device()
     pipeline = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}

@@ -38,10 +38,10 @@ from titan_distill.config.loading import load_config
 from titan_distill.config.paths import of_key
 from titan_distill.config.role_sections import RoleConfig
 from titan_distill.data.loader import collate
-from titan_distill.data.parquet import LatentRow, ParquetDataset, parquet_files, read_texts, write_rows
+from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck, parquet_files, read_texts, write_rows
 from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
-from titan_distill.diffusion.requests import TrajectoryRequest
+from titan_distill.diffusion.requests import TrajectoryRequest, check_options
 from titan_distill.diffusion.schedule import few_step_sigmas, timestep
 from titan_distill.diffusion.trajectory import grid_indices, sample_trajectory
 from titan_distill.fault_tolerance.outputs import probe_folder
@@ -94,6 +94,7 @@ def ode_pairs(options: OdePairsOptions) -> str:
         ValueError: a timestep that is not on the solver's grid (before anything is built or computed), a job that says
             too little, a folder with other pairs, prompts or weights that can't be read.
     """
+    check_options(options.num_steps, options.guidance_scale)
     config = with_teacher(load_config(["--job.config_file", str(options.config)]), options.teacher)
     shift = config.pipeline_config.flow_shift
     request = trajectory_request(config, options)
@@ -116,6 +117,8 @@ def ode_pairs(options: OdePairsOptions) -> str:
 
     degrees = role_degrees(config, "teacher", num_ranks())
     family.check_layouts({"teacher": degrees})
+    if isinstance(prompts, ParquetDataset):
+        _check_first_prompt(options.prompts, prompts, family.row_checks())
     if is_main_process():
         probe_folder(options.out, "--out")
     with _world(config) as world, RunLock(options.out) if world.is_main else nullcontext():
@@ -130,6 +133,16 @@ def ode_pairs(options: OdePairsOptions) -> str:
         is_writer = world.rank % layouts.data_group == 0
         _run(batches, layouts, lambda batch, is_ours: maker.make(batch, write=is_ours and is_writer))
     return f"{options.out}: {num_pairs} pairs, {num_missing} of them made now"
+
+
+def _check_first_prompt(path: Path, prompts: ParquetDataset, checks: Sequence[RowCheck]) -> None:
+    """Raises ValueError for text embeddings of another encoder, before the teacher's weights are read."""
+    row = prompts[0]
+    try:
+        for check in checks:
+            check(LatentRow(row.id, row.caption, row.text_embedding))  # whatever latents there are, they are not read
+    except ValueError as error:
+        raise ValueError(f"--prompts {path}: {error}") from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.paths import of_key
-from titan_distill.config.sections import RecipeConfig
+from titan_distill.config.sections import MAX_FPS, RecipeConfig
 from titan_distill.data.footage import SUFFIXES, VideoSize, read_clips
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.data.summary import DatasetSummary, inspect
@@ -87,8 +87,10 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
         raise ValueError(f"--image-encoder {config.image_encoder} has no effect without --images; add it")
     for name in ("fps", "stride", "clips_per_video"):
         value = getattr(config, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # nan is neither
             raise ValueError(f"--{name.replace('_', '-')} {value:g} is not positive: leave it out for the default")
+    if config.fps is not None and config.fps > MAX_FPS:
+        raise ValueError(f"--fps {config.fps:g} repeats every frame without end; choose at most {MAX_FPS}")
     device = default_device() if config.device is None else torch.device(config.device)
     probe_folder(config.out, "--out")
     with RunLock(config.out):

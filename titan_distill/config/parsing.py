@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import math
 import operator
 import sys
 import types
@@ -65,11 +66,12 @@ class CommandLineTable(dict[str, Any]):
 @dataclass(frozen=True)
 class Place:
     """Position of a value: file (or command line) and dotted key. `root` is the schema in which errors search for
-    similar keys."""
+    similar keys. `may_be_infinite` says whether inf is a value for this key."""
 
     source: str
     key: str
     root: type
+    may_be_infinite: bool = False
 
     def child(self, name: str, value: Any) -> Place:
         """The place of `value` under the key `name` of this table."""
@@ -87,9 +89,10 @@ class Place:
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Parses a TOML file. Raises ConfigError when it is missing, unreadable or not TOML (with the line)."""
+    """Parses a TOML file, with or without a byte-order mark. Raises ConfigError when it is missing, unreadable or not
+    TOML (with the line)."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         problem = "cannot be read" if isinstance(error, OSError) else "is not valid TOML"
@@ -131,7 +134,11 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[tuple[str, Text]]) 
 
 def convert(kind: Any, value: Any, at: Place) -> Any:
     """Converts `value` (parsed TOML or Text) to `kind`: a dataclass, scalar, Literal, X | None, tuple, list or
-    dict[str, X]. Raises ConfigError with place, value and allowed values."""
+    dict[str, X]. Raises ConfigError with place, value and allowed values.
+
+    Numbers are finite, because no check of a range notices nan, and inf passes most. A dataclass names the fields in
+    which inf has a meaning in `may_be_infinite`.
+    """
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         return _convert_optional(kind, value, at)
@@ -163,7 +170,11 @@ def _convert_table(kind: Any, value: Any, at: Place) -> Any:
         at.fail(value, f"must be {describe(kind)}; set one of {', '.join(field_types(kind))} in it")
     hints = field_types(kind)
     reject_unknown_keys(list(hints), value, at)
-    values = {name: convert(hints[name], item, at.child(name, item)) for name, item in value.items()}
+    infinite = getattr(kind, "may_be_infinite", ())
+    values = {
+        name: convert(hints[name], item, dataclasses.replace(at.child(name, item), may_be_infinite=name in infinite))
+        for name, item in value.items()
+    }
     for field in fields_of(kind):
         if field.name in values or not is_required(field):
             continue
@@ -241,8 +252,10 @@ def _convert_scalar(kind: Any, value: Any, at: Place) -> Any:
         at.fail(value, f"must be {describe(kind)} that fits into 64 bits")
     if kind is float and type(raw) is int:
         raw = float(raw)
-    if type(raw) is not kind or raw != raw:  # nan, which no check of a range would notice
+    if type(raw) is not kind:
         at.fail(value, f"must be {describe(kind)}")
+    if isinstance(raw, float) and not (math.isfinite(raw) or (at.may_be_infinite and math.isinf(raw))):
+        at.fail(value, f"must be {describe(kind) if at.may_be_infinite else 'a finite number'}")
     return raw
 
 

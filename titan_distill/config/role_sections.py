@@ -6,9 +6,8 @@ section (`loading.complete_roles`), so each loaded role has a complete `Optimize
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from titan_distill.config.parsing import check_no_effect, check_range
 from titan_distill.config.paths import is_reference
@@ -32,9 +31,9 @@ class OptimizerConfig:
     """Decoupled weight decay."""
 
     def __post_init__(self) -> None:
-        check_range(self, "lr", "eps", above=0, below=math.inf)
+        check_range(self, "lr", "eps", above=0, most=1)
         check_range(self, "betas", least=0, below=1)
-        check_range(self, "weight_decay", least=0, below=math.inf)
+        check_range(self, "weight_decay", least=0, most=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "rank", least=0)
-        check_range(self, "alpha", above=0, below=math.inf)
+        check_range(self, "alpha", above=0)
         if not self.rank:
             check_no_effect(self, "alpha", "target_modules", given="rank")
 
@@ -96,6 +95,8 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RoleConfig:
+    may_be_infinite: ClassVar = ("max_grad_norm",)
+
     trainable: bool
     """Whether this role has an optimizer. The method refuses what contradicts it (DMD2 never trains its teacher)."""
     path: str = free("")

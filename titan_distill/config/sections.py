@@ -10,10 +10,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from titan_distill.config.parsing import check_no_effect, check_range, nearest_multiples
 from titan_distill.config.resume import free, logged
+
+MAX_FPS = 1000
+"""Largest rate of a video, in frames per second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +76,12 @@ class DataConfig:
     """Frames per second to which the videos of a .csv are resampled. Default: every frame as it is."""
 
     def __post_init__(self) -> None:
-        check_range(self, "max_text_tokens", least=1)
-        check_range(self, "num_workers", "max_bad_rows", least=0)
+        check_range(self, "max_text_tokens", least=1, most=2**16)
+        check_range(self, "num_workers", least=0, most=1024)
+        check_range(self, "max_bad_rows", least=0)
         if not self.path:
             raise ValueError('path = "" names no data; set it to a parquet file, a folder of parquet files or a .csv')
-        check_range(self, "fps", above=0)
+        check_range(self, "fps", above=0, most=MAX_FPS)
         if self.fps is not None and not self.holds_videos:
             raise ValueError(f"fps = {self.fps} has no effect on path = {self.path!r}, which is not a .csv; remove it")
 
@@ -89,6 +93,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
+    may_be_infinite: ClassVar = ("max_grad_norm",)
+
     steps: int = logged()
     """Training steps of the whole run, including the steps before a resume."""
     global_batch_size: int
@@ -107,7 +113,8 @@ class TrainingConfig:
     the run."""
 
     def __post_init__(self) -> None:
-        check_range(self, "steps", "global_batch_size", "local_batch_size", "gc_interval", least=1)
+        check_range(self, "steps", "gc_interval", least=1)
+        check_range(self, "global_batch_size", "local_batch_size", least=1, most=2**20)
         check_range(self, "max_nonfinite_skips", least=0)
         check_range(self, "max_grad_norm", above=0)
         if self.global_batch_size % self.local_batch_size:
@@ -299,8 +306,11 @@ class ValidationConfig:
     reads colour, shape and direction from drawn clips)."""
 
     def __post_init__(self) -> None:
-        check_range(self, "num_prompts", "batch_size", "fps", least=1)
-        check_range(self, "interval", "seed", "num_videos", least=0)
+        check_range(self, "num_prompts", least=1, most=2**20)
+        check_range(self, "fps", least=1, most=MAX_FPS)
+        check_range(self, "batch_size", least=1)
+        check_range(self, "interval", "seed", least=0)
+        check_range(self, "num_videos", least=0, most=1024)
         if self.enabled and self.num_videos > self.num_prompts:
             raise ValueError(
                 f"num_videos = {self.num_videos} is more than num_prompts = {self.num_prompts}; lower it to "
@@ -349,4 +359,5 @@ class CommConfig:
     uploads to trackers)."""
 
     def __post_init__(self) -> None:
-        check_range(self, "init_timeout_seconds", "train_timeout_seconds", "validation_timeout_seconds", least=1)
+        names = ("init_timeout_seconds", "train_timeout_seconds", "validation_timeout_seconds")
+        check_range(self, *names, least=1, most=30 * 24 * 3600)

@@ -18,6 +18,7 @@ import functools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import DataConfig
 from titan_distill.data.footage import VideoSize
-from titan_distill.data.parquet import LatentRow, ParquetDataset
-from titan_distill.data.rows import RowDataset
+from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck
+from titan_distill.data.rows import BadRowError, RowDataset
 from titan_distill.data.videos import ClipRow, VideoDataset
 from titan_distill.diffusion.noise import keyed_generator
 from titan_distill.diffusion.transfer import to_device
@@ -75,18 +76,25 @@ class Batch:
 
 
 def open_dataset(
-    data: DataConfig, *, tensors: Sequence[str], video_size: tuple[int, int, int] | None, needs_latents: bool
+    data: DataConfig,
+    *,
+    tensors: Sequence[str],
+    video_size: tuple[int, int, int] | None,
+    needs_latents: bool,
+    checks: Sequence[RowCheck] = (),
 ) -> RowDataset[LatentRow] | RowDataset[ClipRow]:
-    """The rows to train on.
+    """The rows to train on. The first ones are read.
 
     Args:
         data: the section [data] of the configuration.
         tensors: further tensors that each row must have.
         video_size: (frames, height, width) of a sample in pixels; None for a family whose samples are not videos.
         needs_latents: whether each row must have a latent or a video.
+        checks: further checks of each row of parquet data.
 
     Raises:
-        ValueError: the data can't be read, or lacks required latents or tensors.
+        ValueError: the data can't be read, lacks required latents or tensors, or has more bad rows among the first than
+            data.max_bad_rows tolerates.
     """
     dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
     if data.holds_videos:
@@ -95,15 +103,30 @@ def open_dataset(
             raise ValueError(f"data.path = {data.path!r} is a .csv, which can't hold {lacking}; use parquet")
         size = VideoSize(*video_size, data.fps) if needs_latents else None
         with of_key("data.path", data.path):
-            return VideoDataset(data.path, size, data.max_bad_rows)
+            dataset = VideoDataset(data.path, size, data.max_bad_rows)
+    else:
+        own = (partial(check_text_tokens, data.max_text_tokens), *((_check_has_latent,) if needs_latents else ()))
+        with of_key("data.path", data.path):
+            dataset = ParquetDataset(data.path, tensors=tensors, checks=(*own, *checks), max_bad_rows=data.max_bad_rows)
     with of_key("data.path", data.path):
-        dataset = ParquetDataset(data.path, tensors=tensors, max_bad_rows=data.max_bad_rows)
-    if needs_latents and not dataset.has_latents:
-        raise ValueError(
-            f"data.path = {data.path!r} holds only text, but this job trains on latents; make them with "
-            "`titan-distill data preprocess`"
-        )
+        dataset.check_first_rows()
     return dataset
+
+
+def check_text_tokens(max_text_tokens: int, row: LatentRow) -> None:
+    """Raises ValueError for a row with more text tokens than the run's batches have."""
+    if len(row.text_embedding) > max_text_tokens:
+        raise ValueError(
+            f"{len(row.text_embedding)} text tokens, but data.max_text_tokens is {max_text_tokens}; raise it, or "
+            "preprocess the captions with this limit"
+        )
+
+
+def _check_has_latent(row: LatentRow) -> None:
+    if row.vae_latent is None:
+        raise ValueError(
+            "holds only text, but this job trains on latents; make them with `titan-distill data preprocess`"
+        )
 
 
 @dataclass(frozen=True)
@@ -133,7 +156,8 @@ class SampleLoader(Iterator[Batch]):
         num_workers: number of reader processes; 0 reads in this process. The batches do not depend on it.
 
     Raises:
-        RuntimeError: during iteration, for an error in any process; the message has the path and the error.
+        BadRowError: during iteration, for more bad rows than the dataset tolerates, or rows that do not fit together.
+        RuntimeError: during iteration, for any other error in any process; the message has the path and the error.
     """
 
     def __init__(
@@ -176,7 +200,8 @@ class SampleLoader(Iterator[Batch]):
         if isinstance(batch, _Failure):
             # Ends the workers now: left to the garbage collector, each would block it for seconds.
             self.load_state_dict(self.state_dict())
-            raise RuntimeError(batch.message) from RuntimeError(f"in the reader:\n{batch.traceback}")
+            kind = BadRowError if batch.is_bad_row else RuntimeError
+            raise kind(batch.message) from RuntimeError(f"in the reader:\n{batch.traceback}")
         self._samples_seen += self._ids.global_batch_size
         return batch
 
@@ -215,6 +240,7 @@ class _Failure:
 
     message: str
     traceback: str
+    is_bad_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,21 +257,22 @@ class _BatchReader(torch.utils.data.Dataset["Batch | _Failure"]):
             if isinstance(rows[0], ClipRow):
                 return collate_clips(sample_ids, [row for row in rows if isinstance(row, ClipRow)])
             return collate(sample_ids, [row for row in rows if isinstance(row, LatentRow)], self.max_text_tokens)
+        except BadRowError as error:
+            return _Failure(str(error), traceback.format_exc(), is_bad_row=True)
         except Exception as error:  # raised again, as RuntimeError, by SampleLoader in the main process
             where = f"samples {sample_ids[0]} to {sample_ids[-1]} from {self.dataset.path}"
             return _Failure(f"can't load {where}: {type(error).__name__}: {error}", traceback.format_exc())
 
 
 def collate(sample_ids: list[int], rows: Sequence[LatentRow], max_text_tokens: int) -> Batch:
-    """Makes a batch of dataset rows. Raises ValueError for a row whose shapes differ from the others, or with more than
-    `max_text_tokens`."""
+    """Makes a batch of dataset rows. Raises BadRowError for a row whose shapes differ from the others, or with more
+    than `max_text_tokens`."""
+    for row in rows:
+        try:
+            check_text_tokens(max_text_tokens, row)
+        except ValueError as error:
+            raise BadRowError(f"row {row.id!r}: {error}") from error
     embeddings = [row.text_embedding.float() for row in rows]
-    for row, embedding in zip(rows, embeddings, strict=True):
-        if len(embedding) > max_text_tokens:
-            raise ValueError(
-                f"row {row.id!r} has {len(embedding)} text tokens, data.max_text_tokens is {max_text_tokens}: "
-                "raise it, or preprocess the captions with this limit"
-            )
     padded = [pad(embedding, (0, 0, 0, max_text_tokens - len(embedding))) for embedding in embeddings]
     return Batch(
         sample_ids=sample_ids,
@@ -273,7 +300,7 @@ def _stack_latents(rows: Sequence[LatentRow]) -> Tensor | None:
     latents = [row.vae_latent.float() for row in rows if row.vae_latent is not None]
     if 0 < len(latents) < len(rows):
         text_only = next(row for row in rows if row.vae_latent is None)
-        raise ValueError(
+        raise BadRowError(
             f"row {text_only.id!r} has no latent, others have: keep text-only rows in a folder of their own"
         )
     return _stack(rows, latents, "latent") if latents else None
@@ -282,7 +309,7 @@ def _stack_latents(rows: Sequence[LatentRow]) -> Tensor | None:
 def _stack(rows: Sequence[LatentRow], tensors: Sequence[Tensor], what: str) -> Tensor:
     for row, tensor in zip(rows, tensors, strict=True):
         if tensor.shape != tensors[0].shape:
-            raise ValueError(
+            raise BadRowError(
                 f"row {row.id!r} has a {what} of {list(tensor.shape)}, row {rows[0].id!r} of {list(tensors[0].shape)}: "
                 "all rows of a dataset must have the same shape"
             )

@@ -22,7 +22,7 @@ import math
 import os
 import textwrap
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,10 @@ from titan_distill.fault_tolerance.files import atomic
 
 MAX_GROUP_ROWS = 32
 MAX_GROUP_BYTES = 16 * 2**20
+MAX_FIRST_ROWS = 4
+"""Rows at the start of a dataset that are read before a run starts."""
+MAX_FIRST_FILES = 8
+"""Files whose first row is read before a run starts."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -93,6 +97,11 @@ class LatentRow:
     extra: dict[str, Tensor] = field(default_factory=dict)  # further tensors by column name, of any shape
 
 
+RowCheck = Callable[[LatentRow], None]
+"""Check of a row against a run. Raises ValueError, which says what does not fit and need not name the row. Loader
+processes get a pickled copy."""
+
+
 def write_rows(path: str | Path, rows: Iterable[LatentRow]) -> int:
     """Writes `rows` to one parquet file and returns their number. Tensors are stored in their dtype.
 
@@ -140,6 +149,25 @@ def read_texts(path: str | Path, column: str) -> list[str]:
     return texts
 
 
+def read_captions(path: str | Path, num_rows: int | None) -> list[str]:
+    """Returns the captions of the first `num_rows` rows, or of all rows, of a parquet file or folder. No other column
+    is read.
+
+    Raises:
+        ValueError: as `ParquetDataset`, or for a row without caption.
+    """
+    return list(itertools.islice(_captions(Path(path)), num_rows))
+
+
+def _captions(path: Path) -> Iterator[str]:
+    for file in _list_files(path):
+        for group in _index_file(file, SCHEMA)[0]:
+            column = _read_group(group, SCHEMA, ("caption",)).column("caption")
+            for row, value in enumerate(column, group.first_row):
+                where = f"{file}, row {row}"
+                yield _caption(_plain({"caption": value}, "caption", where), where)
+
+
 def extra_names(path: str | Path) -> tuple[str, ...]:
     """Returns the names of the further tensors in the first file of a dataset, sorted.
 
@@ -168,6 +196,7 @@ class ParquetDataset(RowDataset[LatentRow]):
     Args:
         path: file or folder.
         tensors: names of the further tensors that every row must have; they are returned in `LatentRow.extra`.
+        checks: further checks of each row. A row that fails one is bad.
         max_bad_rows: see `RowDataset`.
         cache_bytes: memory for decoded row groups, per process.
 
@@ -178,10 +207,16 @@ class ParquetDataset(RowDataset[LatentRow]):
     """
 
     def __init__(
-        self, path: str | Path, *, tensors: Sequence[str] = (), max_bad_rows: int = 0, cache_bytes: int = 256 * 2**20
+        self,
+        path: str | Path,
+        *,
+        tensors: Sequence[str] = (),
+        checks: Sequence[RowCheck] = (),
+        max_bad_rows: int | None = None,
+        cache_bytes: int = 256 * 2**20,
     ) -> None:
         super().__init__(path, max_bad_rows)
-        self._tensors, self._schema = tuple(tensors), schema_with(tensors)
+        self._tensors, self._schema, self._checks = tuple(tensors), schema_with(tensors), tuple(checks)
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[_Group, pa.Table] = OrderedDict()
         files = _list_files(self.path)
@@ -205,6 +240,12 @@ class ParquetDataset(RowDataset[LatentRow]):
     def has_latents(self) -> bool:
         return self[0].vae_latent is not None
 
+    @property
+    def first_rows(self) -> Sequence[int]:
+        starts = [end - group.num_rows for end, group in zip(self._group_ends, self._groups, strict=True)]
+        files = [start for start, group in zip(starts, self._groups, strict=True) if not group.first_row]
+        return sorted({*range(min(MAX_FIRST_ROWS, len(self))), *files[:MAX_FIRST_FILES]})
+
     def read(self, index: int) -> LatentRow:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a dataset of {len(self)} rows")
@@ -213,7 +254,14 @@ class ParquetDataset(RowDataset[LatentRow]):
         offset = index - (self._group_ends[number] - group.num_rows)
         table = self._table(group)
         record = {name: table.column(name)[offset] for name in table.column_names}
-        return _from_record(record, self._tensors, f"{group.file}, row {group.first_row + offset}")
+        where = f"{group.file}, row {group.first_row + offset}"
+        row = _from_record(record, self._tensors, where)
+        try:
+            for check in self._checks:
+                check(row)
+        except ValueError as error:
+            raise BadRowError(f"{where}: {error}") from error
+        return row
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker started by spawn fills a cache of its own.
@@ -312,12 +360,12 @@ def _reads_as(kind: pa.DataType, expected: pa.DataType) -> bool:
     return types.is_integer(kind) or (types.is_floating(expected) and types.is_floating(kind))
 
 
-def _read_group(group: _Group, schema: pa.Schema) -> pa.Table:
+def _read_group(group: _Group, schema: pa.Schema, wanted: Sequence[str] | None = None) -> pa.Table:
     # Opened anew for each group and read without Arrow's thread pool, so that nothing is shared across a fork.
     where = f"{group.file}, rows {group.first_row} to {group.first_row + group.num_rows - 1}"
     try:
         with pq.ParquetFile(group.file, page_checksum_verification=True) as parquet:
-            columns = [name for name in schema.names if name in parquet.schema_arrow.names]
+            columns = [name for name in wanted or schema.names if name in parquet.schema_arrow.names]
             table = parquet.read_row_group(group.number, columns=columns, use_threads=False)
     except _READ_ERRORS as error:
         raise BadRowError(f"{where}: unreadable ({_brief(error)})") from error
@@ -371,17 +419,22 @@ def _to_record(row: LatentRow, extra: Iterable[str]) -> dict[str, Any]:
 def _from_record(record: Mapping[str, pa.Scalar], tensors: Iterable[str], where: str) -> LatentRow:
     facts = {name: _plain(record, name, where) for name in record if name in LatentRow.__dataclass_fields__}
     known = {name: value for name, value in facts.items() if value is not None}
-    caption = known.get("caption", "")
+    caption = known.get("caption")
     embedding = _tensor(record, "text_embedding", 2, where)
     if embedding is None:
-        raise BadRowError(f"{where}: no text embedding for caption {_brief(caption, 80)!r}")
-    if not caption.strip():
-        raise BadRowError(f"{where}: caption is empty")
+        raise BadRowError(f"{where}: no text embedding for caption {_brief(caption or '', 80)!r}")
+    known["caption"] = _caption(caption, where)
     latent = _tensor(record, "vae_latent", 4, where)
     extra = {name: _tensor(record, name, None, where) for name in tensors}
     if absent := [name for name, tensor in extra.items() if tensor is None]:
         raise BadRowError(f"{where}: no {absent[0]}")
     return LatentRow(**{"id": where, **known, "text_embedding": embedding, "vae_latent": latent, "extra": extra})
+
+
+def _caption(caption: str | None, where: str) -> str:
+    if caption is None or not caption.strip():
+        raise BadRowError(f"{where}: caption is empty")
+    return caption
 
 
 def _plain(record: Mapping[str, pa.Scalar], name: str, where: str) -> Any:

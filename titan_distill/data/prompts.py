@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from titan_distill.data.parquet import ParquetDataset
+from titan_distill.data.parquet import read_captions
 from titan_distill.data.tables import READERS, non_empty, read_lines
 
 COLUMNS = {".csv": "prompt", ".jsonl": "caption"}
@@ -27,8 +27,7 @@ def read_prompts(path: str | Path, num_prompts: int | None) -> list[str]:
         rows = READERS[kind](path, columns)
         prompts = [non_empty(where, entry, columns)[0] for where, entry in rows]
     else:
-        dataset = ParquetDataset(path)
-        prompts = [dataset[index].caption for index in range(min(num_prompts or len(dataset), len(dataset)))]
+        prompts = read_captions(path, num_prompts)
     if not prompts:
         raise ValueError(f"{path} holds no prompts; write one per line")
     return [prompts[index % len(prompts)] for index in range(num_prompts or len(prompts))]

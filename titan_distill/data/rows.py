@@ -1,13 +1,18 @@
 """Base class of datasets that tolerate bad rows.
 
-A bad row is detected when it is read. Up to `max_bad_rows` of them are logged, and each is replaced by the next good
-row. The replacement depends only on the files, so every layout and every resumed run trains on the same data.
+A bad row is detected when it is read: it is damaged, or does not fit the run. Up to `max_bad_rows` of them
+are logged, and each is replaced by the next good row. The replacement depends only on the files, so every layout and
+every resumed run trains on the same data.
+
+The first rows are read when a run starts, and by `--check`: data that does not fit is told in seconds, not after the
+weights are loaded and a teacher is sampled.
 """
 
 from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +32,8 @@ class RowDataset(torch.utils.data.Dataset[Row]):
 
     Args:
         path: file or folder, used in messages.
-        max_bad_rows: largest number of distinct bad rows that this process tolerates.
+        max_bad_rows: largest number of distinct bad rows that this process tolerates. None for data that is not
+            data.path: it tolerates none, and messages do not mention the key.
 
     Raises:
         BadRowError: while indexing, at the first bad row beyond `max_bad_rows`.
@@ -37,7 +43,7 @@ class RowDataset(torch.utils.data.Dataset[Row]):
     """SHA-256 of the names (within `path`), sizes and row counts of the files, and of what their rows are indexed by:
     footers or prompts. It is equal for a copy elsewhere. The content of the rows is not read."""
 
-    def __init__(self, path: str | Path, max_bad_rows: int = 0) -> None:
+    def __init__(self, path: str | Path, max_bad_rows: int | None = None) -> None:
         self.path = Path(path)
         self.bad_rows: dict[int, str] = {}
         self._max_bad_rows = max_bad_rows
@@ -49,6 +55,24 @@ class RowDataset(torch.utils.data.Dataset[Row]):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def first_rows(self) -> Sequence[int]:
+        """Indices of the rows that `check_first_rows` reads: few, so that they take seconds."""
+
+    def check_first_rows(self) -> None:
+        """Reads the first rows. Raises `BadRowError` if more of them are bad than are tolerated."""
+        faults: dict[int, BadRowError] = {}
+        for index in self.first_rows:
+            try:
+                self.read(index)
+            except BadRowError as error:
+                faults[index] = error
+        if len(faults) == len(self.first_rows) > (self._max_bad_rows or 0):
+            raise next(iter(faults.values()))  # data for another run, in which there is no good row to go on with
+        for index, fault in faults.items():
+            self._tolerate(index, fault)
 
     @abstractmethod
     def read(self, index: int) -> Row:
@@ -68,8 +92,13 @@ class RowDataset(torch.utils.data.Dataset[Row]):
     def _tolerate(self, index: int, error: BadRowError) -> None:
         if index in self.bad_rows:
             return
-        if len(self.bad_rows) >= self._max_bad_rows:
+        if self._max_bad_rows is None:
             raise error
+        if len(self.bad_rows) >= self._max_bad_rows:
+            allowed = f"allows {self._max_bad_rows}" if self._max_bad_rows else "allows no bad row"
+            raise BadRowError(
+                f"{error}; data.max_bad_rows = {self._max_bad_rows} {allowed}: correct the data or raise it"
+            ) from error
         self.bad_rows[index] = str(error)
         logger.warning(
             "bad row %d of at most %d, the next good row replaces it: %s", len(self.bad_rows), self._max_bad_rows, error

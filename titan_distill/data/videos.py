@@ -14,6 +14,7 @@ Opening the CSV checks that all files exist. Reading a row checks that its video
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class VideoDataset(RowDataset[ClipRow]):
         BadRowError: while indexing, for a video that can't be decoded or is too short.
     """
 
-    def __init__(self, path: str | Path, size: VideoSize | None, max_bad_rows: int = 0) -> None:
+    def __init__(self, path: str | Path, size: VideoSize | None, max_bad_rows: int | None = None) -> None:
         super().__init__(path, max_bad_rows)
         self._size = size
         columns = (PROMPT,) if size is None else (PROMPT, VIDEO)
@@ -63,6 +64,10 @@ class VideoDataset(RowDataset[ClipRow]):
     @property
     def has_latents(self) -> bool:
         return self._size is not None
+
+    @property
+    def first_rows(self) -> Sequence[int]:
+        return () if self._size is None else (0,)  # decoding a video takes a second or more
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_STEPS = 1000
+"""Largest number of steps of a solver: the networks know 1000 timesteps."""
+MAX_GUIDANCE = 100.0
+"""Largest size of a guidance scale. Published ones are below 20."""
+
 
 @dataclass(frozen=True)
 class SampleRequest:
@@ -47,3 +52,13 @@ class TrajectoryRequest:
     solver: Literal["euler", "unipc"]
     guidance_scale: float
     """Classifier-free guidance in the standard form."""
+
+
+def check_options(num_steps: int | None, guidance_scale: float | None) -> None:
+    """Raises ValueError for values of --num-steps and --guidance-scale that cannot be sampled with."""
+    if num_steps is not None and not 1 <= num_steps <= MAX_STEPS:
+        raise ValueError(f"--num-steps {num_steps} is out of range; choose 1 to {MAX_STEPS}")
+    if guidance_scale is not None and not abs(guidance_scale) <= MAX_GUIDANCE:  # nan is neither
+        raise ValueError(
+            f"--guidance-scale {guidance_scale:g} is out of range; choose {-MAX_GUIDANCE:g} to {MAX_GUIDANCE:g}"
+        )

@@ -39,19 +39,22 @@ class Ranks:
         """Runs `work` on every rank and returns this rank's result. `work` itself must not communicate.
 
         If `work` raises on one rank, every rank raises: a ValueError or RankFailure unchanged, any other error as a
-        RankFailure that names the rank.
+        RankFailure that names the rank. Unless one fails, ranks exchange one small message, so it may be called every
+        step.
         """
         result, failure = None, None
         try:
             result = work()
         except Exception as error:
             failure = error
+        if self.all(failure is None):
+            return cast(T, result)
         for reported in self._all_gather(failure and _portable(failure, self.rank)):
             if reported is failure and failure is not None:
                 raise failure
             if reported is not None:
                 raise reported from failure
-        return cast(T, result)
+        raise AssertionError("a rank that fails reports its failure")
 
     def gather(self, work: Callable[[], T]) -> list[T]:
         """Runs `work` like `together`, and returns the list of all ranks' results on every rank."""

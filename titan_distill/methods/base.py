@@ -18,6 +18,7 @@ from torch import Tensor
 from titan_distill.config.config import Config
 from titan_distill.config.role_sections import HEAD_FLAVOR
 from titan_distill.data.loader import Batch
+from titan_distill.data.parquet import RowCheck
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import TrajectoryRequest, ValidationRequest
 from titan_distill.models.base import Adapter
@@ -127,6 +128,17 @@ class TrainingMethod(ABC):
         return ()
 
     @classmethod
+    def unreached(cls, config: Config) -> list[str]:
+        """Returns a sentence with the consequence for each of the method's own schedules that the run is too short
+        for."""
+        return []
+
+    @classmethod
+    def row_checks(cls, config: Config) -> tuple[RowCheck, ...]:
+        """Returns checks of each row of parquet data: the tensors of `extra_tensors` against the configuration."""
+        return ()
+
+    @classmethod
     def teacher_trajectory(cls, config: Any, flow_shift: float) -> TrajectoryRequest | None:
         """Returns the teacher's sampling whose trajectories the data must contain under this `method_config`; None if
         it needs none."""
@@ -180,10 +192,11 @@ class TrainingMethod(ABC):
     def updates(self, step: int) -> list[Update]:
         """Returns the updates due at `step` (counted from 0), in the order they must run."""
 
+    @classmethod
     @abstractmethod
-    def num_updates(self, num_steps: int) -> dict[str, int]:
-        """Returns how many updates each trained role has in the first `num_steps` steps, by a formula: a run may have
-        more steps than can be counted one by one. Learning-rate schedules need it."""
+    def num_updates(cls, config: Any, num_steps: int) -> dict[str, int]:
+        """Returns how many updates each trained role has in the first `num_steps` steps under this `method_config`, by
+        a formula: a run may have more steps than can be counted one by one. Learning-rate schedules need it."""
 
     def normal(self, purpose: str, batch: Batch, step: int, shape: Sequence[int] | None = None) -> Tensor:
         """Returns standard normal noise [B, *shape] keyed by `purpose`, step and sample. Default shape: that of

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class ConsistencyConfig(GuidedFewStepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "num_grid_steps", least=1)
+        check_range(self, "num_grid_steps", least=1, most=10_000)
 
 
 @register_method("consistency")
@@ -89,7 +89,8 @@ class Consistency(FewStepTraining):
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.student_loss)]
 
-    def num_updates(self, num_steps: int) -> dict[str, int]:
+    @classmethod
+    def num_updates(cls, config: Any, num_steps: int) -> dict[str, int]:
         return {"student": num_steps}
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:

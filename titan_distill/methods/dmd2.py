@@ -27,7 +27,7 @@ from titan_distill.config.parsing import check_range
 from titan_distill.config.resume import logged
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
-from titan_distill.diffusion.requests import SampleRequest
+from titan_distill.diffusion.requests import MAX_GUIDANCE, SampleRequest
 from titan_distill.methods import losses
 from titan_distill.methods.adversarial import AdversarialConfig, AdversarialTraining
 from titan_distill.methods.base import LossResult, Passes, Update
@@ -76,6 +76,7 @@ class Dmd2Config(AdversarialConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "update_ratio", least=1)
+        check_range(self, "fake_guidance_scale", least=-MAX_GUIDANCE, most=MAX_GUIDANCE)
         if self.exclusive and self.update_ratio < 2:
             raise ValueError("exclusive = true leaves no step for the critic at update_ratio = 1; use at least 2")
         if not 0.0 <= self.min_step < self.max_step <= schedule.NUM_TRAIN_TIMESTEPS:
@@ -142,10 +143,11 @@ class Dmd2(AdversarialTraining):
             return critics
         return [student] if self.config.exclusive else [student, *critics]
 
-    def num_updates(self, num_steps: int) -> dict[str, int]:
-        students = -(-num_steps // self.config.update_ratio)  # rounded up
-        critics = num_steps - students if self.config.exclusive else num_steps
-        return {"student": students, "critic": critics, **dict.fromkeys(self.heads(self.config), critics)}
+    @classmethod
+    def num_updates(cls, config: Any, num_steps: int) -> dict[str, int]:
+        students = -(-num_steps // config.update_ratio)  # rounded up
+        critics = num_steps - students if config.exclusive else num_steps
+        return {"student": students, "critic": critics, **dict.fromkeys(cls.heads(config), critics)}
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:
         """Moves the student's samples along the difference of the two scores."""

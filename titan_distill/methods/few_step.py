@@ -16,7 +16,7 @@ from torch import Tensor
 from titan_distill.config.parsing import check_range
 from titan_distill.config.resume import logged
 from titan_distill.diffusion import schedule
-from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
+from titan_distill.diffusion.requests import MAX_GUIDANCE, MAX_STEPS, SampleRequest, ValidationRequest
 from titan_distill.methods.base import Passes, TrainingMethod
 from titan_distill.models.base import Condition, Guidance
 
@@ -39,7 +39,8 @@ class FewStepConfig:
     """ODE solver of the teacher's validation samples."""
 
     def __post_init__(self) -> None:
-        check_range(self, "teacher_steps", least=1)
+        check_range(self, "teacher_steps", least=1, most=MAX_STEPS)
+        check_range(self, "guidance_scale", least=-MAX_GUIDANCE, most=MAX_GUIDANCE)
         self.sigmas(flow_shift=1.0)
 
     def sigmas(self, flow_shift: float) -> tuple[float, ...]:

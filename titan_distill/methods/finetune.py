@@ -13,7 +13,7 @@ text is replaced by it. Timestep, noise and dropout are keyed draws, so the loss
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from titan_distill.config.parsing import check_range
 from titan_distill.config.resume import logged
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
-from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
+from titan_distill.diffusion.requests import MAX_GUIDANCE, MAX_STEPS, SampleRequest, ValidationRequest
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.methods import losses
 from titan_distill.methods.base import LossResult, Passes, TrainingMethod, Update
@@ -55,8 +55,10 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "cfg_dropout", least=0, below=1)
-        check_range(self, "logit_std", above=0)
-        check_range(self, "validation_steps", least=1)
+        check_range(self, "logit_std", above=0, most=20)
+        check_range(self, "validation_steps", least=1, most=MAX_STEPS)
+        check_range(self, "validation_guidance", least=-MAX_GUIDANCE, most=MAX_GUIDANCE)
+        check_range(self, "logit_mean", least=-20, most=20)
 
 
 @register_method("finetune")
@@ -79,7 +81,8 @@ class Finetune(TrainingMethod):
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.student_loss)]
 
-    def num_updates(self, num_steps: int) -> dict[str, int]:
+    @classmethod
+    def num_updates(cls, config: Any, num_steps: int) -> dict[str, int]:
         return {"student": num_steps}
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:

@@ -23,13 +23,16 @@ initialisation of Self-Forcing). A segment at time 0 is context only: its own pr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from titan_distill.config.config import Config
 from titan_distill.config.resume import logged
 from titan_distill.data.loader import Batch
+from titan_distill.data.parquet import LatentRow, RowCheck
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.requests import TrajectoryRequest, ValidationRequest
 from titan_distill.diffusion.trajectory import TIMESTEP_TOLERANCE
@@ -59,6 +62,26 @@ class KnowledgeDistillationConfig(FewStepConfig):
     """True: validation also samples the role `teacher`. Training itself needs only the recorded trajectories."""
 
 
+def check_trajectory(sigmas: tuple[float, ...], flow_shift: float, row: LatentRow) -> None:
+    """Raises ValueError unless a row has the end of a trajectory and its states at all noise levels `sigmas`."""
+    states, timesteps, end = row.extra[STATES], row.extra[TIMESTEPS].double(), row.vae_latent
+    assert end is not None, "the loader refuses rows without latents"
+    # A dataset stores every latent with four dims; missing ones are 1 and behind the others.
+    state = (*states.shape[1:], *[1] * (end.ndim + 1 - states.ndim))
+    if state != tuple(end.shape) or timesteps.shape != states.shape[:1]:
+        raise ValueError(
+            f"{STATES} of {list(states.shape)} at timesteps of {list(timesteps.shape)} for latents of "
+            f"{list(end.shape)}; make them with `titan-distill data ode-pairs`"
+        )
+    for wanted in (sigma * schedule.NUM_TRAIN_TIMESTEPS for sigma in sigmas):
+        if (timesteps - wanted).abs().min() > TIMESTEP_TOLERANCE:
+            raise ValueError(
+                f"a trajectory with the timesteps {[round(t, 2) for t in timesteps.tolist()]}, but denoising_steps at "
+                f"shift {flow_shift:g} need {wanted:.2f}; change denoising_steps or the flow shift, or record the "
+                "trajectories again"
+            )
+
+
 @register_method("knowledge_distillation")
 class KnowledgeDistillation(FewStepTraining):
     """Role `student` is trained; the frozen `teacher` is only sampled from, in validation."""
@@ -80,6 +103,11 @@ class KnowledgeDistillation(FewStepTraining):
         return STATES, TIMESTEPS
 
     @classmethod
+    def row_checks(cls, config: Config) -> tuple[RowCheck, ...]:
+        shift = config.pipeline_config.flow_shift
+        return (partial(check_trajectory, config.method_config.sigmas(shift), shift),)
+
+    @classmethod
     def teacher_trajectory(cls, config: KnowledgeDistillationConfig, flow_shift: float) -> TrajectoryRequest:
         sigmas = config.sigmas(flow_shift)
         return TrajectoryRequest(sigmas, config.teacher_steps, config.teacher_solver, config.guidance_scale)
@@ -91,7 +119,8 @@ class KnowledgeDistillation(FewStepTraining):
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.student_loss)]
 
-    def num_updates(self, num_steps: int) -> dict[str, int]:
+    @classmethod
+    def num_updates(cls, config: Any, num_steps: int) -> dict[str, int]:
         return {"student": num_steps}
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:
@@ -127,24 +156,10 @@ class KnowledgeDistillation(FewStepTraining):
         return torch.cat(parts, dim), torch.cat(levels, dim)
 
     def _states(self, batch: Batch, choice_B: Tensor) -> Tensor:
-        """Returns each sample's recorded state at its chosen level of the schedule. Raises ValueError if that level was
-        not recorded."""
-        assert batch.latents is not None
+        """Returns each sample's recorded state at its chosen level of the schedule."""
         states_BS, wanted_B = batch.extra[STATES], self.sigmas_K[choice_B] * schedule.NUM_TRAIN_TIMESTEPS
-        timesteps_BS = batch.on_host(TIMESTEPS).double()
-        if states_BS.shape[2:] != batch.latents.shape[1:] or states_BS.shape[:2] != timesteps_BS.shape:
-            raise ValueError(
-                f"the data's {STATES} have shape {list(states_BS.shape[1:])} at {timesteps_BS.shape[1]} timesteps, its "
-                f"latents {list(batch.latents.shape[1:])}; make them with `titan-distill data ode-pairs`"
-            )
-        distance_B, index_B = (timesteps_BS - wanted_B[:, None]).abs().min(1)
-        if distance_B.max() > TIMESTEP_TOLERANCE:
-            row = int(distance_B.argmax())
-            raise ValueError(
-                f"the data's trajectories hold the timesteps {[round(t, 2) for t in timesteps_BS[row].tolist()]}, but "
-                f"denoising_steps at shift {self.adapter.flow_shift:g} need {wanted_B[row]:.2f}; change "
-                "denoising_steps or the flow shift, or record the trajectories again"
-            )
+        distance_B, index_B = (batch.on_host(TIMESTEPS).double() - wanted_B[:, None]).abs().min(1)
+        assert distance_B.max() <= TIMESTEP_TOLERANCE, "check_trajectory has found every level in every row"
         index_B = to_device(index_B, states_BS.device)
         return states_BS[torch.arange(len(index_B), device=states_BS.device), index_B]
 

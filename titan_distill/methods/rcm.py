@@ -71,14 +71,15 @@ class Rcm(TangentTraining, Dmd2):
     config_class: ClassVar[type] = RcmConfig
 
     @classmethod
-    def validate(cls, config: Config) -> None:
-        super().validate(config)
+    def unreached(cls, config: Config) -> list[str]:
         warmup, num_steps = config.method_config.tangent_warmup, config.training.steps
-        if warmup >= num_steps:
-            raise ValueError(
-                f"method_config.tangent_warmup = {warmup} leaves none of the {num_steps} steps to distribution "
-                "matching; lower it, or use recipe.method = 'scm'"
-            )
+        if warmup < num_steps:
+            return []
+        consequence = "the student learns consistency alone, with part of its own derivative, and the critic nothing"
+        return [
+            f"method_config.tangent_warmup = {warmup} leaves none of the {num_steps} steps to distribution matching: "
+            f"{consequence}"
+        ]
 
     @classmethod
     def needs_latents(cls, config: Dmd2Config) -> bool:
@@ -99,9 +100,10 @@ class Rcm(TangentTraining, Dmd2):
             return [Update("student", self.student_loss)]
         return super().updates(step)
 
-    def num_updates(self, num_steps: int) -> dict[str, int]:
-        warmup = min(num_steps, self.config.tangent_warmup)
-        after, before = super().num_updates(num_steps), super().num_updates(warmup)
+    @classmethod
+    def num_updates(cls, config: Any, num_steps: int) -> dict[str, int]:
+        warmup = min(num_steps, config.tangent_warmup)
+        after, before = super().num_updates(config, num_steps), super().num_updates(config, warmup)
         return {role: after[role] - before[role] + (warmup if role == "student" else 0) for role in after}
 
     def rollout_levels(self, batch: Batch, step: int, purpose: str, exit_index: int) -> list[Tensor]:

@@ -22,7 +22,7 @@ Sources: sCM (2410.11081), algorithm 1; rCM (2510.08431).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -63,6 +63,13 @@ class TangentConfig(GuidedFewStepConfig):
         check_range(self, "logit_std", "tangent_floor", above=0)
         check_range(self, "tangent_warmup", least=0)
         check_range(self, "derivative_step", least=0, below=0.5)
+        if 0 < self.derivative_step < 1e-4:
+            raise ValueError(
+                f"derivative_step = {self.derivative_step} is lost in the rounding of float32; choose 0 for the exact "
+                "derivative, or at least 0.0001"
+            )
+        check_range(self, "logit_std", most=20)
+        check_range(self, "logit_mean", least=-20, most=20)
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,16 @@ class TangentTraining(FewStepTraining):
                     f"recipe.method = {config.recipe.method!r} {what} (method_config.derivative_step = "
                     f"{config.method_config.derivative_step}), which does not go with {setting}; set it to {remedy}"
                 )
+
+    @classmethod
+    def unreached(cls, config: Config) -> list[str]:
+        warmup, num_steps = config.method_config.tangent_warmup, config.training.steps
+        if warmup < num_steps:
+            return []
+        return [
+            f"method_config.tangent_warmup = {warmup} leaves none of the {num_steps} steps: the student's own "
+            f"derivative never counts in full, but with a weight of at most {(num_steps - 1) / warmup:.2g}"
+        ]
 
     @classmethod
     def tangent_passes(cls, config: TangentConfig, updates_per_step: float) -> list[Passes]:
@@ -166,5 +183,6 @@ class Scm(TangentTraining):
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.tangent_loss)]
 
-    def num_updates(self, num_steps: int) -> dict[str, int]:
+    @classmethod
+    def num_updates(cls, config: Any, num_steps: int) -> dict[str, int]:
         return {"student": num_steps}

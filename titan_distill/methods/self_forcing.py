@@ -54,7 +54,7 @@ class SelfForcingConfig(Dmd2Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "context_noise", least=0, below=schedule.NUM_TRAIN_TIMESTEPS)
-        check_range(self, "num_rollout_segments", least=0)
+        check_range(self, "num_rollout_segments", least=0, most=1000)
         if self.rollout == "data":
             raise ValueError(
                 "rollout = 'data' trains on noised data, and recipe.method = 'self_forcing' on what the student makes "

@@ -27,6 +27,7 @@ from titan_distill.config.degrees import Degrees
 from titan_distill.config.role_sections import RoleConfig
 from titan_distill.config.text import to_dict
 from titan_distill.data.loader import Batch
+from titan_distill.data.parquet import RowCheck
 from titan_distill.diffusion import schedule
 from titan_distill.models.streaming import SegmentStream
 from titan_distill.observability.flops import WorkCounter
@@ -311,6 +312,11 @@ class ModelFamily(ABC):
         """Returns two numbers of bytes for the planner: the encoders that a rank holds, and the peak of decoding one
         sample in addition to them, both in the compute dtype."""
         return 0.0, 0.0
+
+    def row_checks(self) -> tuple[RowCheck, ...]:
+        """Returns checks of each row of parquet data: the sizes of latents, text embeddings and the tensors of
+        `extra_tensors`. They need no weights."""
+        return ()
 
     def extra_tensors(self) -> tuple[str, ...]:
         """Returns the names of the tensors, apart from text, that training conditions need from every row of the

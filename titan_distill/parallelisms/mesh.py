@@ -254,11 +254,11 @@ def check_rendezvous() -> None:
     _from_environment("MASTER_PORT", default=0, least=1)
 
 
-def tighten_timeout(seconds: float, layouts: Layouts) -> None:
+def tighten_timeout(seconds: float, layouts: Layouts, *groups: dist.ProcessGroup | None) -> None:
     """Sets the timeout of collectives for the rest of the run. During start-up it is longer, because compiling and
-    loading take time."""
+    loading take time. `groups` are further groups beside the default one and those of the layouts."""
     if dist.is_initialized():
-        _limit_waiting([None, *layouts.groups()], seconds)
+        _limit_waiting([None, *layouts.groups(), *groups], seconds)
 
 
 def _limit_waiting(groups: Iterable[dist.ProcessGroup | None], seconds: float) -> None:

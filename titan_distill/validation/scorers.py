@@ -2,6 +2,9 @@
 
 A scorer takes a video and its prompt and returns numbers by name, which are averaged over prompts. It is registered
 with `@register_scorer`. For a scorer outside of this package, `job.imports` must name its module.
+
+A scorer that cannot rate every prompt is registered with `check_prompt`, a function that raises ValueError for a prompt
+that it cannot rate. All prompts are checked before anything is built or sampled.
 """
 
 from __future__ import annotations
@@ -11,7 +14,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from titan_distill.registry import SCORERS, lookup, register_scorer
+from titan_distill.config.config import Config
+from titan_distill.config.paths import of_key
+from titan_distill.data.prompts import read_prompts
+from titan_distill.registry import PROMPT_CHECKS, SCORERS, lookup, register_scorer
 
 Scorer = Callable[[npt.NDArray[np.uint8], str], dict[str, float]]
 """Function (video uint8 [T, H, W, 3], prompt) -> scores by name."""
@@ -26,3 +32,23 @@ def no_scores(video_THW3: npt.NDArray[np.uint8], prompt: str) -> dict[str, float
 def scorer(name: str) -> Scorer:
     """Returns the scorer registered under `name`. Raises ValueError with the known scorers and the nearest name."""
     return lookup(SCORERS, name)
+
+
+def validation_prompts(config: Config) -> list[str]:
+    """Returns the prompts that validations sample and score. Raises ValueError for a file without usable prompts, or
+    with one that the scorer cannot rate."""
+    key, path = "validation.prompts", config.validation.prompts
+    if not path:
+        key, path = "data.path", config.data.path
+    with of_key(key, path):
+        prompts = read_prompts(path, config.validation.num_prompts)
+    check = PROMPT_CHECKS.get(config.validation.scorer, lambda prompt: None)
+    for prompt in prompts:
+        try:
+            check(prompt)
+        except ValueError as error:
+            raise ValueError(
+                f"validation.scorer = {config.validation.scorer!r} cannot rate the prompts of {path}: {error}; choose "
+                "other validation.prompts or another scorer"
+            ) from error
+    return prompts

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from titan_distill.config.config import Config
 from titan_distill.config.paths import of_key
-from titan_distill.data.prompts import read_prompts
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
 from titan_distill.fault_tolerance.files import with_umask_mode
@@ -38,7 +37,7 @@ from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.distances import project, sliced_wasserstein, sliced_wasserstein_excess
 from titan_distill.validation.sampling import Sampling, go_on
-from titan_distill.validation.scorers import scorer
+from titan_distill.validation.scorers import scorer, validation_prompts
 from titan_distill.validation.video import Video, contact_sheet, thumbnails, write_mp4
 
 
@@ -105,8 +104,8 @@ class Validator:
         key, path = "validation.prompts", self.config.prompts
         if not path:
             key, path = "data.path", config.data.path
+        self.prompts = validation_prompts(config)
         with of_key(key, path):
-            self.prompts = read_prompts(path, self.config.num_prompts)
             self.condition = adapter.prompt_conditions(path, self.prompts)
         self.score = scorer(self.config.scorer)
         self._baselines: dict[str, Samples] = {}

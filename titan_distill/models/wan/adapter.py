@@ -105,11 +105,6 @@ class WanAdapter(Adapter):
     def prepare_batch(self, batch: Batch) -> Batch:
         if not batch.is_encoded:
             batch = self._encoded(batch)
-        if batch.latents is not None and tuple(batch.latents.shape[1:]) != self.latent_shape:
-            raise ValueError(
-                f"the data's latents have shape {tuple(batch.latents.shape[1:])}, but pipeline_config's num_frames, "
-                f"height and width make {self.latent_shape}; change pipeline_config or preprocess videos at that size"
-            )
         return batch.to(self.device)
 
     def _encoded(self, batch: Batch) -> Batch:
@@ -153,6 +148,7 @@ class WanAdapter(Adapter):
         if self.pipeline.validate_from_image:
             self.check_takes_images()
             first_frames = FirstFrames(path, self.pipeline.height, self.pipeline.width)
+            first_frames.latents([0], self)  # raises for pictures of another size now, not after the first samples
 
         def condition(ids: Sequence[int]) -> Condition:
             text = self.encode_prompts([prompts[index] for index in ids])

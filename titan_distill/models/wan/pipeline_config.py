@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from titan_distill.attention.causal import Segmentation
 from titan_distill.config.config import Config
 from titan_distill.config.parsing import check_range
 from titan_distill.config.resume import free, logged
+from titan_distill.diffusion.requests import MAX_GUIDANCE
 from titan_distill.models.wan.latents import TEMPORAL, num_latent_frames
 from titan_distill.parallelisms.compile import check_num_segments
 
@@ -19,6 +21,8 @@ CAUSAL_KEYS = ("frames_per_block", "independent_first_frame", "cache_window_fram
 @dataclass(frozen=True)
 class WanPipelineConfig:
     """[pipeline_config] of `recipe.family = "wan"`."""
+
+    may_be_infinite: ClassVar = ("image_noise_mean",)
 
     path: str = logged("")
     """Diffusers pipeline folder with vae, text_encoder, tokenizer and scheduler; "" where nothing is encoded or
@@ -65,8 +69,9 @@ class WanPipelineConfig:
     (or video), or the first frames of parquet with latents."""
 
     def __post_init__(self) -> None:
-        if self.flow_shift <= 0:
-            raise ValueError(f"flow_shift = {self.flow_shift} must be positive; 1 means no shift")
+        if not 0.01 <= self.flow_shift <= 100:
+            raise ValueError(f"flow_shift = {self.flow_shift} must be from 0.01 to 100; 1 means no shift")
+        check_range(self, "guidance_scale_2", least=-MAX_GUIDANCE, most=MAX_GUIDANCE)
         check_range(self, "image_probability", "image_noise_std", least=0, most=1)
         check_range(self, "frames_per_block", least=1)
         check_range(self, "cache_window_frames", "sink_frames", least=0)

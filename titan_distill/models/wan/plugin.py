@@ -7,6 +7,7 @@ import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from titan_distill.config.degrees import Degrees
 from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.paths import is_reference, of_key
 from titan_distill.config.role_sections import HEAD_FLAVOR, RoleConfig
+from titan_distill.data.parquet import RowCheck
 from titan_distill.models.base import Adapter, EncoderFolders, FootageEncoder, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
@@ -33,6 +35,7 @@ from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import build_transformer, check_degrees, empty_transformer
 from titan_distill.models.wan.pipeline_config import CAUSAL_KEYS, WanPipelineConfig
 from titan_distill.models.wan.pipeline_index import exported_index
+from titan_distill.models.wan.rows import check_row, text_width
 from titan_distill.models.wan.state_dict import UNUSED_KEY, save_folder
 from titan_distill.models.wan.stored import EXPERTS, StoredWeights
 from titan_distill.models.wan.text_encoder import TextEncoder
@@ -83,14 +86,23 @@ class WanFamily(ModelFamily):
         # Of videos they are made here.
         return () if self.config.data.holds_videos else self._image_tensors()
 
+    def row_checks(self) -> tuple[RowCheck, ...]:
+        networks = self._known_networks()
+        if not networks:
+            return ()
+        shape, text_width = self._space.shape(*self.video_size()), networks[0].text_dim
+        return (partial(check_row, shape, text_width, next((n.image_dim for n in networks if n.image_dim), None)),)
+
     def _image_tensors(self) -> tuple[str, ...]:
-        known = [
+        return needed_tensors(self._known_networks())
+
+    def _known_networks(self) -> list[WanConfig]:
+        return [
             self._architecture(name, role, by_name=bool(role.flavor))
             for name, role in self._networks().items()
             # Whoever samples from a checkpoint need not have what all roles once started from.
             if role.flavor or is_reference(role.init_from) or Path(role.path or role.init_from).is_dir()
         ]
-        return needed_tensors(known)
 
     def _stored(self, role: RoleConfig) -> StoredWeights | None:
         """Returns the weights that the role starts from; None if they are random."""
@@ -167,6 +179,13 @@ class WanFamily(ModelFamily):
                 continue
             architecture = self._architecture(name, role, by_name=True)
             self._check_latents(name, role, architecture)
+            self._check_text_width(name, architecture)
+            width = min(architecture.inner_dim, architecture.ffn_dim)
+            if role.lora.rank > width:
+                raise ValueError(
+                    f"roles.{name}.lora.rank = {role.lora.rank} is above the width of the layers, {width}, with "
+                    "which LoRA adapters give every change of the weights; set it to less, or to 0 to train the weights"
+                )
             if role.lora.enabled and degrees[name].tensor > 1:
                 raise ValueError(
                     f"roles.{name}.lora does not go with tensor = {degrees[name].tensor}: LoRA adapters are not cut "
@@ -200,6 +219,14 @@ class WanFamily(ModelFamily):
             raise ValueError(
                 f"roles.{name}.attention = 'causal' is for one network that makes videos from text, but this one "
                 f"has {what}; choose another flavor, or attention = 'dense'"
+            )
+
+    def _check_text_width(self, name: str, architecture: WanConfig) -> None:
+        width = text_width(self.config.pipeline_config.path)
+        if width not in (None, architecture.text_dim):
+            raise ValueError(
+                f"roles.{name} takes text embeddings of width {architecture.text_dim}, but the text encoder of the run "
+                f"makes {width}; choose another model for it, or another pipeline_config.path"
             )
 
     def token_grid(self) -> Grid:
