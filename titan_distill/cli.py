@@ -167,10 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except SystemExit as leaving:
-        if leaving.code == EXIT_BAD_INPUT:  # tyro has shown a table
-            words = " ".join(word for word in arguments[: 1 + isinstance(command, dict)] if not word.startswith("-"))
-            told = f"titan-distill {words}".rstrip()
-            print(f"error: wrong arguments, as shown above; {told} --help lists the right ones", file=sys.stderr)
+        if leaving.code == EXIT_BAD_INPUT:  # a table says what
+            program = " ".join(["titan-distill", *(arguments[:1] if command else [])])
+            print(f"error: wrong arguments, as shown above; {program} --help lists the right ones", file=sys.stderr)
         raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
