@@ -99,7 +99,6 @@ def _first(header: dict[str, Any]) -> dict[str, Any]:
 
 WEIGHTS: dict[str, Damage] = {
     "a tensor missing": _tensors(lambda tensors: tensors.pop(max(tensors))),
-    "another tensor missing": _tensors(lambda tensors: tensors.pop(min(tensors))),
     "a tensor too many": _tensors(lambda tensors: tensors.update(extra=torch.zeros(3))),
     "a tensor misshapen": _tensors(_misshapen),
     "a tensor renamed": _tensors(lambda tensors: tensors.update({"x." + (n := max(tensors)): tensors.pop(n)})),
@@ -107,7 +106,6 @@ WEIGHTS: dict[str, Damage] = {
     "float8 without scales": _tensors(_cast(torch.float8_e4m3fn)),
     "int8": _tensors(_cast(torch.int8)),
     "cut to nothing": _file(lambda content: b""),
-    "cut to 7 bytes": _file(lambda content: content[:7]),
     "cut in the header": _file(lambda content: content[:100]),
     "cut in the middle": _file(lambda content: content[: len(content) // 2]),
     "cut by a byte": _file(lambda content: content[:-1]),
@@ -182,10 +180,8 @@ def _original(name: str) -> Damage:
 
 TRANSFORMER: dict[str, Damage] = {
     "another class": _config(_class_name="FluxTransformer2DModel"),
-    "no class": _config(_class_name=None),
     "words for layers": _config(num_layers="two"),
     "more layers than stored": _config(num_layers=3),
-    "fewer layers than stored": _config(num_layers=1),
     "no layers": _config(num_layers=0),
     "a negative number of heads": _config(num_attention_heads=-2),
     "heads without width": _config(attention_head_dim=0),
@@ -197,7 +193,6 @@ TRANSFORMER: dict[str, Damage] = {
     "an index with a missing shard": _sharded({"weight_map": {"a.weight": "part-1.safetensors"}}),
     "an index that is a list": _sharded([1]),
     "an index without a map": _sharded({"metadata": {}}),
-    "an index that is not JSON": _sharded(b"{"),
     "an index that leads out": _sharded({"weight_map": {"a.weight": "../../x.safetensors"}}),
     "an index of numbers": _sharded({"weight_map": {"a.weight": 3}}),
     "original names": _original("Wan2.1_VAE.pth"),
@@ -220,7 +215,6 @@ VAE: dict[str, Damage] = {
     "means that are null": _config(latents_mean=None),
 }
 TOKENIZER: dict[str, Damage] = {
-    **damaged_json("tokenizer_config.json"),
     "an unknown class": written("tokenizer_config.json", b'{"tokenizer_class": "MyTokenizer"}'),
     "a class without its files": written("tokenizer_config.json", b'{"tokenizer_class": "T5Tokenizer"}'),
 }
@@ -276,28 +270,20 @@ LATENT, TEXT = "vae_latent", "text_embedding"
 LATENT_SHAPE, TEXT_SHAPE = (16, 5, 12, 12), (32, 64)
 DATA: dict[str, Damage] = {
     **{f"caption {value!r}": _cell("caption", value) for value in ("", " \n", None)},
-    **{
-        f"{n}_dtype {v!r}": _cell(f"{n}_dtype", v) for n in (LATENT, TEXT) for v in (None, "float64", "FLOAT16", "int8")
-    },
+    **{f"{n}_dtype {v!r}": _cell(f"{n}_dtype", v) for n in (LATENT, TEXT) for v in (None, "int8")},
     **{
         f"{n}_shape {str(v)[:30]}": _cell(f"{n}_shape", v)
         for n in (LATENT, TEXT)
-        for v in (None, [], [24], [-16, -5, 12, 12], [0, 64], [2**62, 2**62, 2, 2], [1] * 1000, [None, 64])
+        for v in (None, [24], [-16, -5, 12, 12], [2**62, 2**62, 2, 2], [None, 64])
     },
-    **{
-        f"{n}_bytes {str(v)[:20]}": _cell(f"{n}_bytes", v)
-        for n in (LATENT, TEXT)
-        for v in (None, b"", b"\0", bytes(95))
-    },
+    **{f"{n}_bytes {str(v)[:20]}": _cell(f"{n}_bytes", v) for n in (LATENT, TEXT) for v in (None, bytes(95))},
     **{
         f"no column {name}": _column(name, None)
         for name in ("caption", f"{TEXT}_bytes", f"{TEXT}_shape", f"{LATENT}_dtype")
     },
     "captions of numbers": _column("caption", pa.int64(), len),
-    "captions of bytes": _column("caption", pa.binary(), lambda text: text.encode() + b"\xff"),
     "shapes of words": _column(f"{LATENT}_shape", pa.string(), str),
     "shapes of fractions": _column(f"{TEXT}_shape", pa.list_(pa.float64()), _halves),
-    "bytes of numbers": _column(f"{LATENT}_bytes", pa.int64(), len),
     "latents of another size": _tensor(LATENT, (16, 5, 12, 14)),
     "latents of another length": _tensor(LATENT, (16, 4, 12, 12)),
     "latents of more channels": _tensor(LATENT, (48, 5, 12, 12)),
@@ -305,7 +291,6 @@ DATA: dict[str, Damage] = {
     "latents that are nan": _tensor(LATENT, LATENT_SHAPE, math.nan),
     "latents that are inf": _tensor(LATENT, LATENT_SHAPE, math.inf, "float32"),
     "texts of another width": _tensor(TEXT, (32, 4096)),
-    "texts without width": _tensor(TEXT, (64,)),
     "texts without tokens": _tensor(TEXT, (0, 64)),
     "texts that are nan": _tensor(TEXT, TEXT_SHAPE, math.nan),
     "texts that are too long": _tensor(TEXT, (65, 64)),
@@ -313,16 +298,12 @@ DATA: dict[str, Damage] = {
         folder, lambda rows: rows[1].update({f"{TEXT}_bytes": bytes(2 * 32 * 63), f"{TEXT}_shape": [32, 63]})
     ),
     "no rows": lambda folder: _with_rows(folder, lambda rows: rows.clear()),
-    "no bytes": _bytes(lambda content: b""),
     "half of the file": _bytes(lambda content: content[: len(content) // 2]),
-    "the file without its end": _bytes(lambda content: content[:-1]),
     "a footer of zeros": _bytes(lambda content: _zeroed(content, len(content) - 600, len(content) - 8)),
     "a footer longer than the file": _bytes(lambda content: content[:-8] + b"\xff\xff\xff\x7fPAR1"),
     "pages of zeros": _bytes(lambda content: _zeroed(content, 4, len(content) // 2)),
-    "a CSV by another name": _bytes(lambda content: b"caption\nx\n"),
     "only the magic": _bytes(lambda content: b"PAR1PAR1"),
     "an empty folder": lambda folder: (folder / ROWS).unlink(),
-    "a folder of text": lambda folder: (folder / ROWS).rename(folder / "rows.txt"),
     "a folder by its name": lambda folder: _as_folder(folder / ROWS),
     "a good file beside a bad one": written("z.parquet", b"PAR1"),
 }

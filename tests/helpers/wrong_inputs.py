@@ -26,6 +26,7 @@ NUM_CASES = 400
 VERSION_0_1 = REPOSITORY / "tests" / "assets" / "version_0_1"
 JOB, NETWORK = VERSION_0_1 / "job.toml", VERSION_0_1 / "network"
 TRAIN, COMMAND, SHELL = "train", "titan-distill", "run_train.sh"
+JSON_FILES = ("tokenizer_config.json", "model_index.json")
 LARGEST_COPY = 150_000
 """Bytes; larger files of networks and pipelines are links."""
 
@@ -116,13 +117,15 @@ def _lines(kind: str, program: str, table: str) -> Iterator[Case]:
 
 def _weights() -> Iterator[Case]:
     network = files.WEIGHTS | files.CONFIG | files.FOLDERS
+    half, rest = (dict(list(network.items())[first::2]) for first in (0, 1))
+    some, others = (dict(list(files.damaged_json(name).items())[first::2]) for first, name in enumerate(JSON_FILES))
     pipeline, sampled = "--pipeline_config.path {pipe}", tables.SAMPLED
     yield from _damaged("transformer", TRAIN, "--roles.student.path {net}", "net", network | files.TRANSFORMER)
-    yield from _damaged("text encoder", TRAIN, pipeline, "pipe/text_encoder", network | files.ENCODER)
-    yield from _damaged("VAE", TRAIN, f"{pipeline} {sampled}", "pipe/vae", network | files.VAE)
-    yield from _damaged("tokenizer", TRAIN, pipeline, "pipe/tokenizer", files.TOKENIZER | files.FOLDERS)
+    yield from _damaged("text encoder", TRAIN, pipeline, "pipe/text_encoder", half | files.ENCODER)
+    yield from _damaged("VAE", TRAIN, f"{pipeline} {sampled}", "pipe/vae", rest | files.VAE)
+    yield from _damaged("tokenizer", TRAIN, pipeline, "pipe/tokenizer", some | files.TOKENIZER | files.FOLDERS)
     export = "checkpoint export --checkpoint {run}/checkpoints/latest --out {new}/x --pipeline {pipe}"
-    yield from _damaged("model index", COMMAND, export, "pipe", files.damaged_json("model_index.json"))
+    yield from _damaged("model index", COMMAND, export, "pipe", others)
 
 
 def _data() -> Iterator[Case]:

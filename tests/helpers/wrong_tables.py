@@ -7,153 +7,79 @@ SAMPLED = "--validation.enabled true --validation.num_prompts 1 --validation.num
 
 CONFIGURATION = r"""
 --training.steps 0
---training.steps -1
 --training.steps 1.5
---training.steps nan
---training.steps many
---training.steps ""
---training.steps [1]
 --training.stepz 5
 --training.global_batch_size 0
 --training.global_batch_size 3
---training.local_batch_size 4
 --training.local_batch_size 1073741824 --training.global_batch_size 1073741824
 --training.dtype float8
 --training.max_grad_norm nan
---training.max_grad_norm -inf
 --training.max_grad_norm 0
---training.max_nonfinite_skips -1
---trainig.steps 5
---steps 5
 --job.seed -1
---job.seed 1.5
---job.name ""
---job.name ..
 --job.name a/b
 --job.imports "['no_such_module']"
---job.imports "['../x']"
 --job.imports "['os; import sys']"
 --job.config_file {new}/none.toml
 --job.config_file {new}
---job.config_file ""
 --job.config_file /dev/null
 --recipe.method dmd3
---recipe.method ""
---recipe.method adversarial
 --recipe.family wam
 --recipe.family nobody
 --roles.student.trainable false
 --roles.teacher.trainable true
---roles.student.trainable maybe
 --roles.student.flavor tiny
---roles.student.flavour tiny
 --roles.student.lora.rank 25
 --roles.student.lora.rank -1
---roles.student.lora.alpha nan --roles.student.lora.rank 2
 --roles.student.lora.target_modules "['nothing']" --roles.student.lora.rank 2
---roles.student.attention flash
 --roles.student.attention sparse --sparse_attention.sparsity 1
 --roles.student.optimizer.lr nan
 --roles.student.optimizer.lr inf
 --roles.student.optimizer.lr -0.1
---roles.student.optimizer.lr fast
 --roles.teacher.optimizer.lr 0.1
 --roles.nobody.path {net} --roles.nobody.trainable true
 --roles.student.init_from {net} --roles.student.path {net}
 --roles.critic.path "" --roles.critic.init_from {net}#student
 --roles.critic.path ""
---optimizer.betas "[0.9]"
 --optimizer.betas "[0.9, 1.0]"
---optimizer.betas "[-0.1, 0.9]"
 --optimizer.betas "[nan, 0.9]"
---optimizer.eps -1
 --optimizer.weight_decay nan
---optimizer.weight_decay -1
---optimizer.name muon
---lr_scheduler.warmup_steps -1
---lr_scheduler.decay exponential
---lr_scheduler.min_lr_ratio 2 --lr_scheduler.decay cosine
---lr_scheduler.min_lr_ratio 0.5
 --ema.decay 1.0
 --ema.decay nan
---ema.decay -0.5
 --ema.role teacher
 --ema.role nobody
---ema.start_step -1
 --method_config.guidance_scale nan
 --method_config.guidance_scale inf
---method_config.guidance_scale strong
 --method_config.denoising_steps "[]"
---method_config.denoising_steps "[0.0]"
 --method_config.denoising_steps "[500.0, 1000.0]"
 --method_config.denoising_steps "[1000.0, nan]"
---method_config.denoising_steps "[2000.0, 500.0]"
---method_config.denoising_steps soon
 --method_config.update_ratio 0
---method_config.exclusive true
 --method_config.min_step 980.0 --method_config.max_step 20.0
---method_config.min_step nan
 --method_config.teacher_steps 0
---method_config.teacher_steps -3
---method_config.adversarial_weight -1
 --method_config.adversarial_weight nan
 --method_config.discriminator_depths "[]"
 --method_config.discriminator_depths "[2]"
---method_config.discriminator_depths "[0, 0]"
---method_config.r1_noise 0
---method_config.critic_loss mse
---method_config.tangent_warmup 3
 --pipeline_config.path {new}/none
---pipeline_config.flow_shift 0
 --pipeline_config.flow_shift nan
---pipeline_config.flow_shift inf
---pipeline_config.height 8
---pipeline_config.height 100
 --pipeline_config.height 112
 --pipeline_config.num_frames 16
 --pipeline_config.num_frames 13
---pipeline_config.num_frames -3
---pipeline_config.boundary_ratio 1.5
---pipeline_config.frames_per_block 2
---pipeline_config.image_probability 2
 --pipeline_config_path {new}/none.toml
 --data.path ""
 --data.path {new}/none.parquet
 --data.path {net}
 --data.num_workers 1000000
---data.num_workers -1
 --data.num_workers 1000000 --training.steps 1000000000
---data.max_text_tokens 0
 --data.max_text_tokens 8
 --data.max_text_tokens 1000000000000
---data.max_bad_rows -1
---data.fps 24
 --parallelism.tensor 2
---parallelism.tensor 0
---parallelism.sequence 3
 --parallelism.dp_shard 4
---parallelism.dp_replicate -1
 --parallelism.async_tensor true
---activation_checkpoint.mode some
---activation_checkpoint.selective_interval 2
 --activation_checkpoint.mode full --activation_checkpoint.skip_interval 1
---compile.mode max-autotune-no-cudagraphs
---float8.recipe rowwise
 --float8.enabled true --float8.emulate true --float8.roles "['nobody']"
---checkpoint.interval 0
---checkpoint.keep 0
---checkpoint.mode later
 --validation.enabled perhaps
---validation.fps 0 --validation.enabled true
 --validation.num_videos 200 --validation.enabled true
 --validation.num_prompts 100000000000 --validation.enabled true
---validation.batch_size 0
---validation.interval -1
---metrics.log_interval 0
---metrics.wandb perhaps
---profiling.num_steps 0 --profiling.enabled true
 --profiling.start_step 99 --profiling.enabled true
---comm.init_timeout_seconds 0
 --comm.train_timeout_seconds 99999999999
 """
 """Overrides of the small job."""
@@ -171,16 +97,13 @@ SCORERS = f"""
 RESUMED = "--checkpoint.resume_from latest --job.output_dir {run}"
 RESUME = f"""
 --checkpoint.resume_from {{new}}/none
---checkpoint.resume_from {{net}}
 --checkpoint.resume_from {{run}}
 --checkpoint.resume_from {{run}}/checkpoints/step-00000007
 --checkpoint.resume_from {{run}}/checkpoints/latest#student
 {RESUMED} --job.overwrite true
 {RESUMED} --job.seed 1
 {RESUMED} --training.global_batch_size 4
-{RESUMED} --training.steps 0
 {RESUMED} --ema.decay 0
-{RESUMED} --ema.role critic
 {RESUMED} --method_config.update_ratio 2
 {RESUMED} --roles.student.lora.rank 2
 {RESUMED} --pipeline_config.num_frames 13
@@ -211,7 +134,6 @@ PREPROCESS = f"data preprocess {{new}}/videos --captions {{new}}/captions.csv --
 PAIRS = f"data ode-pairs {KD} --prompts {{new}}/foreign.txt --out {{new}}/x"
 COMMANDS = f"""
 genrate --checkpoint x
-generate
 generate --checkpont {{run}} --prompt x --out {{new}}/x.mp4
 generate --checkpoint {{new}}/none --prompt x --out {{new}}/x.mp4
 generate --checkpoint {{net}} --prompt x --out {{new}}/x.mp4
@@ -220,66 +142,40 @@ generate --checkpoint {{run}}/checkpoints/latest --prompt x --out {{new}}/x.gif
 generate --checkpoint {{run}}/checkpoints/latest --prompt x --out {{new}}
 generate --checkpoint {{run}}/checkpoints/latest --prompt x --out {{new}}/file/x.mp4
 {GENERATE} --role nobody
-{GENERATE} --role teacher
 {GENERATE} --role discriminator
 {GENERATE} --role critic
 {GENERATE} --num-steps 0
 {GENERATE} --num-steps 7
-{GENERATE} --num-steps many
 {GENERATE} --guidance-scale nan
-{GENERATE} --guidance-scale inf
-{GENERATE} --num-frames 16
 {GENERATE} --num-frames 33
-{GENERATE} --num-frames -3
 {GENERATE} --seed -1
-{GENERATE} --sink-frames 3
 {GENERATE} --cache-window-frames -1
 {GENERATE} --image {{new}}/none.png
 {GENERATE} --image {{new}}/file
-checkpoint
-checkpoint lst {{run}}
 checkpoint list {{new}}/none
-checkpoint list {{new}}/file
 checkpoint list {{run}}/checkpoints/step-00000001
-checkpoint verify {{run}}
 checkpoint verify {{net}}
 checkpoint verify {{new}}/none
-checkpoint verify {{new}}/file
 checkpoint export --checkpoint {{run}}/checkpoints/latest --out {{run}}
 checkpoint export --checkpoint {{run}}/checkpoints/latest --out {{new}}/file/x
 {EXPORT} --role nobody
-{EXPORT} --role teacher
 {EXPORT} --role critic --weights ema
-{EXPORT} --dtype float8
 {EXPORT} --pipeline {{net}}
-{EXPORT} --pipeline {{new}}/none
 checkpoint export --checkpoint {{net}} --out {{new}}/x
 checkpoint import {{new}}/none
-checkpoint import {{new}}/file
 checkpoint import {{data}}
 checkpoint import {{net}} --family nobody
 checkpoint reshard {{run}}/checkpoints/latest --out {{new}}/x --num-files 0
-checkpoint reshard {{run}}/checkpoints/latest --out {{new}}/x --num-files many
 checkpoint reshard {{run}}/checkpoints/latest --out {{run}} --num-files 2
-checkpoint reshard {{new}}/none --out {{new}}/x --num-files 2
 checkpoint diff {{run}}/checkpoints/latest {{new}}/none
-checkpoint diff {{run}}/checkpoints/latest {{net}}
-checkpoint diff {{run}}/checkpoints/latest
 plan {{new}}/none.toml
-plan {{new}}/file
-plan {{job}} --training.stepz 3
 plan {{job}} --gpu RTX
 plan {{job}} --parallelism.tensor 3
 data inspect --path {{new}}/none
-data inspect --path {{new}}/file
-data inspect --path {{net}}
 {PREPROCESS} --height 100
-{PREPROCESS} --num-frames 16
 {PREPROCESS} --num-frames 33
 {PREPROCESS} --fps nan
-{PREPROCESS} --fps 0
 {PREPROCESS} --stride -1
-{PREPROCESS} --max-text-tokens 0
 {PREPROCESS} --device gpu
 {PREPROCESS} --family nobody
 data preprocess {{new}}/videos --captions {{new}}/captions.csv --out {{new}}/file {ENCODERS}
@@ -291,11 +187,9 @@ data preprocess {{new}}/videos --captions {{new}}/file --out {{new}}/x {ENCODERS
 data ode-pairs {{new}}/none.toml --prompts {{new}}/foreign.txt --out {{new}}/x
 data ode-pairs {KD} --prompts {{new}}/none.txt --out {{new}}/x
 data ode-pairs {KD} --prompts {{new}}/foreign.txt --out {{new}}/file
-{PAIRS} --num-pairs 0
 {PAIRS} --num-steps 0
 {PAIRS} --times 1234
 {PAIRS} --times nan
-{PAIRS} --solver heun
 {PAIRS} --guidance-scale nan
 {PAIRS} --batch-size 0
 {PAIRS} --seed -1
@@ -305,16 +199,16 @@ data ode-pairs {KD} --prompts {{new}}/foreign.txt --out {{new}}/file
 """Commands with a video of 20 frames and its caption in videos and captions.csv, and a text file named file."""
 
 ENVIRONMENT = {
-    "WORLD_SIZE": ("abc", "0", "-1", "1.5", "", "2"),
-    "RANK": ("1", "x", "-1"),
-    "LOCAL_RANK": ("x", "-1"),
-    "LOCAL_WORLD_SIZE": ("0", "many"),
+    "WORLD_SIZE": ("abc", "0", "", "2"),
+    "RANK": ("1", "x"),
+    "LOCAL_RANK": ("x",),
+    "LOCAL_WORLD_SIZE": ("0",),
 }
 """Variables of ranks, in this process."""
 
 SHELL_ENVIRONMENT = {
-    "NGPU": ("0", "abc", "-1", "1.5", "1 2", "9999999"),
-    "LOG_RANK": ("x", "5", "0,,1", "-1"),
+    "NGPU": ("0", "abc", "-1", "9999999"),
+    "LOG_RANK": ("x", "5"),
     "WORLD_SIZE": ("abc",),
     "CONFIG_FILE": ("none.toml",),
 }
@@ -322,19 +216,15 @@ SHELL_ENVIRONMENT = {
 
 PROMPTS: dict[str, tuple[str, bytes]] = {
     "no lines": ("p.txt", b""),
-    "blank lines": ("p.txt", b"\n \n"),
     "another encoding": ("p.txt", "größe".encode("latin-1")),
     "UTF-16": ("p.txt", "a red circle".encode("utf-16")),
-    "bytes": ("p.txt", bytes(range(256))),
     "an unknown ending": ("p.docx", b"a red circle\n"),
     "CSV without its column": ("p.csv", b"text\na red circle\n"),
     "CSV with an empty prompt": ("p.csv", b'prompt\na red circle\n""\n'),
-    "CSV of a header": ("p.csv", b"prompt\n"),
     "empty CSV": ("p.csv", b""),
     "CSV of bytes": ("p.csv", b"prompt\n\xff\xfe\n"),
     "CSV with an endless field": ("p.csv", b'prompt\n"' + b"x" * 200_000 + b"\n"),
     "JSON lines without the key": ("p.jsonl", b'{"text": "x"}\n'),
-    "JSON lines of lists": ("p.jsonl", b"[1]\n"),
     "JSON lines cut": ("p.jsonl", b'{"caption": "x"\n'),
     "JSON lines of numbers": ("p.jsonl", b'{"caption": 3}\n'),
     "JSON lines nested without end": ("p.jsonl", b"[" * 100_000),
@@ -347,10 +237,8 @@ VIDEOS: dict[str, bytes] = {
     "no rows": b"video,prompt\n",
     "nothing": b"",
     "another encoding": "video,prompt\nvideos/a.mp4,größe\n".encode("latin-1"),
-    "bytes": bytes(range(256)) * 40,
     "a missing video": b"video,prompt\nvideos/none.mp4,x\n",
     "an empty prompt": b"video,prompt\nvideos/a.mp4,\n",
-    "an empty video": b"video,prompt\n,x\n",
     "a folder for a video": b"video,prompt\nvideos,x\n",
     "text for a video": b"video,prompt\nfile,x\n",
     "a cut video": b"video,prompt\ncut.mp4,x\n",
@@ -368,11 +256,8 @@ TOML: dict[str, bytes] = {
     "empty": b"",
     "not TOML": b"job = {",
     "UTF-16": "[job]\nname = 'x'\n".encode("utf-16"),
-    "zeros": bytes(4096),
     "a key twice": b"[job]\nname = 'x'\nname = 'y'\n",
     "an array of tables": b"[[job]]\nname = 'x'\n",
     "nested without end": b"a = " + b"[" * 100_000,
-    "YAML": b"job:\n  name: x\n",
-    "another encoding": "[job]\nname = 'größe'\n".encode("latin-1"),
     "no method": b"[job]\nname = 'x'\n",
 }
