@@ -102,7 +102,7 @@ def _children() -> list[int]:
 def _catches(pid: int, number: int) -> bool:
     """Whether a process has a handler for a signal, and will not die of it. True for a process that has ended."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return True
     caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")

@@ -120,7 +120,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def wait_for_checkpoint(folder: Path, job: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 400
     while not saved_steps(folder):
         assert job.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)

@@ -88,6 +88,8 @@ def test_a_video_is_made_and_the_payload_does_not_run(
 ) -> None:
     assert generate(foreign, tmp_path / "video.mp4") == 0
     assert (tmp_path / "video.mp4").is_file() and not (foreign / "it_ran").exists()
+    # Its configuration names the folder in which it was trained: nothing is written there.
+    assert list((foreign / "cache").iterdir()) and not (RUN / "cache").exists()
     assert "Not imported, because nothing here needs it: payload of job.imports" in caplog.text
     assert export(foreign, tmp_path / "exported") == 0
     assert not (foreign / "it_ran").exists()

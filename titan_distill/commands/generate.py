@@ -127,6 +127,7 @@ def load_role(
             f"{checkpoint} lies in no run folder: {config_file} is missing; keep checkpoints below their run"
         )
     overrides = [f"--pipeline_config.{name}={value}" for name, value in pipeline.items() if value is not None]
+    overrides.append(f"--job.output_dir={config_file.parent}")  # the run may have moved, or be somebody else's
     config = load_config(["--job.config_file", str(config_file), *overrides], trusted)
     manifest = read_manifest(checkpoint)
     trained = trained_role(checkpoint, manifest, role)

@@ -128,7 +128,7 @@ def check_identity(out: Path, settings: Mapping[str, Any]) -> None:
     try:
         found = dict(parse_json(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} can't be read ({error}); remove the folder, or choose another --out") from error
+        raise ValueError(f"{file} can't be read ({error}); choose another --out") from error
     if not PATHS.keys() <= found.keys():
         raise ValueError(
             f"{file} is of an earlier version and does not say which weights and prompts made the pairs; choose "

@@ -126,5 +126,5 @@ def _error(failure: ProcessFailure) -> tuple[str, str]:
 def _last_step(attempt: Path) -> int:
     """Returns the largest step that a rank of this machine has completed: in a step, all have completed the one before
     it."""
-    steps = [path.read_text() for path in attempt.glob(f"*/{STEP_FILE}")]
+    steps = [path.read_text(encoding="utf-8") for path in attempt.glob(f"*/{STEP_FILE}")]
     return max((int(step) for step in steps if step.strip()), default=0)

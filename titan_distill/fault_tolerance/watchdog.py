@@ -329,7 +329,7 @@ def _up_to_date(some: Mapping[int, Beat], beats: Mapping[int, Beat]) -> dict[int
 def _is_alive(pid: int) -> bool:
     """Whether a process of this machine exists and has not ended. A stopped process has not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 
