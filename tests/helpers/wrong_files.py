@@ -200,18 +200,17 @@ TRANSFORMER: dict[str, Damage] = {
     "a pickle": _original("diffusion_pytorch_model.bin"),
 }
 ENCODER: dict[str, Damage] = {
-    "an unknown architecture": _config(model_type="mine", architectures=["Mine"]),
     "words for layers": _config(num_layers="two"),
     "another width": _config(d_model=96),
     "more layers than stored": _config(num_layers=3),
     "no heads": _config(num_heads=0),
 }
 VAE: dict[str, Damage] = {
-    "another class": _config(_class_name="AutoencoderKL"),
     "words for a width": _config(base_dim="sixteen"),
     "another width": _config(base_dim=32),
     "fewer means than channels": _config(latents_mean=[0.0]),
     "deviations of zero": _config(latents_std=[0.0] * 16),
+    "means of words": _config(latents_mean=["0"] * 16),
     "means that are null": _config(latents_mean=None),
 }
 TOKENIZER: dict[str, Damage] = {

@@ -176,6 +176,7 @@ data inspect --path {{new}}/none
 {PREPROCESS} --num-frames 33
 {PREPROCESS} --fps nan
 {PREPROCESS} --stride -1
+{PREPROCESS} --max-text-tokens 0
 {PREPROCESS} --device gpu
 {PREPROCESS} --family nobody
 data preprocess {{new}}/videos --captions {{new}}/captions.csv --out {{new}}/file {ENCODERS}
@@ -193,6 +194,7 @@ data ode-pairs {KD} --prompts {{new}}/foreign.txt --out {{new}}/file
 {PAIRS} --guidance-scale nan
 {PAIRS} --batch-size 0
 {PAIRS} --seed -1
+{PAIRS} --num-pairs 0
 {PAIRS} --teacher {{new}}/none
 {PAIRS} --teacher {{pipe}}/vae
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import wrong_files
 from runs import REPOSITORY, TINY_WAN
+from tiny_media import write_video
 
 from titan_distill import cli
 from titan_distill.checkpoint.diffusers_folder import read_json
@@ -16,6 +18,7 @@ from titan_distill.checkpoint.manifest import CheckpointDamaged, read_manifest
 from titan_distill.fault_tolerance.files import parse_json
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.text_encoder import TextEncoder
+from titan_distill.models.wan.vae import load_vae
 
 RUN = REPOSITORY / "tests" / "assets" / "version_0_1" / "run"
 TOO_DEEP = "[" * 100_000
@@ -95,6 +98,45 @@ def test_arguments(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -
     assert leaving.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert lines == [f"error: wrong arguments, as shown above; {WRONG_ARGUMENTS[words]} lists the right ones"]
+
+
+STATISTICS: dict[str, dict[str, Any]] = {
+    "fewer than channels": {"latents_mean": [0.0]},
+    "null": {"latents_mean": None},
+    "a number": {"latents_std": 3},
+    "words": {"latents_mean": ["0"] * 16},
+    "zero deviation": {"latents_std": [1.0] * 15 + [0.0]},
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_of_a_vae(name: str, tmp_path: Path) -> None:
+    """Zeros made every decoded video the same."""
+    folder = Path(shutil.copytree(TINY_WAN / "vae", tmp_path / "vae"))
+    config = json.loads((folder / "config.json").read_text()) | STATISTICS[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json has latents_\w+ = .*, which must be 16 finite numbers"):
+        load_vae(tmp_path, "cpu")
+
+
+PREPROCESS = {
+    ("--max-text-tokens", "0"): "--max-text-tokens 0 leaves no text; choose 1 or more",
+    ("--device", "gpu"): "--device 'gpu' is none of this machine's, which has cpu and ",
+    ("--device", "cuda:99"): "--device 'cuda:99' is none of this machine's, which has cpu and ",
+}
+
+
+@pytest.mark.parametrize("words", PREPROCESS, ids=" ".join)
+def test_preprocess(words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(tmp_path / "videos/a.mp4", 20)
+    (tmp_path / "captions.csv").write_text("file_name,caption\na.mp4,x\n")
+    folders = ["--out", str(tmp_path / "out"), "--vae", str(TINY_WAN), "--text-encoder", str(TINY_WAN)]
+    captions = ["--captions", str(tmp_path / "captions.csv")]
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["data", "preprocess", str(tmp_path / "videos"), *captions, *folders, *words])
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {PREPROCESS[words]}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_negative_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,11 +66,9 @@ def generate(
         trust_imports: Modules of the run's job.imports to import although they are not part of titan_distill. Importing
             a module runs its code. Default: none.
     """
-    if seed < 0:
-        raise ValueError(f"--seed {seed} is negative; choose 0 or more")
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the video should show")
-    check_options(num_steps, guidance_scale)
+    check_options(num_steps, guidance_scale, seed)
     probe_file(out, "--out", (".mp4",))
     device = default_device()
     pipeline = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}
