@@ -351,9 +351,7 @@ def _outside(content: dict[str, Any]) -> None:
 CHECKPOINT: dict[str, Damage] = {
     "no manifest": _checkpoint(lambda path: (path / MANIFEST_NAME).unlink()),
     **{
-        f"manifest {what}": _checkpoint(
-            partial(lambda path, content: _replace(path / MANIFEST_NAME, content), content=content)
-        )
+        f"manifest {what}": _checkpoint(written(MANIFEST_NAME, content))
         for what, content in {
             "empty": b"",
             "cut": b'{"step": 1',
@@ -372,6 +370,8 @@ CHECKPOINT: dict[str, Damage] = {
     "manifest without files": _manifest(lambda content: content.update(files={})),
     "manifest with files of words": _manifest(lambda content: content.update(files="all")),
     "manifest that leads out": _manifest(_outside),
+    "manifest of another run": _manifest(lambda content: content.update(run="0" * 32)),
+    "manifest of weights only": _manifest(lambda content: content.update(weights_only=True)),
     "index missing": _checkpoint(lambda path: (path / ".metadata").unlink()),
     "index cut": _index(lambda content: content[:99]),
     "index of other bytes": _index(lambda content: b"\x80" * len(content)),

@@ -8,11 +8,12 @@ small pipeline, `{data}` of rows that fit; `{new}` is the case's own folder.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -21,6 +22,8 @@ import wrong_tables as tables
 from runs import REPOSITORY, TINY_SHAPES, TINY_WAN
 from tiny_media import write_video
 from wrong_files import Damage
+
+from titan_distill.fault_tolerance import run_lock
 
 NUM_CASES = 400
 VERSION_0_1 = REPOSITORY / "tests" / "assets" / "version_0_1"
@@ -104,6 +107,12 @@ def _beside_videos(content: bytes) -> Damage:
     return damage
 
 
+def _lock(folder: Path) -> None:
+    """Locks a run folder for this process, which lives."""
+    (folder / "used").mkdir()
+    (folder / "used" / run_lock.NAME).write_text(json.dumps(asdict(run_lock.Owner.current())))
+
+
 def _damaged(kind: str, program: str, line: str, place: str, damages: dict[str, Damage]) -> Iterator[Case]:
     for what, damage in damages.items():
         yield Case(f"{kind}: {what}", program, line, lambda folder, damage=damage: damage(folder / place))
@@ -157,6 +166,7 @@ def cases() -> list[Case]:
         *_lines("scorer", TRAIN, tables.SCORERS),
         *_lines("resume", TRAIN, tables.RESUME),
         *_lines("output", TRAIN, tables.OUTPUT),
+        Case("output: a folder in use", TRAIN, "--job.output_dir {new}/used", _lock),
         *_lines("command", COMMAND, tables.COMMANDS),
         *(
             Case(f"environment: {program} with {name}={value!r}", program, environment={name: value})

@@ -33,7 +33,6 @@ CONFIGURATION = r"""
 --roles.student.lora.target_modules "['nothing']" --roles.student.lora.rank 2
 --roles.student.attention sparse --sparse_attention.sparsity 1
 --roles.student.optimizer.lr nan
---roles.student.optimizer.lr inf
 --roles.student.optimizer.lr -0.1
 --roles.teacher.optimizer.lr 0.1
 --roles.nobody.path {net} --roles.nobody.trainable true
@@ -41,7 +40,6 @@ CONFIGURATION = r"""
 --roles.critic.path "" --roles.critic.init_from {net}#student
 --roles.critic.path ""
 --optimizer.betas "[0.9, 1.0]"
---optimizer.betas "[nan, 0.9]"
 --optimizer.weight_decay nan
 --ema.decay 1.0
 --ema.decay nan
@@ -117,7 +115,6 @@ RESUME = f"""
 
 OUTPUT = r"""
 --job.output_dir {new}/file
---job.output_dir {new}/file/run
 --job.output_dir /proc/nowhere/run
 --job.output_dir /sys/run
 --job.output_dir /dev/null

@@ -18,6 +18,7 @@ from wrong_inputs import COMMAND, JOB, SHELL, Case, cases
 
 from titan_distill import cli, train
 from titan_distill.config.loading import load_config
+from titan_distill.fault_tolerance import run_lock
 from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT
 
 CASES = cases()
@@ -81,7 +82,7 @@ def faults(case: Case, folder: Path, trained: Path, capfd: pytest.CaptureFixture
         ),
         f"changed {changed}": bool(changed),
         f"wrote {new}": bool(new),
-        "a lock that is left": any(folder.rglob("*.lock")),
+        "a lock that is left": any(name.endswith(run_lock.NAME) for name in after.keys() - before.keys()),
         f"processes that are left: {child_processes() - children}": bool(child_processes() - children),
         "a process group that is left": dist.is_initialized(),
     }
