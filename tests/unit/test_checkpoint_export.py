@@ -111,7 +111,7 @@ def test_dtype_is_that_of_the_file(checkpoint: Path, tmp_path: Path) -> None:
         ({"role": "studnet"}, "has no role 'studnet'; it has student, critic"),
         ({"role": "teacher"}, "role 'teacher' is frozen.*weights/teacher"),
         ({"role": "critic", "weights": "ema"}, "has no EMA of 'critic'"),
-        ({"pipeline": Path("nowhere")}, "nowhere is not a diffusers pipeline"),
+        ({"pipeline": Path("nowhere")}, r"nowhere \(seen from .*\) is not a diffusers pipeline"),
     ],
 )
 def test_wrong_requests_are_one_sentence_and_leave_nothing(

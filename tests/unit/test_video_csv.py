@@ -281,7 +281,8 @@ def test_generate_starts_from_a_picture(
     with pytest.raises(SystemExit) as leaving:
         generate("--image", str(tmp_path / "absent.png"))
     assert leaving.value.code == 2
-    assert "error: there is no picture" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: --image = ") and "there is no picture" in shown
 
 
 def test_an_exported_student_is_a_ti2v_pipeline(run: Path, pipeline: Path, tmp_path: Path) -> None:
