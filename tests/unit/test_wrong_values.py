@@ -72,9 +72,12 @@ def test_network(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", TOO_DEEP, '{"tokenizer_class": "MyTokenizer"}'], ids=["empty", "deep", "class"]
+    "content",
+    ["", TOO_DEEP, '{"tokenizer_class": "MyTokenizer"}', '{"tokenizer_class": "T5Tokenizer"}'],
+    ids=["empty", "deep", "unknown", "without vocabulary"],
 )
 def test_tokenizer(content: str, tmp_path: Path) -> None:
+    """The last one loads, knows no words, and would make the same embedding of every prompt."""
     (tmp_path / "tokenizer_config.json").write_text(content)
     encoder = TextEncoder(TINY_WAN, tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path} cannot be loaded .*; copy it again") as raised:

@@ -126,7 +126,12 @@ class TextEncoder:
         from transformers import AutoTokenizer
 
         with library_loads(self._tokenizer_folder, "tokenizer_config.json"):
-            return AutoTokenizer.from_pretrained(self._tokenizer_folder, local_files_only=True, trust_remote_code=False)
+            folder = self._tokenizer_folder
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            vocabularies = tokenizer.vocab_files_names.values()  # without any, the library knows special tokens only
+            if vocabularies and not any((folder / name).is_file() for name in vocabularies):
+                raise ValueError(f"there is none of {', '.join(vocabularies)}")
+        return tokenizer
 
     @functools.cached_property
     def _model(self) -> Any:
