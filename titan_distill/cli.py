@@ -167,6 +167,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except SystemExit as leaving:
+        if leaving.code == EXIT_BAD_INPUT:  # a table says what
+            program = " ".join(["titan-distill", *(arguments[:1] if command else [])])
+            print(f"error: wrong arguments, as shown above; {program} --help lists the right ones", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

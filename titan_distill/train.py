@@ -267,9 +267,6 @@ def assemble(
     # Before the weights, which take longer, and before config.toml is replaced.
     dataset = open_inputs(run)
     resume = ranks.on_rank_zero(lambda: _check_resume(config, dataset))
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     layouts = build_layouts(run, world)
     roles = build_roles(run, layouts, world.device)
     adapter = run.family.build_adapter(world.device, layouts)
@@ -277,6 +274,9 @@ def assemble(
     method = run.method(config.method_config, roles, adapter, KeyedNoise(config.job.seed), timer)
     add_optimizers(config, roles, method)
     checkpoints, state = _resume(run, resume, roles, dataset, world.device, lock)
+    if world.is_main:  # now that all is read: a refused resume leaves the file of the run as it is
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     if watchdog is not None:
         watchdog.step = state.step
     validator = None

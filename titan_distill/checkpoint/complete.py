@@ -93,11 +93,11 @@ def load_complete(
     own = {name.removeprefix(prefix): name for name in found.shapes if not (unused and re.search(unused, name))}
     if present := next((name for name in tied if name in own), None):
         own |= {name: own[present] for name in tied if name not in own}
-    with torch.device("meta"), _library_loads(folder):
+    with torch.device("meta"), library_loads(folder):
         needed = {name.removeprefix(prefix): tensor.shape for name, tensor in build().state_dict().items()}
     check_tensors(str(found.source), needed, {name: found.shapes[stored] for name, stored in own.items()})
     check_dtypes(found, sorted(set(own.values())))
-    with _library_loads(folder):
+    with library_loads(folder):
         network = load()
     for name, tensor in network.state_dict().items():
         _check_loaded(name, tensor, found, own[name.removeprefix(prefix)])
@@ -105,16 +105,17 @@ def load_complete(
 
 
 @contextmanager
-def _library_loads(folder: Path) -> Iterator[None]:
+def library_loads(folder: Path, files: str = f"{CONFIG_NAME} and index") -> Iterator[None]:
     """Turns errors of a library about a file that says what it does not expect into one sentence."""
     try:
         yield
-    except (RuntimeError, MemoryError, ImportError, AssertionError):  # of the machine rather than of the file
-        raise
     except Exception as error:
+        of_machine = isinstance(error, (RuntimeError, MemoryError, ImportError, AssertionError))
+        if of_machine and not isinstance(error, RecursionError):  # a file can be nested too deeply
+            raise
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{folder} cannot be loaded ({type(error).__name__}: {reason}); copy it again, with {CONFIG_NAME} and index"
+            f"{folder} cannot be loaded ({type(error).__name__}: {reason}); copy it again, with {files}"
         ) from error
 
 

@@ -9,7 +9,6 @@ model.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from titan_distill.fault_tolerance.files import is_bare
+from titan_distill.fault_tolerance.files import is_bare, parse_json
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -152,9 +151,9 @@ def read_json(path: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=32)
 def _parse(path: Path, mtime_ns: int, num_bytes: int) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}; copy it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
+        raise ValueError(f"{path} must hold a JSON object; copy it again")
     return content

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_distill.fault_tolerance.files import FileRecord, is_bare, record_file
+from titan_distill.fault_tolerance.files import FileRecord, is_bare, parse_json, record_file
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -121,7 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointDamaged(f"{path} is missing, so {folder.name} is not a complete checkpoint")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         version, digest = content["format_version"], content.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointDamaged(f"{path} is damaged: it is not the JSON object that was written") from error
@@ -132,7 +132,10 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if digest != _digest(content):
         raise CheckpointDamaged(f"{path} is damaged or was edited: its digest does not match its contents")
-    manifest = _from_json(content)
+    try:
+        manifest = _from_json(content)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointDamaged(f"{path} is damaged: its values are not those of a checkpoint ({error})") from error
     # A digest is no signature: whoever makes a manifest makes its digest, too.
     for name in (*manifest.files, *(module for role in manifest.trained.values() for module in role.modules)):
         if not is_bare(name):
@@ -153,7 +156,15 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         "files": {name: FileRecord(**record) for name, record in files.items()},
         "data": None if content.get("data") is None else DataRecord(**content["data"]),
     }
-    return Manifest(**{**content, **nested})
+    manifest = Manifest(**{**content, **nested})
+    for name, least in (("step", 0), ("samples_seen", 0), ("seed", 0), ("world_size", 1)):
+        value = getattr(manifest, name)
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} = {value!r}, which must be a whole number of at least {least}")
+    for name in ("trained", "files"):
+        if not getattr(manifest, name):
+            raise ValueError(f"{name} is empty")
+    return manifest
 
 
 def _digest(content: dict[str, Any]) -> str:

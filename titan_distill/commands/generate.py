@@ -68,7 +68,7 @@ def generate(
     """
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the video should show")
-    check_options(num_steps, guidance_scale)
+    check_options(num_steps, guidance_scale, seed)
     probe_file(out, "--out", (".mp4",))
     device = default_device()
     pipeline = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}

@@ -94,7 +94,7 @@ def ode_pairs(options: OdePairsOptions) -> str:
         ValueError: a timestep that is not on the solver's grid (before anything is built or computed), a job that says
             too little, a folder with other pairs, prompts or weights that can't be read.
     """
-    check_options(options.num_steps, options.guidance_scale)
+    check_options(options.num_steps, options.guidance_scale, options.seed)
     config = with_teacher(load_config(["--job.config_file", str(options.config)]), options.teacher)
     shift = config.pipeline_config.flow_shift
     request = trajectory_request(config, options)

@@ -24,7 +24,7 @@ from titan_distill.config.text import to_dict
 from titan_distill.data.parquet import LatentRow, ParquetDataset, parquet_files, read_captions
 from titan_distill.diffusion.noise import NOISE_VERSION
 from titan_distill.diffusion.requests import TrajectoryRequest
-from titan_distill.fault_tolerance.files import atomic
+from titan_distill.fault_tolerance.files import atomic, parse_json
 from titan_distill.models.base import ModelFamily
 
 SETTINGS = "ode_pairs.json"
@@ -126,7 +126,7 @@ def check_identity(out: Path, settings: Mapping[str, Any]) -> None:
     if not file.is_file():
         raise ValueError(f"{out} holds parquet files that are no pairs ({SETTINGS} is missing); choose another --out")
     try:
-        found = dict(json.loads(file.read_text(encoding="utf-8")))
+        found = dict(parse_json(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} can't be read ({error}); choose another --out") from error
     if not PATHS.keys() <= found.keys():

@@ -91,13 +91,27 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
             raise ValueError(f"--{name.replace('_', '-')} {value:g} is not positive: leave it out for the default")
     if config.fps is not None and config.fps > MAX_FPS:
         raise ValueError(f"--fps {config.fps:g} repeats every frame without end; choose at most {MAX_FPS}")
-    device = default_device() if config.device is None else torch.device(config.device)
+    if config.max_text_tokens < 1:
+        raise ValueError(f"--max-text-tokens {config.max_text_tokens} leaves no text; choose 1 or more")
+    device = _device(config.device)
     probe_folder(config.out, "--out")
     with RunLock(config.out):
         encoder = model_family(config.family).footage_encoder(config, device)
         encoder.check_size(config.num_frames, config.height, config.width)
         write_rows(output, _rows(config, videos, captions, encoder))
     return inspect(output)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return default_device()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the second is "not compiled with CUDA"
+        raise ValueError(
+            f"--device {name!r} is none of this machine's, which has cpu and {torch.cuda.device_count()} GPUs (cuda:0 "
+            "is the first); leave it out for the default"
+        ) from error
 
 
 def read_captions(path: Path) -> dict[str, str]:

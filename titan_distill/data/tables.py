@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from titan_distill.fault_tolerance.files import parse_json
 
 
 def read_text(path: Path) -> str:
@@ -53,8 +54,8 @@ def read_jsonl(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, dict[str,
     """
     for where, line in read_lines(path):
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            entry = parse_json(line)
+        except ValueError as error:
             raise ValueError(f"{where}: not JSON ({error})") from error
         if not isinstance(entry, dict):
             raise ValueError(f"{where}: expected a JSON object with {' and '.join(keys)}, found {line[:80]!r}")

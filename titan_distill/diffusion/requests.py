@@ -54,8 +54,10 @@ class TrajectoryRequest:
     """Classifier-free guidance in the standard form."""
 
 
-def check_options(num_steps: int | None, guidance_scale: float | None) -> None:
-    """Raises ValueError for values of --num-steps and --guidance-scale that cannot be sampled with."""
+def check_options(num_steps: int | None, guidance_scale: float | None, seed: int) -> None:
+    """Raises ValueError for values of --num-steps, --guidance-scale and --seed that cannot be sampled with."""
+    if seed < 0:
+        raise ValueError(f"--seed {seed} is negative; choose 0 or more")
     if num_steps is not None and not 1 <= num_steps <= MAX_STEPS:
         raise ValueError(f"--num-steps {num_steps} is out of range; choose 1 to {MAX_STEPS}")
     if guidance_scale is not None and not abs(guidance_scale) <= MAX_GUIDANCE:  # nan is neither

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import stat
@@ -21,6 +22,14 @@ _PIECE_BYTES = 8 << 20
 _OVERLAP_BYTES = 128 << 10
 """Smallest write, in bytes, that is hashed on a second thread. For smaller writes, starting the thread costs more time
 than it saves."""
+
+
+def parse_json(text: str) -> Any:
+    """Returns the value of a JSON text. Raises ValueError for other text, and for values that are nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its values are nested too deeply") from error
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from titan_distill.fault_tolerance.files import atomic
+from titan_distill.fault_tolerance.files import atomic, parse_json
 from titan_distill.fault_tolerance.run_lock import NAME as LOCK
 
 NAME = "run.json"
@@ -54,7 +54,7 @@ def read_run(folder: Path) -> Run | None:
     """
     path = folder / NAME
     try:
-        return Run(**json.loads(path.read_text(encoding="utf-8")))
+        return Run(**parse_json(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from titan_distill.fault_tolerance.files import atomic
+from titan_distill.fault_tolerance.files import atomic, parse_json
 from titan_distill.fault_tolerance.ranks import RankFailure
 
 NAME = "run.lock"
@@ -218,7 +218,7 @@ def _in_use(path: Path, owner: Owner | None, remedy: str) -> ValueError:
 def read_owner(path: Path) -> Owner | None:
     """The owner that a lock file names; None for a file that is missing or incomplete."""
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+        return Owner(**parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 DIFFUSERS_CLASS_NAME = "WanTransformer3DModel"
 
@@ -62,8 +63,9 @@ class WanConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _check_positive(field.name, getattr(self, field.name))
+        for name, kind in get_type_hints(type(self)).items():
+            _check_kind(name, getattr(self, name), kind)
+            _check_positive(name, getattr(self, name))
         if len(self.patch_size) != 3:
             raise ValueError(f"patch_size {self.patch_size} must have three entries (frames, height, width)")
         if self.attention_head_dim % 2 or self.attention_head_dim < 6:
@@ -104,7 +106,8 @@ class WanConfig:
         if unknown:
             raise ValueError(f"config has keys that no Wan transformer reads: {', '.join(unknown)}")
         if "patch_size" in values:
-            values["patch_size"] = tuple(values["patch_size"])
+            sizes = values["patch_size"]
+            values["patch_size"] = tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes,)
         if values.get("out_channels", 0) is None:  # diffusers' way to say "as many as come in"
             values["out_channels"] = values.get("in_channels", cls.in_channels)
         return cls(**values)
@@ -116,6 +119,14 @@ class WanConfig:
             if not values[name]:
                 del values[name]
         return {"_class_name": DIFFUSERS_CLASS_NAME, **values, "patch_size": list(self.patch_size)}
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    kinds = get_args(kind) or (kind,)
+    for item in value if isinstance(value, tuple) else (value,):
+        if type(item) not in kinds and not (kind is float and type(item) is int):
+            wanted = " or ".join("null" if other is NoneType else other.__name__ for other in dict.fromkeys(kinds))
+            raise ValueError(f"{name} {value!r} must be {wanted}; copy config.json again")
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -8,12 +8,12 @@ published VAE with the channels of the networks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from titan_distill.config.parsing import nearest_multiples
+from titan_distill.fault_tolerance.files import parse_json
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.tokens import Grid, token_grid
 
@@ -75,7 +75,7 @@ def find_latent_space(pipeline: str, channels: Callable[[], int]) -> LatentSpace
     file = Path(pipeline) / "vae" / "config.json"
     if pipeline and file.is_file():
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = parse_json(file.read_text(encoding="utf-8"))
             # Diffusers' own defaults, for the keys that a config leaves out.
             defaults = {"z_dim": 16, "scale_factor_temporal": 4, "scale_factor_spatial": 8}
             return LatentSpace(*(int(config.get(key, default)) for key, default in defaults.items()))

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from titan_distill.checkpoint.complete import load_complete
+from titan_distill.checkpoint.complete import library_loads, load_complete
 from titan_distill.checkpoint.diffusers_folder import TRANSFORMERS_WEIGHTS_NAME
 from titan_distill.fault_tolerance.files import atomic, fingerprint, with_umask_mode
 from titan_distill.models.wan.original import open_part
@@ -125,7 +125,13 @@ class TextEncoder:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._tokenizer_folder, local_files_only=True, trust_remote_code=False)
+        with library_loads(self._tokenizer_folder, "tokenizer_config.json"):
+            folder = self._tokenizer_folder
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            vocabularies = tokenizer.vocab_files_names.values()  # without any, the library knows special tokens only
+            if vocabularies and not any((folder / name).is_file() for name in vocabularies):
+                raise ValueError(f"there is none of {', '.join(vocabularies)}")
+        return tokenizer
 
     @functools.cached_property
     def _model(self) -> Any:

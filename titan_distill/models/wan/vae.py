@@ -6,6 +6,7 @@ the statistics of the VAE's config, [B, C, F, H, W].
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,21 @@ def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype = torch.
         lambda: kind.from_config(kind.load_config(folder, **local)),
         lambda: kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **local),
     )
+    _check_statistics(vae, folder)
     return vae.requires_grad_(False).eval().to(device)
+
+
+def _check_statistics(vae: AutoencoderKLWan, folder: Path) -> None:
+    for name, least in (("latents_mean", -math.inf), ("latents_std", 0.0)):
+        values = vae.config[name]
+        found = values if isinstance(values, (list, tuple)) else []
+        numbers = [value for value in found if isinstance(value, (int, float)) and least < value < math.inf]
+        if not len(numbers) == len(found) == vae.config.z_dim:
+            above = "" if least < 0 else " above 0"
+            raise ValueError(
+                f"{folder / 'config.json'} has {name} = {values}, which must be {vae.config.z_dim} finite "
+                f"numbers{above}, one per channel; copy it again"
+            )
 
 
 def vae_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
