@@ -17,10 +17,11 @@ from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from titan_distill import cli
 from titan_distill.config.loading import load_config
-from titan_distill.data.parquet import ParquetDataset
+from titan_distill.data.parquet import LatentRow, ParquetDataset
 from titan_distill.diffusion import sampler
 from titan_distill.models.base import Guidance
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, needed_tensors, with_channels
+from titan_distill.models.wan.rows import check_row
 from titan_distill.models.wan.vae import load_vae
 from titan_distill.parallelisms.mesh import World
 from titan_distill.resolve import resolve
@@ -184,7 +185,8 @@ def test_what_is_missing_is_one_sentence(
     prompts.write_text("a disc\n")
     words = f"--validation.enabled true --validation.prompts {prompts} --validation.scorer none"
     assert main(arguments("dmd2", pipeline, data, tmp_path / "b", *words.split())) == 2
-    assert "holds no embeddings; set validation.prompts" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "holds no embeddings; set validation.prompts" in shown and not shown.startswith("error: validation.prompts")
     with pytest.raises(ValueError, match="a first and a last frame are not supported"):
         needed_tensors([replace(CONFIG, pos_embed_seq_len=10)])
 
@@ -197,3 +199,12 @@ def test_preprocess_refuses_an_encoder_without_pictures(data: Path, capsys: pyte
              "--text-encoder", "t", "--out", str(footage / "other"), "--image-encoder", "x"]
         )  # fmt: skip
     assert "has no effect without --images" in capsys.readouterr().err
+
+
+def test_a_picture_of_another_number_of_frames_is_a_bad_row() -> None:
+    """Like the latent of its video. Rows of both lengths do not fit into one batch."""
+    row = LatentRow("0", "a", torch.zeros(3, 16), extra={LATENT: torch.zeros(16, 3, 4, 4)})
+    check_row((16, 3, 4, 4), 16, None, row)
+    for frames in (2, 4):
+        with pytest.raises(ValueError, match=rf"image_latent of \[16, 3, 4, 4\], but .* make \[16, {frames}, 4, 4\]"):
+            check_row((16, frames, 4, 4), 16, None, row)

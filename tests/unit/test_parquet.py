@@ -432,3 +432,12 @@ def test_bad_further_tensor_is_named_with_file_and_row(tmp_path: Path, fault: st
     assert summary.extra == {"trajectory [3, 4, 2, 3, 5] float16": 5, "timesteps [3] float32": 5}
     assert len(summary.bad_rows) == 1 and re.search(message, summary.bad_rows[0])
     assert "trajectory [3, 4, 2, 3, 5] float16: 5 rows" in str(summary)
+
+
+def test_first_rows_that_are_all_bad_are_no_data_of_this_run(tmp_path: Path) -> None:
+    """However many are tolerated: training would end at the first bad row beyond them."""
+    with pytest.raises(BadRowError, match=r"a\.parquet, row 0: vae_latent_dtype"):
+        bad_dataset(tmp_path, set(range(10)), max_bad_rows=100).check_first_rows()
+    most = bad_dataset(tmp_path, {0, 1, 2}, max_bad_rows=3)
+    most.check_first_rows()
+    assert sorted(most.bad_rows) == [0, 1, 2]

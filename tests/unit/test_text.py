@@ -90,3 +90,15 @@ def test_damaged_cache_is_named(pipeline_folder: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=rf"{file.name} is damaged .*: remove it"):
         encoder.cached_embedding("blurry", 32, tmp_path)
+
+
+def test_an_embedding_that_cannot_be_kept_is_computed(
+    pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file in the way stands for a folder of which the user is only a reader, which root writes to all the same."""
+    (tmp_path / "run").touch()
+    encoder = TextEncoder(pipeline_folder)
+    found = [encoder.cached_embedding(prompt, 32, tmp_path / "run" / "cache") for prompt in ("blurry", "grey")]
+    assert torch.equal(torch.stack(found), encoder.encode(["blurry", "grey"], 32))
+    (line,) = [record.message for record in caplog.records if "not kept" in record.message]
+    assert "\n" not in line and str(tmp_path / "run") in line

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from runs import REPOSITORY, tiny_argv
+from runs import REPOSITORY, TINY_WAN, tiny_argv
+from small_checkpoints import write_weights_only
 
-from titan_distill.checkpoint.diffusers_folder import network_folder
+from titan_distill.checkpoint.diffusers_folder import network_folder, open_folder
 from titan_distill.config.degrees import resolve_layout
 from titan_distill.config.loading import load_config
 from titan_distill.models.base import model_family
@@ -44,3 +45,18 @@ def test_each_stored_configuration_is_read_once(tmp_path: Path, monkeypatch: pyt
         f"find_latent_space {config.pipeline_config.path}": 1,
         **{f"read_config {network_folder(Path(folder))}": 1 for folder in weights},
     }
+
+
+def test_no_network_is_built_for_a_role_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors are compared when they are read; a 14B network takes seconds even without memory."""
+    monkeypatch.chdir(REPOSITORY)
+    source = open_folder(TINY_WAN)
+    step = tmp_path / "other" / "checkpoints" / "step-00000001"
+    tensors = {name: source.read(name).clone() for name in source.shapes}
+    write_weights_only(step, {"transformer": tensors}, source.architecture)
+    start = ("--roles.student.path", "", "--roles.student.init_from", f"{step}#student")
+    family = model_family("wan")(load_config([*tiny_argv("finetune", tmp_path / "run"), *start]))
+    built: list[Any] = []
+    monkeypatch.setattr(plugin, "empty_transformer", lambda *arguments: built.append(arguments))
+    family.check_files()
+    assert built == []

@@ -62,15 +62,17 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         """Indices of the rows that `check_first_rows` reads: few, so that they take seconds."""
 
     def check_first_rows(self) -> None:
-        """Reads the first rows. Raises `BadRowError` if more of them are bad than are tolerated."""
+        """Reads the first rows. Raises `BadRowError` if more of them are bad than are tolerated, or all of several."""
         faults: dict[int, BadRowError] = {}
         for index in self.first_rows:
             try:
                 self.read(index)
             except BadRowError as error:
                 faults[index] = error
-        if len(faults) == len(self.first_rows) > (self._max_bad_rows or 0):
-            raise next(iter(faults.values()))  # data for another run, in which there is no good row to go on with
+        # Several rows that are all bad, or the only one, are data for another run, in which no good row is left to go on
+        # with: it would end at the first bad row beyond those tolerated.
+        if faults and len(faults) == len(self.first_rows) and (len(faults) > 1 or len(self) == 1):
+            raise next(iter(faults.values()))
         for index, fault in faults.items():
             self._tolerate(index, fault)
 

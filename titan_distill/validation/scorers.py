@@ -34,13 +34,16 @@ def scorer(name: str) -> Scorer:
     return lookup(SCORERS, name)
 
 
+def prompts_path(config: Config) -> str:
+    """Returns the file of the validation's prompts."""
+    return config.validation.prompts or config.data.path
+
+
 def validation_prompts(config: Config) -> list[str]:
     """Returns the prompts that validations sample and score. Raises ValueError for a file without usable prompts, or
     with one that the scorer cannot rate."""
-    key, path = "validation.prompts", config.validation.prompts
-    if not path:
-        key, path = "data.path", config.data.path
-    with of_key(key, path):
+    path = prompts_path(config)
+    with of_key("validation.prompts" if config.validation.prompts else "data.path", path):
         prompts = read_prompts(path, config.validation.num_prompts)
     check = PROMPT_CHECKS.get(config.validation.scorer, lambda prompt: None)
     for prompt in prompts:

@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from titan_distill.config.config import Config
-from titan_distill.config.paths import of_key
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
 from titan_distill.fault_tolerance.files import with_umask_mode
@@ -37,7 +36,7 @@ from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.distances import project, sliced_wasserstein, sliced_wasserstein_excess
 from titan_distill.validation.sampling import Sampling, go_on
-from titan_distill.validation.scorers import scorer, validation_prompts
+from titan_distill.validation.scorers import prompts_path, scorer, validation_prompts
 from titan_distill.validation.video import Video, contact_sheet, thumbnails, write_mp4
 
 
@@ -101,12 +100,8 @@ class Validator:
         self.config, self.adapter, self.folder = config.validation, adapter, folder
         self.layouts, self.ranks, self.makes_videos = layouts, ranks, makes_videos
         self.poll: Callable[[], None] = go_on
-        key, path = "validation.prompts", self.config.prompts
-        if not path:
-            key, path = "data.path", config.data.path
         self.prompts = validation_prompts(config)
-        with of_key(key, path):
-            self.condition = adapter.prompt_conditions(path, self.prompts)
+        self.condition = adapter.prompt_conditions(prompts_path(config), self.prompts)
         self.score = scorer(self.config.scorer)
         self._baselines: dict[str, Samples] = {}
 

@@ -167,7 +167,7 @@ class WanFamily(ModelFamily):
             for expert in experts:
                 architecture = self._architecture(name, role, by_name=False, expert=expert)
                 with of_key(key, stored.weights):
-                    stored.check(self._empty(architecture), expert)
+                    stored.check(partial(self._empty, architecture), expert)
         Encoders.check_folders(self.config, self._image_tensors())
 
     def _empty(self, architecture: WanConfig) -> WanTransformer:

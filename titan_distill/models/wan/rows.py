@@ -30,15 +30,11 @@ def check_row(latent_shape: tuple[int, ...], text_width: int, image_width: int |
             f"a text embedding of width {width}, but the networks take {text_width}; preprocess the captions with "
             "their text encoder"
         )
-    channels, frames, *size = latent_shape
-    if (picture := row.extra.get(LATENT)) is not None:
-        found = tuple(picture.shape)
-        # A longer clip is cut: its first frames do not depend on its length.
-        if len(found) != len(latent_shape) or (found[0], *found[2:]) != (channels, *size) or found[1] < frames:
-            raise ValueError(
-                f"{LATENT} of {list(found)}, but pipeline_config's num_frames, height and width make "
-                f"{list(latent_shape)}; preprocess the pictures at that size"
-            )
+    if (picture := row.extra.get(LATENT)) is not None and tuple(picture.shape) != latent_shape:
+        raise ValueError(
+            f"{LATENT} of {list(picture.shape)}, but pipeline_config's num_frames, height and width make "
+            f"{list(latent_shape)}; preprocess the pictures at that size"
+        )
     if (tokens := row.extra.get(EMBEDDING)) is not None and (tokens.ndim != 2 or tokens.shape[1] != image_width):
         raise ValueError(
             f"{EMBEDDING} of {list(tokens.shape)}, but the networks take [tokens, {image_width}]; preprocess the "

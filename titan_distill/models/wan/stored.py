@@ -50,11 +50,12 @@ class StoredWeights:
             )
         return self._architectures[expert]
 
-    def check(self, model: WanTransformer, expert: str) -> None:
-        """Compares names, shapes and stored types of one network's tensors with `model`, which may be on the meta
-        device. Raises ValueError. Tensors of a checkpoint are compared when they are read."""
+    def check(self, build: Callable[[], WanTransformer], expert: str) -> None:
+        """Compares names, shapes and stored types of one network's tensors with the model that `build` returns, which
+        may be on the meta device. Raises ValueError. Tensors of a checkpoint are compared when they are read, so no
+        model is built for them."""
         if self._reference is None:
-            check_weights(model, network_folder(Path(self.weights), expert))
+            check_weights(build(), network_folder(Path(self.weights), expert))
 
     def loader(self, expert: str) -> WeightLoader:
         """Returns a function that fills a model with one network's weights. Nothing is read before it is called."""

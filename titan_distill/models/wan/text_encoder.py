@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class TextEncoder:
         self._dtype = dtype
         self._device = torch.device(device)
         self._offload = offload
+        self._can_store = True
         open_part(self._folder, "text encoder", TRANSFORMERS_WEIGHTS_NAME)
         if not self._tokenizer_folder.is_dir():
             raise ValueError(
@@ -86,21 +88,34 @@ class TextEncoder:
 
         The file's name is a digest of the prompt and of the encoder and tokenizer files (names, sizes, both ends of
         each), so another encoder never finds it, and of a word: earlier versions, which loaded incomplete encoders,
-        stored embeddings under other names. It appears complete or not at all: any number of ranks may call this.
+        stored embeddings under other names. It appears complete or not at all: any number of ranks may call this. A
+        file that cannot be written is only warned of.
 
         Raises:
             ValueError: the cached file is damaged.
         """
         key = f"complete\0{prompt}\0{max_tokens}\0{self._dtype}\0{self.files_digest}"
         file = Path(cache_dir) / f"text-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(file) as temporary, with_umask_mode(temporary):
-                save_file({"embedding": self.embed(prompt, max_tokens)}, temporary)
+        if not os.path.isfile(file):  # False also for a folder that may not be entered
+            embedding = self.embed(prompt, max_tokens)
+            self._store(embedding, file)
+            return _pad(embedding, max_tokens)
         try:
             return _pad(load_file(file)["embedding"], max_tokens)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}): remove it, and it will be computed again") from error
+
+    def _store(self, embedding: Tensor, file: Path) -> None:
+        """Writes a cached embedding. The first one that can't be written, for example in a folder of which the user is
+        only a reader, is warned of."""
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(file) as temporary, with_umask_mode(temporary):
+                save_file({"embedding": embedding}, temporary)
+        except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+            if self._can_store:
+                logger.warning("text embeddings are not kept for the next run: %s", error)
+            self._can_store = False
 
     def _compute(self, prompt: str, max_tokens: int) -> Tensor:
         num_tokens = len(self._tokenizer(prompt).input_ids)
