@@ -136,11 +136,13 @@ def start(argv: list[str], stop: Stop, held: ExitStack) -> Trainer | None:
         print(dry_run(run))
         return None
     check_machine(config)
+    dataset: RowDataset[Any] | None = None
     if is_main_process():
         check_output(config)
-        open_inputs(run)
+        dataset = open_inputs(run)
+        if CHECK in argv and (resume := find_resume(run.config)):
+            resume.check_data(_data_record(dataset), run.config)
     if CHECK in argv:
-        find_resume(run.config)
         return None
     check_rendezvous()
     lock = held.enter_context(open_folder(config, redacted(argv))) if is_main_process() else None
@@ -149,7 +151,7 @@ def start(argv: list[str], stop: Stop, held: ExitStack) -> Trainer | None:
     watchdog = Watchdog(world.rank, world.size, config.comm.init_timeout_seconds)
     with ExitStack() as guard:
         guard.enter_context(watchdog)
-        trainer = assemble(run, world, watchdog, stop, lock)
+        trainer = assemble(run, world, watchdog, stop, lock, dataset)
         guard.pop_all()  # `train` goes on with the watchdog
     return trainer
 
@@ -260,12 +262,14 @@ def assemble(
     watchdog: Watchdog | None = None,
     stop: Stop | None = None,
     lock: RunLock | None = None,
+    dataset: RowDataset[Any] | None = None,
 ) -> Trainer:
-    """Builds all parts of a run. Raises ValueError, in one sentence, for input that does not fit together."""
+    """Builds all parts of a run, with `dataset` if `open_inputs` has opened it on this rank already. Raises ValueError,
+    in one sentence, for input that does not fit together."""
     config, folder = run.config, run.config.job.output_folder
     ranks = Ranks(config.comm.validation_timeout_seconds)
     # Before the weights, which take longer, and before config.toml is replaced.
-    dataset = open_inputs(run)
+    dataset = open_inputs(run) if dataset is None else dataset
     resume = ranks.on_rank_zero(lambda: _check_resume(config, dataset))
     layouts = build_layouts(run, world)
     roles = build_roles(run, layouts, world.device)

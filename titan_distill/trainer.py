@@ -22,10 +22,11 @@ from titan_distill.checkpoint.manager import CheckpointManager
 from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.data.loader import Batch, SampleLoader
+from titan_distill.data.rows import BadRowError
 from titan_distill.fault_tolerance.nonfinite import NonFiniteError, count_nonfinite, describe_nonfinite, skip_or_raise
-from titan_distill.fault_tolerance.ranks import Ranks
+from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 from titan_distill.fault_tolerance.signals import Stop, StopRequested
-from titan_distill.fault_tolerance.watchdog import Watchdog
+from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog
 from titan_distill.methods.base import TrainingMethod, Update
 from titan_distill.models.base import Adapter
 from titan_distill.observability.metrics import MetricsLogger
@@ -99,11 +100,28 @@ class Trainer:
         batch, under the name "step", then every update under its role's name."""
         step = self.state.step
         with self.timer("data"):
-            # A bad row on one rank is every rank's error, before they wait for that rank in a collective.
-            batch = self.step_ranks.together(lambda: self.adapter.prepare_batch(next(self.loader)))
+            batch = self._next_batch()
         yield "step", self.adapter.start_step(self.roles, step)
         for update in self.method.updates(step):
             yield update.role, self.run_update(update, batch)
+
+    def _next_batch(self) -> Batch:
+        """Loads and prepares this rank's part of the global batch. An error on one rank is every rank's, before they
+        wait for that rank in a collective.
+
+        Raises:
+            BadRowError: on all ranks, if one sentence explains the error.
+            LostRankError: any other error of another rank; the rank at fault raises its own, with its traceback.
+        """
+        try:
+            return self.step_ranks.together(lambda: self.adapter.prepare_batch(next(self.loader)))
+        except BadRowError:
+            raise
+        except ValueError as error:
+            raise BadRowError(str(error)) from error
+        except RankFailure as failure:
+            lost = failure.__cause__ or LostRankError(str(failure))
+        raise lost  # out here, so that the traceback does not tell of the agreement, too
 
     def run_update(self, update: Update, batch: Batch) -> dict[str, float]:
         """Accumulates gradients over micro-batches, checks and clips them, and steps the optimizer of one role."""

@@ -19,11 +19,12 @@ import toy_family
 from damaged_rows import damage
 from forked import train_forked
 from runs import HELPERS, REPOSITORY, TINY_SHAPES, read_metrics, tiny_argv
+from toy_run import toy_trainer
 
 from titan_distill.commands.ode_pairs import OdePairsOptions, ode_pairs
 from titan_distill.data.loader import SampleOrder
 from titan_distill.data.parquet import LatentRow, ParquetDataset, write_rows
-from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT
+from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED
 from titan_distill.train import CHECK, main
 
 TOY = REPOSITORY / "tests" / "assets" / "toy_finetune.toml"
@@ -210,3 +211,46 @@ def test_a_bad_row_of_two_ranks_is_one_sentence_of_the_launcher(num_workers: int
     _, _, after = done.stderr.partition(f"error: {data}, row {row}: {SENTENCE}")
     assert "error: " in done.stderr and len(after.splitlines()) <= 3, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError])
+def test_a_fault_of_one_ranks_adapter(kind: type[Exception], tmp_path: Path) -> None:
+    """A sentence is every rank's. A fault of the code keeps its traceback, on its own rank only."""
+
+    def break_second_rank() -> None:
+        def prepare_batch(self: object, batch: object) -> None:
+            raise kind("a fault of the adapter")
+
+        if os.environ["RANK"] == "1":
+            toy_family.ToyAdapter.prepare_batch = prepare_batch
+
+    argv = toy_argv(toy_family.write_data(tmp_path / "toy.parquet", NUM_ROWS), tmp_path / "run")
+    codes = train_forked(2, argv, tmp_path, before=break_second_rank)
+    first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in range(2))
+    assert "Traceback" not in first
+    if kind is ValueError:
+        assert codes == [EXIT_BAD_INPUT] * 2 and "Traceback" not in second
+        assert [shown.count("error: a fault of the adapter\n") for shown in (first, second)] == [1, 1]
+    else:
+        assert codes == [EXIT_FAILED] * 2
+        assert "error: rank 1 failed with TypeError: a fault of the adapter\n" in first
+        assert second.count("Traceback") == 1 and "in prepare_batch" in second
+        assert second.endswith("TypeError: a fault of the adapter\n")
+
+
+def test_a_fault_of_the_reader_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def collate(*arguments: object) -> None:
+        raise TypeError("a fault of the reader")
+
+    trainer = toy_trainer(tmp_path, "finetune")
+    monkeypatch.setattr("titan_distill.data.loader.collate", collate)
+    with pytest.raises(RuntimeError, match=r"can't load samples 0 to 7 .*: TypeError: a fault of the reader") as error:
+        trainer.run()
+    assert "test_bad_data.py" in str(error.value.__cause__) and "in collate" in str(error.value.__cause__)
+
+
+def test_a_tolerated_first_row_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = toy_family.write_data(tmp_path / "toy.parquet", NUM_ROWS)
+    damage(data, 2, vae_latent_shape=[2])
+    assert main(toy_argv(data, tmp_path / "run", "--data.max_bad_rows", "1", "--training.steps", "1")) == 0
+    assert sum("bad row 1 of at most 1" in message for message in caplog.messages) == 1

@@ -309,6 +309,19 @@ def test_changed_data_is_refused_or_named(tmp_path: Path, caplog: pytest.LogCapt
     assert toy_trainer(tmp_path, "finetune", *SAVING, *longer).state.step == 12  # step 12 has seen this data
 
 
+def test_a_check_refuses_changed_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before torchrun, whose ranks would build the weights first."""
+    toy_trainer(tmp_path, "finetune", *SAVING).run()
+    command = ["--job.config_file", str(ASSETS / "toy_finetune.toml"), "--data.path", str(tmp_path / "toy.parquet")]
+    command += ["--job.output_dir", str(tmp_path / "run"), *SAVING, "--training.steps", "9", "--check"]
+    assert train.main(command) == 0
+    toy_family.write_data(tmp_path / "toy.parquet", num_rows=60)
+    capsys.readouterr()
+    assert train.main(command) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "has 60 rows" in shown and "was saved with 64 rows" in shown
+
+
 def test_the_manifest_records_configuration_and_data(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, "finetune", *SAVING, "--training.steps", "1", "--training.max_grad_norm", "inf")
     trainer.run()

@@ -1,7 +1,7 @@
-"""Paths that a key or an option names, in messages.
+"""Messages about the path of a key or an option.
 
-A relative path is seen from the working directory, which is not always where the user thinks it is. A message about
-what a path leads to therefore begins with the key, and for a relative path with that directory.
+A relative path starts at the working directory, which is not always where the user thinks it is. A message about a
+path's target therefore begins with the key and, for a relative path, that directory.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def is_reference(text: str) -> bool:
 
 @contextmanager
 def of_key(key: str, path: str | Path) -> Iterator[None]:
-    """Puts `key = 'path'`, and where a relative path is seen from, before the messages of ValueErrors. `key` is one of
-    the configuration or an option."""
+    """Puts `key = 'path'` and, for a relative path, the working directory before the messages of ValueErrors. `key` is
+    a configuration key or an option."""
     try:
         yield
     except ValueError as error:

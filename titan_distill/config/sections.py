@@ -221,8 +221,8 @@ class SparseAttentionConfig:
     sparsity: float = logged(0.9)
     """Final sparsity: fraction of key tiles that a query tile skips."""
     schedule_rate: float = logged(0.0)
-    """Amount added to the sparsity every schedule_interval steps; the sparsity then starts at 0. A rate of 0 uses the
-    final sparsity from the first step."""
+    """Amount added to the sparsity, which starts at 0, every schedule_interval steps. 0: the final sparsity from the
+    first step."""
     schedule_interval: int = logged(1)
     """Steps between increases of the sparsity."""
     crossover: float = logged(0.5)

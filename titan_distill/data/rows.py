@@ -69,8 +69,8 @@ class RowDataset(torch.utils.data.Dataset[Row]):
                 self.read(index)
             except BadRowError as error:
                 faults[index] = error
-        # Several rows that are all bad, or the only one, are data for another run, in which no good row is left to go on
-        # with: it would end at the first bad row beyond those tolerated.
+        # Several rows that are all bad, or the only one, are data for another run. However many bad rows are tolerated,
+        # there is no good one to go on with.
         if faults and len(faults) == len(self.first_rows) and (len(faults) > 1 or len(self) == 1):
             raise next(iter(faults.values()))
         for index, fault in faults.items():

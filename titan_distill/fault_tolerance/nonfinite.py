@@ -48,9 +48,9 @@ def describe_nonfinite(role: str, step: int, sample_ids: list[int], losses_N: Te
 
 
 def skip_or_raise(sentence: str, num_skips: int, max_skips: int) -> None:
-    """Returns if the update may be skipped; raises NonFiniteError otherwise.
+    """Raises NonFiniteError if the update may not be skipped.
 
-    The update would be the role's skip number `num_skips` (the first one is 1); `max_skips` are allowed.
+    `num_skips` counts the role's skips, this one included; at most `max_skips` are allowed.
     """
     if num_skips > max_skips:
         allowed = f"; {max_skips} such updates were allowed and skipped" if max_skips else ""

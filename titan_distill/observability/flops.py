@@ -142,9 +142,9 @@ def forward_flops(
 def block_matmuls(
     config: DiTConfig, num_tokens: int, num_text_tokens: int = 512, *, gated: bool = False
 ) -> tuple[float, ...]:
-    """FLOPs of the matrix products of one block for one sample, attention aside, in the order in which they run: query,
-    key, value, the gate where there is one and output of self-attention, query, key, value and output of
-    cross-attention, both layers of the feed-forward."""
+    """FLOPs of the matrix products of one block for one sample, in the order in which they run, without attention
+    itself. Self-attention: query, key, value, gate (if any), output; cross-attention: query, key, value, output;
+    feed-forward: both layers."""
     width = config.num_attention_heads * config.attention_head_dim
     video, text = 2 * num_tokens * width**2, 2 * num_text_tokens * width**2
     hidden = 2 * num_tokens * width * config.ffn_dim

@@ -81,8 +81,8 @@ class RoleMesh:
 
     @property
     def exchange_group(self) -> dist.ProcessGroup | None:
-        """Process group with one rank of each data group that this layout's sequence × tensor ranks span; None if they
-        span one."""
+        """Process group of one rank per data group that the role's sequence × tensor ranks span; None if they span only
+        one."""
         return None if self._exchange is None else self._exchange.get_group("exchange")
 
     def groups(self) -> list[dist.ProcessGroup]:

@@ -165,8 +165,8 @@ def _shared_rms_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def check_async_communication(device: torch.device) -> None:
-    """Raises ValueError if the communication of regions cannot overlap with matrix products, which needs CUDA's
-    symmetric memory."""
+    """Raises ValueError without CUDA's symmetric memory, which communication that overlaps with matrix products
+    needs."""
     if device.type != "cuda":
         raise ValueError(
             f"parallelism.async_tensor = true needs CUDA and symmetric memory, but this run is on {device.type}; "

@@ -63,7 +63,7 @@ class Unrolling:
         return self.segmentation.num_keys(self.num_positions) * self.tokens_per_position
 
     def longest_call(self, sample: LocalForward, num_positions: int) -> LocalForward:
-        """Returns the forward pass of the longest call, given that of a whole `sample` of `num_positions`."""
+        """Returns the longest call of the network, given `sample`, one forward over all `num_positions` tokens."""
         return replace(sample, num_tokens=-(-sample.num_tokens * max(self.lengths) // num_positions))
 
     def cache_bytes(self, forward: LocalForward) -> float:

@@ -1,8 +1,8 @@
-"""Recognises weights in the format in which Wan was first published, and names the conversion.
+"""Recognises weights in Wan's original format, and tells how to convert them.
 
 The original repositories hold one folder: a transformer of class `WanModel` with other tensor names, and encoders as
 pickled `.pth` files. Diffusers' format, which everything here reads, has a folder per network, each with a
-`config.json` of diffusers' or transformers' own class.
+`config.json` of a diffusers or transformers class.
 """
 
 from __future__ import annotations
