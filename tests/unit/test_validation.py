@@ -92,3 +92,59 @@ def test_a_scorer_of_a_users_module_is_called_and_its_scores_are_averaged(
     labels = ("teacher", "teacher_few_steps", "student_before", "student")
     assert {path.name for path in folder.glob("*.mp4")} == {f"{i:03d}-{label}.mp4" for i in (0, 1) for label in labels}
     assert str(folder / "contact_sheet.png") in closing(trainer.config, found)
+
+
+@pytest.mark.parametrize(
+    "changed, remade, names",
+    [
+        ((), (), ""),
+        (("--validation.seed", "7"), ("teacher", "teacher_few_steps", "student_before"), "seed"),
+        (("--validation.prompts", "prompts.txt"), ("teacher", "teacher_few_steps", "student_before"), "prompts"),
+        (("--pipeline_config.flow_shift", "3"), ("teacher", "teacher_few_steps", "student_before"), "pipeline_config"),
+        (("--method_config.guidance_scale", "2"), ("teacher", "teacher_few_steps"), "request"),
+    ],
+)
+def test_baselines_are_those_of_the_present_settings(
+    changed: tuple[str, ...],
+    remade: tuple[str, ...],
+    names: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """After a resume with other settings: frozen roles are sampled again, the student before training is left out."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("another sample\n" * 4)
+    few = (*ENABLED, "--validation.num_prompts", "4")
+    toy_trainer(tmp_path, "dmd2", *few).validate()
+    folder = tmp_path / "run" / "validation" / "baselines"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert len(before) == 3 * 4
+    for _ in range(2):  # resumed once more, they are those of the present settings
+        resumed = toy_trainer(tmp_path, "dmd2", *few, *changed)
+        resumed.state.step = 4
+        resumed.validate()
+        resumed.metrics.close()
+        assert ("validation/student_before/sliced_wasserstein" in resumed.metrics.latest) == (
+            "student_before" not in remade
+        )
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    new = {path.parent.name for path in after if after[path] != before[path]}
+    assert new == {*remade} - {"student_before"} and after.keys() == before.keys()
+    for label in remade:
+        times = 2 if label == "student_before" else 1
+        lines = [line for line in caplog.messages if f"{label!r} were made with other settings (" in line]
+        assert len(lines) == times and all(names in line for line in lines)
+
+
+def test_baselines_without_a_note_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Those of a version that wrote none."""
+    few = (*ENABLED, "--validation.num_prompts", "4")
+    toy_trainer(tmp_path, "dmd2", *few).validate()
+    for note in (tmp_path / "run" / "validation" / "baselines").glob("*.json"):
+        note.unlink()
+    resumed = toy_trainer(tmp_path, "dmd2", *few, "--validation.seed", "7")
+    resumed.state.step = 4
+    resumed.validate()
+    resumed.metrics.close()
+    assert "validation/student_before/sliced_wasserstein" in resumed.metrics.latest and "not used" not in caplog.text

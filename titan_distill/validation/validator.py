@@ -7,7 +7,9 @@ samples. Only projections, scores and thumbnails are sent to rank 0, which compa
 per validation.
 
 Baselines (the teacher, the student before training) are sampled once, before the first step, and stored in
-`baselines/`, one file per prompt. A resumed run compares with the same samples, on any number of ranks.
+`baselines/`, one file per prompt, beside a note of the settings that made them. A resumed run with the same settings
+compares with the same samples, on any number of ranks. With other settings a frozen role is sampled again, and one that
+has been trained since has no baseline.
 
 For a family whose samples are not videos only distances are computed; nothing is decoded, scored or shown.
 """
@@ -15,11 +17,14 @@ For a family whose samples are not videos only distances are computed; nothing i
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,9 +32,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from titan_distill.config.config import Config
+from titan_distill.config.resume import FREE, on_resume
+from titan_distill.config.text import to_dict
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
-from titan_distill.fault_tolerance.files import with_umask_mode
+from titan_distill.fault_tolerance.files import atomic, with_umask_mode
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.models.base import Adapter
 from titan_distill.parallelisms.mesh import Layouts
@@ -38,6 +45,8 @@ from titan_distill.validation.distances import project, sliced_wasserstein, slic
 from titan_distill.validation.sampling import Sampling, go_on
 from titan_distill.validation.scorers import prompts_path, scorer, validation_prompts
 from titan_distill.validation.video import Video, contact_sheet, thumbnails, write_mp4
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -103,6 +112,12 @@ class Validator:
         self.prompts = validation_prompts(config)
         self.condition = adapter.prompt_conditions(prompts_path(config), self.prompts)
         self.score = scorer(self.config.scorer)
+        self._settings = {
+            "prompts": self.prompts,
+            "seed": self.config.seed,
+            "scorer": self.config.scorer,
+            "pipeline_config": _effective(config.pipeline_config),
+        }
         self._baselines: dict[str, Samples] = {}
 
     def validate(self, step: int, request: ValidationRequest, roles: RoleManager) -> dict[str, float]:
@@ -137,18 +152,22 @@ class Validator:
 
     def _baseline(self, step: int, request: SampleRequest, roles: RoleManager) -> Samples | None:
         """Returns the samples of a baseline, drawn at step 0 or read from the file after a resume. None if the role was
-        not sampled before its training began."""
+        not sampled so before its training began."""
         if request.label in self._baselines:
             return self._baselines[request.label]
         folder, role = self.folder / "baselines" / request.label, roles[request.role]
         owned = (index for batch in self._batches() for index in batch if self._owns(index))
         files = {index: folder / f"{index:05d}.safetensors" for index in owned}
-        if step > 0 and self.ranks.all(all(file.is_file() for file in files.values())):
+        note = folder.with_name(f"{request.label}.json")
+        settings = _as_stored({"request": asdict(request), **self._settings})
+        is_same = step > 0 and self.ranks.on_rank_zero(partial(_is_made_with, note, settings))
+        if is_same and self.ranks.all(all(file.is_file() for file in files.values())):
             samples = {index: Sample.load(file) for index, file in files.items()}
         elif step > 0 and role.trainable:
             return None
         else:
             samples = self._sample(request, role)
+            self.ranks.on_rank_zero(partial(_start_baseline, folder, note, settings))
             self.ranks.together(partial(_save, samples, files))
         self._baselines[request.label] = samples
         return samples
@@ -229,6 +248,44 @@ class Validator:
                 for label, named in rows.items()
             ]
             contact_sheet(folder / "contact_sheet.png", columns, captions)
+
+
+def _effective(pipeline_config: Any) -> dict[str, Any]:
+    """Returns the keys of [pipeline_config] that may change samples."""
+    steering = {field.name for field in fields(pipeline_config) if on_resume(field) == FREE}
+    return {name: value for name, value in to_dict(pipeline_config).items() if name not in steering}
+
+
+def _as_stored(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings as they are read from a file."""
+    stored: dict[str, Any] = json.loads(json.dumps(settings))
+    return stored
+
+
+def _is_made_with(note: Path, settings: dict[str, Any]) -> bool:
+    """Returns whether a stored baseline was made with these settings, and logs which ones differ. Baselines of earlier
+    versions have no note; they count as made with the same."""
+    if not note.is_file():
+        return True
+    stored = json.loads(note.read_text(encoding="utf-8"))
+    others = [name for name, value in settings.items() if stored.get(name) != value]
+    if others:
+        logger.warning(
+            "the stored samples of the validation baseline %r were made with other settings (%s): they are not used",
+            note.stem,
+            ", ".join(others),
+        )
+    return not others
+
+
+def _start_baseline(folder: Path, note: Path, settings: dict[str, Any]) -> None:
+    """Removes the samples of other settings, and only then writes the note of these: samples that an interruption left
+    incomplete are never taken for those of either."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(note) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def _save(samples: Samples, files: dict[int, Path]) -> None:
