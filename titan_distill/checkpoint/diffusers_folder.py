@@ -81,7 +81,7 @@ def open_folder(folder: Path, module: str = TRANSFORMER, weights_name: str = WEI
     """
     folder = network_folder(folder, module)
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}; name a diffusers transformer or pipeline")
+        raise ValueError(f"there is no folder {folder}; name the folder of a diffusers transformer or pipeline")
     architecture = read_json(folder / CONFIG_NAME)
     index = folder / f"{weights_name}.index.json"
     indexed = _read_index(index)

@@ -127,7 +127,7 @@ def networks_digest(weights: str) -> str:
         return resolve_reference(weights).digest
     folders = dict.fromkeys(network_folder(Path(weights), module) for module in (TRANSFORMER, TRANSFORMER_2))
     if not all(folder.is_dir() for folder in folders):
-        raise ValueError(f"there is no folder {weights}; name a diffusers transformer or pipeline")
+        raise ValueError(f"there is no folder {weights}; name the folder of a diffusers transformer or pipeline")
     return hashlib.sha256("".join(map(fingerprint, folders)).encode()).hexdigest()
 
 
