@@ -124,7 +124,7 @@ def test_odd_sizes_stay_and_no_layer_at_all_is_an_error() -> None:
     config = Float8Config(enabled=True, emulate=True)
     apply_float8(layers, config, high_precision=("kept",), device=CPU)
     assert [name for name, layer in layers.items() if type(layer) is not nn.Linear] == ["even"]
-    with pytest.raises(ValueError, match=r"min_features = 1024 that 16 divides; lower"):
+    with pytest.raises(ValueError, match=r"min_features = 1024 that 16 divides; lower it"):
         apply_float8(nn.Sequential(nn.Linear(1024, 512)), config, high_precision=(), device=CPU)
 
 
