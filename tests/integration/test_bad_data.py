@@ -131,6 +131,9 @@ def test_a_first_video_that_is_too_short(say: Say, tmp_path: Path) -> None:
     (tmp_path / "videos.csv").write_text("video,prompt\nclips/short.mp4,x\n")
     argv = tiny_ti2v.arguments("finetune", pipeline, tmp_path / "videos.csv", tmp_path / "run")
     assert "videos.csv, line 2: " in (shown := say(argv)) and "has 5 frames, but a clip needs 9" in shown
+    assert "max_bad_rows" not in shown, "there is no row to leave out"
+    (tmp_path / "videos.csv").write_text("video,prompt\nclips/short.mp4,x\nclips/short.mp4,y\n")
+    assert "data.max_bad_rows = 0 allows no bad row" in say(argv)
 
 
 def test_prompts_that_cannot_be_read(say: Say, tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy_family
+from forked import train_forked
+from runs import read_metrics
 from toy_family import VARIANCE
-from toy_run import toy_trainer
+from toy_run import ASSETS, toy_trainer
 
 from titan_distill.observability.banner import closing
 from titan_distill.trainer import Trainer
@@ -148,3 +151,23 @@ def test_baselines_without_a_note_are_kept(tmp_path: Path, caplog: pytest.LogCap
     resumed.validate()
     resumed.metrics.close()
     assert "validation/student_before/sliced_wasserstein" in resumed.metrics.latest and "not used" not in caplog.text
+
+
+def test_ranks_agree_on_a_baseline_of_other_settings(tmp_path: Path) -> None:
+    """Two ranks that own three and two prompts. The seed is in rank 0's note only."""
+    argv = ["--job.config_file", str(ASSETS / "toy_dmd2.toml"), "--job.output_dir", str(tmp_path / "run"), *ENABLED]
+    argv += ["--data.path", str(toy_family.write_data(tmp_path / "toy.parquet")), "--validation.num_prompts", "5"]
+    argv += ["--training.local_batch_size", "4", "--checkpoint.enabled", "true", "--checkpoint.resume_from", "latest"]
+    assert train_forked(2, [*argv, "--training.steps", "2"], tmp_path) == [0, 0]
+    folder = tmp_path / "run" / "validation" / "baselines"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert len(before) == 3 * 5
+    assert train_forked(2, [*argv, "--training.steps", "3", "--validation.seed", "7"], tmp_path) == [0, 0]
+    new = {path.parent.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert new == {"teacher", "teacher_few_steps"}
+    assert "'teacher' were made with other settings (seed)" in (tmp_path / "rank0.txt").read_text()
+    assert "other settings" not in (tmp_path / "rank1.txt").read_text()
+    last = read_metrics(tmp_path / "run")[-1]
+    assert (
+        "validation/student/sliced_wasserstein" in last and "validation/student_before/sliced_wasserstein" not in last
+    )
