@@ -54,7 +54,7 @@ def apply_float8(
     layers = list(_large_linears(module, config.min_features, high_precision))
     if not layers:
         raise ValueError(
-            "float8.enabled = true, but no linear layer has an input and an output size of at least float8.min_features "
+            "float8.enabled = true, but no linear layer has input and output sizes of at least float8.min_features "
             f"= {config.min_features} that {ALIGNMENT} divides; lower it, or set float8.enabled to false"
         )
     swap = _torchao_layer if config.backend == "torchao" else _transformer_engine_layer
