@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from titan_distill.checkpoint.discovery import find_latest
+from titan_distill.checkpoint.discovery import find, find_latest
 from titan_distill.checkpoint.manager import CheckpointManager, RunInfo
 from titan_distill.checkpoint.manifest import CheckpointDamaged, read_manifest
 from titan_distill.checkpoint.state import TrainState
@@ -168,7 +168,7 @@ def _disagree(folder: Path) -> None:
     with pytest.raises(CheckpointDamaged, match=f"{damaged} is damaged: its SHA-256"):
         manager.load(path, roles)
     with pytest.raises(ValueError, match="there is no checkpoint"):
-        manager.find(str(folder / "nowhere" if dist.get_rank() == 0 else path))
+        manager.ranks.on_rank_zero(lambda: find(folder, str(folder / "nowhere" if dist.get_rank() == 0 else path)))
 
 
 def test_what_one_rank_finds_out_is_known_to_both(tmp_path: Path) -> None:

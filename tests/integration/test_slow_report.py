@@ -50,7 +50,7 @@ def test_report_outlasts_the_timeout_and_a_lost_rank_ends_it(tmp_path: Path, mon
             time.sleep(0.1)
         os.kill(workers(agent)[1], signal.SIGSTOP)
         assert agent.wait(TIMEOUT_SECONDS + MARGIN_SECONDS) != 0
-    assert re.search(r"no sign of life for \d\.\d s from rank 1 \(.*after step 2, at ", shown.read_text())
+    assert re.search(r"no sign of life for \d\.\d s from rank 1 \(.*after step 2, last seen at ", shown.read_text())
     compare(tmp_path / "one", tmp_path / "two")
 
 
