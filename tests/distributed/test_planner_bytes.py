@@ -79,7 +79,13 @@ def planned(num_ranks: int, arguments: list[str]) -> dict[str, States]:
     return {name: States(**sizes) for name, sizes in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        name if name.startswith(("fsdp", "teacher")) else pytest.param(name, marks=pytest.mark.nightly)
+        for name in LAYOUTS
+    ],
+)
 def test_states_are_what_ranks_hold(layout: str, tmp_path: Path) -> None:
     num_ranks, overrides = LAYOUTS[layout]
     few = ("--training.steps", "1", "--training.local_batch_size", "1", "--checkpoint.enabled", "false")
