@@ -131,7 +131,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
     """Metrics of a run that nobody disturbs, without SLURM."""
     folder = tmp_path_factory.mktemp("undisturbed")
     argv = ["--job.config_file", str(TOY), *arguments(folder, NUM_REFERENCE_STEPS)]
-    assert train_forked(2, argv, folder) == [0, 0]
+    codes = train_forked(2, argv, folder)
+    assert codes == [0, 0], (folder / "rank0.txt").read_text(encoding="utf-8")
     return metrics(folder / "run")
 
 
