@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from contextlib import suppress
 from functools import partial
@@ -36,6 +38,8 @@ SECONDS_TO_LEAVE = 10
 
 SECONDS_TO_START = 30
 """Seconds that a worker gets to install its handlers. A stop signal that comes before is kept for it."""
+SECONDS_TO_MEET = 900
+"""Seconds to wait for the first node's launcher, as long as torchrun does."""
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
 
 
@@ -132,6 +136,8 @@ def launch(argv: list[str], relay: Relay) -> int:
     arguments.log_dir = arguments.log_dir or tempfile.mkdtemp(prefix="titan_distill_logs_")
     try:
         _check_number(arguments.nproc_per_node)
+        if arguments.rdzv_backend == "static" and int(arguments.node_rank):
+            _wait_for_store(arguments.master_addr, int(arguments.master_port))
         run.run(arguments)
     except ChildFailedError as error:
         code = relay.exit_code({failure.exitcode for failure in error.failures.values()})
@@ -140,6 +146,19 @@ def launch(argv: list[str], relay: Relay) -> int:
             print(told, end="\n" if told else "", file=sys.stderr)
         return code
     return EXIT_DONE
+
+
+def _wait_for_store(host: str, port: int) -> None:
+    """Waits until the first node's launcher listens, for `SECONDS_TO_MEET` at most; torchrun tells what is wrong then.
+
+    torchrun waits as well, but a signal during its wait prints a warning with a C++ stack.
+    """
+    deadline = time.monotonic() + SECONDS_TO_MEET
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            socket.create_connection((host, port), timeout=10).close()
+            return
+        time.sleep(0.2)
 
 
 def _check_number(text: str) -> None:

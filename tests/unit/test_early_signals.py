@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -141,3 +142,22 @@ def test_a_launcher_that_has_ended_keeps_its_exit_code() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60, check=False)
     assert done.returncode == 75
+
+
+@pytest.mark.nightly
+def test_a_stop_before_the_first_node_is_there_prints_no_stack() -> None:
+    """The second node's launcher waits for the first one's. torch's own wait would answer each signal with a C++
+    stack."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    program = ["--no-python", "sleep", "0"]
+    with importing(sys.executable, "-m", "titan_distill.launch", "--node-rank", "1", *nodes, *program) as second:
+        for _ in range(5):
+            time.sleep(1)  # the first node's launcher is late
+            second.send_signal(signal.SIGUSR1)
+        first = [sys.executable, "-m", "titan_distill.launch", "--node-rank", "0", *nodes, *program]
+        assert subprocess.run(first, cwd=REPOSITORY, timeout=120, check=False).returncode == 0
+        output, _ = second.communicate(timeout=120)
+    assert "frame #" not in output and "Traceback" not in output, output
