@@ -119,12 +119,11 @@ def test_models_in_fp32_ask_for_exact_products(dtype, monkeypatch):
     ],
 )
 def test_the_launch_on_a_gpu(dtype, exact, expected):
+    tiles, lists = tile_layout((4, 4, 8), (4, 4, 8)).tiles(), torch.zeros(1, 2, 1, 1, dtype=torch.int32)
     with FakeTensorMode():
         q = torch.empty(1, 128, 2, 64, dtype=dtype, device="cuda")
-        lists = torch.zeros(1, 2, 1, 1, dtype=torch.int32, device="cuda")
-        tiles = tile_layout((4, 4, 8), (4, 4, 8), "cuda").tiles()
-        shape = Shape.of(q, lists, tiles, tiles, exact)
-        of_keys = shape.of_keys(tiles, tiles)
+    shape = Shape.of(q, lists, tiles, tiles, exact)
+    of_keys = shape.of_keys(tiles, tiles)
     assert (shape.precision, shape.block_m, shape.block_n) == expected
     assert shape.constants["PRECISION"] == of_keys.constants["PRECISION"] == expected[0]
     most = 64 if dtype == torch.bfloat16 else 32
