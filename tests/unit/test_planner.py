@@ -104,8 +104,10 @@ def test_cadence_is_the_methods() -> None:
 
 def test_step_flops_are_the_closed_form() -> None:
     """1.3B with a 14B teacher at 480p: docs/algorithms.md, "FLOPs of an update", for five steps."""
+    full = ("--activation_checkpoint.mode", "full", "--activation_checkpoint.selective_interval", "none",
+            "--activation_checkpoint.store_hidden", "true")  # fmt: skip
     with planner(64, GPUS["H100"]) as planned:
-        plan = planned.plan(load_config(["--job.config_file", str(SIXTY_FOUR_GPUS)]))
+        plan = planned.plan(load_config(["--job.config_file", str(SIXTY_FOUR_GPUS), *full]))
     executed = sum(phase.executed_flops for phase in plan.phases)
     assert 5 * executed / 64 / 1e12 == pytest.approx(14_394, rel=1e-3)
 
@@ -272,6 +274,7 @@ def test_every_question_has_its_table(monkeypatch: pytest.MonkeyPatch, capsys: p
         assert title in shown
     assert "Ulysses: 2 divides 12" in shown
     assert "assumed, not measured" in shown
+    assert all(part in shown for part in ("attention, forward", "linear layers", "pointwise", "optimizer"))
     assert "8 × A100" in shown
 
 
