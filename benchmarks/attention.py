@@ -6,14 +6,15 @@ Measured on the token grids of Wan at 480p and 720p (81 frames) and of its 5B mo
 - `dense branch`: a sparse role below its crossover: dense attention, coarse branch and gate;
 - `vsa`: `video_sparse_attention`, all of it: pooling, choice, coarse and fine branch, gate;
 - `vsa kernels`: its fine branch alone, on lists that exist: the attention kernels themselves;
-- `candidates`: each kept way to build each of these kernels (`titan_kernels.tuning`), by itself.
+- `candidates`: each kept way to build each of these kernels (`titan_kernels.tuning`), by itself;
+- `jvp`: dense attention with its forward-mode derivative (`titan_kernels.attention_jvp`), forward only.
 
-*Executed* FLOPs are those of the fine attention: two matrix products forward; backward five for dense kernels and seven
-for ours, which are split in two to need no atomics. Products are counted over the pairs of tokens that the lists name:
-exact for ragged tiles, nothing for padding, pooling or the coarse branch. *Tensor* FLOPs count whole blocks, as the
-matrix units compute them: ragged tiles are masked, not skipped. *Dense-equivalent* FLOPs are two and five products over
-all pairs: what dense attention would have had to do. The ceiling is a large matrix product of the same dtype in the
-same run.
+*Executed* FLOPs are those of the fine attention: two matrix products forward, six with the derivative; backward five
+for dense kernels and seven for ours, which are split in two to need no atomics. *Counted* products are those of the
+pairs of tokens that the lists name: exact for ragged tiles, nothing for padding, pooling or the coarse branch.
+*Tensor* FLOPs count whole blocks, as the matrix units compute them: ragged tiles are masked, not skipped. Sparse rows
+have both rates. *Dense-equivalent* FLOPs are two and five products over all pairs: what dense attention would have had
+to do. The ceiling is a large matrix product of the same dtype in the same run.
 
 The crossover is the sparsity at which `vsa` takes as long as `dense branch`, forward and backward together, between
 measured ones by a straight line. On CPUs the plain-torch twins run on small grids: a check of this file, no measure of
@@ -59,6 +60,7 @@ DENSE = ["dense branch", *BACKENDS]
 SPARSE = ["vsa", "vsa kernels"]
 
 FORWARD_PRODUCTS, DENSE_BACKWARD_PRODUCTS, SPLIT_BACKWARD_PRODUCTS = 2, 5, 7
+JVP_PRODUCTS = 6
 KERNEL_PRODUCTS = {"forward": 2, "grad_q": 3, "grad_kv": 4}
 FLUSH_BYTES = 256 * 2**20
 """More than any L2 holds."""
@@ -264,6 +266,9 @@ def measure(cases: Iterable[Case], device: str, ceiling: float, clock: Clock) ->
 def measure_case(case: Case, x: Tensors, ceiling: float, clock: Clock) -> Iterator[dict[str, Any]]:
     """Yields the rows of one case, whose size and tile are those of `x`."""
     row: dict[str, Any] = {**asdict(case), "tokens": x.layout.num_tokens}
+    if case.kind == "jvp":
+        yield row | _jvp(x, ceiling, clock)
+        return
     ready = work(case, x)
     if isinstance(ready, str):
         yield row | {"unavailable": ready}
@@ -298,6 +303,17 @@ def _candidates(ready: Work, x: Tensors) -> list[dict[str, Any]]:
     return found
 
 
+def _jvp(x: Tensors, ceiling: float, clock: Clock) -> dict[str, Any]:
+    """Milliseconds and rates of attention with its forward-mode derivative, all inputs moving."""
+    if (attention_jvp := getattr(titan_kernels, "attention_jvp", None)) is None:
+        return {"unavailable": "titan_kernels has no attention_jvp"}
+    q, k, v = (y.detach() for y in (x.q, x.k, x.v))
+    with torch.no_grad():
+        ms = clock(lambda: attention_jvp(q, k, v, *reversed((q, k, v))))
+    tflops = JVP_PRODUCTS * x.layout.num_tokens**2 * x.pair_flops / ms / 1e9
+    return {"forward_ms": ms, "forward_tflops": tflops, "forward_share_of_matmul": tflops / ceiling}
+
+
 def _rates(ready: Work, x: Tensors, ceiling: float, clock: Clock) -> dict[str, Any]:
     with torch.no_grad():
         forward_ms = clock(ready.forward)
@@ -310,14 +326,25 @@ def _rates(ready: Work, x: Tensors, ceiling: float, clock: Clock) -> dict[str, A
         "backward_ms": backward_ms,
         "forward_tflops": forward,
         "backward_tflops": backward,
+        **_tensor_rates(ready, forward, backward),
         "forward_dense_equivalent_tflops": FORWARD_PRODUCTS * dense_product / forward_ms / 1e9,
         "backward_dense_equivalent_tflops": DENSE_BACKWARD_PRODUCTS * dense_product / backward_ms / 1e9,
         "forward_share_of_matmul": forward / ceiling,
         "backward_share_of_matmul": backward / ceiling,
     }
-    if ready.tensor_pairs:
-        rates["useful_share"] = ready.pairs / ready.tensor_pairs
     return rates
+
+
+def _tensor_rates(ready: Work, forward: float, backward: float) -> dict[str, float]:
+    """The rates over whole blocks, and the share of the blocks' pairs that count; nothing for dense attention."""
+    if not ready.tensor_pairs:
+        return {}
+    useful = ready.pairs / ready.tensor_pairs
+    return {
+        "forward_tensor_tflops": forward / useful,
+        "backward_tensor_tflops": backward / useful,
+        "useful_share": useful,
+    }
 
 
 def summaries(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -364,7 +391,8 @@ def table(result: dict[str, Any]) -> str:
         f"{result['dtype']}, head dim {result['head_dim']}; matmul {result['matmul_tflops']:.4g} TFLOP/s"
         + (" (CPU twins: no measure of the kernels)" if result["device"] == "cpu" else ""),
         f"{'tokens':>7}{'heads':>6}  {'':<14}{'spars.':>7}{'join':>5}{'fwd ms':>9}{'bwd ms':>9}"
-        f"{'fwd ' + unit:>10}{'bwd ' + unit:>10}{'fwd dense':>10}{'bwd dense':>10}{'fwd/mm':>8}{'bwd/mm':>8}",
+        f"{'fwd ' + unit:>10}{'bwd ' + unit:>10}{'fwd tensor':>11}{'bwd tensor':>11}{'fwd dense':>10}{'bwd dense':>10}"
+        f"{'fwd/mm':>8}{'bwd/mm':>8}",
     ]
     for row in sorted(result["rows"], key=_table_order):
         head = f"{row['tokens']:>7}{row['heads']:>6}  {row['kind']:<14}"
@@ -373,11 +401,14 @@ def table(result: dict[str, Any]) -> str:
             continue
         head += f"{'' if row['sparsity'] is None else row['sparsity']:>7}{row['tiles_per_list'] or '':>5}"
         rates = ("forward_tflops", "backward_tflops")
+        tensor = ("forward_tensor_tflops", "backward_tensor_tflops")
         dense = ("forward_dense_equivalent_tflops", "backward_dense_equivalent_tflops")
         shares = ("forward_share_of_matmul", "backward_share_of_matmul")
         lines.append(
             f"{head}{row['forward_ms']:>9.3f}{row['backward_ms']:>9.3f}"
-            + "".join(f"{row[name]:>10.4g}" for name in (*rates, *dense))
+            + "".join(f"{row[name]:>10.4g}" for name in rates)
+            + "".join(f"{row[name]:>11.4g}" if name in row else " " * 11 for name in tensor)
+            + "".join(f"{row[name]:>10.4g}" for name in dense)
             + "".join(f"{row[name]:>8.1%}" for name in shares)
         )
     for summary in result["summaries"]:

@@ -54,7 +54,7 @@ from triton.runtime.build import compile_module_from_src
 from triton.runtime.cache import triton_key
 from triton.runtime.jit import get_cache_invalidating_env_vars
 
-from benchmarks.launches import GOLDEN, SIZES, Size
+from benchmarks.launches import GOLDEN, JVP, SIZES, Size
 from benchmarks.pretended_gpu import ARCH, TARGET, Job, PretendedGpu
 
 REPOSITORY = Path(__file__).parent.parent
@@ -174,13 +174,14 @@ def start_making(folder: Path, processes: int, log: Path) -> subprocess.Popen[by
 
 
 def find_jobs() -> list[Job]:
-    """Return the kernels that attention of `SIZES`, the golden job and tests/gpu launch, in that order.
+    """Return the kernels that attention of `SIZES`, the golden job, `JVP` and tests/gpu launch, in that order.
 
     This changes the process for good.
     """
     gpu = PretendedGpu()
     for size in (*SIZES, GOLDEN):
         run_attention(size)
+    run_jvp(JVP)
     for line in run_tests():
         print(f"stopped early: {line}", flush=True)
     return list(gpu.jobs.values())
@@ -196,6 +197,13 @@ def run_attention(size: Size) -> None:
         fine, coarse = titan_kernels.branches(q, k, v, layout, max(1, layout.num_tiles // 10), tiles_per_list=join)
         out = titan_kernels.add_coarse(fine, coarse, gate, layout.tiles())
         torch.autograd.grad(out, leaves, torch.empty_like(out))
+
+
+def run_jvp(size: Size) -> None:
+    """Dense attention with its forward-mode derivative."""
+    if hasattr(titan_kernels, "attention_jvp"):
+        shape = (1, size.tokens, size.heads, size.head_dim)
+        titan_kernels.attention_jvp(*(torch.empty(shape, dtype=size.dtype, device="cuda") for _ in range(6)))
 
 
 class _NoOracle:

@@ -132,6 +132,8 @@ def source(kernel: str, candidate: Candidate, rows: int, dtype: torch.dtype, hea
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": rows, "BLOCK_N": columns, "TMA": candidate.tma}
     # Tiles of 64 tokens come in one piece, or as two halves for fp32.
     constants |= {"Q_CHUNKS": 64 // columns, "KV_CHUNKS": 64 // columns}
+    # Blocks of 64 rows of fp32 are multiplied in parts (titan_kernels.tuning).
+    constants["PRECISION"] = "bf16x3" if dtype == torch.float32 and rows > 32 else "ieee"
     if kernel == "forward":
         constants["PERSISTENT"] = bool(candidate.persistent)
     types = {name: _type(name, dtype) for name in function.arg_names} | dict.fromkeys(constants, "constexpr")

@@ -47,5 +47,8 @@ SIZES: list[Size] = [
     Size(WAN_5B, 12),
 ]
 
+JVP = Size(WAN_480P, 12)
+"""Dense attention with its forward-mode derivative, of a 1.3B student's rCM."""
+
 GOLDEN = Size((5, 6, 6), 4, head_dim=32, dtype=torch.float32, tiles_per_list=(1,))
 """Attention of the golden job with a sparse student (`tests/golden/sparse.toml`), which is not timed."""

@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -252,17 +252,29 @@ def total(works: Iterable[Work]) -> Work:
     return Work(sum(work.model_flops for work in works), sum(work.hardware_flops for work in works))
 
 
-def measure(trainer: Trainer, adapter: MeasuredAdapter, timer: NamedTimer, num_warmup: int, num_steps: int) -> Measured:
-    """Runs the trainer's updates as ``train_step`` does, and keeps what each of them took."""
+def measure(
+    trainer: Trainer,
+    adapter: MeasuredAdapter,
+    timer: NamedTimer,
+    num_warmup: int,
+    num_steps: int,
+    within: AbstractContextManager[None] | None = None,
+) -> Measured:
+    """Runs the trainer's updates as ``train_step`` does, and keeps what each of them took.
+
+    The measured steps run within ``within``, which may watch them.
+    """
     measured = Measured()
-    for step in range(num_warmup + num_steps):
-        if step == num_warmup:
-            measured = Measured()
-            _wait_for_all(timer)
-            if timer.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(timer.device)
-            started = time.perf_counter()
+    for step in range(num_warmup):
         run_step(trainer, adapter, timer, step, measured)
+    measured = Measured()
+    _wait_for_all(timer)
+    if timer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(timer.device)
+    started = time.perf_counter()
+    with within or nullcontext():
+        for step in range(num_warmup, num_warmup + num_steps):
+            run_step(trainer, adapter, timer, step, measured)
     _wait_for_all(timer)
     measured.seconds = time.perf_counter() - started
     return measured

@@ -23,6 +23,7 @@ from titan_distill.checkpoint.state import TrainState
 from titan_distill.config.config import Config
 from titan_distill.data.loader import Batch, SampleLoader
 from titan_distill.data.rows import BadRowError
+from titan_distill.diffusion.transfer import to_device
 from titan_distill.fault_tolerance.nonfinite import NonFiniteError, count_nonfinite, describe_nonfinite, skip_or_raise
 from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 from titan_distill.fault_tolerance.signals import Stop, StopRequested
@@ -128,8 +129,7 @@ class Trainer:
         role = self.roles[update.role]
         totals, losses_N = self.forward_backward(update, role, batch)
         with self.timer("optimizer"):
-            norm = self._clip_gradients(role)
-            values, num_nonfinite = self._sum_over_ranks(totals, count_nonfinite(losses_N, norm))
+            values, norm, num_nonfinite = self._sum_over_ranks(totals, losses_N, self._clip_gradients(role))
             values |= {f"grad_norm/{role.name}": norm, f"lr/{role.name}": role.learning_rate}
             if num_nonfinite:
                 step = self.state.step + 1  # messages count as the progress line does, from 1
@@ -169,16 +169,22 @@ class Trainer:
         total = sum_over_samples(values_N.double().sum(0), self.layouts.data_group)
         return total / self.config.training.global_batch_size
 
-    def _sum_over_ranks(self, totals: dict[str, Tensor], num_nonfinite: Tensor) -> tuple[dict[str, float], float]:
+    def _sum_over_ranks(
+        self, totals: dict[str, Tensor], losses_N: Tensor, norm: Tensor
+    ) -> tuple[dict[str, float], float, float]:
         """Reduces in one collective all that ranks tell each other about an update: its sums, whether it is finite, and
-        whether a rank was asked to stop. Returns means over the global batch, and the number of non-finite values."""
+        whether a rank was asked to stop. Returns means over the global batch, the gradient norm, and the number of
+        non-finite values. The host waits for the device here, once per update."""
+        norm = to_device(norm.double(), losses_N.device)
+        num_nonfinite = count_nonfinite(losses_N, norm)
         asked_to_stop = torch.full_like(num_nonfinite, self.stop.is_signalled)
         summed = sum_over_samples(
             torch.stack([*totals.values(), num_nonfinite, asked_to_stop]), self.layouts.data_group
         )
-        *sums, nonfinite, stops = summed.tolist()
+        *sums, nonfinite, stops, norm_value = torch.cat([summed, norm[None]]).tolist()
         self.stop.agree(stops)
-        return {name: value / self.config.training.global_batch_size for name, value in zip(totals, sums)}, nonfinite
+        means = {name: value / self.config.training.global_batch_size for name, value in zip(totals, sums)}
+        return means, norm_value, nonfinite
 
     def after_step(self) -> None:
         """Saves, validates, collects garbage and advances the profiler, each if it is due. A run that was asked to stop
@@ -232,11 +238,12 @@ class Trainer:
         self.metrics.log(step, {f"validation/{name}": value for name, value in scores.items()})
         torch.cuda.empty_cache()  # training cannot use blocks of the decoder's sizes
 
-    def _clip_gradients(self, role: RoleHandle) -> float:
+    def _clip_gradients(self, role: RoleHandle) -> Tensor:
+        """Clips the gradients of a role. Returns their norm before it, on their device: the host does not wait."""
         parameters = role.parameters()
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         torch.nn.utils.clip_grads_with_norm_(parameters, role.max_grad_norm, norm)
-        return float(norm)
+        return norm

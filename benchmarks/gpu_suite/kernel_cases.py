@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 import subprocess
@@ -15,16 +16,17 @@ from typing import Any
 # Before CUDA starts: deterministic mode refuses matrix products without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import titan_kernels
 import torch
 import torch.nn.functional as F
 from titan_kernels import tile_layout, tuning, video_sparse_attention
 from titan_kernels.layout import DEFAULT_TILE
 from vsa_oracle import NAMES, Oracle, error, random_inputs, run
 
-from benchmarks import attention, compiled_cache, gpu_checks
+from benchmarks import attention, compiled_cache, gpu_checks, transposed_lists
 from benchmarks.attention import DTYPE, Case, Clock, Grid
 from benchmarks.gpu_suite.worker import Cases, Context, Row
-from benchmarks.launches import SHORT_TILE, WAN_480P, WAN_720P, WHOLE_TILES
+from benchmarks.launches import JVP, SHORT_TILE, WAN_480P, WAN_720P, WHOLE_TILES
 from benchmarks.machine import machine
 
 TOY_GRID = (5, 10, 14)
@@ -127,6 +129,7 @@ def smoke(context: Context) -> Cases:
     return cases | {
         "same bits twice": functools.partial(same_bits, device, TOY_GRID if context.rehearse else (13, 18, 30)),
         "all tiles against dense attention": functools.partial(against_dense, device, full),
+        "jvp against fp64": functools.partial(jvp_against_fp64, device),
         "rms_norm, forward mode": lambda: [_judged(gpu_checks.rms_norm_jvp_error(device), JVP_TOLERANCE)],
     }
 
@@ -174,15 +177,46 @@ def against_dense(device: str, grid: Grid) -> Iterator[Row]:
     yield _judged(max(errors), 2 * TOLERANCE[device])
 
 
+def jvp_against_fp64(device: str, num_tokens: int = 300) -> Iterator[Row]:
+    """Output and tangent of the attention with its forward-mode derivative, against the fp64 derivative of a softmax
+    that is written out."""
+    if (attention_jvp := getattr(titan_kernels, "attention_jvp", None)) is None:
+        yield {"unavailable": "titan_kernels has no attention_jvp"}
+        return
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, num_tokens, 2, 128, generator=generator).to(device, DTYPE[device]) for _ in range(6)]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        weights = (torch.einsum("blhd,bshd->bhls", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+        return torch.einsum("bhls,bshd->blhd", weights, v)
+
+    wide = tuple(x.double() for x in inputs)
+    expected = torch.func.jvp(attend, wide[:3], wide[3:])
+    errors = dict(zip(("out", "tangent"), map(error, attention_jvp(*inputs), expected)))
+    yield _judged(max(errors.values()), TOLERANCE[device], **errors)
+
+
+def lists_both_ways(context: Context, grid: Grid, heads: int) -> Cases:
+    """The case that transposes lists by counting and by a sort."""
+    name = f"{math.prod(grid)} tokens, {heads} heads: transposed lists"
+    return {name: functools.partial(_lists_row, grid, heads, context.device)}
+
+
+def _lists_row(grid: Grid, heads: int, device: str) -> Iterator[Row]:
+    yield transposed_lists.measure(grid, heads, device)
+
+
 def attention_720p(context: Context) -> Cases:
     """The headline: 75,600 tokens × 12 heads at 0.9, dense and sparse, in both tiles."""
-    return timings(context, headline(TOY_GRID, 2) if context.rehearse else headline(WAN_720P, 12))
+    size = (TOY_GRID, 2) if context.rehearse else (WAN_720P, 12)
+    return {**timings(context, headline(*size)), **lists_both_ways(context, *size)}
 
 
 def attention_480p(context: Context) -> Cases:
-    """32,760 tokens × 12 heads likewise, and the shape of the public anchor."""
-    sizes = [*headline(WAN_480P, 12), *headline(WHOLE_TILES, 16, [DEFAULT_TILE])]
-    cases = headline(TOY_GRID, 1, [SHORT_TILE]) if context.rehearse else sizes
+    """32,760 tokens × 12 heads likewise, the derivative, and the shape of the public anchor."""
+    jvp = Case(TOY_GRID, 1, "jvp") if context.rehearse else Case(JVP.grid, JVP.heads, "jvp")
+    sizes = [*headline(WAN_480P, 12), jvp, *headline(WHOLE_TILES, 16, [DEFAULT_TILE])]
+    cases = [*headline(TOY_GRID, 1, [SHORT_TILE]), jvp] if context.rehearse else sizes
     return {**timings(context, cases), "compiled cache": functools.partial(compiled_here, context)}
 
 

@@ -43,14 +43,14 @@ class Part:
 
 PARTS = (
     Part("card", f"{KERNELS}:card", 10, 40),
-    Part("smoke", f"{KERNELS}:smoke", 14, 60, 30),
-    Part("attention 75,600 × 12", f"{KERNELS}:attention_720p", 32, 80, 30),
-    Part("attention 32,760 × 12, 40,768 × 16", f"{KERNELS}:attention_480p", 24, 50, 20),
-    Part("finetune 1.3B", f"{TRAINING}:finetune", 95, 190, 150, process="finetune"),
+    Part("smoke", f"{KERNELS}:smoke", 15, 60, 30),
+    Part("attention 75,600 × 12", f"{KERNELS}:attention_720p", 36, 85, 30),
+    Part("attention 32,760 × 12, 40,768 × 16", f"{KERNELS}:attention_480p", 27, 60, 20),
+    Part("finetune 1.3B", f"{TRAINING}:finetune", 127, 240, 150, process="finetune"),
     Part("golden curves", f"{TRAINING}:golden_curves", 45, 110, 60, process="golden"),
     Part("GPU tests", f"{PYTEST}:gpu_tests", 100, 140, process="tests"),
-    Part("DMD2 14B to 1.3B", f"{TRAINING}:distillation", 90, 140, process="distillation", tier=REST),
+    Part("DMD2 14B to 1.3B", f"{TRAINING}:distillation", 90, 140, process="training", tier=REST),
+    Part("training, the rest", f"{TRAINING}:training_rest", 66, 120, process="training", tier=REST),
     Part("attention, the rest", f"{KERNELS}:attention_rest", 24, 60, 20, tier=REST),
-    Part("training, the rest", f"{TRAINING}:training_rest", 80, 120, process="training", tier=REST),
 )
 """Estimates are explained in `docs/kernels.md`."""

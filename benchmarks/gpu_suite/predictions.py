@@ -47,8 +47,12 @@ PREDICTIONS = (
     Prediction(f"{_480P}: vsa kernels 0.9 x1 3x5x4", "backward_tflops", 280, 350),
     Prediction(f"{_ANCHOR}: vsa kernels 0.9 x1", "forward_ms", 2.6, 3.2),
     Prediction(f"{_ANCHOR}: vsa kernels 0.9 x1", "backward_ms", 12.0, 14.6),
+    Prediction(f"{_720P}: transposed lists", "counting_ms", 0.1, 0.4),
+    Prediction(f"{_720P}: transposed lists", "ratio", 2.0, 8.0),
+    Prediction(f"{_480P}: jvp", "forward_tflops", 200.0, 350.0),
     Prediction("compiled", "mfu", 0.38, 0.46),
     Prediction("compiled", "seconds_per_step", 1.8, 2.3),
+    Prediction("compiled, full recomputation", "seconds_per_step", 2.3, 2.9),
 )
 
 

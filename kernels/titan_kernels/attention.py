@@ -53,7 +53,9 @@ def video_sparse_attention(
     _check(q, k, v, layout, topk, gate)
     pooled = _pool(q, k, v, layout, None)
     fine = fine_branch(q, k, v, pooled, layout, topk)
-    return fine if gate is None else add_coarse(fine, coarse_attention(*pooled), gate, layout.tiles())
+    return (
+        fine if gate is None else add_coarse(fine, coarse_attention(*pooled, exact=_is_exact(q)), gate, layout.tiles())
+    )
 
 
 def branches(
@@ -78,14 +80,15 @@ def branches(
     """
     pooled = _pool(q_BLHD, k_BSHD, v_BSHD, layout, queries)
     fine = fine_branch(q_BLHD, k_BSHD, v_BSHD, pooled, layout, topk, queries=queries, tiles_per_list=tiles_per_list)
-    return fine, coarse_attention(*pooled)
+    return fine, coarse_attention(*pooled, exact=_is_exact(q_BLHD))
 
 
 def coarse_branch(
     q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, layout: TileLayout, queries: range | None = None
 ) -> Tensor:
     """The coarse output of `branches` alone, for models whose fine branch runs dense for now."""
-    return coarse_attention(*_pool(q_BLHD, k_BSHD, v_BSHD, layout, queries))
+    pooled = _pool(q_BLHD, k_BSHD, v_BSHD, layout, queries)
+    return coarse_attention(*pooled, exact=_is_exact(q_BLHD))
 
 
 def fine_branch(
@@ -122,16 +125,25 @@ def select_tiles(pooled_q_BNHD: Tensor, pooled_k_BTHD: Tensor, topk: int) -> Ten
     return ops.block_topk(scores_BHNT, topk)
 
 
-def coarse_attention(pooled_q_BNHD: Tensor, pooled_k_BTHD: Tensor, pooled_v_BTHD: Tensor) -> Tensor:
+def coarse_attention(pooled_q_BNHD: Tensor, pooled_k_BTHD: Tensor, pooled_v_BTHD: Tensor, exact: bool = True) -> Tensor:
     """Dense attention among tile means [B, N, H, D], by the fine branch's kernel with every block listed: it saves no
-    scores, and its backward is deterministic, which fused dense attention's is not for fp32."""
+    scores, and its backward is deterministic, which fused dense attention's is not for fp32.
+
+    `exact` = False lets matrix units multiply bf16 parts of the means, with an error of some 1e-5: nothing beside the
+    rounding of 16-bit tokens. Means rounded to bf16 would be off by 2e-2 where inputs are large (docs/kernels.md).
+    """
     q_blocks = _equal_blocks(pooled_q_BNHD.shape[1], pooled_q_BNHD.device)
     kv_blocks = _equal_blocks(pooled_k_BTHD.shape[1], pooled_k_BTHD.device)
     batch, _, heads, _ = pooled_q_BNHD.shape
     every = torch.arange(len(kv_blocks.start), dtype=torch.int32, device=pooled_q_BNHD.device)
     lists = every.expand(batch, heads, len(q_blocks.start), -1).contiguous()
-    coarse, _ = ops.vsa_forward(pooled_q_BNHD, pooled_k_BTHD, pooled_v_BTHD, lists, q_blocks, kv_blocks)
+    coarse, _ = ops.vsa_forward(pooled_q_BNHD, pooled_k_BTHD, pooled_v_BTHD, lists, q_blocks, kv_blocks, exact)
     return coarse
+
+
+def _is_exact(q_BLHD: Tensor) -> bool:
+    """Whether the coarse branch of these tokens multiplies exactly."""
+    return q_BLHD.dtype.itemsize > 2
 
 
 def add_coarse(fine_BLHD: Tensor, coarse_BNHD: Tensor, gate_BLHD: Tensor, tiles: Tiles) -> Tensor:

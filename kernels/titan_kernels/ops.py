@@ -40,10 +40,16 @@ def block_topk(scores_BHNT: Tensor, topk: int) -> Tensor:
 
 
 def vsa_forward(
-    q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, lists_BHNK: Tensor, q_tiles: Tiles, kv_tiles: Tiles
+    q_BLHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    lists_BHNK: Tensor,
+    q_tiles: Tiles,
+    kv_tiles: Tiles,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`reference.vsa_forward`; the log-sum-exp is not differentiable."""
-    return torch.ops.titan_kernels.vsa_forward(q_BLHD, k_BSHD, v_BSHD, lists_BHNK, *q_tiles, *kv_tiles)
+    return torch.ops.titan_kernels.vsa_forward(q_BLHD, k_BSHD, v_BSHD, lists_BHNK, *q_tiles, *kv_tiles, exact)
 
 
 def gated_add(fine_BLHD: Tensor, coarse_BNHD: Tensor, gate_BLHD: Tensor, tiles: Tiles) -> Tensor:
@@ -139,13 +145,13 @@ def _(scores, topk):  # type: ignore[no-untyped-def]
     return scores.new_empty((*scores.shape[:-1], topk), dtype=torch.int32)
 
 
-@_operator(f"vsa_forward(Tensor q, Tensor k, Tensor v, Tensor lists, {_TILES}) -> (Tensor, Tensor)")
-def _vsa_forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, *tiles: Any) -> tuple[Tensor, Tensor]:
-    return _kernels(q).vsa_forward(q, k, v, lists, *_tiles(tiles))
+@_operator(f"vsa_forward(Tensor q, Tensor k, Tensor v, Tensor lists, {_TILES}, bool exact=True) -> (Tensor, Tensor)")
+def _vsa_forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _kernels(q).vsa_forward(q, k, v, lists, *_tiles(others[:6]), *others[6:])
 
 
 @_vsa_forward.register_fake
-def _(q, k, v, lists, *tiles):  # type: ignore[no-untyped-def]
+def _(q, k, v, lists, *others):  # type: ignore[no-untyped-def]
     batch, queries, heads, _ = q.shape
     lse = q.new_empty((batch, heads, queries), dtype=torch.promote_types(q.dtype, torch.float32))
     return _contiguous_like(q), lse
@@ -153,10 +159,10 @@ def _(q, k, v, lists, *tiles):  # type: ignore[no-untyped-def]
 
 @_operator(
     "vsa_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lists, "
-    f"{_TILES}) -> (Tensor, Tensor, Tensor)"
+    f"{_TILES}, bool exact=True) -> (Tensor, Tensor, Tensor)"
 )
 def _vsa_backward(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(grad).vsa_backward(grad, *others[:6], *_tiles(others[6:]))
+    return _kernels(grad).vsa_backward(grad, *others[:6], *_tiles(others[6:12]), *others[12:])
 
 
 @_vsa_backward.register_fake
@@ -165,7 +171,7 @@ def _(grad, q, k, v, *others):  # type: ignore[no-untyped-def]
 
 
 def _save_for_vsa(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, q_start, q_length, ctx.q_longest, kv_start, kv_length, ctx.kv_longest = inputs
+    *tensors, q_start, q_length, ctx.q_longest, kv_start, kv_length, ctx.kv_longest, ctx.exact = inputs
     ctx.save_for_backward(*tensors, *output, q_start, q_length, kv_start, kv_length)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp
@@ -174,7 +180,7 @@ def _save_for_vsa(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _vsa_gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
     q, k, v, lists, out, lse, q_start, q_length, kv_start, kv_length = ctx.saved_tensors
     tiles = (q_start, q_length, ctx.q_longest, kv_start, kv_length, ctx.kv_longest)
-    return *torch.ops.titan_kernels.vsa_backward(grad, q, k, v, out, lse, lists, *tiles), *[None] * 7
+    return *torch.ops.titan_kernels.vsa_backward(grad, q, k, v, out, lse, lists, *tiles, ctx.exact), *[None] * 8
 
 
 _vsa_forward.register_autograd(_vsa_gradients, setup_context=_save_for_vsa)

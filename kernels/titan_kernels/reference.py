@@ -69,7 +69,7 @@ def transpose_lists(lists_BHNK: Tensor, num_tiles: int) -> tuple[Tensor, Tensor]
     """The lists seen from the keys: which query tiles chose each of `num_tiles` key tiles.
 
     Returns `offset`, int32 [B, H, T + 1], and `query`, int32 [B, H, N K]: tile t was chosen by the query tiles
-    `query[offset[t]:offset[t + 1]]`, ascending. Made by a stable sort: no atomics, the same result every time.
+    `query[offset[t]:offset[t + 1]]`, ascending. Made by a stable sort; the kernels count, and give the same.
     """
     flat = lists_BHNK.flatten(2)
     chosen, order = flat.sort(dim=-1, stable=True)
@@ -79,9 +79,17 @@ def transpose_lists(lists_BHNK: Tensor, num_tiles: int) -> tuple[Tensor, Tensor]
 
 
 def vsa_forward(
-    q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, lists_BHNK: Tensor, q_tiles: Tiles, kv_tiles: Tiles
+    q_BLHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    lists_BHNK: Tensor,
+    q_tiles: Tiles,
+    kv_tiles: Tiles,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query tile over the tokens of its listed key tiles.
+
+    `exact` = False lets a GPU multiply fp32 numbers as two bf16 parts each, an error of some 1e-5; twins never do.
 
     Returns the output [B, L, H, D] in the dtype of `q` and the natural log-sum-exp of the scaled scores [B, H, L], fp32
     or better.
@@ -106,6 +114,7 @@ def vsa_backward(
     lists_BHNK: Tensor,
     q_tiles: Tiles,
     kv_tiles: Tiles,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of `vsa_forward`'s output; zeros for key tiles that no query tile lists."""
     q, k, v, grad, out = (_by_head(x) for x in (q_BLHD, k_BSHD, v_BSHD, grad_BLHD, out_BLHD))

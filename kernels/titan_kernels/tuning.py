@@ -26,9 +26,13 @@ from triton.runtime.errors import OutOfResources
 
 from titan_kernels.layout import Tiles
 
-_MOST_ROWS = {torch.float32: (32, 32)}
-"""Rows of a block of queries and of keys, for types other than 16-bit ones: exact fp32 products run without matrix
-units, and blocks of 64 x 64 unroll to 12,840 instructions that spill 10 KB."""
+_EXACT, _SPLIT = "ieee", "bf16x3"
+"""Products of fp32 numbers: exact, without matrix units; or of two bf16 parts each (three products; the parts that are
+left out are 2^-16 of the numbers)."""
+
+_MOST_ROWS = {(torch.float32, _EXACT): (32, 32), (torch.float32, _SPLIT): (64, 64)}
+"""Rows of a block of queries and of keys, for types other than 16-bit ones: exact fp32 products in blocks of 64 x 64
+unroll to 12,840 instructions that spill 10 KB."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,13 @@ class Shape:
     kv_chunks: int
     num_heads: int
     density: int
+    precision: str = _EXACT
 
     @classmethod
-    def of(cls, q_BLHD: Tensor, lists_BHNK: Tensor, q_tiles: Tiles, kv_tiles: Tiles) -> Shape:
-        most_m, most_n = _MOST_ROWS.get(q_BLHD.dtype, (128, 64))
+    def of(cls, q_BLHD: Tensor, lists_BHNK: Tensor, q_tiles: Tiles, kv_tiles: Tiles, exact: bool = True) -> Shape:
+        # Triton's interpreter knows exact products only.
+        precision = _EXACT if exact or q_BLHD.dtype != torch.float32 or not q_BLHD.is_cuda else _SPLIT
+        most_m, most_n = _MOST_ROWS.get((q_BLHD.dtype, precision), (128, 64))
         block_m, block_n = _block(q_tiles.longest, most_m), _block(kv_tiles.longest, most_n)
         return cls(
             q_BLHD.shape[-1],
@@ -89,15 +96,18 @@ class Shape:
             -(-kv_tiles.longest // block_n),
             q_BLHD.shape[2],
             round(2 * math.log2(len(kv_tiles.start) / lists_BHNK.shape[-1])),
+            precision,
         )
 
-    def with_rows(self, most: int, longest: int) -> Shape:
-        """The same launch with query blocks of at most `most` rows, for blocks of `longest` tokens."""
-        block_m = min(self.block_m, most)
-        return replace(self, block_m=block_m, q_chunks=-(-longest // block_m))
+    def of_keys(self, q_tiles: Tiles, kv_tiles: Tiles) -> Shape:
+        """The same launch in the smaller blocks of dK/dV: two accumulators leave no registers for more."""
+        most = 32 if self.dtype == torch.float32 else 64
+        block_m, block_n = min(self.block_m, most), min(self.block_n, most)
+        q_chunks, kv_chunks = -(-q_tiles.longest // block_m), -(-kv_tiles.longest // block_n)
+        return replace(self, block_m=block_m, block_n=block_n, q_chunks=q_chunks, kv_chunks=kv_chunks)
 
     @property
-    def constants(self) -> dict[str, int]:
+    def constants(self) -> dict[str, int | str]:
         """Compile-time arguments that the attention kernels share."""
         return {
             "HEAD_DIM": self.head_dim,
@@ -106,6 +116,7 @@ class Shape:
             "BLOCK_N": self.block_n,
             "Q_CHUNKS": self.q_chunks,
             "KV_CHUNKS": self.kv_chunks,
+            "PRECISION": self.precision,
         }
 
 
@@ -119,6 +130,7 @@ _DEEPER = "one more tile in flight, for lists that miss the L2"
 _ANYWHERE = "no TMA: before Hopper, strided inputs, head dims between powers of two"
 _RESIDENT = "programs that stay: a block's first loads wait for no launch"
 _NO_MATRIX_UNITS = "exact fp32 products: with 4 warps the unrolled sums spill"
+_PARTS = "products of bf16 parts: with 4 warps the parts of the query block spill 472 to 776 bytes"
 
 KEPT: dict[tuple[str, int, int], tuple[Candidate, ...]] = {
     ("forward", 64, 16): (
@@ -153,6 +165,8 @@ KEPT: dict[tuple[str, int, int], tuple[Candidate, ...]] = {
     ("forward", 32, 32): (Candidate(8, 1, reason=_NO_MATRIX_UNITS),),
     ("grad_q", 32, 32): (Candidate(8, 1, reason=_NO_MATRIX_UNITS),),
     ("grad_kv", 32, 32): (Candidate(8, 1, reason=_NO_MATRIX_UNITS),),
+    ("forward", 64, 32): (Candidate(8, 1, reason=_PARTS),),
+    ("grad_q", 64, 32): (Candidate(8, 1, reason=_PARTS),),
 }
 """By kernel, most rows of a query block and bits of a number. The first is what runs where nothing may be timed."""
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from titan_kernels import tuning
 from titan_kernels.layout import Tiles
-from titan_kernels.reference import transpose_lists
+from titan_kernels.transpose_lists import transpose_lists
 from titan_kernels.vsa_forward import (
     RUNTIME,
     block_of,
@@ -121,6 +121,7 @@ def grad_q_kernel(
     Q_CHUNKS: tl.constexpr,
     KV_CHUNKS: tl.constexpr,
     TMA: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):
     grad_tokens = (grad, num_queries, grad_stride_b, grad_stride_l, grad_stride_h)
     q_tokens = (q, num_queries, q_stride_b, q_stride_l, q_stride_h)
@@ -153,11 +154,11 @@ def grad_q_kernel(
         tile = tl.load(lists + tl.minimum(i + 2, num_steps - 1) // KV_CHUNKS)
         k_ND = load_rows(k_tokens, batch, head, start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
         v_ND = load_rows(v_tokens, batch, head, start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        s_MN = mask_columns(tl.dot(q_MD, k_ND.T, input_precision="ieee"), length, BLOCK_N)
-        grad_p_MN = tl.dot(grad_MD, v_ND.T, minus_delta(delta_M[:, None], BLOCK_M, BLOCK_N), input_precision="ieee")
+        s_MN = mask_columns(tl.dot(q_MD, k_ND.T, input_precision=PRECISION), length, BLOCK_N)
+        grad_p_MN = tl.dot(grad_MD, v_ND.T, minus_delta(delta_M[:, None], BLOCK_M, BLOCK_N), input_precision=PRECISION)
         p_MN = tl.exp2(s_MN * scale_log2 - lse_M[:, None])
         grad_s_MN = p_MN * grad_p_MN
-        acc_MD = tl.dot(grad_s_MN.to(k_ND.dtype), k_ND, acc_MD, input_precision="ieee")
+        acc_MD = tl.dot(grad_s_MN.to(k_ND.dtype), k_ND, acc_MD, input_precision=PRECISION)
         start = next_start
         length = next_length
     acc_MD *= scale
@@ -204,6 +205,7 @@ def grad_kv_kernel(
     Q_CHUNKS: tl.constexpr,
     KV_CHUNKS: tl.constexpr,
     TMA: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):
     grad_tokens = (grad, num_queries, grad_stride_b, grad_stride_l, grad_stride_h)
     q_tokens = (q, num_queries, q_stride_b, q_stride_l, q_stride_h)
@@ -240,14 +242,14 @@ def grad_kv_kernel(
         block = tl.load(chosen_by + (i + 2) // Q_CHUNKS, mask=i + 2 < num_steps, other=0)
         q_MD = load_rows(q_tokens, batch, head, start, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
         grad_MD = load_rows(grad_tokens, batch, head, start, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
-        s_NM = tl.dot(k_ND, q_MD.T, input_precision="ieee")
-        grad_p_NM = tl.dot(v_ND, grad_MD.T, input_precision="ieee")
+        s_NM = tl.dot(k_ND, q_MD.T, input_precision=PRECISION)
+        grad_p_NM = tl.dot(v_ND, grad_MD.T, input_precision=PRECISION)
         lse_M = tl.load(sums + start + row, mask=row < length, other=float("inf"))
         p_NM = tl.exp2(s_NM * scale_log2 - lse_M)
-        v_acc_ND = tl.dot(p_NM.to(grad_MD.dtype), grad_MD, v_acc_ND, input_precision="ieee")
+        v_acc_ND = tl.dot(p_NM.to(grad_MD.dtype), grad_MD, v_acc_ND, input_precision=PRECISION)
         delta_M = tl.load(sums + (start + num_queries) + row, mask=row < length, other=0.0)
         grad_s_NM = p_NM * (grad_p_NM - delta_M)
-        k_acc_ND = tl.dot(grad_s_NM.to(q_MD.dtype), q_MD, k_acc_ND, input_precision="ieee")
+        k_acc_ND = tl.dot(grad_s_NM.to(q_MD.dtype), q_MD, k_acc_ND, input_precision=PRECISION)
         start = next_start
         length = next_length
     k_acc_ND *= scale
@@ -265,12 +267,13 @@ def vsa_backward(
     lists_BHNK: Tensor,
     q_tiles: Tiles,
     kv_tiles: Tiles,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.vsa_backward` for bfloat16, float16 and float32; any strides but the last dim's."""
     grad, q, k, v, out = (kernel_rows(x) for x in (grad_BLHD, q_BLHD, k_BSHD, v_BSHD, out_BLHD))
     # A product of 16-bit tiles needs both of one type; autocast may send a gradient of another.
     grad = grad.to(q.dtype)
-    shape = tuning.Shape.of(q, lists_BHNK, q_tiles, kv_tiles)
+    shape = tuning.Shape.of(q, lists_BHNK, q_tiles, kv_tiles, exact)
     sums = _row_sums(grad, out, lse_BHL.contiguous(), shape)
     grad_q = _grad_q(grad, q, k, v, sums, lists_BHNK.contiguous(), q_tiles, kv_tiles, shape)
     return grad_q, *_grad_kv(grad, q, k, v, sums, lists_BHNK, q_tiles, kv_tiles, shape)
@@ -332,8 +335,7 @@ def _grad_kv(
     batch, num_keys, num_heads, head_dim = k.shape
     grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     offset, chosen_by = transpose_lists(lists, len(kv_tiles.start))
-    # A key tile walks queries 64 at a time: two accumulators leave no registers for more.
-    shape = shape.with_rows(64, q_tiles.longest)
+    shape = shape.of_keys(q_tiles, kv_tiles)
     grid = (batch * num_heads * len(kv_tiles.start) * shape.kv_chunks,)
 
     def launch(candidate: tuning.Candidate) -> None:

@@ -129,6 +129,7 @@ def attend_block(
     Q_CHUNKS: tl.constexpr,
     KV_CHUNKS: tl.constexpr,
     TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One block of queries of one head, or one chunk of a longer block.
 
@@ -155,7 +156,7 @@ def attend_block(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_ND = load_rows(k_tokens, batch, head, start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-    s_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
+    s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
     skip = 1 % KV_CHUNKS * BLOCK_N
     next_start = tl.load(kv_start + tile) + skip
     next_length = tl.load(kv_length + tile) - skip
@@ -173,8 +174,8 @@ def attend_block(
         p_MN = tl.exp2(s_MN * scale_log2 - new_highest[:, None])
         shrink = tl.exp2(highest - new_highest)
         total = total * shrink + tl.sum(p_MN, 1)
-        s_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
-        acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD * shrink[:, None], input_precision="ieee")
+        s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
+        acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD * shrink[:, None], input_precision=PRECISION)
         highest = new_highest
         # Through an operation, because the pipeliner refuses values that a loop hands on untouched.
         start = tl.minimum(next_start, num_keys)
@@ -225,6 +226,7 @@ def forward_kernel(
     KV_CHUNKS: tl.constexpr,
     TMA: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):
     q_tokens = (q, num_queries, q_stride_b, q_stride_l, q_stride_h)
     k_tokens = (k, num_keys, k_stride_b, k_stride_l, k_stride_h)
@@ -234,15 +236,25 @@ def forward_kernel(
     # Constants go one by one: in a tuple that a name holds they would become run-time numbers.
     if PERSISTENT:
         for program in range(tl.program_id(0), num_programs, tl.num_programs(0)):
-            attend_block(program, *tensors, *numbers, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, Q_CHUNKS, KV_CHUNKS, TMA)
+            attend_block(
+                program, *tensors, *numbers,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, Q_CHUNKS, KV_CHUNKS, TMA, PRECISION,
+            )  # fmt: skip
     else:
         attend_block(
-            tl.program_id(0), *tensors, *numbers, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, Q_CHUNKS, KV_CHUNKS, TMA
-        )
+            tl.program_id(0), *tensors, *numbers,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, Q_CHUNKS, KV_CHUNKS, TMA, PRECISION,
+        )  # fmt: skip
 
 
 def vsa_forward(
-    q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, lists_BHNK: Tensor, q_tiles: Tiles, kv_tiles: Tiles
+    q_BLHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    lists_BHNK: Tensor,
+    q_tiles: Tiles,
+    kv_tiles: Tiles,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`reference.vsa_forward` for bfloat16, float16 and float32; any strides but the last dim's."""
     q, k, v = (kernel_rows(x) for x in (q_BLHD, k_BSHD, v_BSHD))
@@ -250,7 +262,7 @@ def vsa_forward(
     batch, num_queries, num_heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, num_heads, num_queries), dtype=torch.float32, device=q.device)
-    shape = tuning.Shape.of(q, lists_BHNK, q_tiles, kv_tiles)
+    shape = tuning.Shape.of(q, lists_BHNK, q_tiles, kv_tiles, exact)
     num_programs = batch * num_heads * len(q_tiles.start) * shape.q_chunks
 
     def launch(candidate: tuning.Candidate) -> None:

@@ -16,11 +16,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 import torch.nn.functional as F
-from titan_kernels import add_coarse, branches, ops, reference, tile_layout, video_sparse_attention
+from titan_kernels import add_coarse, branches, coarse_branch, ops, reference, tile_layout, video_sparse_attention
 from vsa_oracle import GRIDS, NAMES, Oracle, error, random_inputs, run
 
 triton = pytest.importorskip("triton")
 from titan_kernels import tuning  # noqa: E402
+from titan_kernels.transpose_lists import transpose_lists  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 WAN_480P = (21, 30, 52)
@@ -118,6 +119,37 @@ def test_lists_equal_the_twins_index_for_index(num_tiles):
             with poisoned_memory():
                 actual = ops.block_topk(rows, topk)
             assert torch.equal(actual, reference.block_topk(rows, topk)), topk
+
+
+@pytest.mark.parametrize("num_tiles, topk", [(1, 1), (33, 33), (455, 46), (1260, 126), (1260, 1)])
+def test_transposed_lists_equal_a_stable_sort(num_tiles, topk):
+    lists = reference.block_topk(torch.randn(2, 12, num_tiles, num_tiles, device="cuda"), topk)
+    with poisoned_memory():
+        actual = transpose_lists(lists, num_tiles)
+    assert all(map(torch.equal, actual, reference.transpose_lists(lists, num_tiles)))
+
+
+def test_transposed_lists_can_be_captured_in_a_graph():
+    lists = reference.block_topk(torch.randn(1, 2, 60, 60, device="cuda"), 6)
+    transpose_lists(lists, 60)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = transpose_lists(lists, 60)
+    lists.copy_(reference.block_topk(torch.randn(1, 2, 60, 60, device="cuda"), 6))
+    graph.replay()
+    assert all(map(torch.equal, captured, reference.transpose_lists(lists, 60)))
+
+
+@pytest.mark.parametrize("scale, limit", [(0.1, 2e-5), (1, 2e-5), (7, 1e-4), (50, 1e-3)])
+def test_the_coarse_branch_of_16_bit_models_is_all_but_exact(scale, limit):
+    """The limits are five times what emulated products of bf16 parts give (docs/kernels.md)."""
+    layout = tile_layout((9, 13, 18), device="cuda")
+    (q, k, v, _), _ = random_inputs(layout.grid, 3, 128, torch.bfloat16, scale, device="cuda")
+    tiles = layout.tiles()
+    pooled = ops.tile_pool(q, k, v, tiles, tiles)
+    by_head = (x.transpose(1, 2).double() for x in pooled)
+    expected = F.scaled_dot_product_attention(*by_head).transpose(1, 2)
+    assert error(coarse_branch(q, k, v, layout), expected) < limit
 
 
 @pytest.mark.parametrize("head_dim, dtype", [(128, torch.bfloat16), (64, torch.float16)])

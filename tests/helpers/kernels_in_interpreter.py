@@ -87,6 +87,25 @@ def test_lists_equal_the_twins_index_for_index(num_tiles):
 
 
 @pytest.mark.parametrize(
+    "queries, tiles, topk, chunk", [(1, 1, 1, 256), (3, 9, 1, 256), (5, 7, 7, 16), (9, 50, 6, 32), (2, 150, 140, 256)]
+)
+def test_transposed_lists_equal_a_stable_sort(queries, tiles, topk, chunk, monkeypatch):
+    """With lists that leave out the first tile where they can, and crowd others; more than one chunk, in two pieces."""
+    from titan_kernels import transpose_lists
+
+    monkeypatch.setattr(transpose_lists, "CHUNK", chunk)
+    scores = torch.randn(2, 1, queries, tiles) + 2 * torch.randn(2, 1, 1, tiles)
+    if topk < tiles:
+        scores[..., 0] = -torch.inf
+    lists = reference.block_topk(scores, topk)
+    repeated = torch.randint(tiles, lists.shape, dtype=torch.int32)
+    for each in (lists, repeated)[: 1 + (topk == 6)]:
+        actual, expected = (kernels.transpose_lists(each, tiles) for kernels in (triton_kernels, reference))
+        assert [(x.dtype, x.is_contiguous()) for x in actual] == [(torch.int32, True)] * 2
+        assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize(
     "head_dim, dtype, topk, join", [(16, torch.float32, 1, 1), (80, torch.float32, 2, 2), (128, torch.float16, 2, 1)]
 )
 def test_attention_and_its_gradients(head_dim, dtype, topk, join):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import titan_kernels
 from runs import REPOSITORY
 
 from benchmarks.gpu_suite.__main__ import FILES
@@ -83,6 +84,12 @@ def test_each_kind_of_part_has_measured_something(rehearsed):
     assert of("card", "right") == [True] and of("card", "tflops")[0] > 0 and of("card", "tb_per_second")[0] > 0
     assert all(of("smoke", "right")) and len(of("smoke", "right")) >= 5
     assert len(of("attention 75,600", "forward_ms")) == 2 + 2 * 2 * 2
+    assert of("attention 75,600", "sorting_ms")[0] > 0
+    rates = [row for row in rows if row["part"].startswith("attention") and row.get("sparsity") and "forward_ms" in row]
+    assert rates and all(row["forward_tensor_tflops"] >= row["forward_tflops"] > 0 for row in rates)
+    derivative = next(row for row in rows if row["case"].endswith(": jvp"))
+    assert hasattr(titan_kernels, "attention_jvp") == ("forward_ms" in derivative) != ("unavailable" in derivative)
+    assert set(of("finetune", "host_waits")) == {"in _sum_over_ranks only"}
     assert of("finetune", "seconds_per_step")[0] > 0 and len(of("finetune", "rank")) == 30
     assert of("GPU tests", "passed")[0] > 0
     assert {"critic", "student"} <= set(of("DMD2", "update"))

@@ -42,7 +42,7 @@ SMALL = (
 WARM_UP, COUNTED = 2, 2
 """Steps: those that fill caches and make the optimizers' states, and those whose waits are counted."""
 
-WAITS_PER_UPDATE = {"trainer._clip_gradients": 1, "trainer._sum_over_ranks": 1}
+WAITS_PER_UPDATE = {"trainer._sum_over_ranks": 1}
 WAITS_PER_LOGGED_LINE = {"observability.timing.drain": 1}
 ROLES: dict[str, tuple[str, ...]] = {
     "a14b": ("teacher", "student", "critic"),

@@ -34,6 +34,7 @@ CONFIGS = {
     "selective 1": ActivationCheckpointConfig(mode="selective", selective_interval=1),
     "selective 2": ActivationCheckpointConfig(mode="selective"),
     "selective 3": ActivationCheckpointConfig(mode="selective", selective_interval=3),
+    "selective 1 but hidden": ActivationCheckpointConfig(mode="selective", selective_interval=1, store_hidden=False),
     "full with skip": ActivationCheckpointConfig(mode="full", skip_interval=2),
     "selective with skip": ActivationCheckpointConfig(mode="selective", skip_interval=4),
 }
@@ -48,7 +49,7 @@ def tiny(config: ActivationCheckpointConfig) -> WanTransformer:
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
-    apply_activation_checkpointing(model.blocks, config)
+    apply_activation_checkpointing(model.blocks, config, hidden_width=FLAVORS["tiny"].ffn_dim)
     return model
 
 
@@ -114,6 +115,12 @@ def test_recomputed_share_equals_torchs_own_count(name: str) -> None:
     assert recomputed > 0 or name == "selective 1"
 
 
+def test_without_the_hidden_activations_one_product_per_block_is_recomputed() -> None:
+    config, checkpointing = FLAVORS["tiny"], CONFIGS["selective 1 but hidden"]
+    recomputed = counted_flops(checkpointing) - counted_flops(NONE)
+    assert recomputed == config.num_layers * 2 * (2 * 4 * 4) * config.inner_dim * config.ffn_dim
+
+
 def test_matmuls_of_a_block_add_up_to_the_forward() -> None:
     config = FLAVORS["1.3B"]
     forward, attention = forward_flops(config, 1000, 100), 4 * 1000 * (1000 + 100) * config.inner_dim
@@ -170,7 +177,7 @@ def sparse_tiny(config: ActivationCheckpointConfig) -> WanTransformer:
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
-    apply_activation_checkpointing(model.blocks, config, selects=True)
+    apply_activation_checkpointing(model.blocks, config, selects=True, hidden_width=FLAVORS["tiny"].ffn_dim)
     return model
 
 
@@ -240,6 +247,7 @@ def test_descriptions() -> None:
     assert describe(CONFIGS["full"]) == "full: saves each block's input"
     assert describe(CONFIGS["selective 1"]) == "selective: saves attention outputs and every matmul"
     assert describe(CONFIGS["selective 2"]) == "selective: saves attention outputs and 1 of 2 matmuls"
+    assert describe(CONFIGS["selective 1 but hidden"]).endswith("and every matmul but the feed-forward's first")
     assert describe(CONFIGS["selective with skip"]).endswith("1 of 2 matmuls, all of 1 of 4 blocks")
     eleven = ActivationCheckpointConfig(mode="selective", selective_interval=11, skip_interval=23)
     assert describe(eleven).endswith("1 of 11 matmuls, all of 1 of 23 blocks")
@@ -250,6 +258,7 @@ def test_descriptions() -> None:
     [
         ({"mode": "full", "selective_interval": 2}, 'selective_interval = 2 has no effect with mode = "full"'),
         ({"skip_interval": 2}, 'skip_interval = 2 has no effect with mode = "none"'),
+        ({"mode": "full", "store_hidden": False}, 'store_hidden = false has no effect with mode = "full"'),
         ({"mode": "full", "skip_interval": 1}, "leaves all blocks"),
         ({"mode": "selective", "selective_interval": 0}, "selective_interval = 0 is out of range"),
         ({"mode": "full", "skip_interval": -1}, "skip_interval = -1 is out of range"),

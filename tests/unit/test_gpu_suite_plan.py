@@ -12,6 +12,7 @@ from importlib import import_module
 import pytest
 import torch
 from runs import REPOSITORY
+from titan_kernels import tuning
 
 from benchmarks import attention, launches
 from benchmarks.gpu_suite import kernel_cases, plan, pytest_cases, training_cases, worker
@@ -19,6 +20,8 @@ from benchmarks.gpu_suite.__main__ import main
 from benchmarks.gpu_suite.predictions import PREDICTIONS, compared
 from benchmarks.gpu_suite.summary import summary
 from titan_distill.config.loading import load_config
+from titan_distill.observability.timing import PhaseTimer
+from titan_distill.trainer import Trainer
 
 PAGE = (REPOSITORY / "docs" / "kernels.md").read_text()
 
@@ -67,10 +70,88 @@ def test_the_headline_is_timed_first_and_completely(context):
     first = list(kernel_cases.attention_720p(context))
     assert first[:3] == [f"75600 tokens, 12 heads: {kind}" for kind in ("sdpa cudnn", "sdpa flash", "dense branch")]
     kinds = [f"{kind} 0.9 x{join}" for join in (1, 2) for kind in ("candidates", "vsa kernels", "vsa")]
+    assert first.pop() == "75600 tokens, 12 heads: transposed lists"
     assert first[3:] == [f"75600 tokens, 12 heads: {kind}{tile}" for tile in ("", " 3x5x4") for kind in kinds]
     anchor = [name for name in kernel_cases.attention_480p(context) if name.startswith("40768 tokens, 16 heads")]
     assert len(anchor) == 3 + 6 and not any("3x5x4" in name for name in anchor)
     assert math.prod(launches.WHOLE_TILES) == 40_768 and all(size % 4 == 0 for size in launches.WHOLE_TILES)
+
+
+def test_the_derivative_is_timed_and_compiled_ahead(context):
+    case = next(run.args[0] for name, run in kernel_cases.attention_480p(context).items() if name.endswith(": jvp"))
+    assert (case.grid, case.heads, case.tile) == (launches.JVP.grid, launches.JVP.heads, launches.JVP.tile)
+
+
+def test_a_candidate_that_the_table_gets_is_timed(monkeypatch):
+    planted = tuning.Candidate(4, 5, True, reason="planted")
+    key = ("forward", 64, 16)
+    monkeypatch.setattr(tuning, "KEPT", {**tuning.KEPT, key: (*tuning.KEPT[key], planted)})
+    timed: list[tuning.Candidate] = []
+    monkeypatch.setattr(tuning, "_milliseconds", lambda kernel, start, candidate: timed.append(candidate) or 1.0)
+    for name, value in {"is_available": True, "is_current_stream_capturing": False, "current_device": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    shape = tuning.Shape(128, torch.bfloat16, 64, 64, 1, 1, 12, 7)
+    with tuning.observed(lambda *_: None):
+        tuning.launch("forward", shape, lambda candidate: None, tma=True)
+    assert timed == list(tuning.KEPT[key]) and planted in timed
+
+
+def test_the_estimate_has_time_for_every_candidate():
+    kept = {(kernel, rows): len(found) for (kernel, rows, bits), found in tuning.KEPT.items() if bits == 16}
+    of_a_tile = sum(kept["forward", rows] + kept["grad_q", rows] + kept["grad_kv", 64] for rows in (64, 128))
+    (estimated,) = re.findall(r"(\d+) candidates at 0.25", PAGE)
+    assert 2 * of_a_tile <= int(estimated)
+
+
+def test_sparse_rows_have_counted_and_tensor_rates():
+    case = attention.Case((3, 5, 5), 1, "vsa", 0.5, 1)
+    x = attention.Tensors(case.grid, case.heads, "cpu")
+    (row,) = attention.measure_case(case, x, 1.0, attention.Clock("cpu", 1, 4))
+    lengths = x.layout.length.double()
+    assert 0 < row["useful_share"] < 1 and lengths.min() < 64
+    for way in ("forward", "backward"):
+        counted, tensor = row[f"{way}_tflops"], row[f"{way}_tensor_tflops"]
+        assert math.isclose(counted / tensor, row["useful_share"])
+    shown = list(summary([{"part": "card", "case": str(case), "card": "CPU", "at_s": 1.0, **row}]).splitlines())
+    assert any("forward_tflops | backward_tflops | forward_tensor_tflops | backward_tensor_tflops" in x for x in shown)
+
+
+def test_the_host_may_wait_in_the_named_methods_only():
+    modes: list[str] = []
+
+    class Running:
+        timer = PhaseTimer(torch.device("cpu"))
+
+        def _sum_over_ranks(self, value):
+            modes.append("summing")
+            return value
+
+    trainer = Running()
+    assert all(callable(getattr(Trainer, name)) and hasattr(trainer, name) for name in training_cases.MAY_WAIT)
+    with training_cases.no_host_waits(trainer, modes.append):
+        assert trainer._sum_over_ranks(3) == 3
+    assert modes == ["error", "default", "summing", "error", "default"]
+    trainer._sum_over_ranks(4)
+    assert modes[-2:] == ["default", "summing"]
+
+
+@pytest.mark.parametrize("sentence", [training_cases.WAITED, "something else"])
+def test_a_wait_costs_a_row_and_no_measurement(sentence, context, monkeypatch):
+    def run(*arguments, watch=None):
+        yield {"built": True}
+        if watch is not None:
+            raise RuntimeError(f"{sentence} (Triggered internally)")
+        yield {"seconds_per_step": 1.0}
+
+    monkeypatch.setattr(training_cases, "train_watched", run)
+    rows = training_cases.train(context, "tiny_wan_finetune", (), 1, 1)
+    if sentence != training_cases.WAITED:
+        with pytest.raises(RuntimeError, match=sentence):
+            list(rows)
+        return
+    built, failed, again, measured = rows
+    assert built == again and measured == {"seconds_per_step": 1.0}
+    assert failed["failure"] == "the host waited" and "raise RuntimeError" in failed["text"]
 
 
 def test_the_kernels_of_every_timing_are_compiled_ahead(context):

@@ -37,6 +37,10 @@ SIXTY_FOUR_GPUS = REPOSITORY / "train_configs" / "wan14b_to_1.3b.toml"
 MODES = {
     "none": ActivationCheckpointConfig(),
     "selective": ActivationCheckpointConfig(mode="selective"),
+    "selective, every product but the hidden": ActivationCheckpointConfig(
+        mode="selective", selective_interval=1, store_hidden=False
+    ),
+    "selective, every product": ActivationCheckpointConfig(mode="selective", selective_interval=1),
     "full": ActivationCheckpointConfig(mode="full"),
     "full, every 2nd block whole": ActivationCheckpointConfig(mode="full", skip_interval=2),
 }
@@ -55,14 +59,14 @@ def test_training_flops_equal_torchs_own_count(mode: str) -> None:
     """Forward, backward and recomputation of the small Wan, to the last one."""
     config, checkpointing = FLAVORS["tiny"], MODES[mode]
     model = WanTransformer(config)
-    apply_activation_checkpointing(model.blocks, checkpointing)
+    apply_activation_checkpointing(model.blocks, checkpointing, hidden_width=config.ffn_dim)
     latents, text = torch.zeros(1, 16, 5, 12, 12), torch.zeros(1, TINY_TEXT, config.text_dim)
     # torch counts attention where it is plain matrix products, which `selective` does not know as attention.
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
         model(latents, torch.zeros(1), text).sum().backward()
     flops = forward_flops(config, TINY_TOKENS, TINY_TEXT)
     recomputed = flops.total * recomputed_share(config, checkpointing, TINY_TOKENS, TINY_TEXT)
-    if mode == "selective":
+    if mode.startswith("selective"):
         recomputed += flops.self_attention + flops.cross_attention - _text_products()
     assert flops.total + flops.backward + recomputed == pytest.approx(counted.get_total_flops(), rel=1e-12)
 
@@ -100,8 +104,10 @@ def test_cadence_is_the_methods() -> None:
 
 def test_step_flops_are_the_closed_form() -> None:
     """1.3B with a 14B teacher at 480p: docs/algorithms.md, "FLOPs of an update", for five steps."""
+    full = ("--activation_checkpoint.mode", "full", "--activation_checkpoint.selective_interval", "none",
+            "--activation_checkpoint.store_hidden", "true")  # fmt: skip
     with planner(64, GPUS["H100"]) as planned:
-        plan = planned.plan(load_config(["--job.config_file", str(SIXTY_FOUR_GPUS)]))
+        plan = planned.plan(load_config(["--job.config_file", str(SIXTY_FOUR_GPUS), *full]))
     executed = sum(phase.executed_flops for phase in plan.phases)
     assert 5 * executed / 64 / 1e12 == pytest.approx(14_394, rel=1e-3)
 
@@ -115,7 +121,7 @@ def test_peak_of_a_training_step_is_what_was_planned(mode: str, dtype: torch.dty
     """Allocated bytes, as torch's profiler sees them: not more than planned (but for 2 %), and at most a sixth less."""
     config, checkpointing = FLAVORS["tiny"], MODES[mode]
     model = WanTransformer(config).to(dtype)
-    apply_activation_checkpointing(model.blocks, checkpointing)
+    apply_activation_checkpointing(model.blocks, checkpointing, hidden_width=config.ffn_dim)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     inputs = torch.zeros(4, 16, 5, 12, 12), torch.full((4,), 500.0), torch.zeros(4, TINY_TEXT, config.text_dim)
@@ -268,6 +274,7 @@ def test_every_question_has_its_table(monkeypatch: pytest.MonkeyPatch, capsys: p
         assert title in shown
     assert "Ulysses: 2 divides 12" in shown
     assert "assumed, not measured" in shown
+    assert all(part in shown for part in ("attention, forward", "linear layers", "pointwise", "optimizer"))
     assert "8 × A100" in shown
 
 

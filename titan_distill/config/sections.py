@@ -147,6 +147,9 @@ class ActivationCheckpointConfig:
     FLOPs. selective also stores attention outputs and every selective_interval-th matrix product."""
     selective_interval: int | None = free(None)
     """With mode = selective, store the output of every n-th matrix product of a block. Default: 2."""
+    store_hidden: bool = free(True)
+    """With mode = selective, also store the hidden activations of the feed-forward, the largest output of a block.
+    false recomputes them: for 1.3B at 480p 16 GiB less, and 3 % more FLOPs."""
     skip_interval: int = free(0)
     """Leave every n-th block without activation checkpointing. 0 checkpoints all blocks."""
 
@@ -154,7 +157,7 @@ class ActivationCheckpointConfig:
         check_range(self, "selective_interval", least=1)
         check_range(self, "skip_interval", least=0)
         if self.mode != "selective":
-            check_no_effect(self, "selective_interval", given="mode")
+            check_no_effect(self, "selective_interval", "store_hidden", given="mode")
         if self.mode == "none":
             check_no_effect(self, "skip_interval", given="mode")
         if self.skip_interval == 1:

@@ -22,10 +22,10 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient norm is not finite. All ranks raise this error before the optimizer step."""
 
 
-def count_nonfinite(losses_N: Tensor, grad_norm: float) -> Tensor:
+def count_nonfinite(losses_N: Tensor, grad_norm: Tensor) -> Tensor:
     """Returns the number of this rank's losses and norms that are not finite, as a scalar fp64 tensor on their device;
     the host does not wait."""
-    return (~losses_N.isfinite()).sum().double() + (not math.isfinite(grad_norm))
+    return (~losses_N.isfinite()).sum().double() + ~grad_norm.isfinite()
 
 
 def describe_nonfinite(role: str, step: int, sample_ids: list[int], losses_N: Tensor, grad_norm: float) -> str:

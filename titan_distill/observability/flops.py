@@ -162,12 +162,30 @@ def recomputed_share(
     """Share of a forward's FLOPs that its backward computes again: in each checkpointed block the matrix products that
     are not kept and, where only inputs are kept, attention. Embeddings and head are never recomputed."""
     forward = forward_flops(config, num_tokens, num_text_tokens, sparse, num_keys)
-    matmuls = block_matmuls(config, num_tokens, num_text_tokens, gated=sparse is not None)
-    recomputed = sum(flops for index, flops in enumerate(matmuls) if not is_kept(index, checkpointing))
+    gated = sparse is not None
+    recomputed = recomputed_matmuls(config, checkpointing, num_tokens, num_text_tokens, gated=gated)
     if checkpointing.mode == "full":
-        recomputed += (forward.total - forward.embeddings) / config.num_layers - sum(matmuls)
-    num_blocks = sum(is_checkpointed(index, checkpointing) for index in range(config.num_layers))
-    return num_blocks * recomputed / forward.total
+        matmuls = config.num_layers * sum(block_matmuls(config, num_tokens, num_text_tokens, gated=gated))
+        attention = forward.total - forward.embeddings - matmuls
+        recomputed += checkpointed_share(config, checkpointing) * attention
+    return recomputed / forward.total
+
+
+def recomputed_matmuls(
+    config: DiTConfig, checkpointing: ActivationCheckpointConfig, num_tokens: int, num_text_tokens: int, *, gated: bool
+) -> float:
+    """FLOPs of the blocks' matrix products, without attention, that a backward of one sample computes again."""
+    matmuls = block_matmuls(config, num_tokens, num_text_tokens, gated=gated)
+    hidden = len(matmuls) - 2
+    recomputed = sum(
+        flops for at, flops in enumerate(matmuls) if not is_kept(at, checkpointing, is_hidden=at == hidden)
+    )
+    return checkpointed_share(config, checkpointing) * config.num_layers * recomputed
+
+
+def checkpointed_share(config: DiTConfig, checkpointing: ActivationCheckpointConfig) -> float:
+    """Fraction of the blocks with activation checkpointing."""
+    return sum(is_checkpointed(index, checkpointing) for index in range(config.num_layers)) / config.num_layers
 
 
 @dataclass(frozen=True)

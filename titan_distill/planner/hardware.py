@@ -1,19 +1,41 @@
 """Peak performance of GPUs from their data sheets, and the fractions of it that a training run is assumed to reach.
 
-The fractions are assumptions, not measurements; every plan prints them. Use the seconds of a plan to compare layouts.
-To know the seconds of a run, measure them with a benchmark.
+The fractions are assumptions, not measurements; every plan prints them. Each part of a step has its own, because they
+differ by a factor of two: a large matrix product reaches two thirds of the tensor cores' peak, the backward of sparse
+attention a third, and pointwise operations are bound by memory bandwidth. `docs/performance.md` has the budget that
+they make up, and beside it what the GPU suite has measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-COMPUTE_EFFICIENCY = 0.35
-"""FLOP/s while a rank computes, as a fraction of the bf16 peak. Published distillation runs of Wan imply 24 %
-(Self-Forcing on H100) to 32 % (FastWan on H200). These include waiting for other ranks; without it the fraction is a
-little higher."""
-NETWORK_EFFICIENCY = 0.75
-"""Bytes per second of a large collective, as a fraction of the links' peak. nccl-tests commonly show this value."""
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Fractions of a GPU's peak that the parts of a step are assumed to reach. Products count the FLOPs that kernels
+    execute: a dense attention's backward 5 products where its forward has 2, a sparse one's 7."""
+
+    linear: float = 0.67
+    """cuBLAS at the shapes of the blocks: 660 of an H100's 989 TFLOP/s under its power limit."""
+    attention_forward: float = 0.63
+    """Dense attention, 620 TFLOP/s on an H100. FlashAttention-3 publishes 590 to 650; cuDNN is about equal."""
+    attention_backward: float = 0.53
+    """520 TFLOP/s on an H100, where 520 to 650 are published."""
+    sparse_forward: float = 0.48
+    """Sparse attention, over whole tiles: 475 TFLOP/s on an H100, the middle of the range that `docs/kernels.md`
+    predicts from instruction counts."""
+    sparse_backward: float = 0.37
+    """365 TFLOP/s on an H100, the middle of the predicted range."""
+    cross_attention: float = 0.36
+    """512 keys are few: the start and the end of each program, which no product fills, weigh more."""
+    memory: float = 0.85
+    """Bytes per second of pointwise operations, the optimizer and FSDP's copies: 2.85 TB/s on an H100."""
+    network: float = 0.75
+    """Bytes per second of a large collective. nccl-tests commonly show this value."""
+
+
+EFFICIENCY = Efficiency()
 RESERVE = 0.10
 """Fraction of a GPU's memory reserved for the CUDA context, NCCL's buffers, cuBLAS workspaces and fragmentation."""
 GPUS_PER_NODE = 8
@@ -35,6 +57,8 @@ class Gpu:
     """Bytes per second of its share of the node's network cards, in one direction."""
     host_bytes: float
     """Bytes per second to the host over PCIe × 16, in one direction."""
+    memory_bytes: float
+    """Bytes per second of its own memory, reads and writes together."""
 
     @property
     def usable_gib(self) -> float:
@@ -48,20 +72,20 @@ class Gpu:
         """
         in_node = max(1, GPUS_PER_NODE // stride)
         if num_ranks <= in_node:
-            return self.nvlink_bytes * NETWORK_EFFICIENCY
-        return min(self.nvlink_bytes, in_node * self.network_bytes) * NETWORK_EFFICIENCY
+            return self.nvlink_bytes * EFFICIENCY.network
+        return min(self.nvlink_bytes, in_node * self.network_bytes) * EFFICIENCY.network
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # NVIDIA A100 80GB SXM data sheet: 312 TFLOPS, 600 GB/s NVLink, PCIe 4; DGX A100: 8 × 200 Gb/s.
-        Gpu("A100", 312e12, 79.2, 300e9, 25e9, 32e9),
-        # H100 SXM data sheet: 989 TFLOPS without sparsity, 900 GB/s NVLink, PCIe 5; DGX H100: 8 × 400 Gb/s.
-        Gpu("H100", 989e12, 79.1, 450e9, 50e9, 64e9),
-        # H200 SXM data sheet: 989 TFLOPS, 141 GB, 900 GB/s NVLink, PCIe 5; DGX H200: 8 × 400 Gb/s.
-        Gpu("H200", 989e12, 139.8, 450e9, 50e9, 64e9),
-        # DGX B200 data sheet: 2250 TFLOPS a GPU, 1440 GB for 8, 1800 GB/s NVLink, PCIe 5, 8 × 400 Gb/s.
-        Gpu("B200", 2250e12, 178.3, 900e9, 50e9, 64e9),
+        # NVIDIA A100 80GB SXM data sheet: 312 TFLOPS, 2039 GB/s, 600 GB/s NVLink, PCIe 4; DGX A100: 8 × 200 Gb/s.
+        Gpu("A100", 312e12, 79.2, 300e9, 25e9, 32e9, 2.04e12),
+        # H100 SXM data sheet: 989 TFLOPS without sparsity, 3.35 TB/s, 900 GB/s NVLink, PCIe 5; DGX H100: 8 × 400 Gb/s.
+        Gpu("H100", 989e12, 79.1, 450e9, 50e9, 64e9, 3.35e12),
+        # H200 SXM data sheet: 989 TFLOPS, 141 GB, 4.8 TB/s, 900 GB/s NVLink, PCIe 5; DGX H200: 8 × 400 Gb/s.
+        Gpu("H200", 989e12, 139.8, 450e9, 50e9, 64e9, 4.8e12),
+        # DGX B200 data sheet: 2250 TFLOPS a GPU, 1440 GB and 64 TB/s for 8, 1800 GB/s NVLink, PCIe 5, 8 × 400 Gb/s.
+        Gpu("B200", 2250e12, 178.3, 900e9, 50e9, 64e9, 8.0e12),
     )
 }

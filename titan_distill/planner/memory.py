@@ -208,7 +208,9 @@ def kept_by_block(forward: LocalForward, index: int, config: ActivationCheckpoin
     kept = forward.residual + forward.selection
     if config.mode == "selective":
         kept += 2 * forward.heads + 2 * forward.log_sums + forward.coarse
-        kept += sum(size for order, size in enumerate(matmul_outputs(forward)) if is_kept(order, config))
+        outputs = matmul_outputs(forward)
+        hidden = len(outputs) - 2
+        kept += sum(size for at, size in enumerate(outputs) if is_kept(at, config, is_hidden=at == hidden))
     return kept
 
 

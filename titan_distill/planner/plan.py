@@ -25,14 +25,21 @@ from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees, RunLayout
 from titan_distill.methods.base import Passes
 from titan_distill.models.head import FeatureHead
-from titan_distill.observability.flops import DiTConfig, forward_flops, recomputed_share
-from titan_distill.parallelisms.activation_checkpoint import is_checkpointed
+from titan_distill.observability.flops import (
+    DiTConfig,
+    block_matmuls,
+    checkpointed_share,
+    forward_flops,
+    recomputed_matmuls,
+    recomputed_share,
+)
 from titan_distill.parallelisms.mesh import World
 from titan_distill.parallelisms.sequence import Method, SequenceParallel, TokenShards, choose_method
-from titan_distill.planner import communication, memory
+from titan_distill.planner import communication, memory, seconds
 from titan_distill.planner.communication import Links, Transfer, Weights
-from titan_distill.planner.hardware import COMPUTE_EFFICIENCY, Gpu
+from titan_distill.planner.hardware import Gpu
 from titan_distill.planner.memory import LocalForward, States
+from titan_distill.planner.seconds import Backward, Part
 from titan_distill.planner.unrolling import Unrolling
 from titan_distill.resolve import ResolvedRun
 from titan_distill.roles import RoleHandle, RoleManager
@@ -48,6 +55,7 @@ class RolePlan:
         num_exchanged: number of data-parallel groups whose samples the role processes in one batch.
         num_experts: networks of the role; each sample goes through one of them.
         sparse: key tiles that a query tile reads at the end of the schedule; None for dense attention.
+        useful_share: fraction of the pairs of tokens in whole tiles that are pairs of tokens of the video.
         segmentation: the segments of a causal role's videos; None for other roles.
         graph: bytes of the activations stored for the backward.
         temporary: peak bytes in addition to `states` and `graph`: gathered weights, working sets, buffers.
@@ -65,6 +73,7 @@ class RolePlan:
     adapters_only: bool = False
     num_experts: int = 1
     sparse: TilesRead | None = None
+    useful_share: float = 1.0
     segmentation: Segmentation | None = None
     graph: float = 0.0
     temporary: float = 0.0
@@ -79,9 +88,15 @@ class PhasePlan:
     """FLOPs for the global batch, recomputation included."""
     dense_flops: float
     """FLOPs for the global batch if attention were dense and nothing were recomputed."""
-    compute_seconds: float
+    parts: tuple[Part, ...]
+    """Work of one rank, padding and recomputation included."""
     transfers: tuple[Transfer, ...]
     """Transfers of one rank."""
+
+    @property
+    def compute_seconds(self) -> float:
+        """Seconds in which a rank computes."""
+        return sum(part.seconds for part in self.parts)
 
     @property
     def exposed_seconds(self) -> float:
@@ -99,6 +114,8 @@ class Plan:
     grid: tuple[int, int, int]
     roles: dict[str, RolePlan]
     phases: tuple[PhasePlan, ...]
+    optimizer: Part
+    """Optimizer steps on the device, averaged over the method's cadence."""
     encoders: float
     """Bytes of the weights of VAE and text encoder."""
     decoding: float
@@ -113,7 +130,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Seconds per step, averaged over the method's cadence."""
-        return sum(phase.compute_seconds + phase.exposed_seconds for phase in self.phases)
+        return self.optimizer.seconds + sum(phase.compute_seconds + phase.exposed_seconds for phase in self.phases)
 
     @property
     def fits(self) -> bool:
@@ -168,6 +185,7 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
         grid=grid,
         roles=plans,
         phases=tuple(each.phase for each in calls),
+        optimizer=_optimizer(work, plans, gpu),
         encoders=encoders,
         decoding=decoding,
         peak=peaks[peak_update],
@@ -257,24 +275,47 @@ class _Calls:
         if passes.backward:
             share = recomputed_share(architecture, config.activation_checkpoint, *sizes, *reads)
             executed += samples * flops.total * share
-        # Padded tokens cost FLOPs, too, and every rank waits for the one with the most tokens.
-        stretch = role.degrees.sequence * role.shards.padded_length / role.shards.bounds[-1]
-        rank_flops = executed * stretch / role.degrees.world_size
         calls = times * self.run.layout.num_micro_batches * len(unrolling.lengths)
         return PhasePlan(
             passes=passes,
             executed_flops=executed,
             dense_flops=dense,
-            compute_seconds=rank_flops / (self.gpu.peak_flops * COMPUTE_EFFICIENCY),
+            parts=tuple(self._parts(samples, calls)),
             transfers=tuple(transfer.repeated(calls) for transfer in self._transfers()),
         )
+
+    def _parts(self, samples: float, calls: float) -> Iterator[Part]:
+        """Yields the work of one rank for all `samples` of all ranks, in `calls` calls of the network."""
+        role, config, unrolling, sample = self.role, self.run.config, self.unrolling, self.sample
+        architecture, sizes = role.architecture, (unrolling.num_tokens, config.data.max_text_tokens)
+        flops = forward_flops(architecture, *sizes, role.sparse, unrolling.num_keys)
+        gated, section = role.sparse is not None, config.activation_checkpoint
+        backward = None
+        if self.passes.backward:
+            backward = Backward(
+                of_weights=not role.adapters_only,
+                matmuls=recomputed_matmuls(architecture, section, *sizes, gated=gated),
+                attention=self._checkpointed * (section.mode == "full"),
+                checkpointed=self._checkpointed,
+            )
+        # Keys and values of the text are the products of a block without video tokens.
+        text = architecture.num_layers * sum(block_matmuls(architecture, 0, sizes[1]))
+        reads_tiles = role.sparse is not None and role.sparse.num_lists
+        products = seconds.products(flops, text, backward, role.useful_share if reads_tiles else None)
+        # Padded tokens cost FLOPs, too, and every rank waits for the one with the most tokens.
+        stretch = role.degrees.sequence * role.shards.padded_length / role.shards.bounds[-1]
+        for part in seconds.product_parts(products, self.gpu):
+            yield part.repeated(samples * stretch / role.degrees.world_size)
+        moved = seconds.pointwise_bytes(sample, backward, compiled=config.compile.enabled)
+        videos = calls / len(unrolling.lengths) * unrolling.num_positions / self.grid[0]
+        yield seconds.memory_part(seconds.POINTWISE, videos * moved, self.gpu)
+        copied = seconds.weights_bytes(role.weights, role.states, backward=backward is not None)
+        yield seconds.memory_part(seconds.WEIGHTS, calls * copied, self.gpu)
 
     @property
     def _checkpointed(self) -> float:
         """Fraction of the blocks with activation checkpointing."""
-        num_layers = self.role.architecture.num_layers
-        section = self.run.config.activation_checkpoint
-        return sum(is_checkpointed(index, section) for index in range(num_layers)) / num_layers
+        return checkpointed_share(self.role.architecture, self.run.config.activation_checkpoint)
 
     def _transfers(self) -> Iterator[Transfer]:
         role, backward, forward = self.role, self.passes.backward, self.forward
@@ -292,6 +333,17 @@ class _Calls:
             text = role.architecture.text_dim * forward.num_text_tokens
             size = memory.FP32 * forward.samples * (latents + text) * (1 + backward)
             yield links.transfer("samples, exchange all-gather", "exchange", size)
+
+
+def _optimizer(work: Iterable[Passes], roles: dict[str, RolePlan], gpu: Gpu) -> Part:
+    """Returns the optimizer steps of all roles that are updated on the device."""
+    updates = {passes.update: passes.updates_per_step for passes in work if passes.update in roles}
+    moved = sum(
+        times * seconds.optimizer_bytes(roles[name].states)
+        for name, times in updates.items()
+        if not roles[name].offloaded
+    )
+    return seconds.memory_part(seconds.OPTIMIZER, moved, gpu)
 
 
 def _most(calls: Iterable[_Calls]) -> tuple[float, float]:
@@ -327,6 +379,7 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
         offloaded=parallelism.cpu_offload,
         adapters_only=role.adapters_only,
         sparse=None if core is None else core.tiles_read(layout_of_tokens.num_tiles),
+        useful_share=seconds.useful_share(layout_of_tokens),
         segmentation=cast("Segmentation | None", role.transformer.segmentation),
     )
 
@@ -354,7 +407,7 @@ def _left_out(config: Config, roles: dict[str, RolePlan]) -> Iterator[str]:
     if config.float8.enabled:
         yield "float8: seconds are those of bf16"
     if any(role.sparse is not None for role in roles.values()):
-        yield "sparse attention: lower FLOP/s of its kernels; steps before the schedule's final sparsity"
+        yield "sparse attention: steps before the schedule's final sparsity"
     if config.compile.enabled:
         yield "compile: activations are those of eager mode, an upper bound"
     if any(role.num_experts > 1 for role in roles.values()):

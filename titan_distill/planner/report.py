@@ -9,9 +9,11 @@ from collections.abc import Iterable, Sequence
 
 from titan_kernels import tile_layout
 
-from titan_distill.planner.hardware import COMPUTE_EFFICIENCY, GPUS_PER_NODE, NETWORK_EFFICIENCY, RESERVE
+from titan_distill.planner.hardware import EFFICIENCY, GPUS_PER_NODE, RESERVE
+from titan_distill.planner.measured import measurements
 from titan_distill.planner.memory import GIB
 from titan_distill.planner.plan import Plan, RolePlan
+from titan_distill.planner.seconds import RATES, Part, summed
 
 
 def report(plan: Plan) -> str:
@@ -123,17 +125,37 @@ def _communication_table(plan: Plan) -> str:
     return table("TRAFFIC  sent per rank and step", names, rows or [("none", "", "", "", "")])
 
 
+def parts(plan: Plan) -> list[Part]:
+    """Returns the work of one rank in a step by part, the longest first."""
+    found = summed([*(part for phase in plan.phases for part in phase.parts), plan.optimizer])
+    return sorted(found, key=lambda part: -part.seconds)
+
+
 def _seconds(plan: Plan) -> str:
-    compute = sum(phase.compute_seconds for phase in plan.phases)
-    exposed = sum(phase.exposed_seconds for phase in plan.phases)
     gpu = plan.gpu
-    return (
-        f"SECONDS  {plan.seconds:.1f} per step = {compute:.1f} computing + {exposed:.1f} waiting for other ranks\n"
-        f"  assumed, not measured: {COMPUTE_EFFICIENCY:.0%} of {gpu.peak_flops / 1e12:.0f} TFLOP/s, "
-        f"{NETWORK_EFFICIENCY:.0%} of {gpu.nvlink_bytes / 1e9:.0f} GB/s within nodes of {GPUS_PER_NODE} and "
+    exposed = sum(phase.exposed_seconds for phase in plan.phases)
+    rows = [(part.name, _work(part), _rate(part.name, plan), f"{part.seconds:.2f}") for part in parts(plan)]
+    rows.append(("waiting for other ranks", "", "", f"{exposed:.2f}"))
+    title = f"SECONDS  {plan.seconds:.1f} per step on each rank; the rates are assumed, not measured"
+    lines = [table(title, ("part", "work", "rate", "s"), rows)]
+    lines.append(
+        f"  links: {EFFICIENCY.network:.0%} of {gpu.nvlink_bytes / 1e9:.0f} GB/s within nodes of {GPUS_PER_NODE} and "
         f"of {gpu.network_bytes / 1e9:.0f} GB/s per GPU between them"
-        + "".join(f"\n  not in this plan: {thing}" for thing in plan.left_out)
     )
+    lines += [f"  measured, {each}" for each in measurements(gpu)]
+    lines += [f"  not in this plan: {thing}" for thing in plan.left_out]
+    return "\n".join(lines)
+
+
+def _work(part: Part) -> str:
+    return f"{part.flops / 1e12:,.0f} TFLOP" if part.flops else f"{part.num_bytes / 1e9:,.0f} GB"
+
+
+def _rate(part: str, plan: Plan) -> str:
+    gpu = plan.gpu
+    if part in RATES:
+        return f"{RATES[part]:.0%} of {gpu.peak_flops / 1e12:.0f} TFLOP/s"
+    return f"{EFFICIENCY.memory:.0%} of {gpu.memory_bytes / 1e12:.2f} TB/s"
 
 
 def _heads(role: RolePlan) -> str:

@@ -40,11 +40,15 @@ def _recompute(config: Config) -> Iterator[Change]:
         yield {"activation_checkpoint.skip_interval": 0}
     if section.mode == "none":
         yield {"activation_checkpoint.mode": "selective"}
+    if section.mode == "selective" and section.store_hidden:
+        yield {"activation_checkpoint.store_hidden": False}
     if section.mode != "full":
         full: Change = {"activation_checkpoint.mode": "full"}
-        yield (
-            full if section.selective_interval is None else full | {"activation_checkpoint.selective_interval": "none"}
-        )
+        if section.selective_interval is not None:
+            full["activation_checkpoint.selective_interval"] = "none"
+        if not section.store_hidden:
+            full["activation_checkpoint.store_hidden"] = True
+        yield full
 
 
 def _shard(config: Config, plan: Plan) -> Iterator[Change]:

@@ -82,7 +82,10 @@ def build_transformer(
         apply_sequence_parallel(model, mesh, parallelism)
     if role.trainable:
         selects = model.sparse_attention is not None
-        apply_activation_checkpointing(model.blocks, config.activation_checkpoint, selects=selects)
+        hidden_width = architecture.ffn_dim // (1 if mesh is None else mesh.degrees.tensor)
+        apply_activation_checkpointing(
+            model.blocks, config.activation_checkpoint, selects=selects, hidden_width=hidden_width
+        )
     compile_blocks(model.blocks, config.compile)
     if mesh is not None:
         options = FsdpOptions(compute_dtype, parallelism.reshard_after_forward, parallelism.cpu_offload)
