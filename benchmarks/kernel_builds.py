@@ -63,6 +63,7 @@ class Build:
         instructions: in all.
         mix: instructions by group, each where it stands in the code; loops count once.
         loop: instructions of the innermost loop that multiplies: the work for one tile.
+        waits: of these, waits for products (WARPGROUP.DEPBAR).
         sass: SHA-256 of the instructions.
     """
 
@@ -79,6 +80,7 @@ class Build:
     instructions: int
     mix: dict[str, int]
     loop: int
+    waits: int
     sass: str
 
     @property
@@ -106,6 +108,7 @@ def build(
     names = Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in lines)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     shared = compiled.metadata.shared
+    loop = _innermost([(int(address, 16), line) for address, line in addressed])
     return Build(
         kernel,
         rows,
@@ -119,7 +122,8 @@ def build(
         _programs(registers, shared, candidate.warps, arch),
         len(lines),
         {group: sum(n for name, n in names.items() if re.fullmatch(p, name)) for group, p in _GROUPS.items()},
-        _innermost([(int(address, 16), line) for address, line in addressed]),
+        len(loop),
+        sum("WARPGROUP.DEPBAR" in line for line in loop),
         hashlib.sha256("\n".join(lines).encode()).hexdigest(),
     )
 
@@ -133,10 +137,14 @@ def source(kernel: str, candidate: Candidate, rows: int, dtype: torch.dtype, hea
     # Tiles of 64 tokens come in one piece, or as two halves for fp32.
     constants |= {"Q_CHUNKS": 64 // columns, "KV_CHUNKS": 64 // columns}
     if kernel == "forward":
-        constants["PERSISTENT"] = bool(candidate.persistent)
+        constants |= {"PERSISTENT": bool(candidate.persistent), "AHEAD": candidate.ahead}
     types = {name: _type(name, dtype) for name in function.arg_names} | dict.fromkeys(constants, "constexpr")
     if candidate.tma:
         types |= dict.fromkeys(_DESCRIBED[kernel], f"tensordesc<{_TYPES[dtype]}[64, {head_dim}]>")
+        if kernel == "grad_kv":
+            types["sums"] = f"tensordesc<fp32[1, {rows}]>"
+    if candidate.tma and not candidate.ahead:
+        types["q"] = f"tensordesc<{_TYPES[dtype]}[{rows}, {head_dim}]>"
     divisible = [
         i
         for i, (name, kind) in enumerate(types.items())
@@ -151,13 +159,15 @@ def _type(name: str, dtype: torch.dtype) -> str:
         return f"*{_TYPES[dtype]}"
     if name in ("lists", "offset", "chosen_by", "q_start", "q_length", "kv_start", "kv_length"):
         return "*i32"
+    if name == "order":
+        return "*i64"
     if name in ("lse", "sums"):
         return "*fp32"
     return "fp32" if name.startswith("scale") else "i32"
 
 
-def _innermost(addressed: list[tuple[int, str]]) -> int:
-    """Instructions of the shortest stretch that ends in a jump back and has a matrix product or, without any, a sum."""
+def _innermost(addressed: list[tuple[int, str]]) -> list[str]:
+    """The shortest stretch that ends in a jump back and has a matrix product or, without any, a sum."""
     position = {address: i for i, (address, _) in enumerate(addressed)}
     loops = []
     for end, (address, line) in enumerate(addressed):
@@ -165,9 +175,9 @@ def _innermost(addressed: list[tuple[int, str]]) -> int:
         if target and int(target[1], 16) < address:
             loops.append([line for _, line in addressed[position[int(target[1], 16)] : end + 1]])
     for works in (rf"\b({_GROUPS['wgmma']}|{_GROUPS['mma']})\b", r"\bFFMA\b"):
-        if lengths := [len(loop) for loop in loops if any(re.search(works, line) for line in loop)]:
-            return min(lengths)
-    return 0
+        if working := [loop for loop in loops if any(re.search(works, line) for line in loop)]:
+            return min(working, key=len)
+    return []
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
@@ -191,14 +201,15 @@ def _programs(registers: int, shared: int, warps: int, arch: int) -> int:
 
 
 def space(kernel: str, rows: int, dtype: torch.dtype) -> Iterator[Candidate]:
-    """All candidates considered: stages 1-6 x warps 4/8 x pointers or TMA, persistent programs, and room for a second
-    program."""
+    """All candidates considered: stages 1-6 x warps 4/8 x pointers or TMA, persistent programs, the textbook order, and
+    room for a second program."""
     for tma in (True, False):
         for warps in (4, 8):
             for stages in range(1, 7):
                 yield Candidate(warps, stages, tma)
                 if kernel == "forward":
                     yield Candidate(warps, stages, tma, persistent=1)
+                    yield Candidate(warps, stages, tma, registers=128 if tma else None, ahead=False)
     if rows == 128:
         yield Candidate(8, 2, True, registers=128)
 
@@ -211,14 +222,10 @@ def versions() -> dict[str, str]:
 
 
 def _line(name: str, tried: Build) -> str:
-    c, mix = tried.candidate, tried.mix
-    how = f"{c.warps} warps, {c.stages} stages, {'TMA' if c.tma else 'pointers'}" + (
-        f", {c.registers} registers at most" if c.registers else ", persistent" if c.persistent else ""
-    )
-    counts = " ".join(f"{group}:{n}" for group, n in mix.items() if n)
+    counts = " ".join(f"{group}:{n}" for group, n in tried.mix.items() if n)
     return (
-        f"{name:<12} sm_{tried.arch:<4}{how:<34} {tried.loop:>4} in loop {tried.registers:>4} regs "
-        f"{tried.local_bytes:>4} B local "
+        f"{name:<12} sm_{tried.arch:<4}{tried.candidate!s:<55} {tried.loop:>4} in loop, {tried.waits} waits "
+        f"{tried.registers:>4} regs {tried.local_bytes:>4} B local "
         f"{tried.shared_bytes / 1024:6.1f} KiB {tried.programs} a SM  {counts}  {tried.sass[:8]}"
     )
 

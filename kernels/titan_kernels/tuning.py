@@ -40,6 +40,7 @@ class Candidate:
         tma: fetch rows by the copy engine; Hopper and later.
         registers: limit per thread, so that another program fits beside; None for the compiler's choice.
         persistent: programs per multiprocessor that walk over all blocks (forward only); 0: one program per block.
+        ahead: compute scores one tile ahead; otherwise in the textbook order (forward only).
         reason: for timing it.
     """
 
@@ -48,13 +49,15 @@ class Candidate:
     tma: bool = False
     registers: int | None = None
     persistent: int = 0
+    ahead: bool = True
     reason: str = ""
 
     def __str__(self) -> str:
         rows = "TMA" if self.tma else "pointers"
         persistent = f", {self.persistent} resident" if self.persistent else ""
         limit = "" if self.registers is None else f", {self.registers} registers"
-        return f"{self.warps} warps, {self.stages} stages, {rows}{persistent}{limit}"
+        order = "" if self.ahead else ", textbook order"
+        return f"{self.warps} warps, {self.stages} stages, {rows}{persistent}{order}{limit}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -115,6 +118,7 @@ def _block(size: int, most: int) -> int:
 
 
 _TWO_PROGRAMS = "two programs on a multiprocessor, one computing while the other waits"
+_FOUR_PROGRAMS = "four programs on a multiprocessor: others compute while one waits for its only buffers"
 _DEEPER = "one more tile in flight, for lists that miss the L2"
 _ANYWHERE = "no TMA: before Hopper, strided inputs, head dims between powers of two"
 _RESIDENT = "programs that stay: a block's first loads wait for no launch"
@@ -123,6 +127,7 @@ _NO_MATRIX_UNITS = "exact fp32 products: with 4 warps the unrolled sums spill"
 KEPT: dict[tuple[str, int, int], tuple[Candidate, ...]] = {
     ("forward", 64, 16): (
         Candidate(4, 2, True, reason=_TWO_PROGRAMS),
+        Candidate(4, 1, True, 128, ahead=False, reason=_FOUR_PROGRAMS),
         Candidate(4, 1, True, reason="three programs instead of prefetching"),
         Candidate(4, 2, True, persistent=2, reason=_RESIDENT),
         Candidate(4, 2, reason=_ANYWHERE),
@@ -130,6 +135,7 @@ KEPT: dict[tuple[str, int, int], tuple[Candidate, ...]] = {
     ),
     ("forward", 128, 16): (
         Candidate(8, 2, True, reason="half the traffic of 64 rows; two warpgroups of one program"),
+        Candidate(8, 1, True, 128, ahead=False, reason="two programs of 128 rows: half the traffic of four of 64"),
         Candidate(8, 3, True, reason=_DEEPER),
         Candidate(8, 2, True, persistent=1, reason=_RESIDENT),
         Candidate(8, 2, reason=_ANYWHERE),

@@ -10,7 +10,11 @@ dQ = scale dS K, dK = scale dSᵀ Q. The scale multiplies fp32 accumulators, onc
 
 `grad_kv_kernel` works on transposed scores, keys by queries, so that P and dS come out of one product in the registers
 where the next takes its left operand. Query rows that do not exist have a log-sum-exp of +inf: they weigh nothing, and
-no element is tested for it.
+no element is tested for it. With TMA the copy engine fetches the log-sum-exp and delta of a step before its products;
+loaded by pointers they would take registers for the whole of it, so each is loaded right before its use.
+
+Key tiles are chosen unequally often. Within a head the most chosen ones come first: the last programs of a launch,
+which nothing runs beside, are then the shortest.
 
 Shape suffixes as in `vsa_forward`; M queries of a block, N keys of a block.
 """
@@ -23,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from titan_kernels import tuning
 from titan_kernels.layout import Tiles
@@ -42,7 +47,7 @@ _ROWS = 32
 """Rows that a program of `row_sums_kernel` sums."""
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_queries"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_padded"])
 def row_sums_kernel(
     grad,
     out,
@@ -56,11 +61,12 @@ def row_sums_kernel(
     out_stride_h,
     num_heads,
     num_queries,
+    num_padded,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """For each query row its log-sum-exp in units of log2, and delta: fp32 [B, H, 2, L]; one address finds both."""
+    """For each query row its log-sum-exp in units of log2, and delta: fp32 [B, H, 2, num_padded]."""
     head = tl.program_id(0) % num_heads
     batch = tl.program_id(0) // num_heads
     start = tl.program_id(1) * ROWS
@@ -72,9 +78,9 @@ def row_sums_kernel(
     mask = row < num_queries - start
     item = tl.program_id(0).to(tl.int64)
     lse_M = tl.load(lse + item * num_queries + start + row, mask=mask, other=0.0)
-    sums += item * 2 * num_queries + start
+    sums += item * 2 * num_padded + start
     tl.store(sums + row, lse_M * 1.4426950408889634, mask=mask)
-    tl.store(sums + num_queries + row, tl.sum(grad_MD.to(tl.float32) * out_MD.to(tl.float32), 1), mask=mask)
+    tl.store(sums + num_padded + row, tl.sum(grad_MD.to(tl.float32) * out_MD.to(tl.float32), 1), mask=mask)
 
 
 @triton.jit
@@ -83,7 +89,7 @@ def minus_delta(delta, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.broadcast_to(-delta, ROWS, COLUMNS)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=[*RUNTIME, "num_padded"])
 def grad_q_kernel(
     grad,
     q,
@@ -113,6 +119,7 @@ def grad_q_kernel(
     num_listed,
     num_queries,
     num_keys,
+    num_padded,
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -141,9 +148,9 @@ def grad_q_kernel(
     q_MD = load_rows(q_tokens, batch, head, first, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     grad_MD = load_rows(grad_tokens, batch, head, first, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     row = tl.arange(0, BLOCK_M)
-    sums += (batch * num_heads + head).to(tl.int64) * 2 * num_queries + first
+    sums += (batch * num_heads + head).to(tl.int64) * 2 * num_padded + first
     lse_M = tl.load(sums + row, mask=row < num_rows, other=float("inf"))
-    delta_M = tl.load(sums + num_queries + row, mask=row < num_rows, other=0.0)
+    delta_M = tl.load(sums + num_padded + row, mask=row < num_rows, other=0.0)
     scale_log2 = scale * 1.4426950408889634
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in range(num_steps):
@@ -164,7 +171,7 @@ def grad_q_kernel(
     store_rows(grad_q, acc_MD, batch, head, first, num_rows, num_queries, num_heads, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_kv_tiles", "num_chosen", "num_queries", "num_keys"])
+@triton.jit(do_not_specialize=["num_heads", "num_kv_tiles", "num_chosen", "num_queries", "num_keys", "num_padded"])
 def grad_kv_kernel(
     grad,
     q,
@@ -175,6 +182,7 @@ def grad_kv_kernel(
     grad_v,
     offset,
     chosen_by,
+    order,
     q_start,
     q_length,
     kv_start,
@@ -196,6 +204,7 @@ def grad_kv_kernel(
     num_chosen,
     num_queries,
     num_keys,
+    num_padded,
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -210,14 +219,11 @@ def grad_kv_kernel(
     k_tokens = (k, num_keys, k_stride_b, k_stride_l, k_stride_h)
     v_tokens = (v, num_keys, v_stride_b, v_stride_l, v_stride_h)
     item = tl.program_id(0) // KV_CHUNKS
-    tile = item % num_kv_tiles
     head = item // num_kv_tiles % num_heads
     batch = item // num_kv_tiles // num_heads
-    skip = tl.program_id(0) % KV_CHUNKS * BLOCK_N
-    first = tl.load(kv_start + tile) + skip
-    num_rows = tl.load(kv_length + tile) - skip
+    first, _ = block_of(tl.program_id(0), order, kv_start, kv_length, BLOCK_N, KV_CHUNKS)
 
-    offset += (batch * num_heads + head).to(tl.int64) * (num_kv_tiles + 1) + tile
+    offset += (batch * num_heads + head).to(tl.int64) * (num_kv_tiles + 1) + tl.load(order + item)
     begin = tl.load(offset)
     num_steps = (tl.load(offset + 1) - begin) * Q_CHUNKS
     # A tile that no query block chose reads an entry that is not its own, and nothing that depends on it. The last tile
@@ -229,7 +235,9 @@ def grad_kv_kernel(
     k_ND = load_rows(k_tokens, batch, head, first, BLOCK_N, HEAD_DIM, BLOCK_D, False)
     v_ND = load_rows(v_tokens, batch, head, first, BLOCK_N, HEAD_DIM, BLOCK_D, False)
     row = tl.arange(0, BLOCK_M)
-    sums += (batch * num_heads + head).to(tl.int64) * 2 * num_queries
+    lse_row = (batch * num_heads + head) * 2
+    if not TMA:
+        sums += lse_row.to(tl.int64) * num_padded
     scale_log2 = scale * 1.4426950408889634
     k_acc_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     v_acc_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -240,16 +248,23 @@ def grad_kv_kernel(
         block = tl.load(chosen_by + (i + 2) // Q_CHUNKS, mask=i + 2 < num_steps, other=0)
         q_MD = load_rows(q_tokens, batch, head, start, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
         grad_MD = load_rows(grad_tokens, batch, head, start, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+        if TMA:
+            lse_M = tl.where(row < length, sums.load([lse_row, start]).reshape(BLOCK_M), float("inf"))
+            delta_M = sums.load([lse_row + 1, start]).reshape(BLOCK_M)
         s_NM = tl.dot(k_ND, q_MD.T, input_precision="ieee")
         grad_p_NM = tl.dot(v_ND, grad_MD.T, input_precision="ieee")
-        lse_M = tl.load(sums + start + row, mask=row < length, other=float("inf"))
+        if not TMA:
+            lse_M = tl.load(sums + start + row, mask=row < length, other=float("inf"))
         p_NM = tl.exp2(s_NM * scale_log2 - lse_M)
         v_acc_ND = tl.dot(p_NM.to(grad_MD.dtype), grad_MD, v_acc_ND, input_precision="ieee")
-        delta_M = tl.load(sums + (start + num_queries) + row, mask=row < length, other=0.0)
+        if not TMA:
+            delta_M = tl.load(sums + (start + num_padded) + row, mask=row < length, other=0.0)
         grad_s_NM = p_NM * (grad_p_NM - delta_M)
         k_acc_ND = tl.dot(grad_s_NM.to(q_MD.dtype), q_MD, k_acc_ND, input_precision="ieee")
         start = next_start
         length = next_length
+    # Read again: through the loop they would take registers that it lacks.
+    first, num_rows = block_of(tl.program_id(0), order, kv_start, kv_length, BLOCK_N, KV_CHUNKS)
     k_acc_ND *= scale
     store_rows(grad_k, k_acc_ND, batch, head, first, num_rows, num_keys, num_heads, HEAD_DIM, BLOCK_N, BLOCK_D)
     store_rows(grad_v, v_acc_ND, batch, head, first, num_rows, num_keys, num_heads, HEAD_DIM, BLOCK_N, BLOCK_D)
@@ -278,9 +293,11 @@ def vsa_backward(
 
 def _row_sums(grad: Tensor, out: Tensor, lse: Tensor, shape: tuning.Shape) -> Tensor:
     batch, num_queries, num_heads, head_dim = grad.shape
-    sums = torch.empty((batch, num_heads, 2, num_queries), dtype=torch.float32, device=grad.device)
+    # TMA takes rows that start at multiples of 16 bytes.
+    num_padded = triton.cdiv(num_queries, 4) * 4
+    sums = torch.empty((batch, num_heads, 2, num_padded), dtype=torch.float32, device=grad.device)
     row_sums_kernel[batch * num_heads, triton.cdiv(num_queries, _ROWS)](
-        *(grad, out, lse, sums, *grad.stride()[:3], *out.stride()[:3], num_heads, num_queries),
+        *(grad, out, lse, sums, *grad.stride()[:3], *out.stride()[:3], num_heads, num_queries, num_padded),
         HEAD_DIM=head_dim,
         BLOCK_D=shape.constants["BLOCK_D"],
         ROWS=_ROWS,
@@ -308,7 +325,8 @@ def _grad_q(
         grad_q_kernel[grid](
             *(grad, q, k_rows, v_rows, sums, grad_q, lists, *q_tiles[:2], *kv_tiles[:2]),
             *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-            *(num_heads, len(q_tiles.start), lists.shape[-1], num_queries, k.shape[1], head_dim**-0.5),
+            *(num_heads, len(q_tiles.start), lists.shape[-1], num_queries, k.shape[1], sums.shape[-1]),
+            head_dim**-0.5,
             **shape.constants,
             TMA=candidate.tma,
             **candidate.options,
@@ -332,6 +350,7 @@ def _grad_kv(
     batch, num_keys, num_heads, head_dim = k.shape
     grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     offset, chosen_by = transpose_lists(lists, len(kv_tiles.start))
+    order = _longest_first(offset)
     # A key tile walks queries 64 at a time: two accumulators leave no registers for more.
     shape = shape.with_rows(64, q_tiles.longest)
     grid = (batch * num_heads * len(kv_tiles.start) * shape.kv_chunks,)
@@ -339,9 +358,11 @@ def _grad_kv(
     def launch(candidate: tuning.Candidate) -> None:
         q_rows, grad_rows = (described(x, shape.block_m) if candidate.tma else x for x in (q, grad))
         grad_kv_kernel[grid](
-            *(grad_rows, q_rows, k, v, sums, grad_k, grad_v, offset, chosen_by, *q_tiles[:2], *kv_tiles[:2]),
+            *(grad_rows, q_rows, k, v, _described_sums(sums, q.shape[1], shape.block_m) if candidate.tma else sums),
+            *(grad_k, grad_v, offset, chosen_by, order, *q_tiles[:2], *kv_tiles[:2]),
             *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-            *(num_heads, len(kv_tiles.start), chosen_by.shape[-1], q.shape[1], num_keys, head_dim**-0.5),
+            *(num_heads, len(kv_tiles.start), chosen_by.shape[-1], q.shape[1], num_keys, sums.shape[-1]),
+            head_dim**-0.5,
             **shape.constants,
             TMA=candidate.tma,
             **candidate.options,
@@ -349,3 +370,18 @@ def _grad_kv(
 
     tuning.launch("grad_kv", shape, launch, tma=can_describe(grad, q))
     return grad_k, grad_v
+
+
+def _longest_first(offset_BHT: Tensor) -> Tensor:
+    """Key tiles of each head by falling number of the query blocks that chose them, int64 [B, H, T].
+
+    Tiles that equally many chose ascend: the order is a function of the lists alone. `offset_BHT` [B, H, T + 1] is that
+    of `transpose_lists`.
+    """
+    return offset_BHT.diff(dim=-1).argsort(dim=-1, descending=True, stable=True)
+
+
+def _described_sums(sums: Tensor, num_queries: int, num_rows: int) -> TensorDescriptor:
+    """A descriptor of `_row_sums` as [B * H * 2, num_queries], for `num_rows` numbers of one row."""
+    num_padded = sums.shape[-1]
+    return TensorDescriptor(sums, [sums.numel() // num_padded, num_queries], [num_padded, 1], [1, num_rows])
