@@ -50,6 +50,20 @@ _GROUPS = {
     "wait": r"WARPGROUP",
 }
 
+PRODUCTS = {"forward": 2, "grad_q": 3, "grad_kv": 4}
+"""Matrix products per pair of a query block and a key block."""
+
+_FLOPS_PER_CYCLE = 4096
+"""Of a multiprocessor's matrix units in bf16: 989 TFLOP/s by the H100's data sheet, 132 of them at 1.83 GHz."""
+
+_CEILING_TFLOPS = 740
+"""The middle of the range predicted for a large matrix product under the H100's power limit."""
+
+_USEFUL_SHARE = 0.879
+"""Of the pairs in whole tiles, those of valid tokens: tile 3 × 5 × 4 on 81 frames at 480p or 720p."""
+
+BEGIN, END = "<!-- begin: benchmarks.kernel_builds --table -->", "<!-- end -->"
+
 
 @dataclass(frozen=True)
 class Build:
@@ -138,6 +152,8 @@ def source(kernel: str, candidate: Candidate, rows: int, dtype: torch.dtype, hea
     constants |= {"Q_CHUNKS": 64 // columns, "KV_CHUNKS": 64 // columns}
     if kernel == "forward":
         constants |= {"PERSISTENT": bool(candidate.persistent), "AHEAD": candidate.ahead}
+    elif kernel == "grad_kv":
+        constants["BLOCK_SUMS"] = 64
     types = {name: _type(name, dtype) for name in function.arg_names} | dict.fromkeys(constants, "constexpr")
     if candidate.tma:
         types |= dict.fromkeys(_DESCRIBED[kernel], f"tensordesc<{_TYPES[dtype]}[64, {head_dim}]>")
@@ -237,17 +253,61 @@ def table_row(built: Build) -> dict[str, Any]:
     return {**figures, **mix, **versions(), "date": made["date"], "commit": made["commit"][:10]}
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The lines of a file that `write_table` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
 def write_table(path: Path, builds: list[Build]) -> None:
     """Adds lines to a tab-separated file, in place of those that the same Triton and assembler made."""
     rows = list(map(table_row, builds))
     if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            old = csv.DictReader(file, delimiter="\t")
-            rows = [row for row in old if any(row[name] != value for name, value in versions().items())] + rows
+        old = read_table(path)
+        rows = [row for row in old if any(row[name] != value for name, value in versions().items())] + rows
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def predicted_tflops(kernel: str, rows: int, warps: int, programs: int, loop: int) -> tuple[float, float]:
+    """Lower and upper prediction of the rate over whole tiles; docs/kernels.md says what it assumes."""
+    multiplying = PRODUCTS[kernel] * 2 * rows * 64 * 128 / _FLOPS_PER_CYCLE
+    issuing = loop * warps / 4
+    warpgroups = programs * warps / 4
+    exposed = (issuing, issuing / warpgroups)
+    return tuple(_CEILING_TFLOPS * multiplying / (multiplying + cycles) for cycles in exposed)  # type: ignore[return-value]
+
+
+def static_table(lines: list[dict[str, str]]) -> str:
+    """Markdown: every kept 16-bit candidate on sm_90, with one value per version of Triton where they differ."""
+    built: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for line in lines:
+        if (line["arch"], line["dtype"]) == ("90", "bf16"):
+            built.setdefault((line["kernel"], line["rows"], line["candidate"]), []).append(line)
+    figures = ("registers", "spilled bytes", "shared KiB", "programs", "instructions", "waits", "tensor", "counted")
+    text = [f"| kernel | candidate | {' | '.join(figures)} |", "|---" * (2 + len(figures)) + "|"]
+    for (kernel, rows, bits), kept in KEPT.items():
+        for candidate in kept if bits == 16 else ():
+            of_versions = built[kernel, str(rows), str(candidate)]
+            values = [
+                [f"{int(line[name]) / (1024 if name == 'shared_bytes' else 1):g}" for line in of_versions]
+                for name in ("registers", "local_bytes", "shared_bytes", "programs", "loop", "waits")
+            ]
+            cells = [each[0] if len(set(each)) == 1 else " / ".join(each) for each in values]
+            programs, loop = (int(of_versions[0][name]) for name in ("programs", "loop"))
+            tensor = predicted_tflops(kernel, rows, candidate.warps, programs, loop)
+            rates = [f"{share * tensor[0]:.0f}–{share * tensor[1]:.0f}" for share in (1, _USEFUL_SHARE)]
+            text.append(f"| {' | '.join([f'{kernel}, {rows} rows', str(candidate), *cells, *rates])} |")
+    return "\n".join(text)
+
+
+def write_document(path: Path, lines: list[dict[str, str]]) -> None:
+    """Replaces the table between the marks of a Markdown file."""
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    path.write_text(f"{before}{BEGIN}\n\n{static_table(lines)}\n\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -257,7 +317,10 @@ def main() -> None:
     parser.add_argument("--kernel", nargs="+", choices=sorted(KERNELS), default=sorted(KERNELS))
     parser.add_argument("--all", action="store_true", help="the whole space instead of what is kept")
     parser.add_argument("--out", type=Path, help="table that gets these builds for those of the same Triton")
+    parser.add_argument("--table", type=Path, nargs=2, help="FILE.tsv and the document whose table it fills; no builds")
     arguments = parser.parse_args()
+    if arguments.table:
+        return write_document(arguments.table[1], read_table(arguments.table[0]))
     builds: list[Build] = []
     for (kernel, rows, bits), kept in KEPT.items():
         dtype = torch.bfloat16 if bits == 16 else torch.float32
