@@ -1,9 +1,9 @@
 """Launch settings of the attention kernels: the candidates worth timing, and the choice for each shape.
 
 The space is pipeline stages 1-6 x warps 4/8 x rows fetched by pointers or by the copy engine (TMA) x a register limit x
-one program per block or persistent programs. All of it was built ahead of time. `KEPT` leaves out candidates that
-spill, that leave no room for a second program without a reason, or that are the same machine code as another
-(docs/kernels.md, `benchmarks.kernel_builds`).
+one program per block or persistent programs x scores ahead or in textbook order. `KEPT` leaves out candidates that
+spill in their loop, that leave no room for a second program without a reason, or that are the same machine code as
+another (docs/kernels.md, `benchmarks.kernel_builds`).
 
 On a GPU the first launch of a shape times its candidates and keeps the fastest for the life of the process. A shape is
 known by what changes the balance between loading and computing: head dim, dtype, block sizes, heads, and the density of
