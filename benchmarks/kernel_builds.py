@@ -292,7 +292,7 @@ def static_table(lines: list[dict[str, str]]) -> str:
         for candidate in kept if bits == 16 else ():
             of_versions = built[kernel, str(rows), str(candidate)]
             values = [
-                [f"{int(line[name]) / (1024 if name == 'shared_bytes' else 1):g}" for line in of_versions]
+                [f"{int(line[name]) / 1024:.3g}" if name == "shared_bytes" else line[name] for line in of_versions]
                 for name in ("registers", "local_bytes", "shared_bytes", "programs", "loop", "waits")
             ]
             cells = [each[0] if len(set(each)) == 1 else " / ".join(each) for each in values]
