@@ -36,7 +36,7 @@ def test_the_page_has_the_tables_that_the_command_writes() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "wan14b_to_1.3b" else pytest.param(name, marks=pytest.mark.nightly) for name in QUOTED]
+    "name", [name if name == "wan1.3b_finetune" else pytest.param(name, marks=pytest.mark.nightly) for name in QUOTED]
 )
 def test_comments_quote_the_plan(name: str) -> None:
     path = REPOSITORY / "train_configs" / f"{name}.toml"
