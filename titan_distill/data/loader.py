@@ -1,20 +1,20 @@
 """Loader of batches. Its state is one number: the number of samples that the run has seen.
 
-Sample `g` of a run, counted over all ranks from 0, is row `permutation(seed, g // len)[g % len]` of the dataset. A
-global batch consists of the next `global_batch_size` sample ids, and each rank takes a contiguous slice of them. So any
-number of ranks sees the same samples with the same ids, and an epoch may end inside a batch. A run can resume exactly
-on another number of ranks, because only the counter is saved.
+Samples of a run are counted over all ranks from 0, and `titan_distill.data.order` maps a sample's number to a row of
+the dataset. A global batch consists of the next `global_batch_size` sample ids, and each rank takes a contiguous slice
+of them. So any number of ranks sees the same samples with the same ids, and an epoch may end inside a batch. A run can
+resume exactly on another number of ranks, because only the counter is saved.
 
 Trade-off: ranks divide each batch, not the dataset, so every rank reads from all files; in return no sample is dropped
 at the end of an epoch, and ranks have no state of their own. Workers read ahead, but the counter advances only when a
-batch is returned, so a checkpoint never skips samples that were prefetched and not yet trained on.
+batch is returned, so a checkpoint never skips samples that were prefetched and not yet trained on. Each worker has a
+cache of its own: parquet data needs up to `max(1, num_workers) * (CACHE_BYTES + FOOTER_BYTES)` per rank (`row_groups`).
 
 Shape legend: B samples of this rank, L max_text_tokens, D text width, C F H W latent channels, frames, height, width.
 """
 
 from __future__ import annotations
 
-import functools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,10 +28,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import DataConfig
 from titan_distill.data.footage import VideoSize
+from titan_distill.data.order import SampleOrder
 from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck
 from titan_distill.data.rows import BadRowError, RowDataset
 from titan_distill.data.videos import ClipRow, VideoDataset
-from titan_distill.diffusion.noise import keyed_generator
 from titan_distill.diffusion.transfer import to_device
 
 
@@ -129,19 +129,6 @@ def _check_has_latent(row: LatentRow) -> None:
         )
 
 
-@dataclass(frozen=True)
-class SampleOrder:
-    """Maps each sample id of the run to a dataset row."""
-
-    num_rows: int
-    seed: int
-
-    def row(self, sample_id: int) -> int:
-        """Returns the row of `sample_id`. Every row occurs once per epoch, in an order keyed by (seed, epoch)."""
-        epoch, position = divmod(sample_id, self.num_rows)
-        return int(_permutation(self.num_rows, self.seed, epoch)[position])
-
-
 class SampleLoader(Iterator[Batch]):
     """Endless iterator over this rank's slices of the global batches.
 
@@ -150,7 +137,7 @@ class SampleLoader(Iterator[Batch]):
         global_batch_size: samples per step over all data ranks; a multiple of `data_world_size`.
         data_rank: index of this rank's data group, in [0, data_world_size).
         data_world_size: number of data groups.
-        seed: seed of the permutation of each epoch.
+        seed: seed of the order of samples.
         max_text_tokens: length to which text embeddings are zero-padded.
         samples_seen: number of samples that the run has already consumed, over all ranks.
         num_workers: number of reader processes; 0 reads in this process. The batches do not depend on it.
@@ -177,7 +164,7 @@ class SampleLoader(Iterator[Batch]):
         )
         assert 0 <= data_rank < data_world_size
         self._path = dataset.path
-        self.order = SampleOrder(len(dataset), seed)
+        self.order = SampleOrder(len(dataset), seed, dataset.group_sizes, dataset.order_version)
         self._ids = _RankSampleIds(global_batch_size, data_rank, data_world_size)
         self._loader: StatefulDataLoader[Batch | _Failure] = StatefulDataLoader(
             _BatchReader(dataset, self.order, max_text_tokens),
@@ -314,9 +301,3 @@ def _stack(rows: Sequence[LatentRow], tensors: Sequence[Tensor], what: str) -> T
                 "all rows of a dataset must have the same shape"
             )
     return torch.stack(list(tensors))
-
-
-# Two epochs meet in a batch; a dataset smaller than the batch spans a few more.
-@functools.lru_cache(maxsize=4)
-def _permutation(num_rows: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(num_rows, generator=keyed_generator(f"epoch permutation {seed} {epoch}"))

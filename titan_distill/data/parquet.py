@@ -6,27 +6,22 @@ Other columns have the caption and facts about the clip. A text-only row, for da
 `vae_latent`. A file may have further tensors of any shape; a reader asks for them by name.
 
 Trade-offs. Training reads rows in random order, and the smallest unit that parquet can read is a row group. So the
-writer makes small groups (`MAX_GROUP_ROWS`, `MAX_GROUP_BYTES`), with slightly worse compression. The reader caches the
-last groups, up to `cache_bytes`: a small dataset is then entirely in memory, and for a large one each row costs reading
-one group. Opening a folder reads only the footers. A row is checked when it is read, because checking all rows means
-reading everything; `titan_distill.data.summary.inspect` does that in advance. The writer adds parquet's checksum to
-each page, so a byte that changed on disk is detected.
+writer makes groups of about 1 MiB (`MAX_GROUP_BYTES`): a larger row is read alone, and small rows share the cost of a
+group, which is about a millisecond and two kilobytes of footer. `titan_distill.data.order` shuffles large datasets so
+that the reader's cache (`row_groups`) gets each group once per epoch. Opening a folder reads only the footers. A row is
+checked when it is read, because checking all rows means reading everything; `titan_distill.data.summary.inspect` does
+that in advance. The writer adds parquet's checksum to each page, so a byte that changed on disk is detected.
 """
 
 from __future__ import annotations
 
-import bisect
-import hashlib
 import itertools
 import math
-import os
-import textwrap
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,11 +29,26 @@ import torch
 from torch import Tensor
 
 from titan_distill.config.dtypes import DTYPES
+from titan_distill.data.order import GroupSizes
+from titan_distill.data.row_groups import CACHE_BYTES, RowGroups, brief, list_files, parquet_files, reading
 from titan_distill.data.rows import BadRowError, RowDataset
 from titan_distill.fault_tolerance.files import atomic
 
-MAX_GROUP_ROWS = 32
-MAX_GROUP_BYTES = 16 * 2**20
+__all__ = [
+    "SCHEMA",
+    "BadRowError",
+    "LatentRow",
+    "ParquetDataset",
+    "RowCheck",
+    "extra_names",
+    "parquet_files",
+    "read_captions",
+    "read_ids",
+    "write_rows",
+]
+
+MAX_GROUP_ROWS = 4096
+MAX_GROUP_BYTES = 2**20
 MAX_FIRST_ROWS = 4
 """Rows at the start of a dataset that are read before a run starts."""
 MAX_FIRST_FILES = 8
@@ -71,12 +81,6 @@ SCHEMA = pa.schema(
 )
 REQUIRED_COLUMNS = ("caption", *_columns("text_embedding"))
 LATENT_COLUMNS = tuple(_columns("vae_latent"))
-
-_READ_ERRORS = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)
-"""Errors that pyarrow raises for a damaged file. They include MemoryError, because a damaged length may request any
-amount of memory."""
-
-_REMEDY = "copy it again from where it was made, or name other data"
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,24 @@ def write_rows(path: str | Path, rows: Iterable[LatentRow]) -> int:
     records = (_to_record(row, first.extra) for row in itertools.chain([first], remaining))
     with (
         atomic(path) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer,
+        pq.ParquetWriter(
+            temporary,
+            schema,
+            compression="zstd",
+            use_dictionary=_repeating(schema),
+            write_page_checksum=True,
+        ) as writer,
     ):
         for group in _row_groups(records):
             writer.write_table(pa.Table.from_pylist(group, schema))
             num_rows += len(group)
     return num_rows
+
+
+def _repeating(schema: pa.Schema) -> list[str]:
+    """Returns the names of the parquet columns whose values repeat, for which a dictionary saves space."""
+    lists = [f"{name}.list.element" for name in schema.names if name.endswith("_shape")]
+    return [*lists, *(name for name in schema.names if not name.endswith(("_bytes", "_shape")) and name != "id")]
 
 
 def schema_with(names: Iterable[str]) -> pa.Schema:
@@ -142,8 +158,8 @@ def read_ids(path: str | Path) -> list[str]:
         ValueError: as `ParquetDataset`.
     """
     ids: list[str] = []
-    for file in _list_files(Path(path)):
-        with _reading(f"{file} has no readable column id"), pq.ParquetFile(file) as parquet:
+    for file in list_files(Path(path)):
+        with reading(f"{file} has no readable column id"), pq.ParquetFile(file) as parquet:
             ids += parquet.read(columns=["id"], use_threads=False).column("id").to_pylist()
     return ids
 
@@ -159,12 +175,11 @@ def read_captions(path: str | Path, num_rows: int | None) -> list[str]:
 
 
 def _captions(path: Path) -> Iterator[str]:
-    for file in _list_files(path):
-        for group in _index_file(file, SCHEMA)[0]:
-            column = _read_group(group, SCHEMA, ("caption",)).column("caption")
-            for row, value in enumerate(column, group.first_row):
-                where = f"{file}, row {row}"
-                yield _caption(_plain({"caption": value}, "caption", where), where)
+    groups = RowGroups(path, list_files(path), ("caption",), partial(_check_columns, expected=SCHEMA))
+    for number in range(len(groups)):
+        for offset, value in enumerate(groups.read(number)["caption"]):
+            where = groups.place(number, offset)
+            yield _caption(_plain({"caption": value}, "caption", where), where)
 
 
 def extra_names(path: str | Path) -> tuple[str, ...]:
@@ -173,20 +188,11 @@ def extra_names(path: str | Path) -> tuple[str, ...]:
     Raises:
         ValueError: as `ParquetDataset`.
     """
-    file = _list_files(Path(path))[0]
-    with _reading(f"{file} is not a complete parquet file"):
+    file = list_files(Path(path))[0]
+    with reading(f"{file} is not a complete parquet file"):
         columns = set(pq.read_schema(file).names) - set(SCHEMA.names)
     names = {column.removesuffix("_bytes") for column in columns if column.endswith("_bytes")}
     return tuple(sorted(name for name in names if _columns(name).keys() <= columns))
-
-
-@contextmanager
-def _reading(fault: str) -> Iterator[None]:
-    """Turns the errors of a damaged file into one ValueError that begins with `fault`."""
-    try:
-        yield
-    except (*_READ_ERRORS, KeyError) as error:
-        raise ValueError(f"{fault} ({_brief(error)}): {_REMEDY}") from error
 
 
 class ParquetDataset(RowDataset[LatentRow]):
@@ -212,48 +218,43 @@ class ParquetDataset(RowDataset[LatentRow]):
         tensors: Sequence[str] = (),
         checks: Sequence[RowCheck] = (),
         max_bad_rows: int | None = None,
-        cache_bytes: int = 256 * 2**20,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         super().__init__(path, max_bad_rows)
-        self._tensors, self._schema, self._checks = tuple(tensors), schema_with(tensors), tuple(checks)
-        self._cache_bytes = cache_bytes
-        self._cache: OrderedDict[_Group, pa.Table] = OrderedDict()
-        files = _list_files(self.path)
-        self.num_files = len(files)
-        self._groups: list[_Group] = []
-        digest = hashlib.sha256()
-        for file in files:
-            groups, footer = _index_file(file, self._schema)
-            self._groups += groups
-            num_rows = sum(group.num_rows for group in groups)
-            digest.update(os.fsencode(f"{file.relative_to(self.path)}\0{file.stat().st_size}\0{num_rows}\0") + footer)
-        self.digest = digest.hexdigest()
-        self._group_ends = list(itertools.accumulate(group.num_rows for group in self._groups))
+        self._tensors, self._checks = tuple(tensors), tuple(checks)
+        schema = schema_with(tensors)
+        check_columns = partial(_check_columns, expected=schema)
+        self._groups = RowGroups(self.path, list_files(self.path), schema.names, check_columns, cache_bytes)
+        self.num_files, self.digest = len(self._groups.files), self._groups.digest
         if not len(self):
             raise ValueError(f"{self.path} holds no rows; name other data")
 
     def __len__(self) -> int:
-        return self._group_ends[-1] if self._group_ends else 0
+        return self._groups.num_rows
 
     @property
     def has_latents(self) -> bool:
         return self[0].vae_latent is not None
 
     @property
+    def group_sizes(self) -> GroupSizes:
+        return self._groups.sizes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of row groups and footers that this process keeps."""
+        return self._groups.held_bytes
+
+    @property
     def first_rows(self) -> Sequence[int]:
-        starts = [end - group.num_rows for end, group in zip(self._group_ends, self._groups, strict=True)]
-        files = [start for start, group in zip(starts, self._groups, strict=True) if not group.first_row]
-        return sorted({*range(min(MAX_FIRST_ROWS, len(self))), *files[:MAX_FIRST_FILES]})
+        return sorted({*range(min(MAX_FIRST_ROWS, len(self))), *self._groups.file_starts[:MAX_FIRST_FILES]})
 
     def read(self, index: int) -> LatentRow:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a dataset of {len(self)} rows")
-        number = bisect.bisect_right(self._group_ends, index)
-        group = self._groups[number]
-        offset = index - (self._group_ends[number] - group.num_rows)
-        table = self._table(group)
-        record = {name: table.column(name)[offset] for name in table.column_names}
-        where = f"{group.file}, row {group.first_row + offset}"
+        number, offset = self._groups.locate(index)
+        record = {name: column[offset] for name, column in self._groups.read(number).items()}
+        where = self._groups.place(number, offset)
         row = _from_record(record, self._tensors, where)
         try:
             for check in self._checks:
@@ -262,74 +263,9 @@ class ParquetDataset(RowDataset[LatentRow]):
             raise BadRowError(f"{where}: {error}") from error
         return row
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker started by spawn fills a cache of its own.
-        return {**self.__dict__, "_cache": OrderedDict()}
 
-    def _table(self, group: _Group) -> pa.Table:
-        if group not in self._cache:
-            self._cache[group] = _read_group(group, self._schema)
-            while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > self._cache_bytes:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(group)
-        return self._cache[group]
-
-
-class _Group(NamedTuple):
-    """Position of a row group: its file, its index and its `first_row` within the file."""
-
-    file: Path
-    number: int
-    first_row: int
-    num_rows: int
-
-
-def parquet_files(folder: Path) -> list[Path]:
-    """Returns the parquet files in a folder, sorted by name; none if there is no such folder."""
-    paths = folder.iterdir() if folder.is_dir() else iter(())
-    return sorted(path for path in paths if path.suffix.lower() == ".parquet")
-
-
-def _list_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"no dataset at {path}: expected a parquet file or a folder of them")
-    files = parquet_files(path)
-    if not files:
-        raise ValueError(f"no *.parquet file in {path}: expected the output of `titan-distill data preprocess`")
-    return files
-
-
-def _index_file(file: Path, expected: pa.Schema) -> tuple[list[_Group], bytes]:
-    """Returns the row groups and the footer of a file."""
-    with (
-        _reading(f"{file} is not a complete parquet file"),
-        file.open("rb") as stream,
-        pq.ParquetFile(stream) as parquet,
-    ):
-        footer = _footer(stream)
-        schema, metadata = parquet.schema_arrow, parquet.metadata
-        sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-        columns = list(zip(schema.names, schema.types))
-    if min(sizes, default=0) < 0 or sum(sizes) != metadata.num_rows:
-        raise ValueError(f"{file} is damaged: its row groups do not add up to {metadata.num_rows} rows: {_REMEDY}")
-    _check_columns(file, columns, expected)
-    first_rows = itertools.accumulate(sizes, initial=0)
-    groups = [_Group(file, number, first, size) for number, (first, size) in enumerate(zip(first_rows, sizes))]
-    return groups, footer
-
-
-def _footer(file: BinaryIO) -> bytes:
-    """Returns the footer of a valid parquet file. It ends with its length, in 4 bytes, and `PAR1`."""
-    file.seek(-8, os.SEEK_END)
-    num_bytes = int.from_bytes(file.read(4), "little")
-    file.seek(-8 - num_bytes, os.SEEK_END)
-    return file.read(num_bytes)
-
-
-def _check_columns(file: Path, columns: list[tuple[str, pa.DataType]], expected: pa.Schema) -> None:
-    names = [name for name, _ in columns]
+def _check_columns(file: Path, schema: pa.Schema, expected: pa.Schema) -> None:
+    names = schema.names
     required = REQUIRED_COLUMNS + (LATENT_COLUMNS if set(LATENT_COLUMNS) & set(names) else ())
     required += tuple(expected.names[len(SCHEMA) :])
     missing = [name for name in required if name not in names]
@@ -338,7 +274,7 @@ def _check_columns(file: Path, columns: list[tuple[str, pa.DataType]], expected:
     for name in expected.names:
         if names.count(name) > 1:
             raise ValueError(f"{file} has the column {name} {names.count(name)} times: a dataset has it once")
-    for name, kind in columns:
+    for name, kind in zip(names, schema.types):
         if name in expected.names and not _reads_as(kind, expected.field(name).type):
             raise ValueError(f"{file} has the column {name} as {kind}: a dataset has it as {expected.field(name).type}")
 
@@ -357,27 +293,6 @@ def _reads_as(kind: pa.DataType, expected: pa.DataType) -> bool:
     if types.is_binary(expected):
         return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
     return types.is_integer(kind) or (types.is_floating(expected) and types.is_floating(kind))
-
-
-def _read_group(group: _Group, schema: pa.Schema, wanted: Sequence[str] | None = None) -> pa.Table:
-    # Opened anew for each group and read without Arrow's thread pool, so that nothing is shared across a fork.
-    where = f"{group.file}, rows {group.first_row} to {group.first_row + group.num_rows - 1}"
-    try:
-        with pq.ParquetFile(group.file, page_checksum_verification=True) as parquet:
-            columns = [name for name in wanted or schema.names if name in parquet.schema_arrow.names]
-            table = parquet.read_row_group(group.number, columns=columns, use_threads=False)
-    except _READ_ERRORS as error:
-        raise BadRowError(f"{where}: unreadable ({_brief(error)})") from error
-    if table.num_rows != group.num_rows:
-        raise BadRowError(f"{where}: unreadable ({table.num_rows} rows were found)")
-    return table
-
-
-def _brief(value: object, width: int = 200) -> str:
-    """Returns a value as one short printable line. pyarrow's messages have several lines and contain bytes of the
-    file."""
-    words = textwrap.shorten(str(value), width, placeholder=" ...")
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
 
 
 def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -421,7 +336,7 @@ def _from_record(record: Mapping[str, pa.Scalar], tensors: Iterable[str], where:
     caption = known.get("caption")
     embedding = _tensor(record, "text_embedding", 2, where)
     if embedding is None:
-        raise BadRowError(f"{where}: no text embedding for caption {_brief(caption or '', 80)!r}")
+        raise BadRowError(f"{where}: no text embedding for caption {brief(caption or '', 80)!r}")
     known["caption"] = _caption(caption, where)
     latent = _tensor(record, "vae_latent", 4, where)
     extra = {name: _tensor(record, name, None, where) for name in tensors}
@@ -440,7 +355,7 @@ def _plain(record: Mapping[str, pa.Scalar], name: str, where: str) -> Any:
     try:
         return record[name].as_py()
     except UnicodeDecodeError as error:
-        raise BadRowError(f"{where}: {name} is not valid UTF-8 ({_brief(error)})") from error
+        raise BadRowError(f"{where}: {name} is not valid UTF-8 ({brief(error)})") from error
 
 
 def _tensor(record: Mapping[str, pa.Scalar], name: str, num_dims: int | None, where: str) -> Tensor | None:
@@ -457,7 +372,7 @@ def _tensor(record: Mapping[str, pa.Scalar], name: str, num_dims: int | None, wh
         raise BadRowError(f"{where}: {name}_dtype is {dtype_name!r}: expected one of {', '.join(DTYPES)}")
     if len(shape) != (num_dims or max(1, len(shape))) or not all(size is not None and size >= 1 for size in shape):
         expected = "positive sizes" if num_dims is None else f"{num_dims} positive sizes"
-        raise BadRowError(f"{where}: {name}_shape is {_brief(shape)}: expected {expected}")
+        raise BadRowError(f"{where}: {name}_shape is {brief(shape)}: expected {expected}")
     if data.size != math.prod(shape) * dtype.itemsize:
         size = math.prod(shape) * dtype.itemsize
         raise BadRowError(f"{where}: {name}_bytes holds {data.size} bytes: {shape} in {dtype_name} takes {size}")

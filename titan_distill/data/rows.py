@@ -18,6 +18,8 @@ from typing import TypeVar
 
 import torch
 
+from titan_distill.data.order import ORDER_VERSION, GroupSizes
+
 logger = logging.getLogger(__name__)
 
 Row = TypeVar("Row", covariant=True)
@@ -43,6 +45,9 @@ class RowDataset(torch.utils.data.Dataset[Row]):
     """SHA-256 of the names (within `path`), sizes and row counts of the files, and of what their rows are indexed by:
     footers or prompts. It is equal for a copy elsewhere. The content of the rows is not read."""
 
+    order_version: int = ORDER_VERSION
+    """Version of the order in which a run reads the rows (`SampleOrder`). A resume sets its checkpoint's."""
+
     def __init__(self, path: str | Path, max_bad_rows: int | None = None) -> None:
         self.path = Path(path)
         self.bad_rows: dict[int, str] = {}
@@ -52,6 +57,11 @@ class RowDataset(torch.utils.data.Dataset[Row]):
     @abstractmethod
     def has_latents(self) -> bool:
         """Whether rows have latents, or videos from which latents are encoded."""
+
+    @property
+    def group_sizes(self) -> GroupSizes | None:
+        """Sizes of the groups of rows that are read together; None if each row is read alone."""
+        return None
 
     @abstractmethod
     def __len__(self) -> int: ...
