@@ -107,7 +107,9 @@ def open_dataset(
     else:
         own = (partial(check_text_tokens, data.max_text_tokens), *((_check_has_latent,) if needs_latents else ()))
         with of_key("data.path", data.path):
-            dataset = ParquetDataset(data.path, tensors=tensors, checks=(*own, *checks), max_bad_rows=data.max_bad_rows)
+            dataset = ParquetDataset(
+                data.path, tensors=tensors, facts=False, checks=(*own, *checks), max_bad_rows=data.max_bad_rows
+            )
     with of_key("data.path", data.path):
         dataset.check_first_rows()
     return dataset

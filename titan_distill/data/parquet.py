@@ -16,7 +16,6 @@ that in advance. The writer adds parquet's checksum to each page, so a byte that
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,8 +29,9 @@ from torch import Tensor
 
 from titan_distill.config.dtypes import DTYPES
 from titan_distill.data.order import GroupSizes
-from titan_distill.data.row_groups import CACHE_BYTES, RowGroups, brief, list_files, parquet_files, reading
-from titan_distill.data.rows import BadRowError, RowDataset
+from titan_distill.data.row_groups import CACHE_BYTES, Place, RowGroups, list_files, parquet_files, reading
+from titan_distill.data.rows import BadRowError, RowDataset, brief
+from titan_distill.data.tensor_columns import columns_of, decode_row, plain
 from titan_distill.fault_tolerance.files import atomic
 
 __all__ = [
@@ -56,19 +56,11 @@ MAX_FIRST_FILES = 8
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_TENSOR_TYPES = {"bytes": pa.binary(), "shape": pa.list_(pa.int64()), "dtype": pa.string()}
-
-
-def _columns(name: str) -> dict[str, pa.DataType]:
-    """Returns the names of the three columns of a tensor."""
-    return {f"{name}_{part}": kind for part, kind in _TENSOR_TYPES.items()}
-
-
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
-        **_columns("vae_latent"),
-        **_columns("text_embedding"),
+        **columns_of("vae_latent"),
+        **columns_of("text_embedding"),
         "file_name": pa.string(),
         "caption": pa.string(),
         "media_type": pa.string(),
@@ -79,8 +71,9 @@ SCHEMA = pa.schema(
         "fps": pa.float64(),
     }
 )
-REQUIRED_COLUMNS = ("caption", *_columns("text_embedding"))
-LATENT_COLUMNS = tuple(_columns("vae_latent"))
+REQUIRED_COLUMNS = ("caption", *columns_of("text_embedding"))
+LATENT_COLUMNS = tuple(columns_of("vae_latent"))
+FACTS = ("file_name", "media_type", "width", "height", "num_frames", "duration_sec", "fps")
 
 
 @dataclass(frozen=True)
@@ -148,7 +141,7 @@ def _repeating(schema: pa.Schema) -> list[str]:
 
 def schema_with(names: Iterable[str]) -> pa.Schema:
     """Returns `SCHEMA` with the columns of further tensors."""
-    return pa.schema([*SCHEMA, *(pa.field(*column) for name in names for column in _columns(name).items())])
+    return pa.schema([*SCHEMA, *(pa.field(*column) for name in names for column in columns_of(name).items())])
 
 
 def read_ids(path: str | Path) -> list[str]:
@@ -175,11 +168,11 @@ def read_captions(path: str | Path, num_rows: int | None) -> list[str]:
 
 
 def _captions(path: Path) -> Iterator[str]:
-    groups = RowGroups(path, list_files(path), ("caption",), partial(_check_columns, expected=SCHEMA))
+    groups = RowGroups(path, list_files(path), ("caption",), {}, partial(_check_columns, expected=SCHEMA))
     for number in range(len(groups)):
-        for offset, value in enumerate(groups.read(number)["caption"]):
-            where = groups.place(number, offset)
-            yield _caption(_plain({"caption": value}, "caption", where), where)
+        for row, value in enumerate(groups.read(number).columns["caption"]):
+            where = Place(groups, number, row)
+            yield _caption(plain({"caption": value}, "caption", where), where)
 
 
 def extra_names(path: str | Path) -> tuple[str, ...]:
@@ -192,7 +185,7 @@ def extra_names(path: str | Path) -> tuple[str, ...]:
     with reading(f"{file} is not a complete parquet file"):
         columns = set(pq.read_schema(file).names) - set(SCHEMA.names)
     names = {column.removesuffix("_bytes") for column in columns if column.endswith("_bytes")}
-    return tuple(sorted(name for name in names if _columns(name).keys() <= columns))
+    return tuple(sorted(name for name in names if columns_of(name).keys() <= columns))
 
 
 class ParquetDataset(RowDataset[LatentRow]):
@@ -201,6 +194,7 @@ class ParquetDataset(RowDataset[LatentRow]):
     Args:
         path: file or folder.
         tensors: names of the further tensors that every row must have; they are returned in `LatentRow.extra`.
+        facts: whether rows have the facts about the clip, from file name to fps. Training does not read them.
         checks: further checks of each row. A row that fails one is bad.
         max_bad_rows: see `RowDataset`.
         cache_bytes: memory for decoded row groups, per process.
@@ -216,15 +210,21 @@ class ParquetDataset(RowDataset[LatentRow]):
         path: str | Path,
         *,
         tensors: Sequence[str] = (),
+        facts: bool = True,
         checks: Sequence[RowCheck] = (),
         max_bad_rows: int | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         super().__init__(path, max_bad_rows)
         self._tensors, self._checks = tuple(tensors), tuple(checks)
-        schema = schema_with(tensors)
-        check_columns = partial(_check_columns, expected=schema)
-        self._groups = RowGroups(self.path, list_files(self.path), schema.names, check_columns, cache_bytes)
+        self._groups = RowGroups(
+            self.path,
+            list_files(self.path),
+            ("id", "caption", *(FACTS if facts else ())),
+            {"text_embedding": 2, "vae_latent": 4, **dict.fromkeys(tensors)},
+            partial(_check_columns, expected=schema_with(tensors)),
+            cache_bytes,
+        )
         self.num_files, self.digest = len(self._groups.files), self._groups.digest
         if not len(self):
             raise ValueError(f"{self.path} holds no rows; name other data")
@@ -252,10 +252,11 @@ class ParquetDataset(RowDataset[LatentRow]):
     def read(self, index: int) -> LatentRow:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a dataset of {len(self)} rows")
-        number, offset = self._groups.locate(index)
-        record = {name: column[offset] for name, column in self._groups.read(number).items()}
-        where = self._groups.place(number, offset)
-        row = _from_record(record, self._tensors, where)
+        where = self._groups.locate(index)
+        group = self._groups.read(where.group)
+        record = {name: column[where.row] for name, column in group.columns.items()}
+        decoded = {name: column.row(where.row) for name, column in group.tensors.items()}
+        row = _from_record(record, decoded, self._tensors, where)
         try:
             for check in self._checks:
                 check(row)
@@ -330,54 +331,30 @@ def _to_record(row: LatentRow, extra: Iterable[str]) -> dict[str, Any]:
     return record
 
 
-def _from_record(record: Mapping[str, pa.Scalar], tensors: Iterable[str], where: str) -> LatentRow:
-    facts = {name: _plain(record, name, where) for name in record if name in LatentRow.__dataclass_fields__}
+def _from_record(
+    record: Mapping[str, pa.Scalar], decoded: Mapping[str, Tensor], extra_names: Iterable[str], where: Place
+) -> LatentRow:
+    """Builds a row from its values and its tensors. Those that are not decoded are decoded here."""
+
+    def tensor(name: str, num_dims: int | None) -> Tensor | None:
+        return decoded[name] if name in decoded else decode_row(record, name, num_dims, where)
+
+    facts = {name: plain(record, name, where) for name in record if name in LatentRow.__dataclass_fields__}
     known = {name: value for name, value in facts.items() if value is not None}
     caption = known.get("caption")
-    embedding = _tensor(record, "text_embedding", 2, where)
+    embedding = tensor("text_embedding", 2)
     if embedding is None:
         raise BadRowError(f"{where}: no text embedding for caption {brief(caption or '', 80)!r}")
     known["caption"] = _caption(caption, where)
-    latent = _tensor(record, "vae_latent", 4, where)
-    extra = {name: _tensor(record, name, None, where) for name in tensors}
-    if absent := [name for name, tensor in extra.items() if tensor is None]:
+    known.setdefault("id", str(where))
+    latent = tensor("vae_latent", 4)
+    extra = {name: tensor(name, None) for name in extra_names}
+    if absent := [name for name, value in extra.items() if value is None]:
         raise BadRowError(f"{where}: no {absent[0]}")
-    return LatentRow(**{"id": where, **known, "text_embedding": embedding, "vae_latent": latent, "extra": extra})
+    return LatentRow(**{**known, "text_embedding": embedding, "vae_latent": latent, "extra": extra})
 
 
-def _caption(caption: str | None, where: str) -> str:
+def _caption(caption: str | None, where: object) -> str:
     if caption is None or not caption.strip():
         raise BadRowError(f"{where}: caption is empty")
     return caption
-
-
-def _plain(record: Mapping[str, pa.Scalar], name: str, where: str) -> Any:
-    try:
-        return record[name].as_py()
-    except UnicodeDecodeError as error:
-        raise BadRowError(f"{where}: {name} is not valid UTF-8 ({brief(error)})") from error
-
-
-def _tensor(record: Mapping[str, pa.Scalar], name: str, num_dims: int | None, where: str) -> Tensor | None:
-    """Builds a tensor from its three columns; None if they are absent or empty. `num_dims` is its number of dims; None
-    allows any."""
-    if f"{name}_bytes" not in record:
-        return None
-    data = record[f"{name}_bytes"].as_buffer() if record[f"{name}_bytes"].is_valid else pa.py_buffer(b"")
-    shape, dtype_name = record[f"{name}_shape"].as_py() or [], _plain(record, f"{name}_dtype", where) or ""
-    if not data.size and not shape:
-        return None
-    dtype = DTYPES.get(dtype_name)
-    if dtype is None:
-        raise BadRowError(f"{where}: {name}_dtype is {dtype_name!r}: expected one of {', '.join(DTYPES)}")
-    if len(shape) != (num_dims or max(1, len(shape))) or not all(size is not None and size >= 1 for size in shape):
-        expected = "positive sizes" if num_dims is None else f"{num_dims} positive sizes"
-        raise BadRowError(f"{where}: {name}_shape is {brief(shape)}: expected {expected}")
-    if data.size != math.prod(shape) * dtype.itemsize:
-        size = math.prod(shape) * dtype.itemsize
-        raise BadRowError(f"{where}: {name}_bytes holds {data.size} bytes: {shape} in {dtype_name} takes {size}")
-    # bytearray: the copy is writable and outlives the cached row group.
-    tensor = torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
-    if not tensor.isfinite().all():
-        raise BadRowError(f"{where}: {name} has non-finite values")
-    return tensor

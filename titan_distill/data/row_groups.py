@@ -8,22 +8,24 @@ more than these two limits and one row group, whatever the size of the dataset.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 import os
-import textwrap
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from titan_distill.data.order import GroupSizes
-from titan_distill.data.rows import BadRowError
+from titan_distill.data.rows import BadRowError, brief
+from titan_distill.data.tensor_columns import Columns, TensorColumn, columns_of, decode_column
 
 FOOTER_BYTES = 64 * 2**20
 """Memory for parsed footers, by their size on disk."""
@@ -38,8 +40,31 @@ amount of memory."""
 
 Value = TypeVar("Value")
 
-Columns = dict[str, pa.Array]
-"""Columns of a row group by name."""
+
+@dataclass(frozen=True)
+class Group:
+    """A row group in memory."""
+
+    columns: Columns  # without those of `tensors`
+    tensors: dict[str, TensorColumn]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        return sum(part.nbytes for part in (*self.columns.values(), *self.tensors.values()))
+
+
+class Place(NamedTuple):
+    """Place of a row. Its text, for messages, is "<file>, row n"; it is made only where it is needed."""
+
+    groups: RowGroups
+    group: int
+    row: int
+    """Index in the group."""
+
+    def __str__(self) -> str:
+        file, first_row, _ = self.groups.in_file(self.group)
+        return f"{self.groups.files[file]}, row {first_row + self.row}"
 
 
 def list_files(path: Path) -> list[Path]:
@@ -67,6 +92,7 @@ class RowGroups:
         root: file or folder of the dataset. The digest contains names relative to it.
         files: parquet files, in order.
         columns: names of the columns to read; a file may lack some.
+        tensors: names of tensors, whose columns are read too, and their numbers of dims; None allows any.
         check: called with each file and its schema. Raises ValueError for one that does not fit.
         cache_bytes: memory for decoded row groups.
 
@@ -79,12 +105,14 @@ class RowGroups:
         root: Path,
         files: Sequence[Path],
         columns: Sequence[str],
+        tensors: Mapping[str, int | None],
         check: Callable[[Path, pa.Schema], None],
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.files = files
-        self._columns, self._cache_bytes = tuple(columns), cache_bytes
-        self._groups: _Kept[Columns] = _Kept(cache_bytes)
+        self._columns = (*columns, *(column for name in tensors for column in columns_of(name)))
+        self._tensors, self._cache_bytes = dict(tensors), cache_bytes
+        self._groups: _Kept[Group] = _Kept(cache_bytes)
         self._footers: _Kept[pq.FileMetaData] = _Kept(FOOTER_BYTES)
         num_rows: list[int] = []
         num_bytes: list[int] = []
@@ -129,31 +157,32 @@ class RowGroups:
         ends = np.concatenate([[0], self._row_ends])[np.concatenate([[0], self._file_ends])].tolist()
         return [start for start, end in itertools.pairwise(ends) if start < end]
 
-    def locate(self, row: int) -> tuple[int, int]:
+    def locate(self, row: int) -> Place:
         """Returns the group of a row and the row's index in it."""
-        number = int(np.searchsorted(self._row_ends, row, side="right"))
-        return number, row - self._first_row(number)
+        group = bisect.bisect_right(self._row_ends, row)
+        return Place(self, group, row - self._first_row(group))
 
-    def place(self, number: int, offset: int) -> str:
-        """Returns the place of a row for messages: "<file>, row n"."""
-        file, first_row, _ = self._in_file(number)
-        return f"{self.files[file]}, row {first_row + offset}"
-
-    def read(self, number: int) -> Columns:
-        """Returns the columns of a row group, from the cache or from disk. Raises BadRowError if it is unreadable."""
-        columns = self._groups.get(number)
-        if columns is None:
-            columns = self._load(number)
-            self._groups.add(number, columns, sum(column.nbytes for column in columns.values()))
-        return columns
+    def read(self, number: int) -> Group:
+        """Returns a row group, from the cache or from disk. Raises BadRowError if it is unreadable."""
+        group = self._groups.get(number)
+        if group is None:
+            group = self._decode(self._load(number))
+            self._groups.add(number, group, group.nbytes)
+        return group
 
     def __getstate__(self) -> dict[str, Any]:
         # A process started by spawn fills a cache of its own.
         return {**self.__dict__, "_groups": _Kept(self._cache_bytes), "_footers": _Kept(FOOTER_BYTES)}
 
+    def _decode(self, columns: Columns) -> Group:
+        tensors = {name: decode_column(columns, name, num_dims) for name, num_dims in self._tensors.items()}
+        decoded = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        done = {column for name in decoded for column in columns_of(name)}
+        return Group({name: column for name, column in columns.items() if name not in done}, decoded)
+
     def _load(self, number: int) -> Columns:
         # Opened anew for each group and read without Arrow's thread pool, so that nothing is shared across a fork.
-        file, first_row, in_file = self._in_file(number)
+        file, first_row, in_file = self.in_file(number)
         size = int(self.sizes.num_rows[number])
         where = f"{self.files[file]}, rows {first_row} to {first_row + size - 1}"
         try:
@@ -173,7 +202,7 @@ class RowGroups:
     def _first_row(self, number: int) -> int:
         return int(self._row_ends[number - 1]) if number else 0
 
-    def _in_file(self, number: int) -> tuple[int, int, int]:
+    def in_file(self, number: int) -> tuple[int, int, int]:
         """Returns a group's file, and its first row and its index in that file."""
         file = int(np.searchsorted(self._file_ends, number, side="right"))
         first_group = int(self._file_ends[file - 1]) if file else 0
@@ -209,13 +238,6 @@ def reading(fault: str) -> Iterator[None]:
         yield
     except (*_READ_ERRORS, KeyError) as error:
         raise ValueError(f"{fault} ({brief(error)}): {REMEDY}") from error
-
-
-def brief(value: object, width: int = 200) -> str:
-    """Returns a value as one short printable line. pyarrow's messages have several lines and contain bytes of the
-    file."""
-    words = textwrap.shorten(str(value), width, placeholder=" ...")
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:

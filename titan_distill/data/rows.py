@@ -11,6 +11,7 @@ weights are loaded and a teacher is sampled.
 from __future__ import annotations
 
 import logging
+import textwrap
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,3 +116,10 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         logger.warning(
             "bad row %d of at most %d, the next good row replaces it: %s", len(self.bad_rows), self._max_bad_rows, error
         )
+
+
+def brief(value: object, width: int = 200) -> str:
+    """Returns a value as one short printable line. Messages of readers have several lines and contain bytes of the
+    file."""
+    words = textwrap.shorten(str(value), width, placeholder=" ...")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
