@@ -117,9 +117,9 @@ def open_dataset(
 
 def check_text_tokens(max_text_tokens: int, row: LatentRow) -> None:
     """Raises ValueError for a row with more text tokens than the run's batches have."""
-    if len(row.text_embedding) > max_text_tokens:
+    if row.text_embedding.shape[0] > max_text_tokens:  # len() of a tensor takes longer
         raise ValueError(
-            f"{len(row.text_embedding)} text tokens, but data.max_text_tokens is {max_text_tokens}; raise it, or "
+            f"{row.text_embedding.shape[0]} text tokens, but data.max_text_tokens is {max_text_tokens}; raise it, or "
             "preprocess the captions with this limit"
         )
 
@@ -261,14 +261,13 @@ def collate(sample_ids: list[int], rows: Sequence[LatentRow], max_text_tokens: i
             check_text_tokens(max_text_tokens, row)
         except ValueError as error:
             raise BadRowError(f"row {row.id!r}: {error}") from error
-    embeddings = [row.text_embedding.float() for row in rows]
-    padded = [pad(embedding, (0, 0, 0, max_text_tokens - len(embedding))) for embedding in embeddings]
+    padded = [_pad(row.text_embedding, max_text_tokens) for row in rows]
     return Batch(
         sample_ids=sample_ids,
         captions=[row.caption for row in rows],
         text_embeddings=_stack(rows, padded, "text embedding"),
         latents=_stack_latents(rows),
-        extra={name: _stack(rows, [row.extra[name].float() for row in rows], name) for name in rows[0].extra},
+        extra={name: _stack(rows, [row.extra[name] for row in rows], name) for name in rows[0].extra},
     )
 
 
@@ -286,7 +285,7 @@ def collate_clips(sample_ids: list[int], rows: Sequence[ClipRow]) -> Batch:
 
 
 def _stack_latents(rows: Sequence[LatentRow]) -> Tensor | None:
-    latents = [row.vae_latent.float() for row in rows if row.vae_latent is not None]
+    latents = [row.vae_latent for row in rows if row.vae_latent is not None]
     if 0 < len(latents) < len(rows):
         text_only = next(row for row in rows if row.vae_latent is None)
         raise BadRowError(
@@ -302,4 +301,9 @@ def _stack(rows: Sequence[LatentRow], tensors: Sequence[Tensor], what: str) -> T
                 f"row {row.id!r} has a {what} of {list(tensor.shape)}, row {rows[0].id!r} of {list(tensors[0].shape)}: "
                 "all rows of a dataset must have the same shape"
             )
-    return torch.stack(list(tensors))
+    return torch.stack(list(tensors)).float()
+
+
+def _pad(embedding_LD: Tensor, length: int) -> Tensor:
+    missing = length - embedding_LD.shape[0]
+    return pad(embedding_LD, (0, 0, 0, missing)) if missing else embedding_LD

@@ -346,7 +346,8 @@ def _from_record(
     if embedding is None:
         raise BadRowError(f"{where}: no text embedding for caption {brief(caption or '', 80)!r}")
     known["caption"] = _caption(caption, where)
-    known.setdefault("id", str(where))
+    if "id" not in known:
+        known["id"] = str(where)
     latent = tensor("vae_latent", 4)
     extra = {name: tensor(name, None) for name in extra_names}
     if absent := [name for name, value in extra.items() if value is None]:

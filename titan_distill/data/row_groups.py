@@ -136,15 +136,11 @@ class RowGroups:
         self.digest = digest.hexdigest()
         self.sizes = GroupSizes(np.array(num_rows, np.int64), np.array(num_bytes, np.int64))
         self._row_ends = np.cumsum(self.sizes.num_rows)
+        self.num_rows = int(self._row_ends[-1]) if num_rows else 0
         self._file_ends = np.array(file_ends, np.int64)
 
     def __len__(self) -> int:
         return len(self._row_ends)
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows of all groups."""
-        return int(self._row_ends[-1]) if len(self) else 0
 
     @property
     def held_bytes(self) -> int:

@@ -37,17 +37,19 @@ def columns_of(name: str) -> dict[str, pa.DataType]:
 class TensorColumn:
     """The tensors of one name in all rows of a group, one after the other."""
 
-    values: Tensor
-    ends: npt.NDArray[np.int64]  # of each row in `values`
-    shapes: npt.NDArray[np.int64]  # by row
+    values: Tensor  # [N, *shape] if all have one shape, else flat
+    ends: npt.NDArray[np.int64] | None = None  # of each row in flat values
+    shapes: npt.NDArray[np.int64] | None = None  # by row of flat values
 
     @property
     def nbytes(self) -> int:
         """Size in memory."""
-        return self.values.nbytes + self.ends.nbytes + self.shapes.nbytes
+        return self.values.nbytes + sum(part.nbytes for part in (self.ends, self.shapes) if part is not None)
 
     def row(self, index: int) -> Tensor:
         """Returns a copy of one row's tensor."""
+        if self.ends is None or self.shapes is None:
+            return self.values[index].clone()
         start = self.ends[index - 1] if index else 0
         return self.values[start : self.ends[index]].view(self.shapes[index].tolist()).clone()
 
@@ -70,6 +72,8 @@ def decode_column(columns: Columns, name: str, num_dims: int | None) -> TensorCo
     values = torch.frombuffer(bytearray(memoryview(data.buffers()[2])[ends[0] : ends[-1]]), dtype=dtype)
     if not values.isfinite().all():
         return None
+    if (shapes_ND == shapes_ND[0]).all():
+        return TensorColumn(values.view(len(shapes_ND), *shapes_ND[0].tolist()))
     return TensorColumn(values, (ends[1:] - ends[0]) // dtype.itemsize, shapes_ND)
 
 
