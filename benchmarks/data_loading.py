@@ -118,7 +118,7 @@ def measure(folder: Path, num_rows: int, batch_size: int) -> dict[str, Any]:
         dataset, global_batch_size=batch_size, data_rank=0, data_world_size=1, seed=0, max_text_tokens=TEXT_SHAPE[0]
     )
     first = next(loader)
-    start_seconds = start.seconds()
+    start_seconds, start_cpu_seconds = start.seconds(), start.cpu_seconds()
 
     seen = [int(caption) for caption in first.captions]
     plain = plain_rows(folder)
@@ -151,6 +151,7 @@ def measure(folder: Path, num_rows: int, batch_size: int) -> dict[str, Any]:
     return {
         "distinct_rows": len(set(seen[:num_rows])),
         "start_seconds": start_seconds,
+        "start_cpu_seconds": start_cpu_seconds,
         **rates,
         "ratio": rates["ours_rows_per_second"] / rates["plain_rows_per_second"],
         "wall_ratio": rates["ours_rows_per_wall_second"] / rates["plain_rows_per_wall_second"],
@@ -178,7 +179,8 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         write_data(folder, arguments.rows)
         facts = contents(folder)
-        assert facts["num_rows"] == arguments.rows, f"{folder} has {facts['num_rows']} rows; name another folder"
+        if facts["num_rows"] != arguments.rows:
+            parser.error(f"{folder} has {facts['num_rows']} rows already, not {arguments.rows}; name another folder")
         result = facts | measure(folder, arguments.rows, arguments.batch_size)
     print("  ".join(f"{key} {value:,.6g}" for key, value in result.items() if key != "tenths"))
     if arguments.out:

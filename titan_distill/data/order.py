@@ -19,6 +19,7 @@ The order has a version. A checkpoint records it, and a resumed run keeps it: ve
 
 from __future__ import annotations
 
+import bisect
 import functools
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ class SampleOrder:
         if self.groups is None or self.version == 1 or self.num_rows <= WHOLE_ROWS:
             return int(_whole(self.num_rows, self.seed, epoch)[position])
         windows = _windows(self.groups, self.seed, epoch)
-        number = int(np.searchsorted(windows.row_ends, position, side="right"))
+        number = bisect.bisect_right(windows.row_ends, position)
         start = int(windows.row_ends[number - 1]) if number else 0
         return int(_rows_of_window(self.groups, self.seed, epoch, number)[position - start])
 
