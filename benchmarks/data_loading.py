@@ -112,7 +112,7 @@ def resident_bytes() -> int:
 def measure(folder: Path, num_rows: int, batch_size: int) -> dict[str, Any]:
     """Reads one epoch in both ways."""
     before, start = resident_bytes(), Stopwatch()
-    dataset = ParquetDataset(folder, facts=False, max_bad_rows=0)
+    dataset = ParquetDataset(folder, for_batches=True, max_bad_rows=0)
     dataset.check_first_rows()
     loader = SampleLoader(
         dataset, global_batch_size=batch_size, data_rank=0, data_world_size=1, seed=0, max_text_tokens=TEXT_SHAPE[0]

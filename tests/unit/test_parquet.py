@@ -121,6 +121,16 @@ def test_row_groups_have_about_a_mebibyte(tmp_path: Path, monkeypatch: pytest.Mo
     assert group_sizes() == [3, 3, 1]
 
 
+def test_a_row_may_be_changed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.parquet", (make_row(index) for index in range(3)))
+    dataset = ParquetDataset(tmp_path)
+    for tensor in (dataset[1].text_embedding, dataset[1].vae_latent):
+        tensor.zero_()
+    assert_same(dataset[1], make_row(1))
+    row = ParquetDataset(tmp_path, for_batches=True)[1]
+    assert_same(row, LatentRow("row-1", "caption 1", make_row(1).text_embedding, make_row(1).vae_latent))
+
+
 def test_values_that_do_not_repeat_have_no_dictionary(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.parquet", (make_row(index) for index in range(70)))
     group = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0)

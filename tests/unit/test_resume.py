@@ -330,7 +330,10 @@ def test_the_manifest_records_configuration_and_data(tmp_path: Path) -> None:
     manifest = manifests.read_manifest(tmp_path / "run/checkpoints/step-00000001")
     assert manifest.config == to_dict(trainer.config, skip_origins=True)
     assert manifest.config["training"]["max_grad_norm"] == math.inf
-    assert manifest.data == manifests.DataRecord(64, manifest.data.digest) and len(manifest.data.digest) == 64
+    assert (
+        manifest.data == manifests.DataRecord(64, manifest.data.digest, ORDER_VERSION)
+        and len(manifest.data.digest) == 64
+    )
 
 
 def test_the_order_of_samples_stays_the_checkpoints(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def open_dataset(
         own = (partial(check_text_tokens, data.max_text_tokens), *((_check_has_latent,) if needs_latents else ()))
         with of_key("data.path", data.path):
             dataset = ParquetDataset(
-                data.path, tensors=tensors, facts=False, checks=(*own, *checks), max_bad_rows=data.max_bad_rows
+                data.path, tensors=tensors, for_batches=True, checks=(*own, *checks), max_bad_rows=data.max_bad_rows
             )
     with of_key("data.path", data.path):
         dataset.check_first_rows()
@@ -295,10 +295,11 @@ def _stack_latents(rows: Sequence[LatentRow]) -> Tensor | None:
 
 
 def _stack(rows: Sequence[LatentRow], tensors: Sequence[Tensor], what: str) -> Tensor:
+    shape = tensors[0].shape
     for row, tensor in zip(rows, tensors, strict=True):
-        if tensor.shape != tensors[0].shape:
+        if tensor.shape != shape:
             raise BadRowError(
-                f"row {row.id!r} has a {what} of {list(tensor.shape)}, row {rows[0].id!r} of {list(tensors[0].shape)}: "
+                f"row {row.id!r} has a {what} of {list(tensor.shape)}, row {rows[0].id!r} of {list(shape)}: "
                 "all rows of a dataset must have the same shape"
             )
     return torch.stack(list(tensors)).float()

@@ -74,6 +74,7 @@ SCHEMA = pa.schema(
 REQUIRED_COLUMNS = ("caption", *columns_of("text_embedding"))
 LATENT_COLUMNS = tuple(columns_of("vae_latent"))
 FACTS = ("file_name", "media_type", "width", "height", "num_frames", "duration_sec", "fps")
+_PLAIN_FIELDS = frozenset({"id", "caption", *FACTS})
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ class ParquetDataset(RowDataset[LatentRow]):
     Args:
         path: file or folder.
         tensors: names of the further tensors that every row must have; they are returned in `LatentRow.extra`.
-        facts: whether rows have the facts about the clip, from file name to fps. Training does not read them.
+        for_batches: whether rows are only put together to batches. They then come without the facts about the clip, from
+            file name to fps, and their tensors share memory with the cache and must not be changed.
         checks: further checks of each row. A row that fails one is bad.
         max_bad_rows: see `RowDataset`.
         cache_bytes: memory for decoded row groups, per process.
@@ -210,17 +212,17 @@ class ParquetDataset(RowDataset[LatentRow]):
         path: str | Path,
         *,
         tensors: Sequence[str] = (),
-        facts: bool = True,
+        for_batches: bool = False,
         checks: Sequence[RowCheck] = (),
         max_bad_rows: int | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         super().__init__(path, max_bad_rows)
-        self._tensors, self._checks = tuple(tensors), tuple(checks)
+        self._tensors, self._checks, self._copies = tuple(tensors), tuple(checks), not for_batches
         self._groups = RowGroups(
             self.path,
             list_files(self.path),
-            ("id", "caption", *(FACTS if facts else ())),
+            ("id", "caption", *(() if for_batches else FACTS)),
             {"text_embedding": 2, "vae_latent": 4, **dict.fromkeys(tensors)},
             partial(_check_columns, expected=schema_with(tensors)),
             cache_bytes,
@@ -256,6 +258,8 @@ class ParquetDataset(RowDataset[LatentRow]):
         group = self._groups.read(where.group)
         record = {name: column[where.row] for name, column in group.columns.items()}
         decoded = {name: column.row(where.row) for name, column in group.tensors.items()}
+        if self._copies:
+            decoded = {name: tensor.clone() for name, tensor in decoded.items()}
         row = _from_record(record, decoded, self._tensors, where)
         try:
             for check in self._checks:
@@ -339,8 +343,10 @@ def _from_record(
     def tensor(name: str, num_dims: int | None) -> Tensor | None:
         return decoded[name] if name in decoded else decode_row(record, name, num_dims, where)
 
-    facts = {name: plain(record, name, where) for name in record if name in LatentRow.__dataclass_fields__}
-    known = {name: value for name, value in facts.items() if value is not None}
+    known: dict[str, Any] = {}
+    for name in record:
+        if name in _PLAIN_FIELDS and (value := plain(record, name, where)) is not None:
+            known[name] = value
     caption = known.get("caption")
     embedding = tensor("text_embedding", 2)
     if embedding is None:
@@ -352,7 +358,7 @@ def _from_record(
     extra = {name: tensor(name, None) for name in extra_names}
     if absent := [name for name, value in extra.items() if value is None]:
         raise BadRowError(f"{where}: no {absent[0]}")
-    return LatentRow(**{**known, "text_embedding": embedding, "vae_latent": latent, "extra": extra})
+    return LatentRow(text_embedding=embedding, vae_latent=latent, extra=extra, **known)
 
 
 def _caption(caption: str | None, where: object) -> str:

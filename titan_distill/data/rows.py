@@ -93,13 +93,14 @@ class RowDataset(torch.utils.data.Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         """Returns row `index` or, if it is bad and tolerated, the next good row (after the last row, the first)."""
-        for row in range(index, index + len(self)):
+        num_rows = len(self)
+        for row in range(index, index + num_rows):
             try:
-                return self.read(row % len(self))
+                return self.read(row % num_rows)
             except BadRowError as error:
-                self._tolerate(row % len(self), error)
+                self._tolerate(row % num_rows, error)
         raise BadRowError(
-            f"all {len(self)} rows of {self.path} are bad, each for the reason in the log; correct or name other data"
+            f"all {num_rows} rows of {self.path} are bad, each for the reason in the log; correct or name other data"
         )
 
     def _tolerate(self, index: int, error: BadRowError) -> None:

@@ -47,11 +47,11 @@ class TensorColumn:
         return self.values.nbytes + sum(part.nbytes for part in (self.ends, self.shapes) if part is not None)
 
     def row(self, index: int) -> Tensor:
-        """Returns a copy of one row's tensor."""
+        """Returns one row's tensor. It shares memory with `values`."""
         if self.ends is None or self.shapes is None:
-            return self.values[index].clone()
+            return self.values[index]
         start = self.ends[index - 1] if index else 0
-        return self.values[start : self.ends[index]].view(self.shapes[index].tolist()).clone()
+        return self.values[start : self.ends[index]].view(self.shapes[index].tolist())
 
 
 def decode_column(columns: Columns, name: str, num_dims: int | None) -> TensorColumn | None:
