@@ -195,8 +195,8 @@ class ParquetDataset(RowDataset[LatentRow]):
     Args:
         path: file or folder.
         tensors: names of the further tensors that every row must have; they are returned in `LatentRow.extra`.
-        for_batches: whether rows are only put together to batches. They then come without the facts about the clip, from
-            file name to fps, and their tensors share memory with the cache and must not be changed.
+        for_batches: whether rows are only put together to batches. They then come without the facts about the clip,
+            from file name to fps, and their tensors share memory with the cache and must not be changed.
         checks: further checks of each row. A row that fails one is bad.
         max_bad_rows: see `RowDataset`.
         cache_bytes: memory for decoded row groups, per process.
