@@ -355,9 +355,11 @@ def _from_record(
     if "id" not in known:
         known["id"] = str(where)
     latent = tensor("vae_latent", 4)
-    extra = {name: tensor(name, None) for name in extra_names}
-    if absent := [name for name, value in extra.items() if value is None]:
-        raise BadRowError(f"{where}: no {absent[0]}")
+    extra: dict[str, Tensor] = {}
+    for name in extra_names:
+        if (further := tensor(name, None)) is None:
+            raise BadRowError(f"{where}: no {name}")
+        extra[name] = further
     return LatentRow(text_embedding=embedding, vae_latent=latent, extra=extra, **known)
 
 
