@@ -50,6 +50,20 @@ _GROUPS = {
     "wait": r"WARPGROUP",
 }
 
+PRODUCTS = {"forward": 2, "grad_q": 3, "grad_kv": 4}
+"""Matrix products per pair of a query block and a key block."""
+
+_FLOPS_PER_CYCLE = 4096
+"""Of a multiprocessor's matrix units in bf16: 989 TFLOP/s by the H100's data sheet, 132 of them at 1.83 GHz."""
+
+_CEILING_TFLOPS = 740
+"""The middle of the range predicted for a large matrix product under the H100's power limit."""
+
+_USEFUL_SHARE = 0.879
+"""Of the pairs in whole tiles, those of valid tokens: tile 3 × 5 × 4 on 81 frames at 480p or 720p."""
+
+BEGIN, END = "<!-- begin: benchmarks.kernel_builds --table -->", "<!-- end -->"
+
 
 @dataclass(frozen=True)
 class Build:
@@ -63,6 +77,7 @@ class Build:
         instructions: in all.
         mix: instructions by group, each where it stands in the code; loops count once.
         loop: instructions of the innermost loop that multiplies: the work for one tile.
+        waits: of these, waits for products (WARPGROUP.DEPBAR).
         sass: SHA-256 of the instructions.
     """
 
@@ -79,6 +94,7 @@ class Build:
     instructions: int
     mix: dict[str, int]
     loop: int
+    waits: int
     sass: str
 
     @property
@@ -106,6 +122,7 @@ def build(
     names = Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in lines)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     shared = compiled.metadata.shared
+    loop = _innermost([(int(address, 16), line) for address, line in addressed])
     return Build(
         kernel,
         rows,
@@ -119,7 +136,8 @@ def build(
         _programs(registers, shared, candidate.warps, arch),
         len(lines),
         {group: sum(n for name, n in names.items() if re.fullmatch(p, name)) for group, p in _GROUPS.items()},
-        _innermost([(int(address, 16), line) for address, line in addressed]),
+        len(loop),
+        sum("WARPGROUP.DEPBAR" in line for line in loop),
         hashlib.sha256("\n".join(lines).encode()).hexdigest(),
     )
 
@@ -135,10 +153,16 @@ def source(kernel: str, candidate: Candidate, rows: int, dtype: torch.dtype, hea
     # Blocks of 64 rows of fp32 are multiplied in parts (titan_kernels.tuning).
     constants["PRECISION"] = "bf16x3" if dtype == torch.float32 and rows > 32 else "ieee"
     if kernel == "forward":
-        constants["PERSISTENT"] = bool(candidate.persistent)
+        constants |= {"PERSISTENT": bool(candidate.persistent), "AHEAD": candidate.ahead}
+    elif kernel == "grad_kv":
+        constants["BLOCK_SUMS"] = 64
     types = {name: _type(name, dtype) for name in function.arg_names} | dict.fromkeys(constants, "constexpr")
     if candidate.tma:
         types |= dict.fromkeys(_DESCRIBED[kernel], f"tensordesc<{_TYPES[dtype]}[64, {head_dim}]>")
+        if kernel == "grad_kv":
+            types["sums"] = f"tensordesc<fp32[1, {rows}]>"
+    if candidate.tma and not candidate.ahead:
+        types["q"] = f"tensordesc<{_TYPES[dtype]}[{rows}, {head_dim}]>"
     divisible = [
         i
         for i, (name, kind) in enumerate(types.items())
@@ -153,13 +177,15 @@ def _type(name: str, dtype: torch.dtype) -> str:
         return f"*{_TYPES[dtype]}"
     if name in ("lists", "offset", "chosen_by", "q_start", "q_length", "kv_start", "kv_length"):
         return "*i32"
+    if name == "order":
+        return "*i64"
     if name in ("lse", "sums"):
         return "*fp32"
     return "fp32" if name.startswith("scale") else "i32"
 
 
-def _innermost(addressed: list[tuple[int, str]]) -> int:
-    """Instructions of the shortest stretch that ends in a jump back and has a matrix product or, without any, a sum."""
+def _innermost(addressed: list[tuple[int, str]]) -> list[str]:
+    """The shortest stretch that ends in a jump back and has a matrix product or, without any, a sum."""
     position = {address: i for i, (address, _) in enumerate(addressed)}
     loops = []
     for end, (address, line) in enumerate(addressed):
@@ -167,9 +193,9 @@ def _innermost(addressed: list[tuple[int, str]]) -> int:
         if target and int(target[1], 16) < address:
             loops.append([line for _, line in addressed[position[int(target[1], 16)] : end + 1]])
     for works in (rf"\b({_GROUPS['wgmma']}|{_GROUPS['mma']})\b", r"\bFFMA\b"):
-        if lengths := [len(loop) for loop in loops if any(re.search(works, line) for line in loop)]:
-            return min(lengths)
-    return 0
+        if working := [loop for loop in loops if any(re.search(works, line) for line in loop)]:
+            return min(working, key=len)
+    return []
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
@@ -193,14 +219,15 @@ def _programs(registers: int, shared: int, warps: int, arch: int) -> int:
 
 
 def space(kernel: str, rows: int, dtype: torch.dtype) -> Iterator[Candidate]:
-    """All candidates considered: stages 1-6 x warps 4/8 x pointers or TMA, persistent programs, and room for a second
-    program."""
+    """All candidates considered: stages 1-6 x warps 4/8 x pointers or TMA, persistent programs, the textbook order, and
+    room for a second program."""
     for tma in (True, False):
         for warps in (4, 8):
             for stages in range(1, 7):
                 yield Candidate(warps, stages, tma)
                 if kernel == "forward":
                     yield Candidate(warps, stages, tma, persistent=1)
+                    yield Candidate(warps, stages, tma, registers=128 if tma else None, ahead=False)
     if rows == 128:
         yield Candidate(8, 2, True, registers=128)
 
@@ -213,14 +240,10 @@ def versions() -> dict[str, str]:
 
 
 def _line(name: str, tried: Build) -> str:
-    c, mix = tried.candidate, tried.mix
-    how = f"{c.warps} warps, {c.stages} stages, {'TMA' if c.tma else 'pointers'}" + (
-        f", {c.registers} registers at most" if c.registers else ", persistent" if c.persistent else ""
-    )
-    counts = " ".join(f"{group}:{n}" for group, n in mix.items() if n)
+    counts = " ".join(f"{group}:{n}" for group, n in tried.mix.items() if n)
     return (
-        f"{name:<12} sm_{tried.arch:<4}{how:<34} {tried.loop:>4} in loop {tried.registers:>4} regs "
-        f"{tried.local_bytes:>4} B local "
+        f"{name:<12} sm_{tried.arch:<4}{tried.candidate!s:<55} {tried.loop:>4} in loop, {tried.waits} waits "
+        f"{tried.registers:>4} regs {tried.local_bytes:>4} B local "
         f"{tried.shared_bytes / 1024:6.1f} KiB {tried.programs} a SM  {counts}  {tried.sass[:8]}"
     )
 
@@ -232,17 +255,61 @@ def table_row(built: Build) -> dict[str, Any]:
     return {**figures, **mix, **versions(), "date": made["date"], "commit": made["commit"][:10]}
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The lines of a file that `write_table` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
 def write_table(path: Path, builds: list[Build]) -> None:
     """Adds lines to a tab-separated file, in place of those that the same Triton and assembler made."""
     rows = list(map(table_row, builds))
     if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            old = csv.DictReader(file, delimiter="\t")
-            rows = [row for row in old if any(row[name] != value for name, value in versions().items())] + rows
+        old = read_table(path)
+        rows = [row for row in old if any(row[name] != value for name, value in versions().items())] + rows
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def predicted_tflops(kernel: str, rows: int, warps: int, programs: int, loop: int) -> tuple[float, float]:
+    """Lower and upper prediction of the rate over whole tiles; docs/kernels.md says what it assumes."""
+    multiplying = PRODUCTS[kernel] * 2 * rows * 64 * 128 / _FLOPS_PER_CYCLE
+    issuing = loop * warps / 4
+    warpgroups = programs * warps / 4
+    exposed = (issuing, issuing / warpgroups)
+    return tuple(_CEILING_TFLOPS * multiplying / (multiplying + cycles) for cycles in exposed)  # type: ignore[return-value]
+
+
+def static_table(lines: list[dict[str, str]]) -> str:
+    """Markdown: every kept 16-bit candidate on sm_90, with one value per version of Triton where they differ."""
+    built: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for line in lines:
+        if (line["arch"], line["dtype"]) == ("90", "bf16"):
+            built.setdefault((line["kernel"], line["rows"], line["candidate"]), []).append(line)
+    figures = ("registers", "spilled bytes", "shared KiB", "programs", "instructions", "waits", "tensor", "counted")
+    text = [f"| kernel | candidate | {' | '.join(figures)} |", "|---" * (2 + len(figures)) + "|"]
+    for (kernel, rows, bits), kept in KEPT.items():
+        for candidate in kept if bits == 16 else ():
+            of_versions = built[kernel, str(rows), str(candidate)]
+            values = [
+                [f"{int(line[name]) / 1024:.3g}" if name == "shared_bytes" else line[name] for line in of_versions]
+                for name in ("registers", "local_bytes", "shared_bytes", "programs", "loop", "waits")
+            ]
+            cells = [each[0] if len(set(each)) == 1 else " / ".join(each) for each in values]
+            programs, loop = (int(of_versions[0][name]) for name in ("programs", "loop"))
+            tensor = predicted_tflops(kernel, rows, candidate.warps, programs, loop)
+            rates = [f"{share * tensor[0]:.0f}–{share * tensor[1]:.0f}" for share in (1, _USEFUL_SHARE)]
+            text.append(f"| {' | '.join([f'{kernel}, {rows} rows', str(candidate), *cells, *rates])} |")
+    return "\n".join(text)
+
+
+def write_document(path: Path, lines: list[dict[str, str]]) -> None:
+    """Replaces the table between the marks of a Markdown file."""
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    path.write_text(f"{before}{BEGIN}\n\n{static_table(lines)}\n\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -252,7 +319,10 @@ def main() -> None:
     parser.add_argument("--kernel", nargs="+", choices=sorted(KERNELS), default=sorted(KERNELS))
     parser.add_argument("--all", action="store_true", help="the whole space instead of what is kept")
     parser.add_argument("--out", type=Path, help="table that gets these builds for those of the same Triton")
+    parser.add_argument("--table", type=Path, nargs=2, help="FILE.tsv and the document whose table it fills; no builds")
     arguments = parser.parse_args()
+    if arguments.table:
+        return write_document(arguments.table[1], read_table(arguments.table[0]))
     builds: list[Build] = []
     for (kernel, rows, bits), kept in KEPT.items():
         dtype = torch.bfloat16 if bits == 16 else torch.float32

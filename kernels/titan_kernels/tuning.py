@@ -1,9 +1,9 @@
 """Launch settings of the attention kernels: the candidates worth timing, and the choice for each shape.
 
 The space is pipeline stages 1-6 x warps 4/8 x rows fetched by pointers or by the copy engine (TMA) x a register limit x
-one program per block or persistent programs. All of it was built ahead of time. `KEPT` leaves out candidates that
-spill, that leave no room for a second program without a reason, or that are the same machine code as another
-(docs/kernels.md, `benchmarks.kernel_builds`).
+one program per block or persistent programs x scores ahead or in textbook order. `KEPT` leaves out candidates that
+spill in their loop, that leave no room for a second program without a reason, or that are the same machine code as
+another (docs/kernels.md, `benchmarks.kernel_builds`).
 
 On a GPU the first launch of a shape times its candidates and keeps the fastest for the life of the process. A shape is
 known by what changes the balance between loading and computing: head dim, dtype, block sizes, heads, and the density of
@@ -44,6 +44,7 @@ class Candidate:
         tma: fetch rows by the copy engine; Hopper and later.
         registers: limit per thread, so that another program fits beside; None for the compiler's choice.
         persistent: programs per multiprocessor that walk over all blocks (forward only); 0: one program per block.
+        ahead: compute scores one tile ahead; otherwise in the textbook order (forward only).
         reason: for timing it.
     """
 
@@ -52,13 +53,15 @@ class Candidate:
     tma: bool = False
     registers: int | None = None
     persistent: int = 0
+    ahead: bool = True
     reason: str = ""
 
     def __str__(self) -> str:
         rows = "TMA" if self.tma else "pointers"
         persistent = f", {self.persistent} resident" if self.persistent else ""
         limit = "" if self.registers is None else f", {self.registers} registers"
-        return f"{self.warps} warps, {self.stages} stages, {rows}{persistent}{limit}"
+        order = "" if self.ahead else ", textbook order"
+        return f"{self.warps} warps, {self.stages} stages, {rows}{persistent}{order}{limit}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -126,6 +129,7 @@ def _block(size: int, most: int) -> int:
 
 
 _TWO_PROGRAMS = "two programs on a multiprocessor, one computing while the other waits"
+_FOUR_PROGRAMS = "four programs on a multiprocessor: others compute while one waits for its only buffers"
 _DEEPER = "one more tile in flight, for lists that miss the L2"
 _ANYWHERE = "no TMA: before Hopper, strided inputs, head dims between powers of two"
 _RESIDENT = "programs that stay: a block's first loads wait for no launch"
@@ -135,6 +139,7 @@ _PARTS = "products of bf16 parts: with 4 warps the parts of the query block spil
 KEPT: dict[tuple[str, int, int], tuple[Candidate, ...]] = {
     ("forward", 64, 16): (
         Candidate(4, 2, True, reason=_TWO_PROGRAMS),
+        Candidate(4, 1, True, 128, ahead=False, reason=_FOUR_PROGRAMS),
         Candidate(4, 1, True, reason="three programs instead of prefetching"),
         Candidate(4, 2, True, persistent=2, reason=_RESIDENT),
         Candidate(4, 2, reason=_ANYWHERE),
@@ -142,6 +147,7 @@ KEPT: dict[tuple[str, int, int], tuple[Candidate, ...]] = {
     ),
     ("forward", 128, 16): (
         Candidate(8, 2, True, reason="half the traffic of 64 rows; two warpgroups of one program"),
+        Candidate(8, 1, True, 128, ahead=False, reason="two programs of 128 rows: half the traffic of four of 64"),
         Candidate(8, 3, True, reason=_DEEPER),
         Candidate(8, 2, True, persistent=1, reason=_RESIDENT),
         Candidate(8, 2, reason=_ANYWHERE),

@@ -11,6 +11,10 @@ software pipeliner can only prefetch by dividing its stages among them. So the a
 through the loop, read before their rows are, and all stages serve the rows. Programs are numbered head by head:
 neighbours in time read the same head, whose keys and values stay in L2.
 
+Other candidates run in the *textbook order*: a tile's scores, its softmax, its values, with one buffer each for keys
+and values. Within a program nothing overlaps then, but its registers and shared memory are so few that twice as many
+programs share a multiprocessor, and one multiplies while another computes its softmax.
+
 Rows of a ragged tile's successor may be read (and, at the very end, zeros); their scores become -inf, so they weigh
 exactly nothing. Each tile, not each element, is tested for being ragged.
 
@@ -129,10 +133,12 @@ def attend_block(
     Q_CHUNKS: tl.constexpr,
     KV_CHUNKS: tl.constexpr,
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One block of queries of one head, or one chunk of a longer block.
 
+    AHEAD computes the scores one tile ahead; otherwise the order is the textbook's, and TMA fetches the queries too.
     Tokens are those of `load_rows`, tiles (starts, lengths), `sizes` (heads, query blocks, tiles listed
     for each, queries, keys).
     """
@@ -151,12 +157,13 @@ def attend_block(
     num_steps = num_listed * KV_CHUNKS
     start, length = block_of(0, lists, kv_start, kv_length, BLOCK_N, KV_CHUNKS)
     tile = tl.load(lists + tl.minimum(1, num_steps - 1) // KV_CHUNKS)
-    q_MD = load_rows(q_tokens, batch, head, first, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    q_MD = load_rows(q_tokens, batch, head, first, BLOCK_M, HEAD_DIM, BLOCK_D, TMA and not AHEAD)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    k_ND = load_rows(k_tokens, batch, head, start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-    s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
+    if AHEAD:
+        k_ND = load_rows(k_tokens, batch, head, start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
     skip = 1 % KV_CHUNKS * BLOCK_N
     next_start = tl.load(kv_start + tile) + skip
     next_length = tl.load(kv_length + tile) - skip
@@ -167,14 +174,18 @@ def attend_block(
         then_start = tl.load(kv_start + tile) + skip
         then_length = tl.load(kv_length + tile) - skip
         tile = tl.load(lists + tl.minimum(i + 3, num_steps - 1) // KV_CHUNKS)
-        k_ND = load_rows(k_tokens, batch, head, next_start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        k_start = next_start if AHEAD else start
+        k_ND = load_rows(k_tokens, batch, head, k_start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
         v_ND = load_rows(v_tokens, batch, head, start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        if not AHEAD:
+            s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
         s_MN = mask_columns(s_MN, length, BLOCK_N)
         new_highest = tl.maximum(highest, tl.max(s_MN, 1) * scale_log2)
         p_MN = tl.exp2(s_MN * scale_log2 - new_highest[:, None])
         shrink = tl.exp2(highest - new_highest)
         total = total * shrink + tl.sum(p_MN, 1)
-        s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
+        if AHEAD:
+            s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
         acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD * shrink[:, None], input_precision=PRECISION)
         highest = new_highest
         # Through an operation, because the pipeliner refuses values that a loop hands on untouched.
@@ -225,6 +236,7 @@ def forward_kernel(
     Q_CHUNKS: tl.constexpr,
     KV_CHUNKS: tl.constexpr,
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
     PERSISTENT: tl.constexpr,
     PRECISION: tl.constexpr = "ieee",
 ):
@@ -238,12 +250,12 @@ def forward_kernel(
         for program in range(tl.program_id(0), num_programs, tl.num_programs(0)):
             attend_block(
                 program, *tensors, *numbers,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, Q_CHUNKS, KV_CHUNKS, TMA, PRECISION,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, Q_CHUNKS, KV_CHUNKS, TMA, AHEAD, PRECISION,
             )  # fmt: skip
     else:
         attend_block(
             tl.program_id(0), *tensors, *numbers,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, Q_CHUNKS, KV_CHUNKS, TMA, PRECISION,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, Q_CHUNKS, KV_CHUNKS, TMA, AHEAD, PRECISION,
         )  # fmt: skip
 
 
@@ -267,19 +279,21 @@ def vsa_forward(
 
     def launch(candidate: tuning.Candidate) -> None:
         k_rows, v_rows = (described(x, shape.block_n) if candidate.tma else x for x in (k, v))
+        q_rows = described(q, shape.block_m) if candidate.tma and not candidate.ahead else q
         resident = candidate.persistent * tuning.num_multiprocessors(q.device)
         forward_kernel[(min(resident, num_programs) if resident else num_programs,)](
-            *(q, k_rows, v_rows, out, lse, lists, *q_tiles[:2], *kv_tiles[:2]),
+            *(q_rows, k_rows, v_rows, out, lse, lists, *q_tiles[:2], *kv_tiles[:2]),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             *(num_heads, len(q_tiles.start), lists_BHNK.shape[-1], num_queries, k.shape[1], num_programs),
             math.log2(math.e) / math.sqrt(head_dim),
             **shape.constants,
             TMA=candidate.tma,
+            AHEAD=candidate.ahead,
             PERSISTENT=bool(candidate.persistent),
             **candidate.options,
         )
 
-    tuning.launch("forward", shape, launch, tma=can_describe(k, v))
+    tuning.launch("forward", shape, launch, tma=can_describe(q, k, v))
     return out, lse
 
 

@@ -17,6 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from titan_kernels import reference, tile_layout, tuning
+from titan_kernels import vsa_backward as backward
 from titan_kernels.vsa_backward import vsa_backward
 from titan_kernels.vsa_forward import vsa_forward
 from torch import Tensor
@@ -61,6 +62,14 @@ def errors(case: dict[str, Any], seed: int) -> dict[str, float | bool]:
     torch.empty = poisoned
     first = kernels()
     second = kernels() if case.get("twice") else None
+    orders = {}
+    if case.get("orders"):
+        longest_first = backward._longest_first
+        backward._longest_first = lambda offset: longest_first(offset).flip(-1).contiguous()
+        orders["shortest_first"] = all(map(torch.equal, first, kernels()))
+        backward._longest_first = lambda offset: torch.zeros_like(longest_first(offset))
+        orders["one_tile_only"] = bool(kernels()[3].isnan().any())
+        backward._longest_first = longest_first
     torch.empty = _empty
 
     wide = [x.double() for x in (q, k, v)]
@@ -71,6 +80,7 @@ def errors(case: dict[str, Any], seed: int) -> dict[str, float | bool]:
         name: float((mine - true).abs().max() / true.abs().max())
         for name, mine, true in zip(names, first, (out, lse, *gradients), strict=True)
     }
+    result |= orders
     if second is not None:
         result["repeats"] = all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     if "unselected" in case:

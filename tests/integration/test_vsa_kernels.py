@@ -52,7 +52,79 @@ CASES: dict[str, dict[str, Any]] = {
         "candidate": {"tma": True},
         "dtype": "float16",
     },
+    "copy engine, fp32": {"grid": (3, 6, 5), "heads": 1, "dim": 16, "topk": 2, "candidate": {"tma": True}},
+    "copy engine, tiles of 60": {
+        "grid": (4, 7, 5),
+        "tile": (3, 5, 4),
+        "heads": 1,
+        "dim": 16,
+        "topk": 3,
+        "candidate": {"tma": True},
+        "dtype": "float16",
+        "orders": True,
+    },
+    "copy engine, tiles of 128": {
+        "grid": (9, 4, 5),
+        "tile": (8, 4, 4),
+        "heads": 1,
+        "dim": 16,
+        "topk": 2,
+        "candidate": {"tma": True},
+        "dtype": "float16",
+    },
     "persistent": {"grid": (3, 6, 5), "heads": 2, "dim": 16, "topk": 2, "batch": 2, "candidate": {"persistent": 3}},
+    "textbook order": {
+        "grid": (3, 6, 5),
+        "heads": 1,
+        "dim": 16,
+        "topk": 2,
+        "batch": 2,
+        "candidate": {"tma": True, "ahead": False},
+    },
+    "textbook order, fp16, tiles of 60": {
+        "grid": (4, 7, 5),
+        "tile": (3, 5, 4),
+        "heads": 1,
+        "dim": 64,
+        "topk": 3,
+        "candidate": {"tma": True, "ahead": False},
+        "dtype": "float16",
+        "scale": 10,
+    },
+    "textbook order, fp32, tiles of 60": {
+        "grid": (4, 7, 5),
+        "tile": (3, 5, 4),
+        "heads": 1,
+        "dim": 16,
+        "topk": 3,
+        "candidate": {"tma": True, "ahead": False},
+    },
+    "textbook order, tiles of 128": {
+        "grid": (9, 4, 5),
+        "tile": (8, 4, 4),
+        "heads": 1,
+        "dim": 16,
+        "topk": 2,
+        "candidate": {"tma": True, "ahead": False},
+        "dtype": "float16",
+    },
+    "textbook order, two tiles share a list": {
+        "grid": (5, 8, 4),
+        "heads": 1,
+        "dim": 16,
+        "topk": 2,
+        "join": 2,
+        "candidate": {"tma": True, "ahead": False},
+        "dtype": "float16",
+    },
+    "textbook order, pointers": {
+        "grid": (3, 6, 5),
+        "heads": 1,
+        "dim": 40,
+        "topk": 2,
+        "strided": True,
+        "candidate": {"ahead": False},
+    },
 }
 
 
@@ -92,3 +164,9 @@ def test_two_runs_are_bitwise_equal(answers: dict[str, dict[str, Any]], name: st
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "unselected" in case])
 def test_keys_that_nobody_chose_get_zeros(answers: dict[str, dict[str, Any]], name: str) -> None:
     assert answers[name]["zeros"]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "orders" in case])
+def test_the_order_of_key_tiles_changes_no_bit(answers: dict[str, dict[str, Any]], name: str) -> None:
+    assert answers[name]["shortest_first"]
+    assert answers[name]["one_tile_only"], "the programs do not follow the order"

@@ -1,4 +1,4 @@
-"""The choice of a kernel's candidate: who may time them, and who is told."""
+"""The choice of a kernel's candidate: who may time them, and who is told; and the order of its programs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import threading
 
 import pytest
 import torch
-from titan_kernels import tuning
+from titan_kernels import reference, tuning
+from titan_kernels.vsa_backward import _longest_first
 
 KEPT = tuning.candidates("forward", 64, torch.bfloat16, tma=True)
 
@@ -69,3 +70,10 @@ def test_observers_hear_of_every_candidate_and_of_those_that_fail(timed: list[fl
     assert [type(result) for *_, result in heard] == [int] * (len(KEPT) - 1) + [RuntimeError]
     launch(fails)
     assert len(heard) == len(KEPT), "nobody listens any more"
+
+
+def test_longest_key_tiles_come_first() -> None:
+    lists = torch.tensor([[0, 3], [1, 3], [1, 3], [4, 5]], dtype=torch.int32).view(1, 1, 4, 2)
+    offset, _ = reference.transpose_lists(lists, 7)
+    # Chosen by 1, 2, 0, 3, 1, 1 and 0 query blocks.
+    assert _longest_first(offset).tolist() == [[[3, 1, 0, 4, 5, 2, 6]]]
