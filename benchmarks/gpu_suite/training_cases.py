@@ -44,9 +44,9 @@ TOY = ("--compile.enabled", "false", "--training.global_batch_size", "2", "--tra
 def finetune(context: Context) -> Cases:
     """1.3B at 32,760 tokens, compiled, in both modes of recomputation.
 
-    First as shipped: all but one of a block's matrix products are kept. Two steps of
-    warm-up, three steps, and one under the profiler. Then full recomputation: one step and two. The latter is profiled
-    if the former failed, for lack of memory say.
+    First as shipped: all but one of a block's matrix products are kept. Two steps of warm-up, three steps, and one
+    under the profiler. Then full recomputation: one step and two. The latter is profiled if the former failed, for
+    lack of memory say.
     """
     if context.rehearse:
         return {"compiled": functools.partial(train, context, "tiny_wan_finetune", TOY, 1, 1, True)}
