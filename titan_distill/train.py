@@ -271,6 +271,8 @@ def assemble(
     # Before the weights, which take longer, and before config.toml is replaced.
     dataset = open_inputs(run) if dataset is None else dataset
     resume = ranks.on_rank_zero(lambda: _check_resume(config, dataset))
+    if resume is not None:
+        dataset.order_version = resume.order_version
     layouts = build_layouts(run, world)
     roles = build_roles(run, layouts, world.device)
     adapter = run.family.build_adapter(world.device, layouts)
@@ -423,7 +425,7 @@ def _check_resume(config: Config, dataset: RowDataset[Any]) -> Resume | None:
 
 
 def _data_record(dataset: RowDataset[Any]) -> DataRecord:
-    return DataRecord(len(dataset), dataset.digest)
+    return DataRecord(len(dataset), dataset.digest, dataset.order_version)
 
 
 def _resume(

@@ -22,7 +22,7 @@ from runs import HELPERS, REPOSITORY, TINY_SHAPES, read_metrics, tiny_argv
 from toy_run import toy_trainer
 
 from titan_distill.commands.ode_pairs import OdePairsOptions, ode_pairs
-from titan_distill.data.loader import SampleOrder
+from titan_distill.data.order import SampleOrder
 from titan_distill.data.parquet import LatentRow, ParquetDataset, write_rows
 from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED
 from titan_distill.train import CHECK, main

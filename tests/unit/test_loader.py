@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from titan_distill.data.loader import Batch, SampleLoader, SampleOrder
+from titan_distill.data.loader import Batch, SampleLoader
+from titan_distill.data.order import SampleOrder
 from titan_distill.data.parquet import SCHEMA, LatentRow, ParquetDataset, write_rows
 from titan_distill.data.rows import BadRowError
 

@@ -103,11 +103,17 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
         dataset.read(50)
 
 
-def test_row_groups_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_have_about_a_mebibyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def group_sizes() -> list[int]:
         metadata = pq.ParquetFile(tmp_path / "a.parquet").metadata
         return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
+    write_rows(tmp_path / "a.parquet", (make_row(index) for index in range(70)))
+    assert group_sizes() == [70]
+    large = [make_row(index, vae_latent=torch.zeros(1, 1, 400, 1000)) for index in range(4)]  # 1.6 MB each
+    write_rows(tmp_path / "a.parquet", large)
+    assert group_sizes() == [1, 1, 1, 1]
+    monkeypatch.setattr(parquet, "MAX_GROUP_ROWS", 32)
     write_rows(tmp_path / "a.parquet", (make_row(index) for index in range(70)))
     assert group_sizes() == [32, 32, 6]
     monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 1500)  # three rows of 480 bytes of latent and 96 to 192 of text
@@ -115,16 +121,36 @@ def test_row_groups_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert group_sizes() == [3, 3, 1]
 
 
-def test_cache_is_bounded_and_not_pickled(tmp_path: Path) -> None:
+def test_a_row_may_be_changed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.parquet", (make_row(index) for index in range(3)))
+    dataset = ParquetDataset(tmp_path)
+    for tensor in (dataset[1].text_embedding, dataset[1].vae_latent):
+        tensor.zero_()
+    assert_same(dataset[1], make_row(1))
+    row = ParquetDataset(tmp_path, for_batches=True)[1]
+    assert_same(row, LatentRow("row-1", "caption 1", make_row(1).text_embedding, make_row(1).vae_latent))
+
+
+def test_values_that_do_not_repeat_have_no_dictionary(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.parquet", (make_row(index) for index in range(70)))
+    group = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    plain = {column.path_in_schema for column in columns if not column.has_dictionary_page}
+    assert plain == {"id", "vae_latent_bytes", "text_embedding_bytes"}
+
+
+def test_cache_is_bounded_and_not_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "MAX_GROUP_ROWS", 32)
     write_rows(tmp_path / "a.parquet", (make_row(index) for index in range(128)))
     everything, one_group = ParquetDataset(tmp_path), ParquetDataset(tmp_path, cache_bytes=1)
     for index in (0, 100, 40, 70, 1):
         assert_same(one_group[index], make_row(index))
         assert_same(everything[index], make_row(index))
-    assert len(everything._cache) == 4
-    assert len(one_group._cache) == 1
+    assert len(everything._groups._groups._values) == 4
+    assert len(one_group._groups._groups._values) == 1
+    assert everything.held_bytes > one_group.held_bytes > 0
     copy = pickle.loads(pickle.dumps(everything))
-    assert not copy._cache
+    assert copy.held_bytes == 0
     assert_same(copy[100], make_row(100))
 
 
@@ -243,7 +269,8 @@ def test_truncated_file_is_named_in_one_sentence(tmp_path: Path, kept: float) ->
     assert "\n" not in str(error.value)
 
 
-def test_flipped_bytes_in_a_row_group_are_bad_rows(tmp_path: Path) -> None:
+def test_flipped_bytes_in_a_row_group_are_bad_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "MAX_GROUP_ROWS", 32)
     write_rows(tmp_path / "a.parquet", [make_row(index) for index in range(40)])
     data = bytearray((tmp_path / "a.parquet").read_bytes())
     column = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(1).column(1)
@@ -386,7 +413,9 @@ def test_further_tensors_come_back_when_they_are_asked_for(tmp_path: Path) -> No
     assert list(ParquetDataset(tmp_path, tensors=("timesteps",))[1].extra) == ["timesteps"]
     unasked = ParquetDataset(tmp_path)
     assert_same(unasked[1], make_row(1))
-    assert not any("trajectory" in name for name in unasked._table(unasked._groups[0]).column_names)
+    (group,) = (group for group, _ in unasked._groups._groups._values.values())
+    assert group.tensors.keys() == {"text_embedding", "vae_latent"}
+    assert not any("trajectory" in name for name in group.columns)
     assert parquet.read_ids(tmp_path) == ["row-0", "row-1", "row-2"]
 
 

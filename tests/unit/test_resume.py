@@ -22,6 +22,7 @@ from titan_distill.config.config import Config
 from titan_distill.config.loading import help_text, load_config
 from titan_distill.config.resume import FREE, LOGGED, REFUSED, on_resume
 from titan_distill.config.text import field_types, fields_of, to_dict
+from titan_distill.data.order import ORDER_VERSION
 from titan_distill.methods.base import method_class
 from titan_distill.trainer import Trainer
 
@@ -282,6 +283,7 @@ def test_a_checkpoint_from_before_the_records(tmp_path: Path, caplog: pytest.Log
     toy_family.write_data(tmp_path / "toy.parquet", num_rows=32)
     trainer = toy_trainer(tmp_path, "finetune", *SAVING, "--training.steps", "9", "--training.global_batch_size", "16")
     assert trainer.state.step == 8
+    assert trainer.loader.order.version == 1
     assert [message for message in caplog.messages if "does not record" in message] == [
         "The checkpoint does not record its data: whether it has changed since is not known",
         "The checkpoint does not record its configuration: only job.seed and recipe.family are compared",
@@ -328,4 +330,30 @@ def test_the_manifest_records_configuration_and_data(tmp_path: Path) -> None:
     manifest = manifests.read_manifest(tmp_path / "run/checkpoints/step-00000001")
     assert manifest.config == to_dict(trainer.config, skip_origins=True)
     assert manifest.config["training"]["max_grad_norm"] == math.inf
-    assert manifest.data == manifests.DataRecord(64, manifest.data.digest) and len(manifest.data.digest) == 64
+    assert (
+        manifest.data == manifests.DataRecord(64, manifest.data.digest, ORDER_VERSION)
+        and len(manifest.data.digest) == 64
+    )
+
+
+def test_the_order_of_samples_stays_the_checkpoints(tmp_path: Path) -> None:
+    toy_trainer(tmp_path, "finetune", *SAVING).run()
+    (step,) = (tmp_path / "run/checkpoints").iterdir()
+    manifest = manifests.read_manifest(step)
+    assert manifest.data is not None and manifest.data.order_version == ORDER_VERSION
+    older = dataclasses.replace(manifest.data, order_version=1)
+    manifests.write_manifest(step, dataclasses.replace(manifest, data=older))
+    trainer = toy_trainer(tmp_path, "finetune", *SAVING, "--training.steps", "9")
+    assert trainer.loader.order.version == 1
+    trainer.run()
+    (saved,) = (tmp_path / "run/checkpoints").glob("*9")
+    assert manifests.read_manifest(saved).data == older
+
+    newer = dataclasses.replace(manifest.data, order_version=ORDER_VERSION + 1)
+    manifests.write_manifest(saved, dataclasses.replace(manifests.read_manifest(saved), data=newer))
+    with pytest.raises(ValueError, match=rf"order of samples has version {ORDER_VERSION + 1}, but .* newer one"):
+        toy_trainer(tmp_path, "finetune", *SAVING, "--training.steps", "10")
+
+
+def test_manifests_without_an_order_have_version_1() -> None:
+    assert manifests.DataRecord(num_rows=3, digest="d").order_version == 1

@@ -68,6 +68,8 @@ class DataRecord:
     num_rows: int
     digest: str
     """`RowDataset.digest`."""
+    order_version: int = 1
+    """Version of the order of samples (`RowDataset.order_version`). 1 in checkpoints older than this field."""
 
     def __str__(self) -> str:
         return f"{self.num_rows} rows (digest {self.digest[:12]})"

@@ -16,6 +16,7 @@ from titan_distill.checkpoint.manifest import DataRecord, Manifest, read_manifes
 from titan_distill.config.changes import Change, changes
 from titan_distill.config.config import Config
 from titan_distill.config.resume import LOGGED, REFUSED
+from titan_distill.data.order import check_version
 
 _ALWAYS_RECORDED = ("job.seed", "recipe.family")
 """Keys that manifests without a configuration have, too."""
@@ -32,12 +33,19 @@ class Resume:
     manifest: Manifest
     changes: list[Change]
 
+    @property
+    def order_version(self) -> int:
+        """Version of the order of samples, with which the run goes on."""
+        return 1 if self.manifest.data is None else self.manifest.data.order_version
+
     def check_data(self, data: DataRecord, config: Config) -> None:
-        """Raises ValueError for other data than the checkpoint's, unless `checkpoint.allow_changed_data` is set."""
+        """Raises ValueError for other data than the checkpoint's, unless `checkpoint.allow_changed_data` is set, and
+        for an order of samples that is not known."""
+        check_version(self.order_version)
         saved = self.manifest.data
         if saved is None:
             logger.warning("The checkpoint does not record its data: whether it has changed since is not known")
-        elif saved != data:
+        elif (saved.num_rows, saved.digest) != (data.num_rows, data.digest):
             difference = f"data.path = {config.data.path!r} has {data}, but {self.path} was saved with {saved}"
             if not config.checkpoint.allow_changed_data:
                 raise ValueError(

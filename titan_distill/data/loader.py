@@ -1,20 +1,20 @@
 """Loader of batches. Its state is one number: the number of samples that the run has seen.
 
-Sample `g` of a run, counted over all ranks from 0, is row `permutation(seed, g // len)[g % len]` of the dataset. A
-global batch consists of the next `global_batch_size` sample ids, and each rank takes a contiguous slice of them. So any
-number of ranks sees the same samples with the same ids, and an epoch may end inside a batch. A run can resume exactly
-on another number of ranks, because only the counter is saved.
+Samples of a run are counted over all ranks from 0, and `titan_distill.data.order` maps a sample's number to a row of
+the dataset. A global batch consists of the next `global_batch_size` sample ids, and each rank takes a contiguous slice
+of them. So any number of ranks sees the same samples with the same ids, and an epoch may end inside a batch. A run can
+resume exactly on another number of ranks, because only the counter is saved.
 
 Trade-off: ranks divide each batch, not the dataset, so every rank reads from all files; in return no sample is dropped
 at the end of an epoch, and ranks have no state of their own. Workers read ahead, but the counter advances only when a
-batch is returned, so a checkpoint never skips samples that were prefetched and not yet trained on.
+batch is returned, so a checkpoint never skips samples that were prefetched and not yet trained on. Each worker has a
+cache of its own: parquet data needs up to `max(1, num_workers) * (CACHE_BYTES + FOOTER_BYTES)` per rank (`row_groups`).
 
 Shape legend: B samples of this rank, L max_text_tokens, D text width, C F H W latent channels, frames, height, width.
 """
 
 from __future__ import annotations
 
-import functools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,10 +28,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import DataConfig
 from titan_distill.data.footage import VideoSize
+from titan_distill.data.order import SampleOrder
 from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck
 from titan_distill.data.rows import BadRowError, RowDataset
 from titan_distill.data.videos import ClipRow, VideoDataset
-from titan_distill.diffusion.noise import keyed_generator
 from titan_distill.diffusion.transfer import to_device
 
 
@@ -107,7 +107,9 @@ def open_dataset(
     else:
         own = (partial(check_text_tokens, data.max_text_tokens), *((_check_has_latent,) if needs_latents else ()))
         with of_key("data.path", data.path):
-            dataset = ParquetDataset(data.path, tensors=tensors, checks=(*own, *checks), max_bad_rows=data.max_bad_rows)
+            dataset = ParquetDataset(
+                data.path, tensors=tensors, for_batches=True, checks=(*own, *checks), max_bad_rows=data.max_bad_rows
+            )
     with of_key("data.path", data.path):
         dataset.check_first_rows()
     return dataset
@@ -115,9 +117,9 @@ def open_dataset(
 
 def check_text_tokens(max_text_tokens: int, row: LatentRow) -> None:
     """Raises ValueError for a row with more text tokens than the run's batches have."""
-    if len(row.text_embedding) > max_text_tokens:
+    if row.text_embedding.shape[0] > max_text_tokens:  # len() of a tensor takes longer
         raise ValueError(
-            f"{len(row.text_embedding)} text tokens, but data.max_text_tokens is {max_text_tokens}; raise it, or "
+            f"{row.text_embedding.shape[0]} text tokens, but data.max_text_tokens is {max_text_tokens}; raise it, or "
             "preprocess the captions with this limit"
         )
 
@@ -129,19 +131,6 @@ def _check_has_latent(row: LatentRow) -> None:
         )
 
 
-@dataclass(frozen=True)
-class SampleOrder:
-    """Maps each sample id of the run to a dataset row."""
-
-    num_rows: int
-    seed: int
-
-    def row(self, sample_id: int) -> int:
-        """Returns the row of `sample_id`. Every row occurs once per epoch, in an order keyed by (seed, epoch)."""
-        epoch, position = divmod(sample_id, self.num_rows)
-        return int(_permutation(self.num_rows, self.seed, epoch)[position])
-
-
 class SampleLoader(Iterator[Batch]):
     """Endless iterator over this rank's slices of the global batches.
 
@@ -150,7 +139,7 @@ class SampleLoader(Iterator[Batch]):
         global_batch_size: samples per step over all data ranks; a multiple of `data_world_size`.
         data_rank: index of this rank's data group, in [0, data_world_size).
         data_world_size: number of data groups.
-        seed: seed of the permutation of each epoch.
+        seed: seed of the order of samples.
         max_text_tokens: length to which text embeddings are zero-padded.
         samples_seen: number of samples that the run has already consumed, over all ranks.
         num_workers: number of reader processes; 0 reads in this process. The batches do not depend on it.
@@ -177,7 +166,7 @@ class SampleLoader(Iterator[Batch]):
         )
         assert 0 <= data_rank < data_world_size
         self._path = dataset.path
-        self.order = SampleOrder(len(dataset), seed)
+        self.order = SampleOrder(len(dataset), seed, dataset.group_sizes, dataset.order_version)
         self._ids = _RankSampleIds(global_batch_size, data_rank, data_world_size)
         self._loader: StatefulDataLoader[Batch | _Failure] = StatefulDataLoader(
             _BatchReader(dataset, self.order, max_text_tokens),
@@ -272,14 +261,13 @@ def collate(sample_ids: list[int], rows: Sequence[LatentRow], max_text_tokens: i
             check_text_tokens(max_text_tokens, row)
         except ValueError as error:
             raise BadRowError(f"row {row.id!r}: {error}") from error
-    embeddings = [row.text_embedding.float() for row in rows]
-    padded = [pad(embedding, (0, 0, 0, max_text_tokens - len(embedding))) for embedding in embeddings]
+    padded = [_pad(row.text_embedding, max_text_tokens) for row in rows]
     return Batch(
         sample_ids=sample_ids,
         captions=[row.caption for row in rows],
         text_embeddings=_stack(rows, padded, "text embedding"),
         latents=_stack_latents(rows),
-        extra={name: _stack(rows, [row.extra[name].float() for row in rows], name) for name in rows[0].extra},
+        extra={name: _stack(rows, [row.extra[name] for row in rows], name) for name in rows[0].extra},
     )
 
 
@@ -297,7 +285,7 @@ def collate_clips(sample_ids: list[int], rows: Sequence[ClipRow]) -> Batch:
 
 
 def _stack_latents(rows: Sequence[LatentRow]) -> Tensor | None:
-    latents = [row.vae_latent.float() for row in rows if row.vae_latent is not None]
+    latents = [row.vae_latent for row in rows if row.vae_latent is not None]
     if 0 < len(latents) < len(rows):
         text_only = next(row for row in rows if row.vae_latent is None)
         raise BadRowError(
@@ -307,16 +295,16 @@ def _stack_latents(rows: Sequence[LatentRow]) -> Tensor | None:
 
 
 def _stack(rows: Sequence[LatentRow], tensors: Sequence[Tensor], what: str) -> Tensor:
+    shape = tensors[0].shape
     for row, tensor in zip(rows, tensors, strict=True):
-        if tensor.shape != tensors[0].shape:
+        if tensor.shape != shape:
             raise BadRowError(
-                f"row {row.id!r} has a {what} of {list(tensor.shape)}, row {rows[0].id!r} of {list(tensors[0].shape)}: "
+                f"row {row.id!r} has a {what} of {list(tensor.shape)}, row {rows[0].id!r} of {list(shape)}: "
                 "all rows of a dataset must have the same shape"
             )
-    return torch.stack(list(tensors))
+    return torch.stack(list(tensors)).float()
 
 
-# Two epochs meet in a batch; a dataset smaller than the batch spans a few more.
-@functools.lru_cache(maxsize=4)
-def _permutation(num_rows: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(num_rows, generator=keyed_generator(f"epoch permutation {seed} {epoch}"))
+def _pad(embedding_LD: Tensor, length: int) -> Tensor:
+    missing = length - embedding_LD.shape[0]
+    return pad(embedding_LD, (0, 0, 0, missing)) if missing else embedding_LD

@@ -11,12 +11,15 @@ weights are loaded and a teacher is sampled.
 from __future__ import annotations
 
 import logging
+import textwrap
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from titan_distill.data.order import ORDER_VERSION, GroupSizes
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,9 @@ class RowDataset(torch.utils.data.Dataset[Row]):
     """SHA-256 of the names (within `path`), sizes and row counts of the files, and of what their rows are indexed by:
     footers or prompts. It is equal for a copy elsewhere. The content of the rows is not read."""
 
+    order_version: int = ORDER_VERSION
+    """Version of the order in which a run reads the rows (`SampleOrder`). A resume sets its checkpoint's."""
+
     def __init__(self, path: str | Path, max_bad_rows: int | None = None) -> None:
         self.path = Path(path)
         self.bad_rows: dict[int, str] = {}
@@ -52,6 +58,11 @@ class RowDataset(torch.utils.data.Dataset[Row]):
     @abstractmethod
     def has_latents(self) -> bool:
         """Whether rows have latents, or videos from which latents are encoded."""
+
+    @property
+    def group_sizes(self) -> GroupSizes | None:
+        """Sizes of the groups of rows that are read together; None if each row is read alone."""
+        return None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -82,13 +93,14 @@ class RowDataset(torch.utils.data.Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         """Returns row `index` or, if it is bad and tolerated, the next good row (after the last row, the first)."""
-        for row in range(index, index + len(self)):
+        num_rows = len(self)
+        for row in range(index, index + num_rows):
             try:
-                return self.read(row % len(self))
+                return self.read(row % num_rows)
             except BadRowError as error:
-                self._tolerate(row % len(self), error)
+                self._tolerate(row % num_rows, error)
         raise BadRowError(
-            f"all {len(self)} rows of {self.path} are bad, each for the reason in the log; correct or name other data"
+            f"all {num_rows} rows of {self.path} are bad, each for the reason in the log; correct or name other data"
         )
 
     def _tolerate(self, index: int, error: BadRowError) -> None:
@@ -105,3 +117,10 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         logger.warning(
             "bad row %d of at most %d, the next good row replaces it: %s", len(self.bad_rows), self._max_bad_rows, error
         )
+
+
+def brief(value: object, width: int = 200) -> str:
+    """Returns a value as one short printable line. Messages of readers have several lines and contain bytes of the
+    file."""
+    words = textwrap.shorten(str(value), width, placeholder=" ...")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
