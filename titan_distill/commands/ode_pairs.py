@@ -38,8 +38,9 @@ from titan_distill.config.loading import load_config
 from titan_distill.config.paths import of_key
 from titan_distill.config.role_sections import RoleConfig
 from titan_distill.data.loader import collate
-from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck, parquet_files, read_ids, write_rows
+from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck, read_ids, write_rows
 from titan_distill.data.prompts import read_prompts
+from titan_distill.data.row_groups import parquet_files
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import TrajectoryRequest, check_options
 from titan_distill.diffusion.schedule import few_step_sigmas, timestep

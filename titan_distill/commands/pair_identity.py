@@ -21,7 +21,8 @@ import torch
 from titan_distill.checkpoint.initial_weights import networks_digest
 from titan_distill.config.config import Config
 from titan_distill.config.text import to_dict
-from titan_distill.data.parquet import LatentRow, ParquetDataset, parquet_files, read_captions
+from titan_distill.data.parquet import LatentRow, ParquetDataset, read_captions
+from titan_distill.data.row_groups import parquet_files
 from titan_distill.diffusion.noise import NOISE_VERSION
 from titan_distill.diffusion.requests import TrajectoryRequest
 from titan_distill.fault_tolerance.files import atomic, parse_json

@@ -29,23 +29,10 @@ from torch import Tensor
 
 from titan_distill.config.dtypes import DTYPES
 from titan_distill.data.order import GroupSizes
-from titan_distill.data.row_groups import CACHE_BYTES, Place, RowGroups, list_files, parquet_files, reading
+from titan_distill.data.row_groups import CACHE_BYTES, Place, RowGroups, list_files, reading
 from titan_distill.data.rows import BadRowError, RowDataset, brief
 from titan_distill.data.tensor_columns import columns_of, decode_row, plain
 from titan_distill.fault_tolerance.files import atomic
-
-__all__ = [
-    "SCHEMA",
-    "BadRowError",
-    "LatentRow",
-    "ParquetDataset",
-    "RowCheck",
-    "extra_names",
-    "parquet_files",
-    "read_captions",
-    "read_ids",
-    "write_rows",
-]
 
 MAX_GROUP_ROWS = 4096
 MAX_GROUP_BYTES = 2**20
