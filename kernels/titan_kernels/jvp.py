@@ -10,8 +10,8 @@ P V. Subtracted at the end instead (from the sum of (P ∘ dS) V), it would canc
 one key, both are as large as dS, and dO is not.
 
 The order of a step lets the assembler put arithmetic beside products: the exponentials beside dQ Kᵀ, the weights
-P ∘ (dS - mean) beside P V and P dV. Six products for a block of keys; four where keys and values stand still (the text of cross-attention), whose tangents
-are not read. Nothing as large as [queries, keys] exists outside a program.
+P ∘ (dS - mean) beside P V and P dV. A block of keys takes six products, or four where keys and values stand still (the
+text of cross-attention); tangents of those are not read. Nothing as large as [queries, keys] exists outside a program.
 
 Shape suffixes: B batch, L query tokens, S key tokens, H heads, D head dim; inside the kernel M rows of a query block, N
 of a key block.
@@ -75,7 +75,8 @@ def jvp_kernel(
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     tangent_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     scale_log2 = scale * 1.4426950408889634
-    for start in range(0, num_keys, BLOCK_N):
+    for number in range(0, num_keys, BLOCK_N):
+        start = tl.cast(number, tl.int32)  # a plain number in Triton's interpreter
         k_ND = load_rows(k_tokens, batch, head, start, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
         s_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
         s_MN = mask_columns(s_MN, num_keys - start, BLOCK_N)

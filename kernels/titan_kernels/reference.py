@@ -141,7 +141,7 @@ def attention_jvp(
     """
     q, k, v, dq = (_by_head(x) for x in (q_BLHD, k_BSHD, v_BSHD, tangent_q_BLHD))
     dk, dv = (None if x is None else _by_head(x) for x in (tangent_k_BSHD, tangent_v_BSHD))
-    batch, heads, num_queries, head_dim = q.shape
+    batch, heads, _, head_dim = q.shape
     scale, rows = head_dim**-0.5, max(1, _SCORES // (batch * heads * k.shape[2]))
     outs, tangents = [], []
     for q_BHMD, dq_BHMD in zip(q.split(rows, 2), dq.split(rows, 2), strict=True):

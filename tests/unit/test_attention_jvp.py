@@ -1,4 +1,4 @@
-"""Attention's forward-mode derivative: operator and twin against PyTorch's own derivative of plain attention in fp64."""
+"""Attention's forward-mode derivative: operator and twin against PyTorch's derivative of plain attention in fp64."""
 
 from __future__ import annotations
 

@@ -176,6 +176,18 @@ def test_the_8_gpu_job_fits() -> None:
     assert f"{plan.peak / memory.GIB:.1f}  in all" in EIGHT_GPUS.read_text()
 
 
+def test_rcm_fits_one_machine() -> None:
+    """Its tangents carry no matrix of scores; what its comments say is what the planner says."""
+    with planner(8, GPUS["H100"]) as planned:
+        plan = planned.plan(load_config(["--job.config_file", str(RCM)]))
+    assert plan.fits
+    assert f"plans {plan.peak / memory.GIB:.1f} GiB" in RCM.read_text() and f"{plan.seconds:.0f} s a" in RCM.read_text()
+    (tangent,) = (phase for phase in plan.phases if phase.passes.phase == "tangent")
+    flops = forward_flops(FLAVORS["1.3B"], 32_760)
+    expected = 64 * 0.2 * (2 * flops.total + flops.self_attention)
+    assert tangent.executed_flops == pytest.approx(expected) == tangent.dense_flops
+
+
 def test_one_gpu_job_fits_one_h100_and_says_how() -> None:
     with planner(1, GPUS["H100"]) as planned:
         plan = planned.plan(load_config(["--job.config_file", str(ONE_GPU)]))

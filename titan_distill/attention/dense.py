@@ -11,8 +11,10 @@ torch 2.11 would use FlashAttention-2. On Hopper and data-centre Blackwell GPUs 
 published figures, so `order_backends` puts it first. A run sets the order once at its start, for the whole process. It
 then holds for backwards on autograd's thread, for recomputed blocks and for compiled graphs, and costs nothing per
 call. A context manager around each call would be traced into every graph, and would have ended before the backward.
-cuDNN supports 16-bit dtypes and head dims that are multiples of 8 up to 128. It has no deterministic mode. None of the
-fused kernels has a forward-mode derivative: where a query carries a tangent, `titan_kernels.attention_jvp` runs. If a backend does not support the inputs, PyTorch uses the next one.
+cuDNN supports 16-bit dtypes and head dims that are multiples of 8 up to 128. It has no deterministic mode. If a
+backend does not support the inputs, PyTorch uses the next one.
+
+None of these kernels has a forward-mode derivative: for inputs with tangents, `titan_kernels.attention_jvp` runs.
 
 Shape suffixes: B batch, L query tokens, S key tokens, H heads, D head dim, N query tiles.
 """

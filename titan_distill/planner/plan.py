@@ -254,6 +254,11 @@ class _Calls:
             samples * (of.total + passes.backward * (of.backward_of_inputs if role.adapters_only else of.backward))
             for of in (dense_flops, flops)
         )
+        if passes.forward_mode:
+            dense, executed = (
+                total + samples / passes.num_conditions * of.self_attention
+                for total, of in ((dense, dense_flops), (executed, flops))
+            )
         if passes.backward:
             share = recomputed_share(architecture, config.activation_checkpoint, *sizes, *reads)
             executed += samples * flops.total * share
