@@ -31,6 +31,7 @@ from titan_distill.planner.hardware import GPUS
 from titan_distill.planner.memory import LocalForward
 
 TINY_TOKENS, TINY_TEXT = 5 * 6 * 6, 64
+RCM = REPOSITORY / "train_configs" / "rcm_wan14b_to_1.3b.toml"
 EIGHT_GPUS = REPOSITORY / "train_configs" / "wan14b_to_1.3b_8gpu.toml"
 ONE_GPU = REPOSITORY / "train_configs" / "wan14b_to_1.3b_1gpu.toml"
 SIXTY_FOUR_GPUS = REPOSITORY / "train_configs" / "wan14b_to_1.3b.toml"

@@ -206,9 +206,9 @@ class WorkCounter:
     def forward(
         self, flops: float, *, backward: bool, recompute: float, frozen: bool = False, self_attention: float = 0.0
     ) -> None:
-        """Counts one forward of `flops`, of them `self_attention`, for all its samples and, where there is one, its backward, which computes the
-        share `recompute` of the forward again. `frozen`: the weights themselves have no gradients, only LoRA
-        adapters beside them, so that half of a backward falls away."""
+        """Counts one forward of `flops`, of them `self_attention`, for all its samples and, where there is one, its
+        backward, which computes the share `recompute` of the forward again. `frozen`: the weights themselves have no
+        gradients, only LoRA adapters beside them, so that half of a backward falls away."""
         flops = flops * self._copies + self_attention * (self._copies > 1)
         backwards = 1 if frozen else BACKWARD_FORWARDS
         self._model_flops += flops * (1 + backwards * backward)
