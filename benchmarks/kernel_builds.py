@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import triton
+from titan_kernels.jvp import block_sizes, jvp_kernel
 from titan_kernels.tuning import KEPT, Candidate
 from titan_kernels.vsa_backward import grad_kv_kernel, grad_q_kernel
 from titan_kernels.vsa_forward import forward_kernel
@@ -32,8 +33,9 @@ from triton.compiler import ASTSource
 
 from benchmarks.machine import machine
 
-KERNELS = {"forward": forward_kernel, "grad_q": grad_q_kernel, "grad_kv": grad_kv_kernel}
+KERNELS = {"forward": forward_kernel, "grad_q": grad_q_kernel, "grad_kv": grad_kv_kernel, "jvp": jvp_kernel}
 _DESCRIBED = {"forward": ("k", "v"), "grad_q": ("k", "v"), "grad_kv": ("q", "grad")}
+_DESCRIBED["jvp"] = ("k", "v", "tangent_k", "tangent_v")
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MOST_SHARED_KIB = {80: 163, 90: 227, 100: 227}
@@ -147,11 +149,15 @@ def source(kernel: str, candidate: Candidate, rows: int, dtype: torch.dtype, hea
     function = KERNELS[kernel]
     block_d = triton.next_power_of_2(head_dim)
     columns = min(rows, 64)
+    if kernel == "jvp":
+        rows, columns = block_sizes(candidate, dtype)
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": rows, "BLOCK_N": columns, "TMA": candidate.tma}
-    # Tiles of 64 tokens come in one piece, or as two halves for fp32.
-    constants |= {"Q_CHUNKS": 64 // columns, "KV_CHUNKS": 64 // columns}
-    # Blocks of 64 rows of fp32 are multiplied in parts (titan_kernels.tuning).
-    constants["PRECISION"] = "bf16x3" if dtype == torch.float32 and rows > 32 else "ieee"
+    if kernel == "jvp":
+        constants["KEYS_MOVE"] = True
+    else:  # tiles of 64 tokens come in one piece, or as two halves for fp32
+        constants |= {"Q_CHUNKS": 64 // columns, "KV_CHUNKS": 64 // columns}
+        # Blocks of 64 rows of fp32 are multiplied in parts (titan_kernels.tuning).
+        constants["PRECISION"] = "bf16x3" if dtype == torch.float32 and rows > 32 else "ieee"
     if kernel == "forward":
         constants |= {"PERSISTENT": bool(candidate.persistent), "AHEAD": candidate.ahead}
     elif kernel == "grad_kv":
@@ -173,7 +179,7 @@ def source(kernel: str, candidate: Candidate, rows: int, dtype: torch.dtype, hea
 
 
 def _type(name: str, dtype: torch.dtype) -> str:
-    if name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"):
+    if name.removeprefix("tangent_") in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"):
         return f"*{_TYPES[dtype]}"
     if name in ("lists", "offset", "chosen_by", "q_start", "q_length", "kv_start", "kv_length"):
         return "*i32"

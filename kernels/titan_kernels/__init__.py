@@ -3,7 +3,7 @@
 They know nothing of `titan_distill`.
 """
 
-from titan_kernels.attention import add_coarse, branches, coarse_branch, video_sparse_attention
+from titan_kernels.attention import add_coarse, attention_jvp, branches, coarse_branch, video_sparse_attention
 from titan_kernels.layout import TileLayout, Tiles, tile_layout
 from titan_kernels.ops import philox_normal
 
@@ -11,6 +11,7 @@ __all__ = [
     "TileLayout",
     "Tiles",
     "add_coarse",
+    "attention_jvp",
     "branches",
     "coarse_branch",
     "philox_normal",

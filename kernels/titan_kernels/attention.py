@@ -58,6 +58,34 @@ def video_sparse_attention(
     )
 
 
+def attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tangent_q: Tensor,
+    tangent_k: Tensor | None = None,
+    tangent_v: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dense softmax attention and its derivative along the tangents (forward mode), without a matrix of all scores.
+
+    Args:
+        q: [B, L, H, D]; float16, bfloat16 or float32, on CPUs float64 too; D 16 … 128. Scores are scaled by 1/sqrt(D).
+        k, v: [B, S, H, D].
+        tangent_q, tangent_k, tangent_v: the directions in q, k and v, of their shapes. Without the last two, keys and
+            values stand still, and a third of the work falls away.
+
+    Returns:
+        Output and tangent, [B, L, H, D] in the dtype of `q`; not differentiable.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a tangent of keys without one of values.
+    """
+    if (tangent_k is None) != (tangent_v is None):
+        raise ValueError("keys and values move together: give both tangent_k and tangent_v, or neither")
+    _check_jvp(q, {"k": k, "v": v, "tangent_q": tangent_q, "tangent_k": tangent_k, "tangent_v": tangent_v})
+    return ops.attention_jvp(q, k, v, tangent_q, tangent_k, tangent_v)
+
+
 def branches(
     q_BLHD: Tensor,
     k_BSHD: Tensor,
@@ -175,13 +203,35 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, topk: int, gate:
                 f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, but q is {q.dtype} {tuple(q.shape)} on "
                 f"{q.device}; all must be [batch, tokens, heads, head dim] alike"
             )
-    if q.dtype not in _DTYPES and (q.dtype != torch.float64 or q.is_cuda):
-        raise ValueError(f"q is {q.dtype}; attention takes float16, bfloat16 and float32, and on CPUs float64")
-    if not 16 <= q.shape[-1] <= 128:
-        raise ValueError(f"q has head dim {q.shape[-1]}, but the kernels take 16 to 128")
+    _check_kind(q)
     if layout.start.device != q.device:
         raise ValueError(f"layout is on {layout.start.device}, but q is on {q.device}: give tile_layout that device")
     if q.shape[1] != layout.num_tokens:
         raise ValueError(f"q has {q.shape[1]} tokens, but the layout's grid {layout.grid} has {layout.num_tokens}")
     if not 1 <= topk <= layout.num_tiles:
         raise ValueError(f"topk = {topk} must be between 1 and the layout's {layout.num_tiles} tiles")
+
+
+def _check_jvp(q: Tensor, others: dict[str, Tensor | None]) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must be [batch, tokens, heads, head dim]")
+    k = others["k"]
+    assert k is not None
+    for name, x in others.items():
+        if x is None:
+            continue
+        num_tokens = q.shape[1] if name == "tangent_q" else k.shape[1]
+        expected = (q.shape[0], num_tokens, *q.shape[2:])
+        if x.shape != expected or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, but beside q, {q.dtype} {tuple(q.shape)} on "
+                f"{q.device}, it must be {tuple(expected)} alike"
+            )
+    _check_kind(q)
+
+
+def _check_kind(q: Tensor) -> None:
+    if q.dtype not in _DTYPES and (q.dtype != torch.float64 or q.is_cuda):
+        raise ValueError(f"q is {q.dtype}; attention takes float16, bfloat16 and float32, and on CPUs float64")
+    if not 16 <= q.shape[-1] <= 128:
+        raise ValueError(f"q has head dim {q.shape[-1]}, but the kernels take 16 to 128")

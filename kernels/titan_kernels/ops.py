@@ -52,6 +52,19 @@ def vsa_forward(
     return torch.ops.titan_kernels.vsa_forward(q_BLHD, k_BSHD, v_BSHD, lists_BHNK, *q_tiles, *kv_tiles, exact)
 
 
+def attention_jvp(
+    q_BLHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    tangent_q_BLHD: Tensor,
+    tangent_k_BSHD: Tensor | None,
+    tangent_v_BSHD: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.attention_jvp`; not differentiable."""
+    tensors = (q_BLHD, k_BSHD, v_BSHD, tangent_q_BLHD, tangent_k_BSHD, tangent_v_BSHD)
+    return torch.ops.titan_kernels.attention_jvp(*tensors)
+
+
 def gated_add(fine_BLHD: Tensor, coarse_BNHD: Tensor, gate_BLHD: Tensor, tiles: Tiles) -> Tensor:
     """`reference.gated_add`."""
     return torch.ops.titan_kernels.gated_add(fine_BLHD, coarse_BNHD, gate_BLHD, *tiles)
@@ -186,6 +199,19 @@ def _vsa_gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
 _vsa_forward.register_autograd(_vsa_gradients, setup_context=_save_for_vsa)
 
 
+@_operator(
+    "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor tangent_q, Tensor? tangent_k, Tensor? tangent_v) "
+    "-> (Tensor, Tensor)"
+)
+def _attention_jvp(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _kernels(q).attention_jvp(q, *others)
+
+
+@_attention_jvp.register_fake
+def _(q, *others):  # type: ignore[no-untyped-def]
+    return _contiguous_like(q), _contiguous_like(q)
+
+
 @_operator("gated_add(Tensor fine, Tensor coarse, Tensor gate, Tensor start, Tensor length, SymInt longest) -> Tensor")
 def _gated_add(fine: Tensor, coarse: Tensor, gate: Tensor, *tiles: Any) -> Tensor:
     return _kernels(fine).gated_add(fine, coarse, gate, Tiles(*tiles))
@@ -242,6 +268,13 @@ def _forward_flops(q_shape, k_shape, v_shape, lists_shape, *args, **kwargs) -> i
 def _backward_flops(grad_shape, q_shape, k_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
     lists_shape, num_key_tiles = args[3], args[7][0]
     return 5 * _product_flops(q_shape, k_shape, lists_shape, num_key_tiles)
+
+
+@register_flop_formula(torch.ops.titan_kernels.attention_jvp)
+def _jvp_flops(q_shape, k_shape, v_shape, tangent_q_shape, tangent_k_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    batch, queries, heads, head_dim = q_shape
+    num_products = 4 if tangent_k_shape is None else 6
+    return num_products * 2 * batch * heads * queries * k_shape[1] * head_dim
 
 
 def _product_flops(q_shape: Any, k_shape: Any, lists_shape: Any, num_key_tiles: int) -> int:

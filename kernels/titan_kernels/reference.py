@@ -132,6 +132,40 @@ def vsa_backward(
     return grad_q.to(q_BLHD.dtype), grad_k.to(k_BSHD.dtype), grad_v.to(v_BSHD.dtype)
 
 
+_SCORES = 2**22
+"""Most scores that `attention_jvp` holds at a time."""
+
+
+def attention_jvp(
+    q_BLHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    tangent_q_BLHD: Tensor,
+    tangent_k_BSHD: Tensor | None,
+    tangent_v_BSHD: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over all keys, and its derivative along the tangents: [B, L, H, D], in the dtype of `q`.
+
+    Tangents of keys and values are both None where these stand still. Queries are taken in chunks.
+    """
+    q, k, v, dq = (_by_head(x) for x in (q_BLHD, k_BSHD, v_BSHD, tangent_q_BLHD))
+    dk, dv = (None if x is None else _by_head(x) for x in (tangent_k_BSHD, tangent_v_BSHD))
+    batch, heads, _, head_dim = q.shape
+    scale, rows = head_dim**-0.5, max(1, _SCORES // (batch * heads * k.shape[2]))
+    outs, tangents = [], []
+    for q_BHMD, dq_BHMD in zip(q.split(rows, 2), dq.split(rows, 2), strict=True):
+        p_BHMS = (q_BHMD @ k.mT * scale).softmax(-1)
+        ds_BHMS = dq_BHMD @ k.mT
+        if dk is not None:
+            ds_BHMS += q_BHMD @ dk.mT
+        ds_BHMS *= scale
+        ds_BHMS -= (p_BHMS * ds_BHMS).sum(-1, keepdim=True)
+        outs.append(p_BHMS @ v)
+        tangents.append((p_BHMS * ds_BHMS) @ v if dv is None else (p_BHMS * ds_BHMS) @ v + p_BHMS @ dv)
+    out, tangent = (torch.cat(parts, 2).transpose(1, 2).contiguous() for parts in (outs, tangents))
+    return out.to(q_BLHD.dtype), tangent.to(q_BLHD.dtype)
+
+
 def gated_add(fine_BLHD: Tensor, coarse_BNHD: Tensor, gate_BLHD: Tensor, tiles: Tiles) -> Tensor:
     """`fine + gate * coarse`, the coarse row of a tile for all of its tokens; in the dtype of `fine`."""
     coarse_BLHD = coarse_BNHD.repeat_interleave(tiles.length.long(), dim=1)

@@ -168,11 +168,17 @@ KEPT: dict[tuple[str, int, int], tuple[Candidate, ...]] = {
         Candidate(8, 3, True, reason="both accumulators over two warpgroups, one more tile in flight"),
         Candidate(8, 2, reason=_ANYWHERE),
     ),
+    ("jvp", 128, 16): (
+        Candidate(8, 2, True, reason="128 queries: half the traffic of 64; one program of two warpgroups"),
+        Candidate(4, 1, True, reason="64 queries: two programs instead of prefetching"),
+        Candidate(8, 2, reason=_ANYWHERE),
+    ),
     ("forward", 32, 32): (Candidate(8, 1, reason=_NO_MATRIX_UNITS),),
     ("grad_q", 32, 32): (Candidate(8, 1, reason=_NO_MATRIX_UNITS),),
     ("grad_kv", 32, 32): (Candidate(8, 1, reason=_NO_MATRIX_UNITS),),
     ("forward", 64, 32): (Candidate(8, 1, reason=_PARTS),),
     ("grad_q", 64, 32): (Candidate(8, 1, reason=_PARTS),),
+    ("jvp", 16, 32): (Candidate(4, 1, reason=_NO_MATRIX_UNITS),),
 }
 """By kernel, most rows of a query block and bits of a number. The first is what runs where nothing may be timed."""
 

@@ -18,7 +18,6 @@ from titan_kernels import tile_layout
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from wan_config import wan_config
 
 from titan_distill.attention.sparse import SparseAttention
@@ -93,7 +92,7 @@ def gradients(model: WanTransformer, *arguments: Tensor | None) -> tuple[Tensor,
 def tangent(model: WanTransformer, latents: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
     """The velocity's derivative along noise in the latents and -1.5 in the timestep."""
     direction = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
-    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+    with forward_ad.dual_level():
         dual = (
             forward_ad.make_dual(latents, direction),
             forward_ad.make_dual(timestep, torch.full_like(timestep, -1.5)),

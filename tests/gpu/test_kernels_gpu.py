@@ -13,10 +13,20 @@ from contextlib import contextmanager
 # Before CUDA starts: deterministic mode refuses matrix products without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import jvp_oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from titan_kernels import add_coarse, branches, coarse_branch, ops, reference, tile_layout, video_sparse_attention
+from titan_kernels import (
+    add_coarse,
+    attention_jvp,
+    branches,
+    coarse_branch,
+    ops,
+    reference,
+    tile_layout,
+    video_sparse_attention,
+)
 from vsa_oracle import GRIDS, NAMES, Oracle, error, random_inputs, run
 
 triton = pytest.importorskip("triton")
@@ -222,3 +232,20 @@ def test_the_timed_choice_of_candidates_gives_the_same_result():
     untimed = run(video_sparse_attention, layout, inputs, grad, 4)
     errors = [error(one, other.double()) for one, other in zip(timed, untimed)]
     assert max(errors) < TOLERANCE[torch.bfloat16], errors
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("scale", [0.1, 1, 50])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_the_derivative_of_dense_attention(head_dim, scale, dtype):
+    tensors = jvp_oracle.random_inputs(300, 500, 2, head_dim, dtype, scale, device="cuda")
+    with poisoned_memory():
+        jvp_oracle.check(attention_jvp, tensors, scale)
+        jvp_oracle.check(attention_jvp, tensors, scale, still=True)
+
+
+@pytest.mark.parametrize("index", range(len(tuning.KEPT["jvp", 128, 16])))
+def test_the_derivative_by_every_candidate(index, monkeypatch):
+    kept = tuning.candidates
+    monkeypatch.setattr(tuning, "candidates", lambda *arguments, **others: [kept(*arguments, **others)[index]])
+    jvp_oracle.check(attention_jvp, jvp_oracle.random_inputs(300, 500, 2, 128, torch.bfloat16, device="cuda"), 1)

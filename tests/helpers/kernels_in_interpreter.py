@@ -7,11 +7,22 @@ The interpreter multiplies bfloat16 as if it were integers; fp32 and fp16 are wh
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
+import jvp_oracle
 import pytest
 import torch
 from philox_kernel import KEYS, check_bits, check_published_words
-from titan_kernels import add_coarse, branches, reference, tile_layout, triton_kernels, video_sparse_attention
+from titan_kernels import (
+    add_coarse,
+    branches,
+    jvp,
+    reference,
+    tile_layout,
+    triton_kernels,
+    tuning,
+    video_sparse_attention,
+)
 from titan_kernels.layout import Tiles
 from torch import Tensor
 from vsa_oracle import NAMES, Oracle, error, random_inputs, run
@@ -150,6 +161,24 @@ def test_definition_with_joined_tiles():
     inputs, grad = random_inputs(RAGGED, 1, 32, torch.float32)
     expected = Oracle(RAGGED, tiles_per_list=2)(inputs, grad, 2)
     assert max(map(error, run(joined, tile_layout(RAGGED), inputs, grad, 2), expected)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("scale", [0.1, 1, 50])
+@pytest.mark.parametrize("head_dim", [16, 80, 128])
+def test_the_derivative_of_dense_attention(head_dim, scale, dtype):
+    # Ragged blocks of queries and of keys; the second sample's rows lie behind the first's.
+    tensors = [strided(x) for x in jvp_oracle.random_inputs(19, 37, 1, head_dim, dtype, scale)]
+    jvp_oracle.check(triton_kernels.attention_jvp, tensors, scale)
+    jvp_oracle.check(triton_kernels.attention_jvp, tensors, scale, still=True)
+
+
+@pytest.mark.parametrize("candidate", tuning.KEPT["jvp", 128, 16], ids=str)
+def test_the_derivative_by_every_block_size(candidate, monkeypatch):
+    sizes, pointers = jvp.block_sizes(candidate, torch.float16), replace(candidate, tma=False)
+    monkeypatch.setattr(jvp, "block_sizes", lambda *_: sizes)
+    monkeypatch.setattr(tuning, "candidates", lambda *_: [pointers])
+    jvp_oracle.check(triton_kernels.attention_jvp, jvp_oracle.random_inputs(150, 170, 1, 16, torch.float16), 1)
 
 
 def test_random_words_are_the_published_ones():

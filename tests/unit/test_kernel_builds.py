@@ -43,6 +43,7 @@ MOST_IN_LOOP = {
     ("grad_q", 64): {"3.6": 370, "3.7": 370},
     ("grad_q", 128): {"3.6": 360, "3.7": 360},
     ("grad_kv", 64): {"3.6": 420, "3.7": 420},
+    ("jvp", 128): {"3.6": 550, "3.7": 570},
 }
 """Instructions per key tile of the first candidates, by version of Triton: those found, rounded up to tens. Lower them
 with the kernels. 3.6 is what GPU machines have (scripts/gpu_versions)."""

@@ -31,6 +31,7 @@ from titan_distill.planner.hardware import GPUS
 from titan_distill.planner.memory import LocalForward
 
 TINY_TOKENS, TINY_TEXT = 5 * 6 * 6, 64
+RCM = REPOSITORY / "train_configs" / "rcm_wan14b_to_1.3b.toml"
 EIGHT_GPUS = REPOSITORY / "train_configs" / "wan14b_to_1.3b_8gpu.toml"
 ONE_GPU = REPOSITORY / "train_configs" / "wan14b_to_1.3b_1gpu.toml"
 SIXTY_FOUR_GPUS = REPOSITORY / "train_configs" / "wan14b_to_1.3b.toml"
@@ -180,6 +181,17 @@ def test_the_8_gpu_job_fits() -> None:
         assert plan.fits
         assert plan.peak < 0.9 * plan.gpu.usable_gib * memory.GIB
     assert f"{plan.peak / memory.GIB:.1f}  in all" in EIGHT_GPUS.read_text()
+
+
+def test_rcm_fits_one_machine() -> None:
+    """Its tangents carry no matrix of scores."""
+    with planner(8, GPUS["H100"]) as planned:
+        plan = planned.plan(load_config(["--job.config_file", str(RCM)]))
+    assert plan.fits
+    (tangent,) = (phase for phase in plan.phases if phase.passes.phase == "tangent")
+    flops = forward_flops(FLAVORS["1.3B"], 32_760)
+    expected = 64 * 0.2 * (2 * flops.total + flops.self_attention)
+    assert tangent.executed_flops == pytest.approx(expected) == tangent.dense_flops
 
 
 def test_one_gpu_job_fits_one_h100_and_says_how() -> None:

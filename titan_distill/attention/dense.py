@@ -11,20 +11,25 @@ torch 2.11 would use FlashAttention-2. On Hopper and data-centre Blackwell GPUs 
 published figures, so `order_backends` puts it first. A run sets the order once at its start, for the whole process. It
 then holds for backwards on autograd's thread, for recomputed blocks and for compiled graphs, and costs nothing per
 call. A context manager around each call would be traced into every graph, and would have ended before the backward.
-cuDNN supports 16-bit dtypes and head dims that are multiples of 8 up to 128. It has no deterministic mode and no
-forward-mode derivative. If a backend does not support the inputs, PyTorch uses the next one.
+cuDNN supports 16-bit dtypes and head dims that are multiples of 8 up to 128. It has no deterministic mode. If a
+backend does not support the inputs, PyTorch uses the next one.
+
+None of these kernels has a forward-mode derivative: for inputs with tangents, `titan_kernels.attention_jvp` runs.
 
 Shape suffixes: B batch, L query tokens, S key tokens, H heads, D head dim, N query tiles.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+import titan_kernels
 import torch
 import torch.nn.functional as F
 from titan_kernels import TileLayout
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 
 BACKENDS = {
@@ -71,10 +76,24 @@ class AttentionCore(Protocol):
 
 
 def dense_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
-    """Computes full softmax attention with PyTorch's fused kernels. The result does not depend on the order of
-    tokens."""
+    """Computes full softmax attention with PyTorch's fused kernels. The result does not depend on the order of tokens.
+
+    In forward mode output and tangent come from one kernel, without an autograd graph.
+    """
+    if not torch.compiler.is_compiling():
+        values, tangents = zip(*map(forward_ad.unpack_dual, (q_BLHD, k_BSHD, v_BSHD)), strict=True)
+        if any(tangent is not None for tangent in tangents):
+            return forward_ad.make_dual(*titan_kernels.attention_jvp(*values, *_filled(values, tangents)))
     q_BHLD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q_BLHD, k_BSHD, v_BSHD))
     return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD).transpose(1, 2)
+
+
+def _filled(values: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """Yields the tangents of queries, keys and values, with zeros for absent ones. Keys and values that both stand
+    still have none."""
+    still = tangents[1] is None and tangents[2] is None
+    for index, (value, tangent) in enumerate(zip(values, tangents, strict=True)):
+        yield None if index and still else torch.zeros_like(value) if tangent is None else tangent
 
 
 def order_backends(device: torch.device) -> None:

@@ -75,6 +75,9 @@ class Passes:
     num_conditions: int = 1
     backward: bool = False
     """Whether the passes have a backward. At most one call of an update has one."""
+    forward_mode: bool = False
+    """Whether the passes carry tangents, which count as a second condition. Self-attention then has three times its
+    products, not two."""
     segments: int | None = None
     """Number of segments if a causal role generates segment by segment, with one call per segment. 0 means as many as a
     sample has, None means calls on whole samples."""

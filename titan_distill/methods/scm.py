@@ -117,7 +117,15 @@ class TangentTraining(FewStepTraining):
         num_forwards, num_conditions = (3, 1) if config.derivative_step else (1, 2)
         return [
             guided_passes("student", "teacher", config.teacher_guidance, updates_per_step),
-            Passes("student", "student", "tangent", num_forwards, updates_per_step, num_conditions=num_conditions),
+            Passes(
+                "student",
+                "student",
+                "tangent",
+                num_forwards,
+                updates_per_step,
+                num_conditions=num_conditions,
+                forward_mode=not config.derivative_step,
+            ),  # fmt: skip
         ]
 
     def tangent_loss(self, batch: Batch, step: int) -> LossResult:

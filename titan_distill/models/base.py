@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
@@ -192,14 +191,13 @@ class Adapter(ABC):
         """Returns the role's velocity and its derivative along `(dx, dsigma_B)`, both in shape and dtype of `x` and
         without an autograd graph.
 
-        The derivative is exact. Forward-mode differentiation takes one pass with about twice the FLOPs of a forward,
-        and stores no activations. Fused attention kernels have no forward-mode derivative, so attention runs as plain
-        matrix products, which hold the [queries, keys] matrix of scores in memory. Operations without a forward-mode
+        The derivative is exact. Forward-mode differentiation takes one pass with twice the FLOPs of a forward, in
+        self-attention three times (`attention.dense`), and stores no activations. Operations without a forward-mode
         derivative (sparse attention, compiled blocks, float8) raise NotImplementedError or RuntimeError; a method that
         needs derivatives must refuse such roles in its validation. Collectives also exchange the tangents.
         """
         counting = self.work.forward_mode() if self.work else nullcontext()
-        with counting, sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        with counting, forward_ad.dual_level():
             inputs = forward_ad.make_dual(x, dx), forward_ad.make_dual(sigma_B, dsigma_B)
             velocity, tangent = forward_ad.unpack_dual(self.predict_velocity(role, *inputs, condition))
         assert tangent is not None, "the velocity depends on neither x nor sigma"

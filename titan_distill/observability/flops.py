@@ -210,7 +210,7 @@ class WorkCounter:
 
     def forward_mode(self) -> AbstractContextManager[None]:
         """Counts every forward twice for the duration of the block: it carries a tangent, which doubles the FLOPs of
-        matrix products (and triples those of attention, which is left out)."""
+        matrix products and triples those of self-attention."""
         return self._counting(2)
 
     @contextmanager
@@ -221,11 +221,13 @@ class WorkCounter:
         finally:
             self._copies = before
 
-    def forward(self, flops: float, *, backward: bool, recompute: float, frozen: bool = False) -> None:
-        """Counts one forward of `flops` for all its samples and, where there is one, its backward, which computes the
-        share `recompute` of the forward again. `frozen`: the weights themselves have no gradients, only LoRA
-        adapters beside them, so that half of a backward falls away."""
-        flops *= self._copies
+    def forward(
+        self, flops: float, *, backward: bool, recompute: float, frozen: bool = False, self_attention: float = 0.0
+    ) -> None:
+        """Counts one forward of `flops`, of them `self_attention`, for all its samples and, where there is one, its
+        backward, which computes the share `recompute` of the forward again. `frozen`: the weights themselves have no
+        gradients, only LoRA adapters beside them, so that half of a backward falls away."""
+        flops = flops * self._copies + self_attention * (self._copies > 1)
         backwards = 1 if frozen else BACKWARD_FORWARDS
         self._model_flops += flops * (1 + backwards * backward)
         self._hardware_flops += flops * (1 + (backwards + recompute) * backward)

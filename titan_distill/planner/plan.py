@@ -272,6 +272,11 @@ class _Calls:
             samples * (of.total + passes.backward * (of.backward_of_inputs if role.adapters_only else of.backward))
             for of in (dense_flops, flops)
         )
+        if passes.forward_mode:
+            dense, executed = (
+                total + samples / passes.num_conditions * of.self_attention
+                for total, of in ((dense, dense_flops), (executed, flops))
+            )
         if passes.backward:
             share = recomputed_share(architecture, config.activation_checkpoint, *sizes, *reads)
             executed += samples * flops.total * share
@@ -302,6 +307,8 @@ class _Calls:
         text = architecture.num_layers * sum(block_matmuls(architecture, 0, sizes[1]))
         reads_tiles = role.sparse is not None and role.sparse.num_lists
         products = seconds.products(flops, text, backward, role.useful_share if reads_tiles else None)
+        if self.passes.forward_mode:
+            products[seconds.ATTENTION_FORWARD] += flops.self_attention / self.passes.num_conditions
         # Padded tokens cost FLOPs, too, and every rank waits for the one with the most tokens.
         stretch = role.degrees.sequence * role.shards.padded_length / role.shards.bounds[-1]
         for part in seconds.product_parts(products, self.gpu):

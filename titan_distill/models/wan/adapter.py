@@ -222,12 +222,13 @@ class WanAdapter(Adapter):
             keys = num_frames * tokens_per_frame
         sizes = (frames * tokens_per_frame, condition["text"].shape[1], sparse, keys)
         # The ranks that load the same samples share their arithmetic, in whatever layout.
-        own_flops = forward_flops(config, *sizes).total * len(x) / self.layouts.data_group
+        flops, share = forward_flops(config, *sizes), len(x) / self.layouts.data_group
         self.work.forward(
-            own_flops,
+            flops.total * share,
             backward=torch.is_grad_enabled() and role.trainable,
             recompute=recomputed_share(config, self.config.activation_checkpoint, *sizes),
             frozen=role.adapters_only,
+            self_attention=flops.self_attention * share,
         )
 
     def segment_lengths(self, role: RoleHandle, length: int | None = None) -> tuple[int, ...] | None:
