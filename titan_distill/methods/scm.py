@@ -114,18 +114,11 @@ class TangentTraining(FewStepTraining):
     @classmethod
     def tangent_passes(cls, config: TangentConfig, updates_per_step: float) -> list[Passes]:
         """Returns the passes that compute one tangent. The forward-mode pass counts as two."""
-        num_forwards, num_conditions = (3, 1) if config.derivative_step else (1, 2)
+        three_forwards = Passes("student", "student", "tangent", 3, updates_per_step)
+        one_with_tangents = Passes("student", "student", "tangent", 1, updates_per_step, 2, forward_mode=True)
         return [
             guided_passes("student", "teacher", config.teacher_guidance, updates_per_step),
-            Passes(
-                "student",
-                "student",
-                "tangent",
-                num_forwards,
-                updates_per_step,
-                num_conditions=num_conditions,
-                forward_mode=not config.derivative_step,
-            ),  # fmt: skip
+            three_forwards if config.derivative_step else one_with_tangents,
         ]
 
     def tangent_loss(self, batch: Batch, step: int) -> LossResult:
