@@ -1,14 +1,15 @@
 """Bytes that real ranks hold where the planner says so: gradients between micro-batches, an exchange of batches.
 
 Usage: `torchrun ... held_bytes_worker.py RUNS.json FOLDER`, where RUNS.json maps names to command lines. Rank N leaves
-FOLDER/NAME.rankN.json for each run. Torch's profiler counts the allocations, so nothing depends on time or load.
+FOLDER/NAME.rankN.json for each run. Living tensors are
+counted, so nothing depends on time or load.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from runs import allocated_peak, allocations
+import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.distributed.tensor import DTensor
 
 from titan_distill.config.loading import load_config
 from titan_distill.data.loader import Batch
@@ -28,8 +29,6 @@ from titan_distill.parallelisms.mesh import BatchExchange, World, start_world
 from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
-
-Loss = Callable[[Batch, int], LossResult]
 
 
 def main(runs_file: str, folder: str) -> None:
@@ -43,60 +42,56 @@ def main(runs_file: str, folder: str) -> None:
 
 
 def measure(world: World, arguments: list[str]) -> dict[str, int]:
-    """Bytes in an update of the student: `gradients` that its first micro-batches leave for the last one, and the peak
-    of an `exchange` of the teacher above what the rank holds before it."""
+    """Bytes in an update of the student: `gradients` that its first micro-batches leave for the last one, and what an
+    `exchange` of the teacher holds inside a feed-forward above what the rank held before it."""
     trainer = assemble(resolve(load_config(arguments), world.size), world)
-    trainer.train_step()  # makes what is made once: optimizer state, rotary phases
-    found = {"gradients": accumulated(trainer), "exchange": exchanged(trainer)}
-    trainer.metrics.close()
-    return found
+    held: dict[str, list[int]] = {"before": [], "gradients": [], "exchange": []}
+    run, gelu = BatchExchange.run, F.gelu
 
+    def exchange(*arguments: Any) -> Tensor:
+        only_what_lasts(trainer)
+        held["before"].append(alive())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "gelu", inside)
+            return run(*arguments)
 
-def accumulated(trainer: Trainer) -> int:
-    """Bytes allocated and not freed between the losses of the first and of the last micro-batch."""
-    recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    num_left = trainer.config.training.global_batch_size // (
-        trainer.config.training.local_batch_size * trainer.layouts.num_data_groups
-    )
-    assert num_left > 1
+    def inside(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        result = gelu(x, *arguments, **options)
+        held["exchange"].append(alive() - held["before"][-1])
+        return result
 
-    def watched(loss: Loss) -> Loss:
-        def at_ends(batch: Batch, step: int) -> LossResult:
-            nonlocal num_left
-            if recorded.profiler is None:
-                recorded.start()
-            num_left -= 1
-            if num_left == 0:
-                recorded.stop()
-            return loss(batch, step)
+    def watched(batch: Batch, step: int) -> LossResult:
+        only_what_lasts(trainer)
+        held["gradients"].append(alive())
+        return update.loss(batch, step)
 
-        return at_ends
-
-    update_student(trainer, watched)
-    return sum(allocations(recorded))
-
-
-def exchanged(trainer: Trainer) -> int:
-    peaks = [0]
-    run = BatchExchange.run
-
-    def watched(*arguments: Any) -> Tensor:
-        result = []
-        reshard(trainer.roles["teacher"].transformer)
-        peaks.append(allocated_peak(lambda: result.append(run(*arguments))))
-        return result[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BatchExchange, "run", watched)
-        update_student(trainer, lambda loss: loss)
-    return max(peaks)
-
-
-def update_student(trainer: Trainer, watched: Callable[[Loss], Loss]) -> None:
     student = trainer.roles["student"]
     (update,) = (update for update in trainer.method.updates(0) if update.role == student.name)
-    trainer.forward_backward(replace(update, loss=watched(update.loss)), student, trainer._next_batch())
+    batch = trainer._next_batch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchExchange, "run", exchange)
+        trainer.forward_backward(update, student, batch)  # makes what is made once: rotary phases
     student.skip()
+    trainer.forward_backward(replace(update, loss=watched), student, batch)
+    trainer.metrics.close()
+    first, *_, last = held["gradients"]
+    return {"gradients": last - first, "exchange": max(held["exchange"])}
+
+
+def alive() -> int:
+    """Bytes of all tensors of this process, gradients included. Each storage counts once."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    plain = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    storages = [tensor.untyped_storage() for tensor in plain if tensor.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
+
+
+def only_what_lasts(trainer: Trainer) -> None:
+    """Frees gathered weights, which the planner counts elsewhere, and cycles that Python has not collected yet."""
+    for role in trainer.roles:
+        reshard(role.network)
+    gc.collect()
 
 
 if __name__ == "__main__":
