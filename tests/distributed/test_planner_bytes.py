@@ -63,7 +63,9 @@ with planner(int(sys.argv[1]), GPUS["H100"]) as planned:
     plan = planned.plan(load_config(sys.argv[2:]))
 print(json.dumps({name: dataclasses.asdict(role.states) for name, role in plan.roles.items()}))
 student, teacher = plan.roles["student"], plan.roles["teacher"]
-print(json.dumps({**student.accumulated, **teacher.exchanged, "chosen": teacher.temporary}))
+weights = teacher.weights.lasting + teacher.weights.passing
+exchanged = {setting: size - weights for setting, size in teacher.exchanged.items()}
+print(json.dumps({**student.accumulated, **exchanged, "chosen": teacher.temporary - weights}))
 """
 
 LAYOUTS = {
@@ -75,7 +77,7 @@ LAYOUTS = {
 
 
 def planned(num_ranks: int, arguments: list[str]) -> tuple[dict[str, States], dict[str, float]]:
-    """States of each role; the sums that the settings `REDUCE` and `EXCHANGE` choose from."""
+    """States of each role; the sums that the settings `REDUCE` and `EXCHANGE` choose from, without gathered weights."""
     done = subprocess.run(
         [sys.executable, "-c", PLAN, str(num_ranks), *arguments],
         cwd=REPOSITORY, capture_output=True, text=True, check=True,
@@ -124,7 +126,7 @@ def settings(reduce: str, exchange: str, output: Path) -> list[str]:
         "dmd2", output, "--checkpoint.enabled", "false",
         "--training.global_batch_size", "16", "--training.local_batch_size", "4",
         "--roles.teacher.parallelism.tensor", "2", "--roles.teacher.parallelism.exchange_groups", exchange,
-        "--training.reduce_gradients", reduce,
+        "--training.reduce_gradients", reduce, "--training.dtype", "bfloat16",
     )  # fmt: skip
 
 

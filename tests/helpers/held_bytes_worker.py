@@ -10,6 +10,8 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,21 +45,24 @@ def main(runs_file: str, folder: str) -> None:
 
 def measure(world: World, arguments: list[str]) -> dict[str, int]:
     """Bytes in an update of the student: `gradients` that its first micro-batches leave for the last one, and what an
-    `exchange` of the teacher holds inside a feed-forward above what the rank held before it."""
+    `exchange` of the teacher holds inside a feed-forward, without gathered weights, above what the rank held before."""
     trainer = assemble(resolve(load_config(arguments), world.size), world)
     held: dict[str, list[int]] = {"before": [], "gradients": [], "exchange": []}
-    run, gelu = BatchExchange.run, F.gelu
+    run, gelu, teacher = BatchExchange.run, F.gelu, trainer.roles["teacher"].network
+    shards: dict[int, int] = {}
 
     def exchange(*arguments: Any) -> Tensor:
         only_what_lasts(trainer)
         held["before"].append(alive())
+        shards.update(storages(teacher.parameters()))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(F, "gelu", inside)
             return run(*arguments)
 
     def inside(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         result = gelu(x, *arguments, **options)
-        held["exchange"].append(alive() - held["before"][-1])
+        gathered = {at: size for at, size in storages(teacher.parameters()).items() if at not in shards}
+        held["exchange"].append(alive() - held["before"][-1] - sum(gathered.values()))
         return result
 
     def watched(batch: Batch, step: int) -> LossResult:
@@ -79,12 +84,22 @@ def measure(world: World, arguments: list[str]) -> dict[str, int]:
 
 
 def alive() -> int:
-    """Bytes of all tensors of this process, gradients included. Each storage counts once."""
+    """Bytes of all tensors of this process, gradients included. Each storage counts once. The least of a few counts,
+    because gloo's threads release what they have sent a little later than the collective ends."""
+    return min(_count() for _ in range(3) if time.sleep(0.02) is None)
+
+
+def _count() -> int:
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    return sum(storages(tensors).values())
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of the storages of tensors by their address."""
     plain = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    storages = [tensor.untyped_storage() for tensor in plain if tensor.device.type == "cpu"]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
+    found = [tensor.untyped_storage() for tensor in plain if tensor.device.type == "cpu"]
+    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
 
 def only_what_lasts(trainer: Trainer) -> None:

@@ -254,7 +254,8 @@ class _Calls:
         # In the role's own update the graph contains the KV cache until the backward.
         is_own = self.passes.update == self.role.name
         cache = 0.0 if is_own else self.role.num_turns * self.unrolling.cache_bytes(self.sample)
-        needed = weights.passing + cache
+        results = (self.role.num_turns - 1) * forward.latents
+        needed = weights.passing + cache + results
         if not self.passes.backward:
             return needed + memory.forward_working_set(forward)
         # A block's gradients in the compute type and, twice, in fp32 on the way to be reduced.
@@ -314,9 +315,8 @@ class _Calls:
             size = role.states.parameters * trips
             yield Transfer("weights and gradients, host", size, size / self.gpu.host_bytes, overlaps=True)
         if role.num_exchanged > 1:
-            latents = role.architecture.in_channels * 4 * forward.num_tokens * role.degrees.sequence
-            text = role.architecture.text_dim * forward.num_text_tokens
-            size = memory.FP32 * forward.samples * (latents + text) * (1 + backward)
+            text = memory.FP32 * role.architecture.text_dim * forward.samples * forward.num_text_tokens
+            size = (forward.latents + text) * (1 + backward)
             yield links.transfer("samples, exchange all-gather", "exchange", size)
 
 

@@ -205,7 +205,8 @@ class WanAdapter(Adapter):
         if sigma.ndim > 1:
             sigma = sigma.flatten(1)  # [B, F], a time for each frame
         read, exchange = first_frame.without_frame(condition), self.layouts.exchange(role.name)
-        forwards = [partial(self._routed, role, cache) for cache in list(caches) or [None] * self._num_turns(role)]
+        given: Sequence[KVCache | None] = caches or [None] * self._num_turns(role)
+        forwards = [partial(self._routed, role, cache) for cache in given]
         return forwards[0](x, sigma, read) if exchange is None else exchange.run(forwards, x, sigma, read)
 
     def _num_turns(self, role: RoleHandle) -> int:
