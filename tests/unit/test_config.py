@@ -309,7 +309,7 @@ ERRORS = [
     (["--parallelism.sequence", "0"], {}, ["parallelism.sequence = 0 is out of range"]),
     (["--parallelism.tensor", "2", "--parallelism.async_tensor"], {}, ["async_tensor = true", "compile.enabled"]),
     (["--parallelism.token_region"], {}, ["token_region = true has no effect with tensor = 1"]),
-    (["--training.reduce_gradients", "first"], {}, ['training.reduce_gradients = "first" must be one of "last", "every"']),
+    (["--training.reduce_gradients", "x"], {}, ['training.reduce_gradients = "x" must be one of "last", "every"']),
     (
         ["--parallelism.exchange_groups", "in_turn"], {},
         ["parallelism.exchange_groups = 'in_turn' has no effect", "sequence × tensor = 1", "set it to 'all'"],
