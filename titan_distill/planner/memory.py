@@ -241,8 +241,7 @@ def graph(forward: LocalForward, config: ActivationCheckpointConfig) -> float:
 def forward_working_set(forward: LocalForward) -> float:
     """Returns the peak bytes of the temporary tensors of a block's forward, inside attention or inside the
     feed-forward."""
-    # The block's input and the residual; the modulated input in fp32, which the caller holds, and a copy that enters the
-    # layer.
+    # The block's input, the residual, and in fp32 the modulated input and a copy of it.
     held = forward.inputs + 2 * forward.residual + 2 * forward.residual_fp32
     rotary = (4 + 2 * FP32 / forward.compute_bytes) * forward.heads
     return _phases(forward) + held + max(rotary, _exchange_buffers(forward), 2 * forward.hidden)
