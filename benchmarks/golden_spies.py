@@ -140,7 +140,7 @@ def unrolls_on_its_own_context(trainer: Trainer) -> Report:
         def noting_forward(*inputs: Any) -> Any:
             velocity = predict(*inputs)
             if velocity.requires_grad:
-                cached.add(stream.cache.num_cached)
+                cached.add(stream.caches[0].num_cached)
             return velocity
 
         stream.predict_velocity = noting_forward

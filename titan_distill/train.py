@@ -314,7 +314,7 @@ def assemble(
 
 def build_layouts(run: ResolvedRun, world: World) -> Layouts:
     """Builds the meshes of the data and of every role. Collective, because process groups are."""
-    return Layouts(world, run.layout.default, run.layout.roles)
+    return Layouts(world, run.layout.default, run.layout.roles, run.layout.in_turn)
 
 
 def build_roles(

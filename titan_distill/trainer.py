@@ -146,19 +146,20 @@ class Trainer:
     def forward_backward(self, update: Update, role: RoleHandle, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Sums the gradients of all micro-batches. Returns sums of the loss and of the method's metrics over this
         rank's samples, and the [N] losses themselves."""
-        micro_batches: Sequence[Batch] = batch.split(self.config.training.local_batch_size)
+        training = self.config.training
+        micro_batches: Sequence[Batch] = batch.split(training.local_batch_size)
         if update.prepare is not None:
             with torch.no_grad():
                 micro_batches = update.prepare(micro_batches, self.state.step, self._global_mean)
-        global_batch_size = self.config.training.global_batch_size
         totals: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         for index, micro_batch in enumerate(micro_batches):
+            is_last, reduce_every = index == len(micro_batches) - 1, training.reduce_gradients == "every"
             for module in role.modules.values():
-                set_gradient_sync(module, index == len(micro_batches) - 1)
+                set_gradient_sync(module, is_last=is_last, reduce_every=reduce_every)
             result = update.loss(micro_batch, self.state.step)
             with self.timer("backward"):
-                (result.losses_B.sum() / global_batch_size).backward()
+                (result.losses_B.sum() / training.global_batch_size).backward()
             for name, value_B in {f"loss/{role.name}": result.losses_B, **result.metrics_B}.items():
                 total = value_B.detach().double().sum()
                 totals[name] = totals[name] + total if name in totals else total

@@ -83,7 +83,8 @@ class Row:
 
 
 P = "--parallelism."
-TEACHER, STUDENT = "--roles.teacher.parallelism.", "--roles.student.parallelism."
+TEACHER, STUDENT, CRITIC = (f"--roles.{role}.parallelism." for role in ("teacher", "student", "critic"))
+EVERY, IN_TURN = "--training.reduce_gradients every", "exchange_groups in_turn"
 DMD2, FINETUNE = ("dmd2",), ("finetune",)
 # The last one is dmd2 with two experts in a role; here the student also has low-rank adapters.
 METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm", "dmd2_gan", "self_forcing", "a14b")
@@ -143,6 +144,40 @@ DENSE_ROWS = (
         "student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2,
         methods=DMD2, nightly=FINETUNE + SELF_FORCING,
     ),
+    Row("fsdp 2, accumulation 2", 2, "", local_batch=1, forwards=2, methods=FINETUNE, nightly=DMD2),
+    Row(
+        "fsdp 2, accumulation 2, every", 2, EVERY, local_batch=1, forwards=2,
+        methods=DMD2, nightly=(*FINETUNE, *SELF_FORCING, "rcm", "dmd2_gan", "a14b"),
+    ),
+    Row(
+        "bf16, fsdp 2, accumulation 2, every", 2, f"--training.dtype bfloat16 {EVERY}", ROUNDED, local_batch=1,
+        forwards=2, least=SEEN_ROUNDING, methods=(), nightly=FINETUNE + DMD2,
+    ),
+    Row(
+        "cpu offload, fsdp 2, accumulation 2, every", 2, f"{P}cpu_offload {EVERY}", local_batch=1, forwards=2,
+        methods=(), nightly=FINETUNE + DMD2,
+    ),
+    Row(
+        "tensor 2, accumulation 4, every", 2, f"{P}tensor 2 {EVERY}", local_batch=1, forwards=4,
+        methods=(), nightly=FINETUNE + DMD2,
+    ),
+    Row(
+        "teacher tensor 2 in turn, students fsdp 2", 2, f"{TEACHER}tensor 2 {TEACHER}{IN_TURN}", local_batch=2,
+        methods=DMD2, nightly=SELF_FORCING,
+    ),
+    Row(
+        "teacher sequence 2 in turn, students fsdp 2", 2, f"{TEACHER}sequence 2 {TEACHER}{IN_TURN}", local_batch=2,
+        methods=(), nightly=DMD2,
+    ),
+    Row(
+        "student tensor 2 in turn, data fsdp 2", 2, f"{STUDENT}tensor 2 {STUDENT}{IN_TURN}", local_batch=2, forwards=2,
+        methods=FINETUNE, nightly=("scm",),
+    ),
+    Row(
+        "student, critic tensor 2 in turn, data fsdp 2, accumulation 2, every", 2,
+        f"{STUDENT}tensor 2 {CRITIC}tensor 2 {P}{IN_TURN} {EVERY}", local_batch=1, forwards=4,
+        methods=(), nightly=DMD2 + SELF_FORCING,
+    ),
     Row("sequence 3, all-gather", 3, f"{P}sequence 3", methods=FINETUNE, nightly=DMD2),
     Row("fsdp 4", 4, "", local_batch=1, methods=DMD2, nightly=FINETUNE),
     Row("hsdp 2 × 2", 4, f"{P}dp_replicate 2", local_batch=1, methods=DMD2, nightly=FINETUNE),
@@ -153,6 +188,23 @@ DENSE_ROWS = (
     ),
     Row("fsdp 2 × tensor 2", 4, f"{P}tensor 2", local_batch=2, methods=FINETUNE, nightly=DMD2),
     Row("fsdp 2 × sequence 2", 4, f"{P}sequence 2", local_batch=2, methods=DMD2, nightly=FINETUNE),
+    Row(
+        "hsdp 2 × sequence 2, accumulation 2", 4, f"{P}dp_replicate 2 {P}sequence 2", local_batch=1, forwards=2,
+        methods=(), nightly=FINETUNE + DMD2,
+    ),
+    Row(
+        "hsdp 2 × sequence 2, accumulation 2, every", 4, f"{P}dp_replicate 2 {P}sequence 2 {EVERY}", local_batch=1,
+        forwards=2, methods=FINETUNE, nightly=DMD2,
+    ),
+    Row(
+        "cpu offload, hsdp 2 × sequence 2, accumulation 2, every", 4,
+        f"{P}cpu_offload {P}dp_replicate 2 {P}sequence 2 {EVERY}", local_batch=1, forwards=2,
+        methods=(), nightly=FINETUNE,
+    ),
+    Row(
+        "teacher tensor 2 × sequence 2 in turn, students fsdp 4", 4, f"{TEACHER}tensor 2 {TEACHER}sequence 2 "
+        f"{TEACHER}{IN_TURN}", local_batch=1, methods=(), nightly=DMD2,
+    ),
 )  # fmt: skip
 SPARSE_ROWS = (
     Row(
@@ -333,6 +385,8 @@ def test_the_option_is_on(trained: Run, row: Row, method: str) -> None:
     if "reshard_after_forward false" in row.overrides:
         resharded = json.loads(Path(f"{trained(_named('fsdp 2', row.sparse), method)}.json").read_text())
         assert 0 < found["gathers"] < resharded["gathers"]
+    assert (found["early_reductions"] > 0) == (EVERY in row.overrides)
+    assert (found["broadcasts"] > 0) == (IN_TURN in row.overrides)
 
 
 def test_the_sparse_student_follows_its_schedule_and_trains_another_curve(
@@ -374,8 +428,9 @@ final parameters together (L2). The last column is the largest difference that t
 - *fsdp N*, *tensor N*, *sequence N*: `dp_shard`, `tensor` or `sequence` is N; *hsdp 2 × 2*: `dp_replicate` and
   `dp_shard` are 2; *all-gather*: attention gathers keys and values, because 3 does not divide the number of heads.
 - *students*: student and critic; *data fsdp 2*: the data and the roles without a layout of their own have fsdp 2.
-- *accumulation 4*: four micro-batches of one sample; *full checkpointing*, *selective checkpointing*:
+- *accumulation N*: N micro-batches of one sample per rank; *full checkpointing*, *selective checkpointing*:
   `activation_checkpoint.mode`; *block skip*: full, with `skip_interval = 2`.
+- *every*: `reduce_gradients = "every"`, otherwise "last"; *in turn*: `exchange_groups = "in_turn"`, otherwise "all".
 - *token region*: `token_region = true`; *no resharding*: `reshard_after_forward = false`.
 
 This command writes the page. Without `--write-parity` the test checks that the page agrees with what it measures:

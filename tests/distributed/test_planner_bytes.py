@@ -1,4 +1,5 @@
-"""The planner's states against what real gloo ranks hold after one optimizer step, for every kind of layout."""
+"""The planner's bytes against what real gloo ranks hold: states after one optimizer step for every kind of layout,
+gradients between micro-batches and the batch exchange for each of their settings."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import REPOSITORY, tiny_argv
+from runs import HELPERS, REPOSITORY, run_worker, tiny_argv
 
 from titan_distill.planner.memory import States
 
@@ -61,6 +62,10 @@ from titan_distill.commands.plan import planner
 with planner(int(sys.argv[1]), GPUS["H100"]) as planned:
     plan = planned.plan(load_config(sys.argv[2:]))
 print(json.dumps({name: dataclasses.asdict(role.states) for name, role in plan.roles.items()}))
+student, teacher = plan.roles["student"], plan.roles["teacher"]
+weights = teacher.weights.lasting + teacher.weights.passing
+exchanged = {setting: size - weights for setting, size in teacher.exchanged.items()}
+print(json.dumps({**student.accumulated, **exchanged, "chosen": teacher.temporary - weights}))
 """
 
 LAYOUTS = {
@@ -71,12 +76,14 @@ LAYOUTS = {
 }
 
 
-def planned(num_ranks: int, arguments: list[str]) -> dict[str, States]:
+def planned(num_ranks: int, arguments: list[str]) -> tuple[dict[str, States], dict[str, float]]:
+    """States of each role; the sums that the settings `REDUCE` and `EXCHANGE` choose from, without gathered weights."""
     done = subprocess.run(
         [sys.executable, "-c", PLAN, str(num_ranks), *arguments],
         cwd=REPOSITORY, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return {name: States(**sizes) for name, sizes in json.loads(done.stdout.splitlines()[-1]).items()}
+    states, sums = map(json.loads, done.stdout.splitlines()[-2:])
+    return {name: States(**sizes) for name, sizes in states.items()}, sums
 
 
 @pytest.mark.parametrize(
@@ -98,7 +105,7 @@ def test_states_are_what_ranks_hold(layout: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
-    plan = planned(num_ranks, arguments)
+    plan, _ = planned(num_ranks, arguments)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
     for role, expected in plan.items():
         for kind in ("parameters", "gradients", "optimizer", "ema"):
@@ -107,3 +114,41 @@ def test_states_are_what_ranks_hold(layout: str, tmp_path: Path) -> None:
             assert max(held) <= held[0], f"{role}: {kind} is larger on another rank than on rank 0"
     assert plan["student"].gradients > 0
     assert plan["teacher"].gradients == 0
+
+
+REDUCE, EXCHANGE = ("last", "every"), ("all", "in_turn")
+SETTINGS = [(reduce, exchange) for reduce in REDUCE for exchange in EXCHANGE]
+
+
+def settings(reduce: str, exchange: str, output: Path) -> list[str]:
+    """A job with two micro-batches and a teacher that two data groups hold together."""
+    return tiny_argv(
+        "dmd2", output, "--checkpoint.enabled", "false",
+        "--training.global_batch_size", "16", "--training.local_batch_size", "4",
+        "--roles.teacher.parallelism.tensor", "2", "--roles.teacher.parallelism.exchange_groups", exchange,
+        "--training.reduce_gradients", reduce, "--training.dtype", "bfloat16",
+    )  # fmt: skip
+
+
+def check_settings(chosen: list[tuple[str, str]], folder: Path) -> None:
+    runs = {"-".join(setting): settings(*setting, folder / "-".join(setting)) for setting in chosen}
+    table = folder / "runs.json"
+    table.write_text(json.dumps(runs), encoding="utf-8")
+    run_worker(2, HELPERS / "held_bytes_worker.py", table, folder, timeout=500)
+    for reduce, exchange in chosen:
+        name = f"{reduce}-{exchange}"
+        _, sums = planned(2, runs[name])
+        assert sums["chosen"] == sums[exchange]
+        for rank in range(2):
+            held = json.loads((folder / f"{name}.rank{rank}.json").read_text(encoding="utf-8"))
+            assert held["gradients"] == pytest.approx(sums[reduce], rel=TOLERANCE), (name, rank)
+            assert held["exchange"] == pytest.approx(sums[exchange], rel=TOLERANCE), (name, rank)
+
+
+def test_ranks_hold_what_the_settings_say(tmp_path: Path) -> None:
+    check_settings([("every", "in_turn")], tmp_path)
+
+
+@pytest.mark.nightly
+def test_ranks_hold_what_all_settings_say(tmp_path: Path) -> None:
+    check_settings(SETTINGS, tmp_path)

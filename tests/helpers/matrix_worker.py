@@ -7,6 +7,7 @@ parameters in FOLDER/<name>.safetensors and what it was seen to do (`Seen`) in F
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -30,10 +31,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from titan_distill.config.loading import load_config
 from titan_distill.models.wan.layers import SelfAttention
+from titan_distill.parallelisms import collectives
 from titan_distill.parallelisms.mesh import World, start_world
 from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
+
+ALL_REDUCES = list(inspect.signature(_fsdp_param_group.foreach_reduce).parameters).index("all_reduce_grads")
 
 
 def main(rows_file: str, folder: str) -> None:
@@ -56,18 +60,23 @@ class Seen:
         graphs: compiled by torch.compile.
         gathers: FSDP's all-gathers of parameters.
         offloaded: parameters that FSDP keeps in host memory.
+        early_reductions: FSDP's reductions of gradients before the last micro-batch, without a sum over replicas.
+        broadcasts: tensors that roles received from one data group at a time.
     """
 
     forwards: int = 0
     graphs: int = 0
     gathers: int = 0
     offloaded: int = 0
+    early_reductions: int = 0
+    broadcasts: int = 0
 
 
 @contextmanager
 def watched(is_compiled: bool) -> Iterator[Seen]:
     """Fills in what happens within the block."""
     seen, gather, statistics = Seen(), _fsdp_param_group.foreach_all_gather, torch._dynamo.utils.counters["stats"]
+    reduce, (broadcast, backward) = _fsdp_param_group.foreach_reduce, collectives.PAIRS["receive"]
 
     def count_forward(module: nn.Module, _: Any) -> None:
         seen.forwards += isinstance(module, SelfAttention) and torch.is_grad_enabled()
@@ -76,9 +85,19 @@ def watched(is_compiled: bool) -> Iterator[Seen]:
         seen.gathers += 1
         return gather(*arguments)
 
+    def count_reduction(*arguments: Any) -> Any:
+        seen.early_reductions += not arguments[ALL_REDUCES]
+        return reduce(*arguments)
+
+    def count_broadcast(*arguments: Any) -> Any:
+        seen.broadcasts += 1
+        return broadcast(*arguments)
+
     graphs = statistics["unique_graphs"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_fsdp_param_group, "foreach_all_gather", count_gather)
+        patch.setattr(_fsdp_param_group, "foreach_reduce", count_reduction)
+        patch.setitem(collectives.PAIRS, "receive", (count_broadcast, backward))
         hook = None if is_compiled else register_module_forward_pre_hook(count_forward)
         yield seen
         if hook is not None:

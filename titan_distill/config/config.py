@@ -72,6 +72,7 @@ class Config:
             raise ValueError(
                 "parallelism.async_tensor = true needs the compiler, but compile.enabled = false; set it to true"
             )
+        self._check_exchange()
         self._check_ema()
         self._check_float8()
         self._check_sparse_attention()
@@ -80,6 +81,21 @@ class Config:
             raise ValueError(
                 f"profiling.start_step + profiling.num_steps = {trace_end} is beyond training.steps = "
                 f"{self.training.steps}, so the trace would never be complete; lower profiling.start_step"
+            )
+
+    def _check_exchange(self) -> None:
+        num_ranks = self.parallelism.model_parallel
+        in_turn = [name for name, role in self.roles.items() if role.parallelism.exchange_groups == "in_turn"]
+        spanning = [name for name in in_turn if self.roles[name].parallelism.model_parallel > num_ranks]
+        if self.parallelism.exchange_groups == "in_turn":
+            wrong = [] if spanning else ["parallelism"]
+        else:
+            wrong = [f"roles.{name}.parallelism" for name in in_turn if name not in spanning]
+        for key in wrong:
+            raise ValueError(
+                f"{key}.exchange_groups = 'in_turn' has no effect, because the ranks of one sample are sequence × "
+                f"tensor = {num_ranks} for the data and for {'all roles' if key == 'parallelism' else 'this role'}; "
+                "set it to 'all'"
             )
 
     def _check_ema(self) -> None:

@@ -66,11 +66,13 @@ class RunLayout:
         default: layout of the data. Ranks of one sequence × tensor group load the same samples.
         roles: layout of each role's network.
         num_micro_batches: micro-batches of local_batch_size samples that each rank runs per global batch.
+        in_turn: roles that process the samples of one data group at a time, see `exchange_groups`.
     """
 
     default: Degrees
     roles: dict[str, Degrees]
     num_micro_batches: int
+    in_turn: frozenset[str] = frozenset()
 
 
 def resolve_layout(config: Config, world_size: int) -> RunLayout:
@@ -83,7 +85,8 @@ def resolve_layout(config: Config, world_size: int) -> RunLayout:
     roles = {name: role_degrees(config, name, world_size) for name in config.roles}
     for name, degrees in roles.items():
         _check_data_group(name, degrees, default)
-    return RunLayout(default, roles, _num_micro_batches(config, default))
+    in_turn = frozenset(name for name, role in config.roles.items() if role.parallelism.exchange_groups == "in_turn")
+    return RunLayout(default, roles, _num_micro_batches(config, default), in_turn)
 
 
 def role_degrees(config: Config, name: str, world_size: int) -> Degrees:

@@ -58,6 +58,10 @@ class ParallelismConfig:
     """Free a block's gathered weights after its forward and gather them again for its backward."""
     cpu_offload: bool = free(False)
     """Store weights, gradients and optimizer state in host memory."""
+    exchange_groups: Literal["all", "in_turn"] = free("all")
+    """Batches of a role whose sequence × tensor ranks span several groups of ranks with different samples. all runs the
+    samples of all groups in one batch. in_turn runs one group's samples at a time, which takes the memory of one group
+    but gathers the weights for each."""
 
     def __post_init__(self) -> None:
         check_range(self, "dp_replicate", "sequence", "tensor", least=1)
@@ -65,6 +69,11 @@ class ParallelismConfig:
             check_range(self, "dp_shard", least=1)
         if self.tensor == 1:
             check_no_effect(self, "token_region", "async_tensor", given="tensor")
+
+    @property
+    def model_parallel(self) -> int:
+        """Number of ranks that share the same samples."""
+        return self.sequence * self.tensor
 
 
 @dataclass(frozen=True, kw_only=True)

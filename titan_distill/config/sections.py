@@ -102,6 +102,9 @@ class TrainingConfig:
     local_batch_size: int = free()
     """Micro-batch size per rank. `global_batch_size / (ranks × local_batch_size)` micro-batches must be a whole number.
     Ranks that share samples (sequence, tensor) count as one."""
+    reduce_gradients: Literal["last", "every"] = free("last")
+    """Micro-batches whose backward sums gradients over ranks. last: only the last one, and until then each rank holds
+    whole gradients in float32. every: each one, and a rank holds its shard only but sends gradients every time."""
     dtype: Literal["float32", "bfloat16"] = logged("float32")
     """Compute type of forward and backward. Reductions, timesteps and trained weights stay in float32."""
     max_grad_norm: float = logged(10.0)

@@ -15,6 +15,7 @@ parts must be summed.
     sum_parts: all-reduce            nothing                      ... and parts are summed to a replicated one
     sum_statistics: all-reduce       all-reduce                   a sum of parts that every rank uses differently
     all_to_all                       all_to_all                   slices change places
+    receive: broadcast               the source's own, or zero    one rank's tensor becomes replicated
 
 All of them are linear, so forward-mode differentiation has only one case: the tangent goes through the same collective
 as the tensor, in a second message.
@@ -69,6 +70,16 @@ def _nothing(x: Tensor, group: Group, dim: int) -> Tensor:
     return x.view_as(x)
 
 
+def _broadcast(x: Tensor, group: Group, source: int) -> Tensor:
+    received = x.clone(memory_format=torch.contiguous_format)
+    dist.broadcast(received, group=group, group_src=source)
+    return received
+
+
+def _of_source(x: Tensor, group: Group, source: int) -> Tensor:
+    return x if group.rank() == source else torch.zeros_like(x)
+
+
 PAIRS: dict[str, tuple[Callable[[Tensor, Group, int], Tensor], Callable[[Tensor, Group, int], Tensor]]] = {
     "shard": (_own_slice, _all_gather),
     "gather": (_all_gather, _own_slice),
@@ -78,8 +89,9 @@ PAIRS: dict[str, tuple[Callable[[Tensor, Group, int], Tensor], Callable[[Tensor,
     "sum_parts": (_all_reduce, _nothing),
     "sum_statistics": (_all_reduce, _all_reduce),
     "all_to_all": (_exchange_slices, _exchange_slices),
+    "receive": (_broadcast, _of_source),
 }
-"""The forward and the backward of each collective below."""
+"""The forward and the backward of each collective below. The integer is a dim; for `receive` it is a rank."""
 
 
 class _Collective(torch.autograd.Function):
@@ -145,3 +157,8 @@ def sum_statistics(x: Tensor, group: Group) -> Tensor:
 def all_to_all(x: Tensor, group: Group) -> Tensor:
     """Sends slice i of dim 0 to rank i. Slice i of the result comes from rank i."""
     return _apply("all_to_all", x, group)
+
+
+def receive(x: Tensor, source: int, group: Group) -> Tensor:
+    """Returns the tensor of rank `source` of the group as a replicated one. All ranks give tensors of its shape."""
+    return _apply("receive", x, group, source)

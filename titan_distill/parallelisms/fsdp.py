@@ -67,7 +67,13 @@ def reshard(module: nn.Module) -> None:
             unit.reshard()
 
 
-def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """Sets whether the next backward reduces gradients over ranks. Only the last micro-batch needs to."""
+def set_gradient_sync(module: nn.Module, *, is_last: bool, reduce_every: bool) -> None:
+    """Sets whether the next backward sums gradients over ranks, given whether it is that of the last micro-batch.
+
+    With `reduce_every` each backward reduce-scatters, and gradients accumulate in shards; otherwise only the last one
+    does, and gradients accumulate whole. Replicas of the weights sum their shards in the last backward in both cases,
+    so the last backward must reach every parameter that an earlier one has reached.
+    """
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(enabled)
+        module.set_requires_gradient_sync(is_last or reduce_every)
+        module.set_requires_all_reduce(is_last)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,43 +94,64 @@ class RoleMesh:
 @dataclass(frozen=True)
 class BatchExchange:
     """Exchange of batches for a role whose ranks span several data groups: the role processes the samples of all of
-    them together.
+    them, together or in turn.
 
     Example: four data-parallel copies of one role, each with its own prompt, and a role that is tensor-parallel over
     the same four ranks. Its ranks must all see the same input, so the four inputs are gathered, the role runs once on a
     batch of four, and every rank takes its own result back. Both directions carry gradients: the gathered inputs are
     replicated (each rank computes the same with them), and results are cut from a replicated tensor.
 
+    In turn, the role runs four times on a batch of one, the input of one rank each, and has the temporary tensors of
+    one sample at a time. All ranks take part in every turn, so they run the same collectives in the same order.
+
     Attributes:
         group: one rank of each data group that the role spans, in the order of their samples.
+        in_turn: whether the role runs once for each data group.
     """
 
     group: dist.ProcessGroup
+    in_turn: bool = False
+
+    @property
+    def num_turns(self) -> int:
+        """Number of forwards for the samples of all data groups."""
+        return self.group.size() if self.in_turn else 1
 
     def run(
         self,
-        forward: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor],
+        forwards: Sequence[Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]],
         x: Tensor,
         sigma_B: Tensor,
         condition: Mapping[str, Tensor],
     ) -> Tensor:
-        """Runs `forward` on the samples of all data groups and returns the results of this rank's samples. Tensors are
-        batch-first."""
-        whole = {name: collectives.gather(value, 0, self.group) for name, value in condition.items()}
-        everything = forward(collectives.gather(x, 0, self.group), collectives.gather(sigma_B, 0, self.group), whole)
-        return collectives.shard(everything, 0, self.group)
+        """Runs the role on the samples of all data groups, with one of `forwards` in each turn, and returns the results
+        of this rank's samples. Tensors are batch-first."""
+        results = []
+        for turn, forward in enumerate(forwards):
+            collect = self._collect(turn)
+            results.append(forward(collect(x), collect(sigma_B), {name: collect(t) for name, t in condition.items()}))
+        return collectives.shard(torch.cat(results), 0, self.group)
+
+    def _collect(self, turn: int) -> Callable[[Tensor], Tensor]:
+        if self.in_turn:
+            return lambda x: collectives.receive(x, turn, self.group)
+        return lambda x: collectives.gather(x, 0, self.group)
 
 
 class Layouts:
     """Meshes of a run: one layout for the data and one for each role. Equal layouts share their process groups.
 
     Without a process group (one process) there are no meshes, and `role` returns None.
+
+    `in_turn` names the roles that exchange batches with one data group at a time.
     """
 
-    def __init__(self, world: World, default: Degrees, roles: dict[str, Degrees]) -> None:
+    def __init__(
+        self, world: World, default: Degrees, roles: dict[str, Degrees], in_turn: Collection[str] = ()
+    ) -> None:
         self.device, self.data_group = world.device, default.model_parallel
         self.data_rank, self.num_data_groups = world.rank // self.data_group, world.size // self.data_group
-        self.degrees = roles
+        self.degrees, self.in_turn = roles, in_turn
         self._meshes: dict[Degrees, RoleMesh] = {}
         if dist.is_initialized():
             device_type = "cpu" if world.device.type == "meta" else world.device.type
@@ -153,7 +174,7 @@ class Layouts:
         """Returns the batch exchange of a role; None if the role's ranks do not span several data groups."""
         mesh = self.role(name)
         group = None if mesh is None else mesh.exchange_group
-        return None if group is None else BatchExchange(group)
+        return None if group is None else BatchExchange(group, name in self.in_turn)
 
     def groups(self) -> list[dist.ProcessGroup]:
         return [group for mesh in self._meshes.values() for group in mesh.groups()]

@@ -42,6 +42,11 @@ class Weights:
         return sum(self.blocks) + self.root
 
     @property
+    def gradients(self) -> float:
+        """Bytes of whole gradients in fp32, before they are reduced."""
+        return FP32 * self.total * self.trained_share
+
+    @property
     def lasting(self) -> float:
         """Bytes of weights that stay gathered between forwards: the last block and the root of each network, or,
         without resharding, all weights."""
@@ -98,10 +103,13 @@ class Links:
         }[axis]
 
 
-def weight_transfers(weights: Weights, links: Links, *, backward: bool, reduces: float) -> Iterator[Transfer]:
+def weight_transfers(
+    weights: Weights, links: Links, *, backward: bool, scatters: float, sums_replicas: float
+) -> Iterator[Transfer]:
     """Yields the transfers of weights of one forward, and of its backward if `backward` is true.
 
-    `reduces` is the fraction of backwards that reduce gradients over ranks.
+    `scatters` and `sums_replicas` are the fractions of backwards that reduce-scatter gradients, and that sum the shards
+    of replicas.
     """
     size = weights.compute_bytes
     held = 0 if weights.reshards else weights.total - weights.root
@@ -110,10 +118,10 @@ def weight_transfers(weights: Weights, links: Links, *, backward: bool, reduces:
         return
     again = sum(weights.blocks[:-1]) if weights.reshards else 0
     yield links.transfer("weights, all-gather", "fsdp", size * (weights.total + again), overlaps=True)
-    gradients = reduces * FP32 * weights.total * weights.trained_share
-    yield links.transfer("gradients, reduce-scatter", "fsdp", gradients, overlaps=True)
+    gradients = weights.gradients
+    yield links.transfer("gradients, reduce-scatter", "fsdp", scatters * gradients, overlaps=True)
     shard = gradients / (links.degrees.dp_shard * links.degrees.sequence)
-    yield links.transfer("gradients, all-reduce of replicas", "replicas", shard, overlaps=True)
+    yield links.transfer("gradients, all-reduce of replicas", "replicas", sums_replicas * shard, overlaps=True)
 
 
 def token_transfers(forward: LocalForward, links: Links, *, directions: float) -> Iterator[Transfer]:

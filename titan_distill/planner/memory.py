@@ -181,6 +181,18 @@ class LocalForward:
         return FP32 * self.samples * self.sparse.num_tiles * self.width / (self.sequence * self.tensor)
 
     @property
+    def latents(self) -> float:
+        """Bytes of the latents in fp32, which all ranks of a sample hold. A token has four latents."""
+        return FP32 * 4 * self.architecture.in_channels * self.tokens * self.sequence
+
+    @property
+    def inputs(self) -> float:
+        """Bytes of the network's inputs, which it holds until its end: latents, this rank's patches of them, text
+        embeddings and their projection."""
+        text = FP32 * self.samples * self.num_text_tokens * self.architecture.text_dim
+        return self.latents * (1 + 1 / self.sequence) + text + self.text_heads * self.tensor
+
+    @property
     def text_heads(self) -> float:
         """Bytes of the activation of all text tokens in this rank's heads."""
         return self.compute_bytes * self.width * self.samples * self.num_text_tokens / self.tensor
@@ -231,8 +243,8 @@ def graph(forward: LocalForward, config: ActivationCheckpointConfig) -> float:
 def forward_working_set(forward: LocalForward) -> float:
     """Returns the peak bytes of the temporary tensors of a block's forward, inside attention or inside the
     feed-forward."""
-    # Residual, modulated input in fp32 (the caller holds it) and in the compute type.
-    held = forward.residual + forward.residual_fp32 + forward.activation
+    # The block's input, the residual, and in fp32 the modulated input and a copy of it.
+    held = forward.inputs + 2 * forward.residual + 2 * forward.residual_fp32
     rotary = (4 + 2 * FP32 / forward.compute_bytes) * forward.heads
     return _phases(forward) + held + max(rotary, _exchange_buffers(forward), 2 * forward.hidden)
 

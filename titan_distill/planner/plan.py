@@ -8,9 +8,9 @@ role.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -52,13 +52,17 @@ class RolePlan:
     """Plan of one role on rank 0.
 
     Attributes:
-        num_exchanged: number of data-parallel groups whose samples the role processes in one batch.
+        num_exchanged: number of data-parallel groups whose samples the role processes.
+        num_turns: number of batches in which it processes them.
         num_experts: networks of the role; each sample goes through one of them.
         sparse: key tiles that a query tile reads at the end of the schedule; None for dense attention.
         useful_share: fraction of the pairs of tokens in whole tiles that are pairs of tokens of the video.
         segmentation: the segments of a causal role's videos; None for other roles.
+        accumulated: bytes of gradients on the device while micro-batches accumulate them, for each value of
+            `training.reduce_gradients`; empty for a frozen role.
         graph: bytes of the activations stored for the backward.
         temporary: peak bytes in addition to `states` and `graph`: gathered weights, working sets, buffers.
+        exchanged: `temporary` for each value of `parallelism.exchange_groups`; empty for a role without exchange.
     """
 
     name: str
@@ -67,6 +71,7 @@ class RolePlan:
     method: Method
     shards: TokenShards
     num_exchanged: int
+    num_turns: int
     states: States
     weights: Weights
     offloaded: bool
@@ -75,8 +80,15 @@ class RolePlan:
     sparse: TilesRead | None = None
     useful_share: float = 1.0
     segmentation: Segmentation | None = None
+    accumulated: Mapping[str, float] = field(default_factory=dict)
     graph: float = 0.0
     temporary: float = 0.0
+    exchanged: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def num_groups(self) -> int:
+        """Number of data-parallel groups whose samples are in one batch."""
+        return self.num_exchanged // self.num_turns
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,8 @@ class Plan:
     phases: tuple[PhasePlan, ...]
     optimizer: Part
     """Optimizer steps on the device, averaged over the method's cadence."""
+    reduce_gradients: str
+    """`training.reduce_gradients` of the run."""
     encoders: float
     """Bytes of the weights of VAE and text encoder."""
     decoding: float
@@ -167,14 +181,19 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
     work = run.method.passes(config.method_config)
     calls = [_Calls(run, gpu, grid, plans[passes.role], passes) for passes in work if passes.num_forwards]
     for name, plan in plans.items():
-        graph, working = _most(each for each in calls if each.role.name == name)
-        plans[name] = replace(plan, graph=graph, temporary=working + plan.weights.lasting)
+        own = [each for each in calls if each.role.name == name]
+        graph, working = _most(own)
+        exchanged = {}
+        if plan.num_exchanged > 1:
+            for setting, turns in (("all", 1), ("in_turn", plan.num_exchanged)):
+                exchanged[setting] = plan.weights.lasting + _most(each.in_turns(turns) for each in own)[1]
+        plans[name] = replace(plan, graph=graph, temporary=working + plan.weights.lasting, exchanged=exchanged)
     lasting = sum(plan.weights.lasting + (0 if plan.offloaded else plan.states.lasting) for plan in plans.values())
     encoders, decoding = run.family.encoder_memory()
     peaks: dict[str | None, float] = {None: lasting + encoders + decoding} if decoding else {}
     for update in [passes.update for passes in work] or [role.name for role in roles.trainable]:
         # The gradients of a head are too small to count.
-        gradients = plans[update].states.gradients if update in plans and not plans[update].offloaded else 0
+        gradients = plans[update].accumulated[config.training.reduce_gradients] if update in plans else 0
         peaks[update] = (
             lasting + encoders + gradients + sum(_most(each for each in calls if each.passes.update == update))
         )
@@ -186,6 +205,7 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
         roles=plans,
         phases=tuple(each.phase for each in calls),
         optimizer=_optimizer(work, plans, gpu),
+        reduce_gradients=config.training.reduce_gradients,
         encoders=encoders,
         decoding=decoding,
         peak=peaks[peak_update],
@@ -204,6 +224,10 @@ class _Calls:
     role: RolePlan
     passes: Passes
 
+    def in_turns(self, num_turns: int) -> _Calls:
+        """Returns these calls as if the role processed the samples of other data groups in `num_turns` batches."""
+        return replace(self, role=replace(self.role, num_turns=num_turns))
+
     @property
     def unrolling(self) -> Unrolling:
         """Segments of a sample. Each is one call if the role generates segment by segment."""
@@ -211,11 +235,11 @@ class _Calls:
 
     @property
     def sample(self) -> LocalForward:
-        """Shape of a forward pass over whole videos, for counting its bytes and FLOPs."""
+        """Shape of a forward pass over whole videos, in one turn, for counting its bytes and FLOPs."""
         role, config = self.role, self.run.config
         return LocalForward(
             architecture=role.architecture,
-            samples=config.training.local_batch_size * role.num_exchanged * self.passes.num_conditions,
+            samples=config.training.local_batch_size * role.num_groups * self.passes.num_conditions,
             num_tokens=role.shards.padded_length,
             num_text_tokens=config.data.max_text_tokens,
             sequence=role.degrees.sequence,
@@ -238,24 +262,24 @@ class _Calls:
             return 0.0
         unrolling, sample = self.unrolling, self.sample
         copied = (1 - self._checkpointed) * unrolling.copied_bytes(sample)
-        return memory.graph(sample, self.run.config.activation_checkpoint) + unrolling.cache_bytes(sample) + copied
+        turn = memory.graph(sample, self.run.config.activation_checkpoint) + unrolling.cache_bytes(sample) + copied
+        return self.role.num_turns * turn  # the backward comes after all turns
 
     @property
     def working_set(self) -> float:
         """Peak memory in bytes beyond the autograd graph and the weight, gradient and optimizer states."""
         weights, forward = self.role.weights, self.forward
         # In the role's own update the graph contains the KV cache until the backward.
-        cache = 0.0 if self.passes.update == self.role.name else self.unrolling.cache_bytes(self.sample)
-        needed = weights.passing + cache
+        is_own = self.passes.update == self.role.name
+        cache = 0.0 if is_own else self.role.num_turns * self.unrolling.cache_bytes(self.sample)
+        results = (self.role.num_turns - 1) * forward.latents
+        needed = weights.passing + cache + results
         if not self.passes.backward:
             return needed + memory.forward_working_set(forward)
         # A block's gradients in the compute type and, twice, in fp32 on the way to be reduced.
         reduced = weights.trained_share * max(weights.blocks) * (weights.compute_bytes + 2 * memory.FP32)
-        # Micro-batches before the last one keep all gradients whole, in fp32.
-        several = self.run.layout.num_micro_batches > 1
-        whole = memory.FP32 * weights.total * weights.trained_share if several else 0
         working = memory.backward_working_set(forward, self.run.config.activation_checkpoint)
-        return needed + reduced + whole + max(working, memory.forward_working_set(forward))
+        return needed + reduced + max(working, memory.forward_working_set(forward))
 
     @property
     def phase(self) -> PhasePlan:
@@ -280,7 +304,7 @@ class _Calls:
         if passes.backward:
             share = recomputed_share(architecture, config.activation_checkpoint, *sizes, *reads)
             executed += samples * flops.total * share
-        calls = times * self.run.layout.num_micro_batches * len(unrolling.lengths)
+        calls = times * self.run.layout.num_micro_batches * len(unrolling.lengths) * role.num_turns
         return PhasePlan(
             passes=passes,
             executed_flops=executed,
@@ -326,19 +350,21 @@ class _Calls:
 
     def _transfers(self) -> Iterator[Transfer]:
         role, backward, forward = self.role, self.passes.backward, self.forward
-        links, reduces = Links(role.degrees, self.gpu), 1 / self.run.layout.num_micro_batches
-        yield from communication.weight_transfers(role.weights, links, backward=backward, reduces=reduces)
+        links, last = Links(role.degrees, self.gpu), 1 / self.run.layout.num_micro_batches
+        scatters = 1 if self.run.config.training.reduce_gradients == "every" else last
+        yield from communication.weight_transfers(
+            role.weights, links, backward=backward, scatters=scatters, sums_replicas=last
+        )
         # A checkpointed block exchanges its tokens again, whatever it stores.
         directions = 1 + backward * (1 + self._checkpointed)
         yield from communication.token_transfers(forward, links, directions=directions)
         if role.offloaded:
-            trips = 1 + backward * (1 + reduces)  # weights for both directions, gradients back
+            trips = 1 + backward * (1 + scatters)  # weights for both directions, gradients back
             size = role.states.parameters * trips
             yield Transfer("weights and gradients, host", size, size / self.gpu.host_bytes, overlaps=True)
         if role.num_exchanged > 1:
-            latents = role.architecture.in_channels * 4 * forward.num_tokens * role.degrees.sequence
-            text = role.architecture.text_dim * forward.num_text_tokens
-            size = memory.FP32 * forward.samples * (latents + text) * (1 + backward)
+            text = memory.FP32 * role.architecture.text_dim * forward.samples * forward.num_text_tokens
+            size = (forward.latents + text) * (1 + backward)
             yield links.transfer("samples, exchange all-gather", "exchange", size)
 
 
@@ -364,6 +390,20 @@ def _networks(roles: RoleManager) -> list[RoleHandle]:
     return [role for role in roles if not isinstance(role.transformer, FeatureHead)]
 
 
+def _accumulated(role: RolePlan, num_micro_batches: int) -> dict[str, float]:
+    """Returns the bytes of gradients on the device while micro-batches accumulate them, for each value of
+    `training.reduce_gradients`.
+
+    Whole gradients become shards block by block in the last backward, so that there is no time with all of both. The
+    shards of an offloaded role are on the device only until its replicas have summed them.
+    """
+    several, replicated = num_micro_batches > 1, role.degrees.dp_replicate > 1
+    shards = role.states.gradients if not role.offloaded else 0
+    every = role.states.gradients if several and replicated else shards
+    whole = role.weights.gradients if role.states.gradients else 0
+    return {"last": max(whole, shards) if several else shards, "every": every}
+
+
 def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[int, int, int]) -> RolePlan:
     architecture = cast(DiTConfig, role.transformer.config)
     degrees, parallelism = layout.roles[role.name], config.roles[role.name].parallelism
@@ -373,13 +413,15 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
     layout_of_tokens = tile_layout(grid, cast("tuple[int, int, int]", role.transformer.tile))
     if core is not None:
         core.start_step(config.training.steps - 1)
-    return RolePlan(
+    num_exchanged = degrees.model_parallel // layout.default.model_parallel
+    plan = RolePlan(
         name=role.name,
         architecture=architecture,
         degrees=degrees,
         method=choose_method(heads, degrees.sequence, degrees.tensor, parallelism.sequence_method),
         shards=TokenShards.of(layout_of_tokens, 1) if sequence is None else sequence.shards(layout_of_tokens),
-        num_exchanged=degrees.model_parallel // layout.default.model_parallel,
+        num_exchanged=num_exchanged,
+        num_turns=num_exchanged if role.name in layout.in_turn else 1,
         states=memory.states(role.network, has_ema=bool(config.ema.decay) and config.ema.role == role.name),
         weights=_weights(role, BYTES[config.training.dtype], parallelism.reshard_after_forward),
         num_experts=len(role.modules),
@@ -389,6 +431,7 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
         useful_share=seconds.useful_share(layout_of_tokens),
         segmentation=cast("Segmentation | None", role.transformer.segmentation),
     )
+    return replace(plan, accumulated=_accumulated(plan, layout.num_micro_batches))
 
 
 def _weights(role: RoleHandle, compute_bytes: int, reshards: bool) -> Weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from titan_kernels import tile_layout
 
@@ -24,7 +24,7 @@ def report(plan: Plan) -> str:
 def layout_table(plan: Plan) -> str:
     """Returns a table of each role's layout and of its attention under sequence parallelism."""
     rows = [
-        (role.name, str(role.degrees), _heads(role), _method(role), str(role.num_exchanged), _choices(role))
+        (role.name, str(role.degrees), _heads(role), _method(role), _groups(role), _choices(role))
         for role in plan.roles.values()
     ]
     ranks = plan.layout.default.world_size
@@ -56,7 +56,8 @@ def memory_table(plan: Plan) -> str:
     rows = []
     for role in plan.roles.values():
         held = role.states
-        sizes = (held.parameters, held.gradients, held.optimizer, held.ema, role.graph, role.temporary)
+        gradients = max(held.gradients, role.accumulated[plan.reduce_gradients])
+        sizes = (held.parameters, gradients, held.optimizer, held.ema, role.graph, role.temporary)
         rows.append((role.name, *(f"{size / GIB:.2f}" for size in sizes), "host" if role.offloaded else "device"))
     if plan.encoders:
         rows.append(
@@ -68,11 +69,27 @@ def memory_table(plan: Plan) -> str:
     return "\n".join(
         [
             table("MEMORY   GiB on rank 0, which holds the largest shards", names, rows),
+            *_settings(plan),
             f"  peak {plan.peak / GIB:.1f} GiB, in {_peak_phase(plan)}",
             f"  {verdict}: {gpu.name} has {gpu.memory_gib:.1f} GiB, {gpu.usable_gib:.1f} after a reserve of "
             f"{RESERVE:.0%} for CUDA, NCCL and fragmentation",
         ]
     )
+
+
+def _settings(plan: Plan) -> Iterable[str]:
+    """Yields a line for each sum of the memory table that depends on a setting alone."""
+    for role in plan.roles.values():
+        if plan.layout.num_micro_batches > 1 and role.states.gradients:
+            sums = _or_else(role.accumulated, plan.reduce_gradients)
+            yield f"  gradients of {role.name} on the device by training.reduce_gradients: {sums}"
+        if role.exchanged:
+            sums = _or_else(role.exchanged, "all" if role.num_turns == 1 else "in_turn")
+            yield f"  temporary of {role.name} by roles.{role.name}.parallelism.exchange_groups: {sums}"
+
+
+def _or_else(sizes: Mapping[str, float], chosen: str) -> str:
+    return ", ".join(f"{name} {size / GIB:.2f}{' (chosen)' * (name == chosen)}" for name, size in sizes.items())
 
 
 def _peak_phase(plan: Plan) -> str:
@@ -161,6 +178,10 @@ def _rate(part: str, plan: Plan) -> str:
 def _heads(role: RolePlan) -> str:
     heads, tensor = role.architecture.num_attention_heads, role.degrees.tensor
     return f"{heads // tensor} of {heads}, {role.architecture.ffn_dim // tensor:,}"
+
+
+def _groups(role: RolePlan) -> str:
+    return f"{role.num_groups} of {role.num_exchanged}" if role.num_turns > 1 else str(role.num_groups)
 
 
 def _choices(role: RolePlan) -> str:

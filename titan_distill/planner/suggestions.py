@@ -27,11 +27,20 @@ def arguments(change: Change) -> list[str]:
 
 def changes(config: Config, plan: Plan) -> Iterator[Change]:
     """Yields changes to try on `config`. Some may be invalid for its models or its number of ranks."""
+    yield from _accumulate_and_exchange(config, plan)
     yield from _recompute(config)
     yield from _shard(config, plan)
     yield from _split_roles(plan)
     yield from _split_samples(config, plan)
     yield from _offload(config)
+
+
+def _accumulate_and_exchange(config: Config, plan: Plan) -> Iterator[Change]:
+    if plan.layout.num_micro_batches > 1 and config.training.reduce_gradients == "last":
+        yield {"training.reduce_gradients": "every"}
+    for role in plan.roles.values():
+        if role.num_exchanged > role.num_turns:
+            yield {f"roles.{role.name}.parallelism.exchange_groups": "in_turn"}
 
 
 def _recompute(config: Config) -> Iterator[Change]:

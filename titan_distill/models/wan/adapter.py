@@ -42,21 +42,21 @@ from titan_distill.roles import RoleHandle, RoleManager
 class WanStream(SegmentStream):
     """Stream of video segments, latents [B, C, f, H, W], that a causal role generates with a KV cache.
 
-    `forward` predicts the velocity of a segment at noise levels [B], given a cache. If ranks share the tokens, the
-    cache holds this rank's heads of all tokens. A finished segment takes one more forward, which writes the cache at
-    the noise level of the context.
+    `forward` predicts the velocity of a segment at noise levels [B], given the caches: one, or one for each turn of a
+    role that exchanges batches in turn. If ranks share the tokens, a cache holds this rank's heads of all tokens. A
+    finished segment takes one more forward, which writes the caches at the noise level of the context.
     """
 
-    def __init__(self, forward: Callable[[Tensor, Tensor, KVCache], Tensor], cache: KVCache) -> None:
-        self.forward, self.cache = forward, cache
+    def __init__(self, forward: Callable[[Tensor, Tensor, Sequence[KVCache]], Tensor], caches: list[KVCache]) -> None:
+        self.forward, self.caches = forward, caches
 
     def predict_velocity(self, x: Tensor, sigma_B: Tensor) -> Tensor:
-        return self.forward(x, sigma_B, self.cache)
+        return self.forward(x, sigma_B, self.caches)
 
     def _write(self, x: Tensor, sigma_B: Tensor) -> None:
-        cache = self.cache.writable()
-        self.forward(x, sigma_B, cache)
-        self.cache = cache.extended()
+        caches = [cache.writable() for cache in self.caches]
+        self.forward(x, sigma_B, caches)
+        self.caches = [cache.extended() for cache in caches]
 
 
 class WanAdapter(Adapter):
@@ -195,18 +195,23 @@ class WanAdapter(Adapter):
         return self.forward(role, x, sigma_B, condition)
 
     def forward(
-        self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, cache: KVCache | None = None
+        self, role: RoleHandle, x: Tensor, sigma_B: Tensor, condition: Condition, caches: Sequence[KVCache] = ()
     ) -> Tensor:
         """Does `predict_velocity`; for a causal role also for one segment, given the KV cache of the segments before
-        it."""
+        it, one for each turn of the batch exchange."""
         check_pictures(role.name, self.network(role).config, condition)
-        self._count(role, x, condition, cache)
+        self._count(role, x, condition, caches[0] if caches else None)
         x, sigma = self.held(x, sigma_B, condition)
         if sigma.ndim > 1:
             sigma = sigma.flatten(1)  # [B, F], a time for each frame
         read, exchange = first_frame.without_frame(condition), self.layouts.exchange(role.name)
-        forward = partial(self._routed, role, cache)
-        return forward(x, sigma, read) if exchange is None else exchange.run(forward, x, sigma, read)
+        given: Sequence[KVCache | None] = caches or [None] * self._num_turns(role)
+        forwards = [partial(self._routed, role, cache) for cache in given]
+        return forwards[0](x, sigma, read) if exchange is None else exchange.run(forwards, x, sigma, read)
+
+    def _num_turns(self, role: RoleHandle) -> int:
+        exchange = self.layouts.exchange(role.name)
+        return 1 if exchange is None else exchange.num_turns
 
     def _count(self, role: RoleHandle, x: Tensor, condition: Condition, cache: KVCache | None) -> None:
         """Counts the FLOPs of a forward. For a segment these are all linear layers on its tokens, and attention over
@@ -244,10 +249,11 @@ class WanAdapter(Adapter):
         if first_frame.IMAGE in condition:
             raise ValueError(f"role {role.name!r} is causal and makes videos from text only; leave the image out")
 
-        def forward(x: Tensor, sigma_B: Tensor, cache: KVCache) -> Tensor:
-            return self.forward(role, x, sigma_B, condition, cache)
+        def forward(x: Tensor, sigma_B: Tensor, caches: Sequence[KVCache]) -> Tensor:
+            return self.forward(role, x, sigma_B, condition, caches)
 
-        return WanStream(forward, KVCache.empty(segmentation, self.network(role).config.num_layers))
+        num_layers = self.network(role).config.num_layers
+        return WanStream(forward, [KVCache.empty(segmentation, num_layers) for _ in range(self._num_turns(role))])
 
     def last_sample(self, sequence: Tensor) -> Tensor:
         return restart(self.encoders.vae, sequence, self.latent_shape[1])
