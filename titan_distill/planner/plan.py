@@ -15,7 +15,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from titan_kernels import tile_layout
+from titan_kernels import TileLayout, tile_layout
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -47,6 +47,7 @@ class RolePlan:
     Attributes:
         num_exchanged: number of data-parallel groups whose samples the role processes in one batch.
         num_experts: networks of the role; each sample goes through one of them.
+        tile_layout: tiles of the tokens, in which sequence ranks share them.
         sparse: key tiles that a query tile reads at the end of the schedule; None for dense attention.
         segmentation: the segments of a causal role's videos; None for other roles.
         graph: bytes of the activations stored for the backward.
@@ -57,6 +58,7 @@ class RolePlan:
     architecture: DiTConfig
     degrees: Degrees
     method: Method
+    tile_layout: TileLayout
     shards: TokenShards
     num_exchanged: int
     states: States
@@ -319,6 +321,7 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
         architecture=architecture,
         degrees=degrees,
         method=choose_method(heads, degrees.sequence, degrees.tensor, parallelism.sequence_method),
+        tile_layout=layout_of_tokens,
         shards=TokenShards.of(layout_of_tokens, 1) if sequence is None else sequence.shards(layout_of_tokens),
         num_exchanged=degrees.model_parallel // layout.default.model_parallel,
         states=memory.states(role.network, has_ema=bool(config.ema.decay) and config.ema.role == role.name),
