@@ -249,9 +249,9 @@ class SparseAttentionConfig:
     """Neighbouring query tiles that share one list of key tiles. 2 uses the tensor cores better and differs slightly
     from the published method."""
     tile: Literal["auto"] | Tile = younger("auto", before=FIRST_TILE)
-    """Tokens of a tile along (frames, height, width), at most 128 together. auto takes the tile that sparse weights were
-    trained with ([4, 4, 4] where they do not say), and for dense weights the one of [4, 4, 4] and [3, 5, 4] that wastes
-    less on the token grid. A run decides once and writes numbers into its config.toml, checkpoints and exports."""
+    """Tokens of a tile along (frames, height, width), at most 128 together. auto takes the tile that the weights were
+    trained with ([4, 4, 4] if sparse weights do not say), and for dense weights the one of [4, 4, 4] and [3, 5, 4] that
+    wastes less on the token grid. A run decides once and writes numbers into its config.toml, checkpoints, exports."""
 
     def __post_init__(self) -> None:
         check_range(self, "sparsity", least=0, below=1)
