@@ -1,4 +1,5 @@
-"""The planner's states against what real gloo ranks hold after one optimizer step, for every kind of layout."""
+"""The planner's states and encoders against what real gloo ranks hold after one optimizer step, for every kind of
+layout."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from runs import REPOSITORY, tiny_argv
 
+from titan_distill.models.base import EncoderMemory
 from titan_distill.planner.memory import States
 
 TOLERANCE = 0.02
@@ -19,7 +21,8 @@ PROBE = """
 import json, os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from titan_distill import roles, train
+from titan_distill import roles, train, trainer
+from titan_distill.models.wan import text_encoder
 
 def held(tensors):
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
@@ -47,6 +50,21 @@ def assemble(*args, real=train.assemble):
 
 roles.RoleHandle.step, train.assemble = step, assemble
 folder, *argv = sys.argv[1:]
+
+def released(self, real=text_encoder.TextEncoder.release):
+    found["released"] = real(self)
+    return found["released"]
+
+def run(self, real=trainer.Trainer.run):
+    finished = real(self)
+    encoders = self.adapter.encoders
+    weights = [*encoders.vae.parameters()]
+    if "_model" in vars(encoders.text):
+        weights += encoders.text._model.parameters()
+    found["encoders"] = held(weights)
+    return finished
+
+text_encoder.TextEncoder.release, trainer.Trainer.run = released, run
 code = train.main(argv)
 Path(folder, f"rank{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
 sys.exit(code)
@@ -60,7 +78,8 @@ from titan_distill.planner.hardware import GPUS
 from titan_distill.commands.plan import planner
 with planner(int(sys.argv[1]), GPUS["H100"]) as planned:
     plan = planned.plan(load_config(sys.argv[2:]))
-print(json.dumps({name: dataclasses.asdict(role.states) for name, role in plan.roles.items()}))
+states = {name: dataclasses.asdict(role.states) for name, role in plan.roles.items()}
+print(json.dumps([states, dataclasses.asdict(plan.encoders)]))
 """
 
 LAYOUTS = {
@@ -71,12 +90,13 @@ LAYOUTS = {
 }
 
 
-def planned(num_ranks: int, arguments: list[str]) -> dict[str, States]:
+def planned(num_ranks: int, arguments: list[str]) -> tuple[dict[str, States], EncoderMemory]:
     done = subprocess.run(
         [sys.executable, "-c", PLAN, str(num_ranks), *arguments],
         cwd=REPOSITORY, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return {name: States(**sizes) for name, sizes in json.loads(done.stdout.splitlines()[-1]).items()}
+    states, encoders = json.loads(done.stdout.splitlines()[-1])
+    return {name: States(**sizes) for name, sizes in states.items()}, EncoderMemory(**encoders)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +106,7 @@ def planned(num_ranks: int, arguments: list[str]) -> dict[str, States]:
         for name in LAYOUTS
     ],
 )
-def test_states_are_what_ranks_hold(layout: str, tmp_path: Path) -> None:
+def test_states_and_encoders_are_what_ranks_hold(layout: str, tmp_path: Path) -> None:
     num_ranks, overrides = LAYOUTS[layout]
     few = ("--training.steps", "1", "--training.local_batch_size", "1", "--checkpoint.enabled", "false")
     arguments = tiny_argv("dmd2", tmp_path / "run", *few, *overrides)
@@ -98,12 +118,18 @@ def test_states_are_what_ranks_hold(layout: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
-    plan = planned(num_ranks, arguments)
+    plan, encoders = planned(num_ranks, arguments)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
     for role, expected in plan.items():
         for kind in ("parameters", "gradients", "optimizer", "ema"):
             held = [rank[role][kind] for rank in ranks]
             assert getattr(expected, kind) == pytest.approx(held[0], rel=TOLERANCE), f"{role}: {kind} on rank 0"
             assert max(held) <= held[0], f"{role}: {kind} is larger on another rank than on rank 0"
+    if "bfloat16" not in overrides:  # a CPU's VAE is fp32
+        for rank in ranks:
+            assert encoders.held == pytest.approx(rank["encoders"], rel=TOLERANCE)
+        # Rank 0 has encoded the negative prompt; no rank validates.
+        assert encoders.released == pytest.approx(ranks[0]["released"], rel=TOLERANCE)
+        assert ranks[1]["released"] == 0
     assert plan["student"].gradients > 0
     assert plan["teacher"].gradients == 0

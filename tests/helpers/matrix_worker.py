@@ -37,7 +37,6 @@ from titan_distill.resolve import resolve
 from titan_distill.train import assemble
 from titan_distill.trainer import Trainer
 
-
 ALL_REDUCES = list(inspect.signature(_fsdp_param_group.foreach_reduce).parameters).index("all_reduce_grads")
 
 
