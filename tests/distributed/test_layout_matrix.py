@@ -144,7 +144,7 @@ DENSE_ROWS = (
         "student tensor 2, data fsdp 2", 2, f"{STUDENT}tensor 2", local_batch=2,
         methods=DMD2, nightly=FINETUNE + SELF_FORCING,
     ),
-    Row("fsdp 2, accumulation 2", 2, "", local_batch=1, forwards=2, methods=DMD2, nightly=FINETUNE),
+    Row("fsdp 2, accumulation 2", 2, "", local_batch=1, forwards=2, methods=FINETUNE, nightly=DMD2),
     Row(
         "fsdp 2, accumulation 2, every", 2, EVERY, local_batch=1, forwards=2,
         methods=DMD2, nightly=(*FINETUNE, *SELF_FORCING, "rcm", "dmd2_gan", "a14b"),
@@ -155,7 +155,7 @@ DENSE_ROWS = (
     ),
     Row(
         "cpu offload, fsdp 2, accumulation 2, every", 2, f"{P}cpu_offload {EVERY}", local_batch=1, forwards=2,
-        methods=FINETUNE, nightly=DMD2,
+        methods=(), nightly=FINETUNE + DMD2,
     ),
     Row(
         "tensor 2, accumulation 4, every", 2, f"{P}tensor 2 {EVERY}", local_batch=1, forwards=4,

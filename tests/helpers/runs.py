@@ -60,9 +60,14 @@ def allocated_peak(run: Callable[[], object]) -> int:
     """The most bytes that torch has allocated on the CPU at once in a call, above those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
+    return max(accumulate(allocations(recorded)))
+
+
+def allocations(recorded: profile) -> list[int]:
+    """Bytes that torch has allocated on the CPU (freed where negative), in order of time."""
     assert recorded.profiler is not None
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def run_ranks(num_ranks: int, arguments: Sequence[str], timeout: float = 120) -> None:

@@ -64,3 +64,22 @@ def test_the_factors_of_the_batch_multiply_to_the_global_batch_size(described: t
 def test_one_process_that_needs_a_process_group_is_unsharded_all_the_same() -> None:
     assert layout(Degrees(), cpu_offload=False) == "unsharded"
     assert layout(Degrees(), cpu_offload=True) == "unsharded, offloaded to the CPU"
+
+
+def test_memory_settings_show_where_they_act(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    argv = [
+        "--job.config_file", "train_configs/tiny_wan_dmd2.toml", "--job.dry_run",
+        "--training.global_batch_size", "16", "--training.local_batch_size", "2",
+        "--training.reduce_gradients", "every", "--parallelism.exchange_groups", "in_turn",
+        "--roles.teacher.parallelism.tensor", "4",
+    ]  # fmt: skip
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  batch ") and line.endswith("gradients reduced after each") for line in lines)
+    assert [
+        role for role in ROLES if any(line.startswith(f"  {role:<9} ") and "at a time" in line for line in lines)
+    ] == ["teacher"]

@@ -309,6 +309,15 @@ ERRORS = [
     (["--parallelism.sequence", "0"], {}, ["parallelism.sequence = 0 is out of range"]),
     (["--parallelism.tensor", "2", "--parallelism.async_tensor"], {}, ["async_tensor = true", "compile.enabled"]),
     (["--parallelism.token_region"], {}, ["token_region = true has no effect with tensor = 1"]),
+    (["--training.reduce_gradients", "first"], {}, ["training.reduce_gradients = 'first'", "'last'", "'every'"]),
+    (
+        ["--parallelism.exchange_groups", "in_turn"], {},
+        ["parallelism.exchange_groups = 'in_turn' has no effect", "sequence × tensor = 1", "set it to 'all'"],
+    ),
+    (
+        ["--roles.teacher.parallelism.tensor", "2", "--roles.student.parallelism.exchange_groups", "in_turn"], {},
+        ["roles.student.parallelism.exchange_groups = 'in_turn' has no effect", "this role", "set it to 'all'"],
+    ),
     (["--roles.student.parallelism.tensor", "0"], {}, ["roles.student.parallelism.tensor = 0 is out of range"]),
     (["--roles.student.parallelism.tensors", "2"], {}, ["did you mean roles.student.parallelism.tensor?"]),
     (["--roles.student.parallelism.async_tensor"], {}, ["command line: ", "async_tensor is not known; the keys of"]),

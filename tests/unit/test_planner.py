@@ -29,6 +29,8 @@ from titan_distill.planner import memory
 from titan_distill.planner.communication import Links, Weights, token_transfers, weight_transfers
 from titan_distill.planner.hardware import GPUS
 from titan_distill.planner.memory import LocalForward
+from titan_distill.planner.plan import Plan
+from titan_distill.planner.suggestions import changes, describe
 
 TINY_TOKENS, TINY_TEXT = 5 * 6 * 6, 64
 EIGHT_GPUS = REPOSITORY / "train_configs" / "wan14b_to_1.3b_8gpu.toml"
@@ -126,6 +128,68 @@ def test_peak_of_a_training_step_is_what_was_planned(mode: str, dtype: torch.dty
     assert planned / 1.17 <= measured <= 1.02 * planned
 
 
+NUM_1_3B = 1_418_996_800
+"""Parameters of the 1.3B network."""
+
+
+def plan_of_8(*overrides: str) -> Plan:
+    with planner(8, GPUS["H100"]) as planned:
+        return planned.plan(load_config(["--job.config_file", str(EIGHT_GPUS), *overrides]))
+
+
+def test_gradients_are_whole_until_the_last_micro_batch_or_sharded() -> None:
+    """fp32 gradients of the 1.3B student: whole in all micro-batches but the last, or one eighth in each of them."""
+    several = ("--training.global_batch_size", "32", "--training.local_batch_size", "1")
+    last, every = plan_of_8(*several), plan_of_8(*several, "--training.reduce_gradients", "every")
+    assert last.roles["student"].accumulated == every.roles["student"].accumulated
+    found = last.roles["student"].accumulated
+    assert found["last"] == pytest.approx(4 * NUM_1_3B, rel=0.02)
+    assert found["every"] == pytest.approx(4 * NUM_1_3B / 8, rel=0.02)
+    assert last.peak - every.peak == pytest.approx(found["last"] - found["every"])
+    sent = [
+        sum(t.bytes_sent for phase in plan.phases for t in phase.transfers if t.collective.endswith("reduce-scatter"))
+        for plan in (last, every)
+    ]
+    assert sent[1] == pytest.approx(4 * sent[0])
+    once = plan_of_8("--training.global_batch_size", "8", "--training.local_batch_size", "1")
+    assert once.roles["student"].accumulated["last"] == found["every"]
+
+
+def test_an_exchange_in_turn_has_the_working_set_of_one_group() -> None:
+    teacher = "--roles.teacher.parallelism."
+    wide = (f"{teacher}tensor", "8", f"{teacher}cpu_offload", "false")
+    together, in_turn = plan_of_8(*wide), plan_of_8(*wide, f"{teacher}exchange_groups", "in_turn")
+    first, second = together.roles["teacher"], in_turn.roles["teacher"]
+    assert first.exchanged == second.exchanged
+    assert (first.temporary, second.temporary) == (first.exchanged["all"], first.exchanged["in_turn"])
+    weights = first.weights.lasting + first.weights.passing
+    # Rotary phases do not grow with the batch.
+    assert second.temporary - weights == pytest.approx((first.temporary - weights) / 8, rel=0.02)
+    assert sum(p.executed_flops for p in together.phases) == sum(p.executed_flops for p in in_turn.phases)
+    gathers = [
+        sum(t.bytes_sent for phase in plan.phases if phase.passes.role == "teacher" for t in phase.transfers
+            if t.collective == "tokens, tensor all-reduce")
+        for plan in (together, in_turn)
+    ]  # fmt: skip
+    assert gathers[0] == pytest.approx(gathers[1])
+
+
+def test_a_plan_that_does_not_fit_names_the_settings_that_would_help() -> None:
+    teacher = "--roles.teacher.parallelism."
+    argv = [
+        "--job.config_file", str(EIGHT_GPUS), f"{teacher}tensor", "8", f"{teacher}cpu_offload", "false",
+        "--training.global_batch_size", "64", "--training.local_batch_size", "4",
+    ]  # fmt: skip
+    with planner(8, GPUS["H100"]) as planned:
+        config = load_config(argv)
+        offered = [describe(change) for change in changes(config, planned.plan(config))]
+        config = load_config([*argv, "--training.reduce_gradients", "every", f"{teacher}exchange_groups", "in_turn"])
+        left = [describe(change) for change in changes(config, planned.plan(config))]
+    own = ['training.reduce_gradients = "every"', 'roles.teacher.parallelism.exchange_groups = "in_turn"']
+    assert offered[:2] == own
+    assert not set(own) & set(left)
+
+
 def test_less_is_kept_where_more_is_recomputed() -> None:
     forward = LocalForward(FLAVORS["1.3B"], 1, 32_760, 512)
     kept = [memory.graph(forward, MODES[mode]) for mode in ("full", "selective", "none")]
@@ -140,11 +204,11 @@ def test_less_is_kept_where_more_is_recomputed() -> None:
 def test_weights_are_gathered_twice_where_they_are_freed_between() -> None:
     weights = Weights(blocks=(100, 100, 100), root=50, compute_bytes=2, reshards=True)
     links = Links(Degrees(dp_replicate=2, dp_shard=4), GPUS["H100"])
-    gather, reduce, replicas = weight_transfers(weights, links, backward=True, reduces=1.0)
+    gather, reduce, replicas = weight_transfers(weights, links, backward=True, scatters=4.0, sums_replicas=1.0)
     assert gather.bytes_sent == 2 * (350 + 200) * 3 / 4  # the last block and the root stay
-    assert reduce.bytes_sent == 4 * 350 * 3 / 4
+    assert reduce.bytes_sent == 4 * (4 * 350 * 3 / 4)
     assert replicas.bytes_sent == 2 * (4 * 350 / 4) * 1 / 2
-    (gather,) = weight_transfers(weights, links, backward=False, reduces=1.0)
+    (gather,) = weight_transfers(weights, links, backward=False, scatters=4.0, sums_replicas=1.0)
     assert gather.bytes_sent == 2 * 350 * 3 / 4
 
 

@@ -32,6 +32,7 @@ def banner(
     """
     training = config.training
     num_groups = training.global_batch_size // (num_micro_batches * training.local_batch_size)
+    reduced = ", gradients reduced after each" if training.reduce_gradients == "every" and num_micro_batches > 1 else ""
     return "\n".join(
         [
             f"{config.job.name}: {config.recipe.method} on {config.recipe.family}, {training.steps} steps, "
@@ -40,7 +41,7 @@ def banner(
             f"{_counted(torch.get_num_threads(), 'thread')} per rank, torch {torch.__version__}",
             f"  batch     {_counted(training.global_batch_size, 'sample')} = "
             f"{_counted(num_groups, 'data-parallel group')} × "
-            f"{_counted(num_micro_batches, 'micro-batch', 'es')} × {training.local_batch_size}",
+            f"{_counted(num_micro_batches, 'micro-batch', 'es')} × {training.local_batch_size}{reduced}",
             *(f"  {role.name:<9} {_describe(config, role, degrees[role.name], world.device)}" for role in roles),
             f"  data      {config.data.path}",
             f"  output    {config.job.output_folder}",
@@ -75,6 +76,8 @@ def _describe(config: Config, handle: RoleHandle, degrees: Degrees, device: torc
         layout(degrees, cpu_offload=config.roles[name].parallelism.cpu_offload),
         "head" if role.flavor == HEAD_FLAVOR else _attention(config, role.attention, module, device, role.trainable),
     ]
+    if role.parallelism.exchange_groups == "in_turn" and degrees.model_parallel > config.parallelism.model_parallel:
+        facts.append("one data group at a time")
     if len(handle.modules) > 1:
         facts.append(f"{len(handle.modules)} experts")
     if role.lora.enabled:
