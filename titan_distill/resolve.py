@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from titan_distill.checkpoint.initial_weights import resolve_reference
+from titan_distill.checkpoint.resuming import follow_tiles
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import RunLayout, resolve_layout
 from titan_distill.config.loading import check_paths, in_one_sentence
@@ -41,6 +42,7 @@ def resolve(config: Config, world_size: int, *, without_files: bool = False) -> 
     `without_files` looks for no weights and no data, as a plan or a dry run needs none. Raises ConfigError, which names
     the configuration file, for a layout, a path or a reference that does not work.
     """
+    config = config if without_files else follow_tiles(config)
     with in_one_sentence(config.job.config_file or COMMAND_LINE):
         layout = resolve_layout(config, world_size)
         if not without_files:

@@ -21,6 +21,9 @@ import torch
 
 Grid = tuple[int, int, int]
 DEFAULT_TILE: Grid = (4, 4, 4)
+"""Tile of published sparse weights."""
+TILES: tuple[Grid, ...] = (DEFAULT_TILE, (3, 5, 4))
+"""Tiles that `best_tile` chooses from. Both fit a block of 64 tokens; the second divides 21 frames of 480p and 720p."""
 
 # Each entry holds two int64 vectors (1.2 MB at 75,600 tokens). Training, validation and a second resolution are in use
 # at once at most, so a short memory is enough and an old grid's tensors go away by themselves.
@@ -102,6 +105,21 @@ def tile_grid(grid: Grid, tile: Grid = DEFAULT_TILE) -> Grid:
     """Return the tiles along (frames, height, width) that cover `grid`, ragged ones included."""
     frames, height, width = (-(-size // step) for size, step in zip(grid, tile, strict=True))
     return frames, height, width
+
+
+def useful_share(grid: Grid, tile: Grid = DEFAULT_TILE) -> float:
+    """Return the share of the fine branch's products that valid token pairs need, if tiles are chosen equally often.
+
+    The kernels multiply whole blocks and mask the rest: a tile takes the rows of the next power of two, at least 16.
+    The share is (tokens / (tiles x rows))², for queries and keys.
+    """
+    rows = max(16, 1 << (math.prod(tile) - 1).bit_length())
+    return (math.prod(grid) / (math.prod(tile_grid(grid, tile)) * rows)) ** 2
+
+
+def best_tile(grid: Grid) -> Grid:
+    """Return the tile of `TILES` with the larger useful share on `grid`, of equal ones the first."""
+    return max(TILES, key=lambda tile: useful_share(grid, tile))
 
 
 def tile_layout(

@@ -31,6 +31,7 @@ from layout_mutants import MUTANTS
 from mutants import is_caught
 from runs import HELPERS, REPOSITORY, TINY_WAN, largest, read_metrics, record_pairs, run_worker, tiny_argv
 from safetensors.torch import load_file
+from titan_kernels.layout import DEFAULT_TILE
 
 from titan_distill.models.wan.state_dict import WEIGHTS_NAME, read_config, save_folder
 
@@ -67,13 +68,17 @@ class Row:
     """Methods that are left to the nightly tier: by the rows around it, this one says little with them."""
     mutant: str | None = None
     sparse: bool = False
+    tile: tuple[int, int, int] = DEFAULT_TILE
 
     @property
     def reference(self) -> Row:
+        if self.tile != DEFAULT_TILE:
+            return SHORT_REFERENCE
         return SPARSE_REFERENCE if self.sparse else REFERENCE
 
     def arguments(self, method: str, output: Path) -> list[str]:
-        sparse = ("--roles.student.path", str(output.parent / SPARSE_WEIGHTS), *SPARSE) if self.sparse else ()
+        weights, tile = output.parent / SPARSE_WEIGHTS[self.tile], ("--sparse_attention.tile", str(list(self.tile)))
+        sparse = ("--roles.student.path", str(weights), *SPARSE, *tile) if self.sparse else ()
         return tiny_argv(
             method, output,
             "--training.steps", str(num_steps(method)), "--checkpoint.enabled", "false",
@@ -109,8 +114,10 @@ SPARSE = (
     "--roles.student.attention", "sparse", "--sparse_attention.sparsity", "0.75",
     "--sparse_attention.schedule_rate", "0.25", "--sparse_attention.crossover", "0.2",
 )  # fmt: skip
-SPARSE_WEIGHTS = "sparse_wan"
+SHORT_TILE = (3, 5, 4)
+SPARSE_WEIGHTS = {DEFAULT_TILE: "sparse_wan", SHORT_TILE: "sparse_wan_3x5x4"}
 SPARSE_REFERENCE = Row("one process, sparse", 1, "", sparse=True)
+SHORT_REFERENCE = Row("one process, 3 × 5 × 4", 1, "", methods=(), nightly=FINETUNE, sparse=True, tile=SHORT_TILE)
 CHECKPOINT = "--activation_checkpoint.mode "
 DENSE_ROWS = (
     Row("accumulation 4", 1, "", local_batch=1, forwards=4, methods=DMD2, nightly=FINETUNE),
@@ -238,6 +245,11 @@ ROWS = (
         )
         for row in DENSE_ROWS
     ),
+    *(
+        replace(row, name=f"3 × 5 × 4, {row.name}", methods=(), nightly=FINETUNE, tile=SHORT_TILE)
+        for row in SPARSE_ROWS
+        if row.methods == FINETUNE
+    ),
 )  # fmt: skip
 MUTATED = (
     Row("mutant: noise keyed by rank", 2, f"{P}sequence 2", methods=FINETUNE, mutant="noise_keyed_by_rank"),
@@ -284,7 +296,8 @@ class Differences:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where rows write: each its run, and its weights at the end."""
     folder = tmp_path_factory.mktemp("matrix")
-    _open_gates(folder / SPARSE_WEIGHTS)
+    for tile, name in SPARSE_WEIGHTS.items():
+        _open_gates(folder / name, tile)
     record_pairs(folder / "pairs", num_pairs=GLOBAL_BATCH, num_steps=4)
     return folder
 
@@ -302,7 +315,7 @@ def trained(folder: Path) -> Run:
         rows = [
             {"name": _file_name(row, method), "arguments": row.arguments(method, folder / _file_name(row, method)),
              "mutant": row.mutant}
-            for row in (REFERENCE, SPARSE_REFERENCE, *ROWS, *MUTATED) if row.ranks == num_ranks
+            for row in (REFERENCE, SPARSE_REFERENCE, SHORT_REFERENCE, *ROWS, *MUTATED) if row.ranks == num_ranks
             for method in (row.nightly if nightly else row.methods)
         ]  # fmt: skip
         _launch(f"{num_ranks}{'-nightly' * nightly}", num_ranks, rows, folder)
@@ -321,10 +334,10 @@ def compare(trained: Run) -> Compare:
     return lambda row, method: _differences(trained(row.reference, method), trained(row, method), num_steps(method))
 
 
-def _open_gates(folder: Path) -> None:
+def _open_gates(folder: Path, tile: tuple[int, int, int]) -> None:
     """The weights of the small Wan as those of a sparse model whose coarse branch counts."""
     dense = TINY_WAN / "transformer"
-    config = replace(read_config(dense), sparse_attention=True)
+    config = replace(read_config(dense), sparse_attention=True, vsa_tile=tile)
     generator = torch.Generator().manual_seed(0)
     gates = {
         f"blocks.{index}.to_gate_compress.{leaf}": 0.02 * torch.randn(shape, generator=generator)
@@ -398,6 +411,14 @@ def test_the_sparse_student_follows_its_schedule_and_trains_another_curve(
         assert abs(other["loss/student"] - line["loss/student"]) > 100 * EXACT * line["loss/student"]
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_another_tile_trains_another_curve(trained: Run) -> None:
+    whole, short = (read_metrics(trained(row, "finetune")) for row in (SPARSE_REFERENCE, SHORT_REFERENCE))
+    for line, other in zip(whole[1:], short[1:], strict=True):
+        assert abs(other["loss/student"] - line["loss/student"]) > 10 * EXACT * line["loss/student"]
+
+
 @pytest.mark.parametrize("row", MUTATED, ids=[row.mutant for row in MUTATED])
 def test_the_matrix_catches(compare: Compare, row: Row) -> None:
     (method,) = row.methods
@@ -419,7 +440,8 @@ A layout does not change training: in fp32 the differences are rounding. For eac
 the same weights with this layout and on one process, and compares the two: {STEPS} steps of {GLOBAL_BATCH} samples per
 step for dmd2 and finetune, {num_steps("kd")} steps for other methods. The one process always computes in fp32, so the
 rows bf16 and float8 show the rounding of these types. The sparse rows are compared with one process whose student is
-sparse, too.
+sparse, too. Nightly tests repeat them with tiles of 3 × 5 × 4 tokens, against one process with such tiles, within the
+same bounds.
 
 The columns hold the largest relative differences: of losses and of gradient norms over all roles and steps, and of all
 final parameters together (L2). The last column is the largest difference that the test allows.

@@ -269,6 +269,14 @@ ERRORS = [
     ([*SPARSE, "--sparse_attention.sparsity", "1"], {}, ["sparse_attention.sparsity = 1.0 is out of range"]),
     ([*SPARSE, "--sparse_attention.crossover", "1.1"], {}, ["sparse_attention.crossover = 1.1 is out of range"]),
     ([*SPARSE, "--sparse_attention.tiles_per_list", "3"], {}, ["tiles_per_list = 3 is out of range; choose"]),
+    ([*SPARSE, "--sparse_attention.tile", "3,5,0"], {}, ["sparse_attention.tile = (3, 5, 0) is out of range; choose"]),
+    ([*SPARSE, "--sparse_attention.tile", "3,5,9"], {}, ["sparse_attention.tile = [3, 5, 9] has 135 tokens", "128"]),
+    ([*SPARSE, "--sparse_attention.tile", "3,5"], {}, ["has 2 items but must be a list of 3"]),
+    ([*SPARSE, "--sparse_attention.tile", "3,5,x"], {}, ['sparse_attention.tile[2] = "x" must be an integer']),
+    ([*SPARSE, "--sparse_attention.tile", "best"], {}, ['tile = "best" must be "auto" or a list of 3: an integer']),
+    ([*SPARSE, "--sparse_attention.tile"], {}, ['sparse_attention.tile must be "auto" or a list of 3']),
+    (["--sparse_attention.tile", "3,5,4"], {}, ["sparse_attention.tile = (3, 5, 4) has no effect, because no role"]),
+    (["--roles.student.tile", "3,5,4"], {}, ["roles.student.tile = (3, 5, 4) has no effect with attention"]),
     ([*SPARSE, "--sparse_attention.schedule_interval", "2"], {}, ["schedule_interval = 2 has no effect with"]),
     ([*SPARSE, "--sparse_attention.schedule_rate", "0.95"], {}, ["schedule_rate = 0.95 is more than sparsity = 0.9"]),
     (["--optimizer.betas", "0.9"], {}, ["has 1 items but must be a list of 2"]),
@@ -419,7 +427,8 @@ def test_resolved_file_reads_back(load: Callable[..., Config], tmp_path: Path) -
 
 def test_sparse_attention_reads_back(load: Callable[..., Config], tmp_path: Path) -> None:
     values = {"sparsity": 0.8, "schedule_rate": 0.05, "schedule_interval": 3, "crossover": 0.25, "tiles_per_list": 2}
-    given = [text for key, value in values.items() for text in (f"--sparse_attention.{key}", str(value))]
+    values["tile"] = (3, 5, 4)
+    given = [text for key, value in values.items() for text in (f"--sparse_attention.{key}", str(value).strip("()"))]
     config = load(*SPARSE, *given)
     resolved = tmp_path / "resolved.toml"
     resolved.write_text(to_toml(config))

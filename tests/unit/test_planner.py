@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -30,6 +31,7 @@ from titan_distill.planner.communication import Links, Weights, token_transfers,
 from titan_distill.planner.hardware import GPUS
 from titan_distill.planner.memory import LocalForward
 from titan_distill.planner.plan import Plan
+from titan_distill.planner.report import token_table
 from titan_distill.planner.suggestions import changes, describe
 
 TINY_TOKENS, TINY_TEXT = 5 * 6 * 6, 64
@@ -322,6 +324,22 @@ def test_wrong_layouts_are_told_in_one_sentence(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert all(part in line for part in expected), line
+
+
+def test_the_tokens_table_shows_each_roles_tile() -> None:
+    argv = ["--job.config_file", str(REPOSITORY / "train_configs" / "tiny_wan_dmd2_sparse.toml")]
+    sizes = ["--pipeline_config.num_frames", "9", "--pipeline_config.height", "160", "--pipeline_config.width", "64"]
+    with planner(1, GPUS["H100"]) as planned:
+        for tile, shown in (("auto", ["3 × 5 × 4", "2", "0", "0.879"]), ("4,4,4", ["4 × 4 × 4", "3", "3", "0.391"])):
+            # The planner builds a role once, so each plan has one of its own.
+            planned._built.clear()
+            plan = planned.plan(load_config([*argv, *sizes, "--sparse_attention.tile", tile]))
+            lines = token_table(plan).splitlines()
+            assert lines[0] == "TOKENS   3 × 10 × 4 = 120 tokens"
+            rows = {line.split()[0]: re.split(r"  +", line.strip()) for line in lines[1:-1]}
+            assert rows["role"][-4:] == ["tile", "tiles", "ragged", "useful share"]
+            assert rows["student"][-4:] == shown
+            assert rows["teacher"][-3:] == ["4 × 4 × 4", "3", "3"]
 
 
 def test_every_question_has_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import toy_family
+from titan_kernels.layout import DEFAULT_TILE
 from toy_run import ASSETS, JOBS, METHODS, toy_trainer
 
 from titan_distill import registry, train
@@ -21,6 +22,7 @@ from titan_distill.config.changes import changes
 from titan_distill.config.config import Config
 from titan_distill.config.loading import help_text, load_config
 from titan_distill.config.resume import FREE, LOGGED, REFUSED, on_resume
+from titan_distill.config.sections import FIRST_TILE
 from titan_distill.config.text import field_types, fields_of, to_dict
 from titan_distill.methods.base import method_class
 from titan_distill.trainer import Trainer
@@ -38,7 +40,8 @@ method_config.guidance_scale method_config.denoising_steps method_config.fake_gu
 validation.seed validation.num_prompts sparse_attention.sparsity float8.enabled data.path pipeline_config.flow_shift"""
 REFUSED_KEYS = """job.seed training.global_batch_size recipe.method recipe.family optimizer.name roles.student.flavor
 roles.student.attention roles.student.trainable roles.student.dtype roles.student.lora.rank ema.role
-method_config.update_ratio method_config.discriminator_depths pipeline_config.num_frames"""
+method_config.update_ratio method_config.discriminator_depths pipeline_config.num_frames sparse_attention.tile
+roles.student.tile"""
 
 
 def toy_config(job: str, *overrides: str) -> Config:
@@ -97,6 +100,16 @@ def test_another_value_of_any_key_is_one_change_with_its_word(job: str) -> None:
         present = [key for key in keys.split() if job == "wan" or not key.startswith("pipeline_config.")]
         assert {key: words[key] for key in present if words.get(key, word) != word} == {}
         assert job != "wan" or set(present) <= words.keys()
+
+
+def test_a_checkpoint_of_before_the_tile_had_the_published_one() -> None:
+    overrides = ("--roles.student.attention", "sparse", "--sparse_attention.tile")
+    for tile, changed in (("4,4,4", []), ("3,5,4", ["sparse_attention.tile"])):
+        config = load_config([*WAN, *overrides, tile])
+        saved = saved_config(config)
+        del saved["sparse_attention"]["tile"]
+        assert [change.key for change in changes(saved, config)] == changed
+    assert FIRST_TILE == DEFAULT_TILE
 
 
 def test_the_help_says_the_words() -> None:

@@ -1,10 +1,13 @@
 """Tile order: a permutation, whole tiles in runs, ragged edges, and a cache that training and planning can share."""
 
 import itertools
+import re
 
 import pytest
 import torch
+from runs import REPOSITORY
 from titan_kernels import tile_layout
+from titan_kernels.layout import DEFAULT_TILE, best_tile, useful_share
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 GRIDS = [(1, 1, 1), (4, 4, 4), (8, 4, 12), (5, 6, 6), (3, 5, 7), (9, 2, 11)]
@@ -90,3 +93,39 @@ def test_tiles_of_a_run_joined(run, join):
 def test_impossible_runs_of_tiles_are_refused(run, join):
     with pytest.raises(ValueError, match="contiguous part of the layout's 8 tiles"):
         tile_layout((5, 6, 6)).tiles(run, join)
+
+
+def valid_share(grid, tile, rows):
+    """From the lengths of the tiles: pairs of valid tokens over pairs of whole blocks, all tiles listed."""
+    length = tile_layout(grid, tile).length.double()
+    return (length.sum() ** 2 / (rows * len(length)) ** 2).item()
+
+
+def test_the_page_has_the_useful_shares():
+    page = (REPOSITORY / "docs" / "kernels.md").read_text(encoding="utf-8").split("## The tile")[1].split("\n## ")[0]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
+    numbers = [tuple(map(int, re.findall(r"\d+", cell)))[:3] for cell in header[1:]]
+    assert numbers == [(4, 4, 4), (3, 5, 4), (7, 3, 3), (2, 8, 8)]
+    assert [row[0].split(" (")[0] for row in rows] == ["21 × 30 × 52", "21 × 45 × 80", "31 × 22 × 40"]
+    for name, *cells in rows:
+        grid = tuple(map(int, re.findall(r"\d+", name)))[:3]
+        for tile, cell in zip(numbers, cells, strict=True):
+            share = valid_share(grid, tile, 128 if tile == (2, 8, 8) else 64)
+            assert useful_share(grid, tile) == pytest.approx(share, rel=1e-12) == pytest.approx(float(cell), abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("grid", "tile"),
+    [
+        ((21, 30, 52), (3, 5, 4)),
+        ((21, 45, 80), (3, 5, 4)),
+        ((31, 22, 40), (4, 4, 4)),
+        ((16, 28, 52), (4, 4, 4)),
+        ((3, 10, 4), (3, 5, 4)),
+        ((5, 6, 6), (4, 4, 4)),  # both have 8 tiles
+        ((1, 1, 1), (4, 4, 4)),
+    ],
+)
+def test_the_better_tile_of_two(grid, tile):
+    assert best_tile(grid) == tile
+    assert useful_share(grid, tile) >= max(useful_share(grid, other) for other in (DEFAULT_TILE, (3, 5, 4)))

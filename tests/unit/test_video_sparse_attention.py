@@ -61,6 +61,29 @@ def test_definition_for_many_heads_other_tiles_and_an_odd_head_dim():
     check(video_sparse_attention, RAGGED, 2, torch.bfloat16, head_dim=80)
 
 
+TILES = ((4, 4, 4), (3, 5, 4), (7, 3, 3), (2, 8, 8))
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("ragged", [False, True], ids=["whole", "ragged"])
+def test_definition_for_every_tile(tile, ragged):
+    grid = tuple(size * (2 - ragged) + 1 * ragged for size in tile)
+    check(video_sparse_attention, grid, 3, torch.float32, heads=1, tile=tile)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("attention", PUBLIC.values(), ids=PUBLIC)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("scale", [0.1, 1, 7, 50])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_definition_for_every_tile_scale_and_dtype(tile, scale, dtype, attention):
+    for more in ((0, 0, 0), (1, 0, 0), (0, 1, -1), (1, 2, 1)):
+        grid = tuple(2 * size + extra for size, extra in zip(tile, more))
+        num_tiles = tile_layout(grid, tile).num_tiles
+        for topk in (1, 1 + num_tiles // 2, num_tiles):
+            check(attention, grid, topk, dtype, heads=1, head_dim=64, scale=scale, tile=tile)
+
+
 @pytest.mark.parametrize("attention", PUBLIC.values(), ids=PUBLIC)
 def test_gradients_are_the_derivatives(attention):
     layout = tile_layout((3, 3, 5), (2, 2, 4))

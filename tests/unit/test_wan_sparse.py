@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from titan_kernels import reference, tile_layout
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from titan_distill.attention.causal import Segmentation
 from titan_distill.attention.dense import AttentionCall
 from titan_distill.attention.sparse import SparseAttention
 from titan_distill.config.sections import SparseAttentionConfig
 from titan_distill.models.wan.config import FLAVORS, WanConfig
+from titan_distill.models.wan.features import block_outputs
 from titan_distill.models.wan.state_dict import WEIGHTS_NAME, load_weights, read_config, save_folder
 from titan_distill.models.wan.transformer import WanTransformer
 
@@ -81,9 +84,9 @@ def test_sparsity_and_gates_change_the_velocity() -> None:
         assert relative(model_of(SPARSE, core(sparsity), gate)(*inputs()), dense) > 1e-3
 
 
-@pytest.mark.parametrize("tiles_per_list", [1, 2])
-def test_the_first_block_attends_as_the_twin_says(tiles_per_list: int) -> None:
-    model = model_of(SPARSE, core(0.5, tiles_per_list=tiles_per_list), gate=0.1)
+@pytest.mark.parametrize(("tiles_per_list", "tile"), [(1, (4, 4, 4)), (2, (4, 4, 4)), (1, (3, 5, 4)), (1, (2, 8, 8))])
+def test_the_first_block_attends_as_the_twin_says(tiles_per_list: int, tile: tuple[int, int, int]) -> None:
+    model = model_of(replace(SPARSE, vsa_tile=tile), core(0.5, tiles_per_list=tiles_per_list), gate=0.1)
     attention, seen = model.blocks[0].attn1, {}
     attend = attention.attention
 
@@ -95,11 +98,11 @@ def test_the_first_block_attends_as_the_twin_says(tiles_per_list: int) -> None:
     attention.attention = spy
     attention.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     model(*inputs())
-    layout = tile_layout((5, 6, 7))
-    assert seen["num_selected"] == 4 == layout.num_tiles // 2
+    layout = tile_layout((5, 6, 7), tile)
+    assert seen["num_selected"] == math.ceil(layout.num_tiles / 2) > 1
     gate = model.blocks[0].to_gate_compress(seen["x"]).unflatten(-1, (4, 32))
     torch.testing.assert_close(seen["gate"], gate)
-    expected = reference.video_sparse_attention(seen["q"], seen["k"], seen["v"], layout, 4, gate)
+    expected = reference.video_sparse_attention(seen["q"], seen["k"], seen["v"], layout, seen["num_selected"], gate)
     difference = relative(seen["out"], expected)
     assert difference < 1e-6 if tiles_per_list == 1 else 1e-3 < difference < 1
 
@@ -147,7 +150,32 @@ def test_config_and_core_must_agree() -> None:
 
 def test_only_sparse_models_say_so_in_their_config() -> None:
     assert "sparse_attention" not in DENSE.to_diffusers()
-    assert WanConfig.from_diffusers(SPARSE.to_diffusers()) == SPARSE
+    assert "vsa_tile" not in DENSE.to_diffusers()
+    short = replace(SPARSE, vsa_tile=(3, 5, 4))
+    for config in (SPARSE, short):
+        assert WanConfig.from_diffusers(config.to_diffusers()) == config
+    assert short.to_diffusers()["vsa_tile"] == [3, 5, 4]
+    for tile in (5, [3, 5], [3, 5, 0], [3, 5, "4"]):
+        with pytest.raises(ValueError, match="vsa_tile"):
+            WanConfig.from_diffusers(short.to_diffusers() | {"vsa_tile": tile})
+
+
+def test_features_follow_the_tile() -> None:
+    """A mean over all tokens does not depend on their order, each rank's share of them does."""
+    model = model_of(replace(SPARSE, vsa_tile=(3, 5, 4)), core(0.0, crossover=0.5))
+    x, timestep, text = inputs()
+    (found,) = block_outputs(model, [0], x, lambda: model(x, timestep, text))
+    (expected,) = block_outputs(
+        other := model_of(SPARSE, core(0.0, crossover=0.5)), [0], x, lambda: other(x, timestep, text)
+    )
+    layouts = [tile_layout((5, 6, 7), tile) for tile in ((3, 5, 4), (4, 4, 4))]
+    raster = [y[:, layout.inverse] for y, layout in zip((found, expected), layouts, strict=True)]
+    torch.testing.assert_close(*raster, rtol=1e-5, atol=1e-5)
+
+
+def test_a_causal_model_keeps_tiles_of_one_frame() -> None:
+    causal = replace(DENSE, causal_attention=True, vsa_tile=(3, 5, 4))
+    assert WanTransformer(causal, None, Segmentation(1)).tile == (1, 4, 4)
 
 
 @pytest.fixture

@@ -8,14 +8,17 @@ rows.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from titan_distill.checkpoint import discovery
 from titan_distill.checkpoint.manifest import DataRecord, Manifest, read_manifest, verify_sizes
 from titan_distill.config.changes import Change, changes
 from titan_distill.config.config import Config
 from titan_distill.config.resume import LOGGED, REFUSED
+from titan_distill.config.sections import FIRST_TILE, Tile
 
 _ALWAYS_RECORDED = ("job.seed", "recipe.family")
 """Keys that manifests without a configuration have, too."""
@@ -75,6 +78,32 @@ def find_resume(config: Config) -> Resume | None:
             f"training.steps = {config.training.steps}, but {path} has done {manifest.step} already; raise it"
         )
     return Resume(path, manifest, found)
+
+
+def follow_tiles(config: Config) -> Config:
+    """Returns the configuration with the tiles of the checkpoint that `checkpoint.resume_from` names.
+
+    Raises ValueError if there is no such checkpoint, or if a role is to have another tile.
+    """
+    if not (config.checkpoint.resume_from and config.sparse_roles):
+        return config
+    path = discovery.find(config.job.output_folder / "checkpoints", config.checkpoint.resume_from)
+    if path is None:
+        return config
+    saved = read_manifest(path).config or {}
+    found = {name: tile for name in config.sparse_roles if (tile := _saved_tile(saved, name)) is not None}
+    for name, tile in found.items():
+        config.check_tile(name, tile, str(path))
+    return config.with_tiles(found)
+
+
+def _saved_tile(saved: Mapping[str, Any], role: str) -> Tile | None:
+    """Returns the tile of a role in a checkpoint's configuration; None if the role was not there, or not sparse."""
+    if saved and saved["roles"].get(role, {}).get("attention") != "sparse":
+        return None
+    section = saved.get("sparse_attention", {}).get("tile", list(FIRST_TILE))
+    frames, height, width = saved.get("roles", {}).get(role, {}).get("tile") or section
+    return frames, height, width
 
 
 def resumable(path: Path) -> Manifest:

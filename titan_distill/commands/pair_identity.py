@@ -45,7 +45,7 @@ WITHOUT_EFFECT = (
     *("roles.teacher.path", "roles.teacher.init_from", "roles.teacher.flavor"),
 )
 """Keys of the configuration, and tables of them, that change no pair."""
-OF_SPARSE_ATTENTION = ("sparse_attention", "training.steps")
+OF_SPARSE_ATTENTION = ("sparse_attention", "roles.teacher.tile", "training.steps")
 """Keys that count only for a teacher with sparse attention. Its schedule ends with the last step."""
 
 

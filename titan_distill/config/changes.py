@@ -1,7 +1,7 @@
 """Comparison of two configurations: the one that a checkpoint was saved with, and the present one.
 
 The saved one is the plain dict of `text.to_dict`, because the classes that it came from may have changed since. A key
-that it lacks is younger than the checkpoint, which therefore had its default.
+that it lacks is younger than the checkpoint, which therefore had its default, or what `younger` says.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from titan_distill.config.resume import LOGGED, REFUSED, on_resume
+from titan_distill.config.resume import BEFORE, LOGGED, REFUSED, on_resume
 from titan_distill.config.text import default_of, fields_of, to_dict, toml_value
 
 
@@ -56,7 +56,7 @@ def _compare(saved: Mapping[str, Any], present: Mapping[str, Any], config: Any, 
             yield from _compare_roles(saved.get(key, {}), now, value)
         elif field.name in saved and saved[field.name] != now:
             yield Change(key, toml_value(saved[field.name]), toml_value(now), on_resume(field))
-        elif field.name not in saved and value != default_of(field):
+        elif field.name not in saved and value not in (default_of(field), field.metadata.get(BEFORE)):
             yield Change(key, "default", toml_value(now), on_resume(field))
     for name in sorted(saved.keys() - present.keys()):
         yield Change(f"{prefix}{name}", toml_value(saved[name]), "no longer a key", LOGGED)

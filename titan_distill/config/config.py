@@ -7,8 +7,9 @@ family in its `validate`. `resolve.py` makes the checks that need the number of 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from titan_distill.config import sections
 from titan_distill.config.role_sections import OptimizerConfig, ParallelismConfig, RoleConfig
@@ -124,8 +125,37 @@ class Config:
                         "float8.backend to 'torchao'"
                     )
 
+    @property
+    def sparse_roles(self) -> list[str]:
+        """Names of the roles with sparse attention, sorted."""
+        return sorted(name for name, role in self.roles.items() if role.attention == "sparse")
+
+    def tile(self, role: str) -> Literal["auto"] | sections.Tile:
+        """Returns the tile of a role with sparse attention, as configured."""
+        return self.roles[role].tile or self.sparse_attention.tile
+
+    def check_tile(self, role: str, stored: sections.Tile, source: str) -> None:
+        """Raises ValueError if a role is to have another tile than `source` was trained with."""
+        if self.tile(role) not in ("auto", stored):
+            key = f"roles.{role}.tile" if self.roles[role].tile else "sparse_attention.tile"
+            raise ValueError(
+                f"{key} = {list(self.tile(role))}, but {source} was trained with tile = {list(stored)}; set {key} to "
+                f'{list(stored)} or "auto" for roles.{role}, or choose other weights'
+            )
+
+    def with_tiles(self, tiles: Mapping[str, sections.Tile]) -> Config:
+        """Returns the configuration with these tiles of roles, in one form: [sparse_attention] has the first role's,
+        and other roles have their own where it differs."""
+        if not tiles:
+            return self
+        chosen = {name: self.tile(name) for name in self.sparse_roles} | dict(tiles)
+        common = chosen[self.sparse_roles[0]]
+        own = {name: replace(self.roles[name], tile=None if tile == common else tile) for name, tile in chosen.items()}
+        section = replace(self.sparse_attention, tile=common)
+        return replace(self, roles={**self.roles, **own}, sparse_attention=section)
+
     def _check_sparse_attention(self) -> None:
-        if any(role.attention == "sparse" for role in self.roles.values()):
+        if self.sparse_roles:
             return
         for f in fields(self.sparse_attention):
             value = getattr(self.sparse_attention, f.name)

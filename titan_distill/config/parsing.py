@@ -133,15 +133,15 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[tuple[str, Text]]) 
 
 
 def convert(kind: Any, value: Any, at: Place) -> Any:
-    """Converts `value` (parsed TOML or Text) to `kind`: a dataclass, scalar, Literal, X | None, tuple, list or
-    dict[str, X]. Raises ConfigError with place, value and allowed values.
+    """Converts `value` (parsed TOML or Text) to `kind`: a dataclass, scalar, Literal, X | None, Literal | tuple,
+    tuple, list or dict[str, X]. Raises ConfigError with place, value and allowed values.
 
     Numbers are finite, because no check of a range notices nan, and inf passes most. A dataclass names the fields in
     which inf has a meaning in `may_be_infinite`.
     """
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
-        return _convert_optional(kind, value, at)
+        return _convert_union(kind, value, at)
     if value == Text(None) and kind is not bool:
         raise ConfigError(f"{at.source}: --{at.key} needs a value after it: {describe(kind)}")
     if dataclasses.is_dataclass(kind):
@@ -197,12 +197,18 @@ def _located(message: str, kind: Any, table: Mapping[str, Any], at: Place) -> st
     return f"{at.source}: [{at.key}] {message}"
 
 
-def _convert_optional(kind: Any, value: Any, at: Place) -> Any:
-    inner = [option for option in get_args(kind) if option is not types.NoneType]
-    assert len(inner) == 1, f"{at.key}: of unions, only X | None is supported, not {kind}"
-    if plain_text(value) == NO_VALUE:
+def _convert_union(kind: Any, value: Any, at: Place) -> Any:
+    options, text = get_args(kind), plain_text(value)
+    if types.NoneType in options and text == NO_VALUE:
         return None
-    return convert(inner[0], value, at)
+    *words, last = [option for option in options if option is not types.NoneType]
+    assert all(get_origin(word) is Literal for word in words), f"{at.key}: the type {kind} is not supported"
+    for word in words:
+        if text in get_args(word):
+            return text
+    if words and not (isinstance(value, list) or (isinstance(value, Text) and "," in (value.text or ""))):
+        at.fail(value, f"must be {describe(kind)}")
+    return convert(last, value, at)
 
 
 def _convert_literal(kind: Any, value: Any, at: Place) -> Any:

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-RESUME = "resume"
-"""Key in the metadata of a field."""
+RESUME, BEFORE = "resume", "before"
+"""Keys in the metadata of a field."""
 FREE, LOGGED, REFUSED = "free", "logged", "refused"
 _NO_DEFAULT: Any = dataclasses.MISSING
 
@@ -30,6 +30,12 @@ def free(default: T = _NO_DEFAULT) -> T:
 def logged(default: T = _NO_DEFAULT) -> T:
     """Declares a field that a resume may change, which the log then says, with its default (none: required)."""
     return dataclasses.field(default=default, metadata={RESUME: LOGGED})
+
+
+def younger(default: T, before: Any) -> T:
+    """Declares a field that a resume refuses to change, with its default, and its meaning in checkpoints from before
+    the field if that is not the default."""
+    return dataclasses.field(default=default, metadata={BEFORE: before})
 
 
 def on_resume(field: dataclasses.Field[Any]) -> str:

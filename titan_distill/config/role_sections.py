@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from titan_distill.config.parsing import check_no_effect, check_range
 from titan_distill.config.paths import is_reference
 from titan_distill.config.resume import free, logged
+from titan_distill.config.sections import Tile, check_tile
 
 HEAD_FLAVOR = "head"
 """The `flavor` of a role that is a small head on another role's features."""
@@ -118,6 +119,8 @@ class RoleConfig:
     attention: Literal["dense", "sparse", "causal"] = "dense"
     """Self-attention of this role. sparse follows [sparse_attention]. causal generates a video block by block, each
     from the blocks before it. Both may start from dense weights."""
+    tile: Literal["auto"] | Tile | None = None
+    """Tile of this role's sparse attention. Default: sparse_attention.tile."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Storage type of the weights. auto stores trained weights in float32 and frozen weights in training.dtype."""
     optimizer: OptimizerConfig
@@ -133,6 +136,9 @@ class RoleConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "max_grad_norm", above=0)
+        check_tile(self)
+        if self.attention != "sparse":
+            check_no_effect(self, "tile", given="attention")
         if not self.path and not self.flavor and not is_reference(self.init_from):
             raise ValueError(
                 "path and flavor are both empty; set path to a diffusers folder, flavor to a known size, or init_from "

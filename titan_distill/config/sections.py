@@ -7,14 +7,20 @@ it. The sections about models are in `role_sections.py`.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from titan_distill.config.parsing import check_no_effect, check_range, nearest_multiples
-from titan_distill.config.resume import free, logged
+from titan_distill.config.resume import free, logged, younger
 
+Tile = tuple[int, int, int]
+"""Tokens of a tile along (frames, height, width)."""
+FIRST_TILE: Tile = (4, 4, 4)
+"""Tile of sparse weights that do not say theirs: published ones, and those from before `sparse_attention.tile`."""
+MAX_TILE_TOKENS = 128
 MAX_FPS = 1000
 """Largest rate of a video, in frames per second."""
 
@@ -219,6 +225,17 @@ class Float8Config:
         return self if not self.roles or role in self.roles else Float8Config()
 
 
+def check_tile(section: Any) -> None:
+    """Raises ValueError for a `section.tile` of no tokens or too many."""
+    if section.tile in (None, "auto"):
+        return
+    check_range(section, "tile", least=1)
+    if (num_tokens := math.prod(section.tile)) > MAX_TILE_TOKENS:
+        raise ValueError(
+            f"tile = {list(section.tile)} has {num_tokens} tokens; choose a tile of at most {MAX_TILE_TOKENS}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SparseAttentionConfig:
     sparsity: float = logged(0.9)
@@ -234,6 +251,10 @@ class SparseAttentionConfig:
     tiles_per_list: int = logged(1)
     """Neighbouring query tiles that share one list of key tiles. 2 uses the tensor cores better and differs slightly
     from the published method."""
+    tile: Literal["auto"] | Tile = younger("auto", before=FIRST_TILE)
+    """Tokens of a tile along (frames, height, width), at most 128 together. auto takes the tile that the weights were
+    trained with ([4, 4, 4] if sparse weights do not say), and for dense weights the one of [4, 4, 4] and [3, 5, 4] that
+    wastes less on the token grid. A run decides once and writes numbers into its config.toml, checkpoints, exports."""
 
     def __post_init__(self) -> None:
         check_range(self, "sparsity", least=0, below=1)
@@ -241,6 +262,7 @@ class SparseAttentionConfig:
         check_range(self, "schedule_interval", least=1)
         check_range(self, "crossover", least=0, most=1)
         check_range(self, "tiles_per_list", least=1, most=2)
+        check_tile(self)
         if not self.schedule_rate:
             check_no_effect(self, "schedule_interval", given="schedule_rate")
         if self.schedule_rate > self.sparsity:

@@ -16,7 +16,7 @@ import re
 import textwrap
 import types
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from titan_distill.config.resume import on_resume
 
@@ -79,7 +79,7 @@ def describe(kind: Any) -> str:
     options = get_args(kind)
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(toml_value, options)) if len(options) > 1 else toml_value(options[0])
-    if types.NoneType in options:
+    if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(NO_VALUE if option is types.NoneType else describe(option) for option in options)
     if get_origin(kind) is tuple and options[-1] is not Ellipsis:
         return f"a list of {len(options)}: {', '.join(map(describe, options))}"

@@ -104,6 +104,9 @@ def _attention(config: Config, kind: str, module: Module, device: torch.device, 
     their crossover, and between video and text."""
     segmentation = getattr(module, "segmentation", None)
     words = f"{kind} attention" + (f" in {segmentation.describe()}" if segmentation else "")
+    tile: Any = getattr(module, "tile", None)
+    if kind == "sparse" and tile:
+        words += f" in tiles of {' × '.join(map(str, tile))}"
     architecture: Any = getattr(module, "config", None)
     if not hasattr(architecture, "attention_head_dim") or device.type == "meta":
         return words  # a family without attention, or a dry run, which has no device to ask

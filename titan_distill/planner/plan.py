@@ -15,7 +15,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from titan_kernels import tile_layout
+from titan_kernels import TileLayout, tile_layout
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -50,6 +50,7 @@ class RolePlan:
         num_exchanged: number of data-parallel groups whose samples the role processes.
         num_turns: number of batches in which it processes them.
         num_experts: networks of the role; each sample goes through one of them.
+        tile_layout: tiles of the tokens, in which sequence ranks share them.
         sparse: key tiles that a query tile reads at the end of the schedule; None for dense attention.
         segmentation: the segments of a causal role's videos; None for other roles.
         accumulated: bytes of gradients on the device while micro-batches accumulate them, for each value of
@@ -63,6 +64,7 @@ class RolePlan:
     architecture: DiTConfig
     degrees: Degrees
     method: Method
+    tile_layout: TileLayout
     shards: TokenShards
     num_exchanged: int
     num_turns: int
@@ -359,6 +361,7 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
         architecture=architecture,
         degrees=degrees,
         method=choose_method(heads, degrees.sequence, degrees.tensor, parallelism.sequence_method),
+        tile_layout=layout_of_tokens,
         shards=TokenShards.of(layout_of_tokens, 1) if sequence is None else sequence.shards(layout_of_tokens),
         num_exchanged=num_exchanged,
         num_turns=num_exchanged if role.name in layout.in_turn else 1,

@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from titan_kernels import tile_layout
+from titan_kernels.layout import useful_share
 
 from titan_distill.planner.hardware import COMPUTE_EFFICIENCY, GPUS_PER_NODE, NETWORK_EFFICIENCY, RESERVE
 from titan_distill.planner.memory import GIB
@@ -33,19 +33,30 @@ def layout_table(plan: Plan) -> str:
 
 
 def token_table(plan: Plan) -> str:
-    """Returns a table of the tokens that each rank holds of one sample."""
-    layout = tile_layout(plan.grid)
-    num_ragged = int((layout.length < math.prod(layout.tile)).sum())
-    title = (
-        f"TOKENS   {' × '.join(map(str, plan.grid))} = {layout.num_tokens:,} tokens in {layout.num_tiles} tiles, "
-        f"{num_ragged} of them ragged"
-    )
+    """Returns a table of the tokens that each rank holds of one sample, and of the tiles that they come in."""
+    title = f"TOKENS   {_times(plan.grid)} = {math.prod(plan.grid):,} tokens"
     rows = []
     for role in plan.roles.values():
         lengths, padded = role.shards.lengths, role.shards.padded_length
         padding = 1 - role.shards.bounds[-1] / (padded * len(lengths))
-        rows.append((role.name, str(len(lengths)), f"{min(lengths):,}", f"{padded:,}", f"{padding:.1%}"))
-    return table(title, ("role", "ranks per sample", "shortest run", "padded to", "padding"), rows)
+        tiles = role.tile_layout
+        num_ragged = int((tiles.length < math.prod(tiles.tile)).sum())
+        share = f"{useful_share(tiles.grid, tiles.tile):.3f}" if role.sparse else ""
+        rows.append(
+            (
+                role.name, str(len(lengths)), f"{min(lengths):,}", f"{padded:,}", f"{padding:.1%}",
+                _times(tiles.tile), f"{tiles.num_tiles:,}", f"{num_ragged:,}", share,
+            )
+        )  # fmt: skip
+    names = ("role", "ranks per sample", "shortest run", "padded to", "padding", "tile", "tiles", "ragged")
+    shown = table(title, (*names, "useful share"), rows)
+    if not any(role.sparse for role in plan.roles.values()):
+        return shown
+    return f"{shown}\n  useful share: of the products of whole tiles in sparse attention, the part for valid tokens"
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return " × ".join(map(str, sizes))
 
 
 def memory_table(plan: Plan) -> str:

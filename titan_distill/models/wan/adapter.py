@@ -86,7 +86,7 @@ class WanAdapter(Adapter):
         self.latent_shape, self.flow_shift = latent_shape, self.pipeline.flow_shift
         self.device, self.layouts, self.boundary_ratio = device, layouts, boundary_ratio
         grid = token_grid(latent_shape[1:], WanConfig.patch_size)
-        self._num_tiles = math.prod(tile_grid(grid))
+        self._grid = grid
         self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(grid))
         self.image_mixing = ImageMixing.of_run(config)
         # Diffusers marks a TI2V pipeline so.
@@ -97,14 +97,17 @@ class WanAdapter(Adapter):
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         values = {}
         for module in (module for role in roles for module in role.modules.values()):
-            core = module.sparse_attention if isinstance(module, WanTransformer) else None  # a head has no attention
-            if core is not None:
+            # A head has no attention.
+            if isinstance(module, WanTransformer) and (core := module.sparse_attention) is not None:
                 core.start_step(step)
-                read = core.tiles_read(self._num_tiles)
+                read = core.tiles_read(self._num_tiles(module))
                 # What was asked for, and what the fine branch runs: whole tiles, and all of them below the crossover.
                 values["vsa_sparsity"] = float(core.sparsity)
                 values["vsa_sparsity_executed"] = 1 - read.num_selected / read.num_tiles
         return values
+
+    def _num_tiles(self, transformer: WanTransformer) -> int:
+        return math.prod(tile_grid(self._grid, transformer.tile))
 
     def prepare_batch(self, batch: Batch) -> Batch:
         if not batch.is_encoded:
@@ -233,7 +236,7 @@ class WanAdapter(Adapter):
         find them cached (1 % at 1.3B)."""
         transformer = self.network(role)
         config, core, segmentation = transformer.config, transformer.sparse_attention, transformer.segmentation
-        sparse = None if core is None else core.tiles_read(self._num_tiles)
+        sparse = None if core is None else core.tiles_read(self._num_tiles(transformer))
         frames, tokens_per_frame = x.shape[2], self.work.tokens_per_sample // self.latent_shape[1]
         keys = None
         if segmentation is not None:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from titan_distill.config.sections import FIRST_TILE, Tile
+
 DIFFUSERS_CLASS_NAME = "WanTransformer3DModel"
 
 
@@ -53,6 +55,9 @@ class WanConfig:
     sparse_attention: bool = False
     """Blocks have a gate, `to_gate_compress`, for the coarse branch of video sparse attention. Not diffusers' key: it
     is written only where it is true, and diffusers then says that it ignores it."""
+    vsa_tile: Tile = FIRST_TILE
+    """Tokens of a tile of sparse attention along (frames, height, width). Not diffusers' key either; it is written for
+    sparse models only. Files without it have the published tile."""
     causal_attention: bool = False
     """Trained with block-causal attention. Not diffusers' key either; the weights fit its model, which would attend
     both ways."""
@@ -68,6 +73,8 @@ class WanConfig:
             _check_positive(name, getattr(self, name))
         if len(self.patch_size) != 3:
             raise ValueError(f"patch_size {self.patch_size} must have three entries (frames, height, width)")
+        if len(self.vsa_tile) != 3:
+            raise ValueError(f"vsa_tile {self.vsa_tile} must have three entries (frames, height, width)")
         if self.attention_head_dim % 2 or self.attention_head_dim < 6:
             raise ValueError(f"attention_head_dim {self.attention_head_dim} must be even and at least 6 for 3-d RoPE")
         if self.freq_dim % 2:
@@ -105,9 +112,9 @@ class WanConfig:
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"config has keys that no Wan transformer reads: {', '.join(unknown)}")
-        if "patch_size" in values:
-            sizes = values["patch_size"]
-            values["patch_size"] = tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes,)
+        for key in values.keys() & {"patch_size", "vsa_tile"}:
+            sizes = values[key]
+            values[key] = tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes,)
         if values.get("out_channels", 0) is None:  # diffusers' way to say "as many as come in"
             values["out_channels"] = values.get("in_channels", cls.in_channels)
         return cls(**values)
@@ -118,7 +125,10 @@ class WanConfig:
         for name in ("sparse_attention", "causal_attention"):
             if not values[name]:
                 del values[name]
-        return {"_class_name": DIFFUSERS_CLASS_NAME, **values, "patch_size": list(self.patch_size)}
+        values |= {"patch_size": list(self.patch_size), "vsa_tile": list(self.vsa_tile)}
+        if not self.sparse_attention:
+            del values["vsa_tile"]
+        return {"_class_name": DIFFUSERS_CLASS_NAME, **values}
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:

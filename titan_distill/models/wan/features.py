@@ -36,7 +36,7 @@ def block_outputs(
 
 
 def _layout(transformer: WanTransformer, x: Tensor) -> TileLayout:
-    return tile_layout(token_grid(x.shape[2:], transformer.config.patch_size))
+    return tile_layout(token_grid(x.shape[2:], transformer.config.patch_size), transformer.tile)
 
 
 def _own_tokens(transformer: WanTransformer, x_BLM: Tensor, layout: TileLayout) -> Tensor:

@@ -167,7 +167,7 @@ def check_degrees(
             f"{nearest_divisors(sequence, num_heads)}, so that ranks share the heads"
         )
     join, tokens = runs_of_tiles(method, core), " × ".join(map(str, grid))
-    num_tiles = math.prod(tile_grid(grid))
+    num_tiles = math.prod(tile_grid(grid, architecture.vsa_tile))
     if segmentation is not None:
         shortest = 1 if segmentation.single_first else segmentation.length
         # A causal model's tiles are one frame deep: see WanTransformer.tile.

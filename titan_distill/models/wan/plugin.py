@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from titan_kernels.layout import best_tile
 from torch import Tensor, nn
 
 from titan_distill.attention.sparse import SparseAttention
@@ -22,6 +23,7 @@ from titan_distill.config.degrees import Degrees
 from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.paths import is_reference, of_key
 from titan_distill.config.role_sections import HEAD_FLAVOR, RoleConfig
+from titan_distill.config.sections import FIRST_TILE, Tile
 from titan_distill.data.parquet import RowCheck
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.models.base import Adapter, EncoderFolders, EncoderMemory, FootageEncoder, ModelFamily
@@ -122,10 +124,13 @@ class WanFamily(ModelFamily):
         return find_boundary(self.config.pipeline_config, weights, by_name=by_name)
 
     def spelled_out(self) -> Config:
-        boundary = self._boundary()
+        boundary, roles = self._boundary(), self.config.roles
+        config = self.config.with_tiles(
+            {name: self._architecture(name, roles[name], by_name=False).vsa_tile for name in self.config.sparse_roles}
+        )
         if boundary is None:
-            return self.config
-        return replace(self.config, pipeline_config=replace(self.config.pipeline_config, boundary_ratio=boundary))
+            return config
+        return replace(config, pipeline_config=replace(config.pipeline_config, boundary_ratio=boundary))
 
     def sampling_settings(self, role: str) -> dict[str, Any]:
         pipeline, is_causal = self.config.pipeline_config, self.config.roles[role].attention == "causal"
@@ -252,10 +257,12 @@ class WanFamily(ModelFamily):
     def _space(self) -> LatentSpace:
         """Returns the latent space of the pipeline's VAE. Without a pipeline it is the published one with the channels
         of the first role's network."""
-        name, role = next(iter(self._networks().items()))
-        return find_latent_space(
-            self.config.pipeline_config.path, lambda: self._architecture(name, role, by_name=True).out_channels
-        )
+        role = next(iter(self._networks().values()))
+        return find_latent_space(self.config.pipeline_config.path, lambda: self._out_channels(role))
+
+    def _out_channels(self, role: RoleConfig) -> int:
+        stored = None if role.flavor else self._stored(role)  # not from `_architecture`, whose tile needs this space
+        return (FLAVORS[role.flavor] if stored is None else stored.architecture(TRANSFORMER)).out_channels
 
     def video_size(self) -> tuple[int, int, int]:
         pipeline = self.config.pipeline_config
@@ -269,7 +276,7 @@ class WanFamily(ModelFamily):
         """
         stored = self._stored(role)
         if stored is None or (by_name and role.flavor):
-            return _attending(FLAVORS[role.flavor], role.attention)
+            return _attending(FLAVORS[role.flavor], role.attention, self._tile(name, None, ""))
         found, weights = stored.architecture(expert), stored.weights
         trained, lacks = (
             ("causal", "")
@@ -281,8 +288,11 @@ class WanFamily(ModelFamily):
                 f"roles.{name}.attention = {role.attention!r}, but {weights} holds a model trained with {trained} "
                 f"attention{lacks}; set roles.{name}.attention to {trained!r} or choose other weights"
             )
-        found = _attending(found, role.attention)
-        expected = _attending(FLAVORS.get(role.flavor, found), role.attention)
+        # A plan has no weights whose gates could tell.
+        of_config = found.vsa_tile if found.sparse_attention else None
+        tile = self._tile(name, of_config if by_name else stored.tile(expert), weights)
+        found = _attending(found, role.attention, tile)
+        expected = _attending(FLAVORS.get(role.flavor, found), role.attention, tile)
         different = ", ".join(
             f"{f.name} is {getattr(found, f.name)} instead of {getattr(expected, f.name)}"
             for f in dataclasses.fields(found)
@@ -293,6 +303,19 @@ class WanFamily(ModelFamily):
                 f"roles.{name}.flavor = {role.flavor!r}, but in {weights} {different}; correct the flavor or init_from"
             )
         return found
+
+    def _tile(self, name: str, stored: Tile | None, weights: str) -> Tile:
+        """Returns the tile of a role with sparse attention: that of its `weights`, if they were trained with one."""
+        if self.config.roles[name].attention != "sparse":
+            return FIRST_TILE
+        if stored is not None:
+            self.config.check_tile(name, stored, weights)
+            return stored
+        tile = self.config.tile(name)
+        if tile != "auto":
+            return tile
+        self._space.check_size(*self.video_size())
+        return best_tile(self.token_grid())
 
     def architecture(self, module: nn.Module) -> dict[str, Any]:
         return _wan(module).config.to_diffusers()
@@ -369,8 +392,9 @@ def _wan(module: nn.Module) -> WanTransformer:
     return module
 
 
-def _attending(architecture: WanConfig, attention: str) -> WanConfig:
-    return replace(architecture, sparse_attention=attention == "sparse", causal_attention=attention == "causal")
+def _attending(architecture: WanConfig, attention: str, tile: Tile) -> WanConfig:
+    is_sparse, is_causal = attention == "sparse", attention == "causal"
+    return replace(architecture, sparse_attention=is_sparse, causal_attention=is_causal, vsa_tile=tile)
 
 
 def _used(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:

@@ -179,8 +179,8 @@ def _check_same_config(ours: WanConfig, theirs: WanConfig, folder: Path) -> None
     differing = [
         f"{key} {theirs_value!r} (model: {getattr(ours, key)!r})"
         for key, theirs_value in vars(theirs).items()
-        # Whether gates are there is told by the keys, in files of others too; causality by no weight.
-        if key not in ("sparse_attention", "causal_attention") and theirs_value != getattr(ours, key)
+        # Whether gates are there is told by the keys, in files of others too; causality and tile by no weight.
+        if key not in ("sparse_attention", "causal_attention", "vsa_tile") and theirs_value != getattr(ours, key)
     ]
     if differing:
         raise ValueError(f"weights in {folder} are of another model: {', '.join(differing)}")

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, network_folder
+from titan_distill.checkpoint.diffusers_folder import TRANSFORMER, TRANSFORMER_2, network_folder, open_folder
 from titan_distill.checkpoint.initial_weights import WeightsReference, read_weights, resolve_reference
 from titan_distill.config.paths import is_reference
+from titan_distill.config.sections import Tile
 from titan_distill.models.wan.config import WanConfig
-from titan_distill.models.wan.state_dict import check_weights, load_weights, read_config
+from titan_distill.models.wan.state_dict import GATE, check_weights, load_weights, read_config
 from titan_distill.models.wan.transformer import WanTransformer
 
 EXPERTS = (TRANSFORMER, TRANSFORMER_2)
@@ -49,6 +50,15 @@ class StoredWeights:
                 else WanConfig.from_diffusers(self._reference.trained.architecture)
             )
         return self._architectures[expert]
+
+    def tile(self, expert: str) -> Tile | None:
+        """Returns the tile of the sparse attention that one network was trained with; None for dense weights. Weights
+        of others have gates and a configuration that does not mention them."""
+        config = self.architecture(expert)
+        if config.sparse_attention or self._reference is not None:
+            return config.vsa_tile if config.sparse_attention else None
+        shapes = open_folder(network_folder(Path(self.weights), expert)).shapes
+        return config.vsa_tile if any(GATE in name for name in shapes) else None
 
     def check(self, build: Callable[[], WanTransformer], expert: str) -> None:
         """Compares names, shapes and stored types of one network's tensors with the model that `build` returns, which

@@ -27,8 +27,8 @@ from titan_distill.models.wan.config import WanConfig
 Grid = tuple[int, int, int]
 
 ROPE_THETA = 10000.0
-# One entry is 77 MB at 75,600 tokens. Two suffice for training and validation grids; all roles share them.
-_NUM_CACHED_PHASES = 2
+# One entry is 77 MB at 75,600 tokens. Four suffice for two grids, of training and validation, in two tiles.
+_NUM_CACHED_PHASES = 4
 # A causal model has an entry for each of its segments, all together as large as one whole grid's.
 _NUM_CACHED_SEGMENTS = 32
 
@@ -98,7 +98,7 @@ def token_context(
             f"{config.rope_max_seq_len}; make a shorter video"
         )
     layout = tile_layout(grid, tile, device)
-    phases = _whole_phases if tile == DEFAULT_TILE else _segment_phases
+    phases = _segment_phases if tile[0] == 1 else _whole_phases  # of causal models
     return TokenContext(layout, *phases(layout, config.attention_head_dim, first_frame))
 
 

@@ -169,7 +169,7 @@ class WanTransformer(nn.Module):
     def tile(self) -> tuple[int, int, int]:
         """Size of a tile in tokens along (frames, height, width). A causal model has tiles of one frame, so that every
         segment is one run of tokens."""
-        return DEFAULT_TILE if self.segmentation is None else (1, *DEFAULT_TILE[1:])
+        return self.config.vsa_tile if self.segmentation is None else (1, *DEFAULT_TILE[1:])
 
     def _layer_contexts(self, context: TokenContext, cache: KVCache | None) -> list[TokenContext]:
         """Each layer's context: of a causal model with the segments of a whole video, or with the layer's cache."""
