@@ -289,6 +289,7 @@ def assemble(
     if config.validation.enabled:
         makes_videos = run.family.video_size() is not None
         validator = Validator(config, adapter, folder / "validation", layouts, ranks, makes_videos=makes_videos)
+    adapter.release_text_encoder()
     trainer = Trainer(
         config=config,
         roles=roles,

@@ -1,5 +1,5 @@
-"""The planner's bytes against what real gloo ranks hold: states after one optimizer step for every kind of layout,
-gradients between micro-batches and the batch exchange for each of their settings."""
+"""The planner's bytes against what real gloo ranks hold: states and encoders after one optimizer step for every kind of
+layout, gradients between micro-batches and the batch exchange for each of their settings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from runs import HELPERS, REPOSITORY, run_worker, tiny_argv
 
+from titan_distill.models.base import EncoderMemory
 from titan_distill.planner.memory import States
 
 TOLERANCE = 0.02
@@ -20,7 +21,8 @@ PROBE = """
 import json, os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from titan_distill import roles, train
+from titan_distill import roles, train, trainer
+from titan_distill.models.wan import text_encoder
 
 def held(tensors):
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
@@ -48,6 +50,21 @@ def assemble(*args, real=train.assemble):
 
 roles.RoleHandle.step, train.assemble = step, assemble
 folder, *argv = sys.argv[1:]
+
+def released(self, real=text_encoder.TextEncoder.release):
+    found["released"] = real(self)
+    return found["released"]
+
+def run(self, real=trainer.Trainer.run):
+    finished = real(self)
+    encoders = self.adapter.encoders
+    weights = [*encoders.vae.parameters()]
+    if "_model" in vars(encoders.text):
+        weights += encoders.text._model.parameters()
+    found["encoders"] = held(weights)
+    return finished
+
+text_encoder.TextEncoder.release, trainer.Trainer.run = released, run
 code = train.main(argv)
 Path(folder, f"rank{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
 sys.exit(code)
@@ -66,6 +83,7 @@ student, teacher = plan.roles["student"], plan.roles["teacher"]
 weights = teacher.weights.lasting + teacher.weights.passing
 exchanged = {setting: size - weights for setting, size in teacher.exchanged.items()}
 print(json.dumps({**student.accumulated, **exchanged, "chosen": teacher.temporary - weights}))
+print(json.dumps(dataclasses.asdict(plan.encoders)))
 """
 
 LAYOUTS = {
@@ -76,14 +94,15 @@ LAYOUTS = {
 }
 
 
-def planned(num_ranks: int, arguments: list[str]) -> tuple[dict[str, States], dict[str, float]]:
-    """States of each role; the sums that the settings `REDUCE` and `EXCHANGE` choose from, without gathered weights."""
+def planned(num_ranks: int, arguments: list[str]) -> tuple[dict[str, States], dict[str, float], EncoderMemory]:
+    """States of each role; the sums that the settings `REDUCE` and `EXCHANGE` choose from, without gathered weights;
+    the encoders."""
     done = subprocess.run(
         [sys.executable, "-c", PLAN, str(num_ranks), *arguments],
         cwd=REPOSITORY, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    states, sums = map(json.loads, done.stdout.splitlines()[-2:])
-    return {name: States(**sizes) for name, sizes in states.items()}, sums
+    states, sums, encoders = map(json.loads, done.stdout.splitlines()[-3:])
+    return {name: States(**sizes) for name, sizes in states.items()}, sums, EncoderMemory(**encoders)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +112,7 @@ def planned(num_ranks: int, arguments: list[str]) -> tuple[dict[str, States], di
         for name in LAYOUTS
     ],
 )
-def test_states_are_what_ranks_hold(layout: str, tmp_path: Path) -> None:
+def test_states_and_encoders_are_what_ranks_hold(layout: str, tmp_path: Path) -> None:
     num_ranks, overrides = LAYOUTS[layout]
     few = ("--training.steps", "1", "--training.local_batch_size", "1", "--checkpoint.enabled", "false")
     arguments = tiny_argv("dmd2", tmp_path / "run", *few, *overrides)
@@ -105,13 +124,19 @@ def test_states_are_what_ranks_hold(layout: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
-    plan, _ = planned(num_ranks, arguments)
+    plan, _, encoders = planned(num_ranks, arguments)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
     for role, expected in plan.items():
         for kind in ("parameters", "gradients", "optimizer", "ema"):
             held = [rank[role][kind] for rank in ranks]
             assert getattr(expected, kind) == pytest.approx(held[0], rel=TOLERANCE), f"{role}: {kind} on rank 0"
             assert max(held) <= held[0], f"{role}: {kind} is larger on another rank than on rank 0"
+    if "bfloat16" not in overrides:  # a CPU's VAE is fp32
+        for rank in ranks:
+            assert encoders.held == pytest.approx(rank["encoders"], rel=TOLERANCE)
+        # Rank 0 has encoded the negative prompt; no rank validates.
+        assert encoders.released == pytest.approx(ranks[0]["released"], rel=TOLERANCE)
+        assert ranks[1]["released"] == 0
     assert plan["student"].gradients > 0
     assert plan["teacher"].gradients == 0
 
@@ -137,7 +162,7 @@ def check_settings(chosen: list[tuple[str, str]], folder: Path) -> None:
     run_worker(2, HELPERS / "held_bytes_worker.py", table, folder, timeout=500)
     for reduce, exchange in chosen:
         name = f"{reduce}-{exchange}"
-        _, sums = planned(2, runs[name])
+        _, sums, _ = planned(2, runs[name])
         assert sums["chosen"] == sums[exchange]
         for rank in range(2):
             held = json.loads((folder / f"{name}.rank{rank}.json").read_text(encoding="utf-8"))

@@ -86,6 +86,8 @@ TI2V = {
 }
 PUBLISHED: dict[str, dict[str, Any]] = {
     "self_forcing_wan1.3b": SELF_FORCING,
+    "self_forcing_wan14b": SELF_FORCING,
+    "wan14b_dmd2_sparse": SELF_FORCING,
     **dict.fromkeys(DMD2, SELF_FORCING),
     "kd_wan14b_to_1.3b": PAIRS,
     "ode_init_wan1.3b": PAIRS,

@@ -15,7 +15,7 @@ from titan_distill.commands.plan import Planner
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import resolve_layout
 from titan_distill.config.loading import load_config
-from titan_distill.models.base import model_family
+from titan_distill.models.base import EncoderMemory, model_family
 from titan_distill.models.wan.encoder_memory import PUBLISHED, decoding_bytes
 from titan_distill.models.wan.latents import LatentSpace, find_latent_space
 from titan_distill.models.wan.vae import decode_latents, encode_video, load_vae, vae_dtype
@@ -114,8 +114,12 @@ def test_the_plan_of_5b_counts_its_tokens_and_its_vae() -> None:
         config = ti2v_config()
         plan = Planner(world, GPUS["H200"]).plan(config)
         assert plan.grid == (31, 22, 40)
-        assert plan.encoders == plan.decoding == 0
+        assert plan.encoders == EncoderMemory()
         config = replace(config, pipeline_config=replace(config.pipeline_config, path="absent"))
         priced = Planner(world, GPUS["H200"]).plan(config)
-    assert priced.decoding == decoding_bytes(PUBLISHED[48], (31, 44, 80), 4)
-    assert priced.encoders == 4 * 704_688_668 + 4 * 5_680_910_336
+        as_videos = replace(config, data=replace(config.data, path="videos.csv"))
+        encoding = Planner(world, GPUS["H200"]).plan(as_videos)
+    vae, text, decoding = 4 * 704_688_668, 4 * 5_680_910_336, decoding_bytes(PUBLISHED[48], (31, 44, 80), 4)
+    assert priced.encoders == EncoderMemory(vae, text, decoding)
+    assert encoding.encoders == EncoderMemory(vae + text, 0.0, decoding), "captions of videos are encoded all the time"
+    assert encoding.peak - priced.peak == text

@@ -11,7 +11,7 @@ videos (the toy family of the tests) have fewer dims after B. Code outside of a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,11 +121,19 @@ class Adapter(ABC):
         the family or the run has no text encoder."""
         raise ValueError("this model family has no text encoder; take prompts from a parquet file with embeddings")
 
-    def prompt_conditions(self, path: str, prompts: Sequence[str]) -> Callable[[Sequence[int]], Condition]:
-        """Returns a function from prompt indices to the condition of their samples, for the `prompts` read from `path`.
-        If the models also start from pictures, these come from the same file. Raises ValueError for a file without the
-        data that the models need."""
+    def prompt_conditions(
+        self, path: str, prompts: Sequence[str], ids: Collection[int]
+    ) -> Callable[[Sequence[int]], Condition]:
+        """Returns a function from prompt indices, all among `ids`, to the condition of their samples, for the `prompts`
+        read from `path`. A text encoder encodes the prompts of `ids` now and need not stay loaded. If the models also
+        start from pictures, these come from the same file. Raises ValueError for a file without the data that the
+        models need."""
         return lambda ids: self.encode_prompts([prompts[index] for index in ids])
+
+    def release_text_encoder(self) -> None:
+        """Frees the memory of a text encoder that training does not need. Called before the first step, once the
+        negative prompt and the prompts of validation are encoded. Default: there is nothing to free."""
+        return
 
     def segment_lengths(self, role: RoleHandle, length: int | None = None) -> tuple[int, ...] | None:
         """Returns the lengths of the segments in which a causal role generates a sequence of `length` (default: that of
@@ -240,6 +248,21 @@ class EncoderFolders:
     embeddings."""
 
 
+@dataclass(frozen=True)
+class EncoderMemory:
+    """Bytes of encoders on a rank, in the compute dtype.
+
+    Attributes:
+        held: weights that stay on the device during training.
+        released: weights that leave the device before the first step.
+        decoding: peak of decoding one sample, in addition to `held`; 0 if the run decodes nothing.
+    """
+
+    held: float = 0.0
+    released: float = 0.0
+    decoding: float = 0.0
+
+
 class FootageEncoder(ABC):
     """Encodes footage and captions into the rows of a data set."""
 
@@ -306,10 +329,9 @@ class ModelFamily(ABC):
         every method."""
         return False
 
-    def encoder_memory(self) -> tuple[float, float]:
-        """Returns two numbers of bytes for the planner: the encoders that a rank holds, and the peak of decoding one
-        sample in addition to them, both in the compute dtype."""
-        return 0.0, 0.0
+    def encoder_memory(self) -> EncoderMemory:
+        """Returns the memory of encoding and decoding on a rank, for the planner."""
+        return EncoderMemory()
 
     def row_checks(self) -> tuple[RowCheck, ...]:
         """Returns checks of each row of parquet data: the sizes of latents, text embeddings and the tensors of

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from titan_distill.config.degrees import Degrees
 from titan_distill.planner.hardware import Gpu
@@ -28,6 +29,7 @@ class Weights:
         reshards: whether gathered blocks are freed after their forward.
         num_modules: networks of the role; each has an equal share of `blocks`.
         trained_share: fraction of the parameters that have gradients: 1, or the fraction in LoRA adapters.
+        by_fsdp: whether FSDP gathers copies and reduces gradients. A single fp32 process computes with its parameters.
     """
 
     blocks: tuple[int, ...]
@@ -36,6 +38,7 @@ class Weights:
     reshards: bool
     num_modules: int = 1
     trained_share: float = 1.0
+    by_fsdp: bool = True
 
     @property
     def total(self) -> int:
@@ -50,13 +53,28 @@ class Weights:
     def lasting(self) -> float:
         """Bytes of weights that stay gathered between forwards: the last block and the root of each network, or,
         without resharding, all weights."""
+        if not self.by_fsdp:
+            return 0.0
         last = self.num_modules * self.blocks[-1]
         return self.compute_bytes * (last + self.root if self.reshards else self.total)
 
     @property
     def passing(self) -> float:
-        """Bytes of the weights gathered during a forward: the current block and the next one, which is prefetched."""
-        return 2 * self.compute_bytes * max(self.blocks) if self.reshards else 0.0
+        """Bytes of the weights gathered during a forward in addition to `lasting`: the current block and the next one,
+        which is prefetched. A network with fewer than three blocks has fewer that do not last."""
+        num_freed = len(self.blocks) // self.num_modules - 1
+        return min(2, num_freed) * self.compute_bytes * max(self.blocks) if self.reshards and self.by_fsdp else 0.0
+
+    @property
+    def reducing(self) -> float:
+        """Peak bytes of gradients on the way to be reduced: those of one unit (a block or the root), in the compute
+        dtype and in fp32, and in fp32 those of the unit before it, whose reduction is not waited for."""
+        if not self.by_fsdp:
+            return 0.0
+        num_blocks = len(self.blocks) // self.num_modules
+        units = [0, *reversed(self.blocks[:num_blocks]), self.root // self.num_modules]
+        most = max((self.compute_bytes + FP32) * unit + FP32 * before for before, unit in pairwise(units))
+        return self.trained_share * most
 
 
 @dataclass(frozen=True)

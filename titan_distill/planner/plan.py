@@ -22,8 +22,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from titan_distill.attention.causal import Segmentation
 from titan_distill.attention.sparse import SparseAttention, TilesRead
 from titan_distill.config.config import Config
-from titan_distill.config.degrees import Degrees, RunLayout
+from titan_distill.config.degrees import Degrees, RunLayout, needs_group
 from titan_distill.methods.base import Passes
+from titan_distill.models.base import EncoderMemory
 from titan_distill.models.head import FeatureHead
 from titan_distill.observability.flops import (
     DiTConfig,
@@ -45,6 +46,7 @@ from titan_distill.resolve import ResolvedRun
 from titan_distill.roles import RoleHandle, RoleManager
 
 BYTES = {"float32": 4, "bfloat16": 2}
+START, VALIDATION = "the start", "validation"
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,11 @@ class Plan:
     """Optimizer steps on the device, averaged over the method's cadence."""
     reduce_gradients: str
     """`training.reduce_gradients` of the run."""
-    encoders: float
-    """Bytes of the weights of VAE and text encoder."""
-    decoding: float
-    """Bytes of the VAE's activations while a validation decodes a clip. 0 without validation."""
+    encoders: EncoderMemory
     peak: float
-    """Peak memory in bytes on the rank that needs most, during the update of a role or during validation."""
-    peak_update: str | None
-    """Role whose update reaches `peak`. None if validation reaches it."""
+    """Peak memory in bytes on the rank that needs most."""
+    peak_phase: str
+    """Phase of the run that reaches `peak`: `START`, `VALIDATION` or the name of the role that is updated."""
     left_out: tuple[str, ...]
     """Features of the run whose costs are missing from the plan."""
 
@@ -190,16 +189,19 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
             for setting, turns in (("all", 1), ("in_turn", plan.num_exchanged)):
                 exchanged[setting] = plan.weights.lasting + _most(each.in_turns(turns) for each in own)[1]
         plans[name] = replace(plan, graph=graph, temporary=working + plan.weights.lasting, exchanged=exchanged)
-    lasting = sum(plan.weights.lasting + (0 if plan.offloaded else plan.states.lasting) for plan in plans.values())
-    encoders, decoding = run.family.encoder_memory()
-    peaks: dict[str | None, float] = {None: lasting + encoders + decoding} if decoding else {}
+    states = sum(0 if plan.offloaded else plan.states.lasting for plan in plans.values())
+    lasting = states + sum(plan.weights.lasting for plan in plans.values())
+    encoders = run.family.encoder_memory()
+    peaks = {VALIDATION: lasting + encoders.held + encoders.decoding} if encoders.decoding else {}
+    if encoders.released:
+        peaks[START] = states + encoders.held + encoders.released
     for update in [passes.update for passes in work] or [role.name for role in roles.trainable]:
         # The gradients of a head are too small to count.
         gradients = plans[update].accumulated[config.training.reduce_gradients] if update in plans else 0
         peaks[update] = (
-            lasting + encoders + gradients + sum(_most(each for each in calls if each.passes.update == update))
+            lasting + encoders.held + gradients + sum(_most(each for each in calls if each.passes.update == update))
         )
-    peak_update = max(peaks, key=peaks.__getitem__)
+    peak_phase = max(peaks, key=peaks.__getitem__)
     return Plan(
         gpu=gpu,
         layout=layout,
@@ -209,9 +211,8 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
         optimizer=_optimizer(work, plans, gpu),
         reduce_gradients=config.training.reduce_gradients,
         encoders=encoders,
-        decoding=decoding,
-        peak=peaks[peak_update],
-        peak_update=peak_update,
+        peak=peaks[peak_phase],
+        peak_phase=peak_phase,
         left_out=tuple(_left_out(config, plans)),
     )
 
@@ -278,10 +279,8 @@ class _Calls:
         needed = weights.passing + cache + results
         if not self.passes.backward:
             return needed + memory.forward_working_set(forward)
-        # A block's gradients in the compute type and, twice, in fp32 on the way to be reduced.
-        reduced = weights.trained_share * max(weights.blocks) * (weights.compute_bytes + 2 * memory.FP32)
         working = memory.backward_working_set(forward, self.run.config.activation_checkpoint)
-        return needed + reduced + max(working, memory.forward_working_set(forward))
+        return needed + weights.reducing + max(working, memory.forward_working_set(forward))
 
     @property
     def phase(self) -> PhasePlan:
@@ -426,7 +425,12 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
         num_exchanged=num_exchanged,
         num_turns=num_exchanged if role.name in layout.in_turn else 1,
         states=memory.states(role.network, has_ema=bool(config.ema.decay) and config.ema.role == role.name),
-        weights=_weights(role, BYTES[config.training.dtype], parallelism.reshard_after_forward),
+        weights=_weights(
+            role,
+            BYTES[config.training.dtype],
+            reshards=parallelism.reshard_after_forward,
+            by_fsdp=degrees.world_size > 1 or needs_group(config),
+        ),
         num_experts=len(role.modules),
         offloaded=parallelism.cpu_offload,
         adapters_only=role.adapters_only,
@@ -437,7 +441,7 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
     return replace(plan, accumulated=_accumulated(plan, layout.num_micro_batches))
 
 
-def _weights(role: RoleHandle, compute_bytes: int, reshards: bool) -> Weights:
+def _weights(role: RoleHandle, compute_bytes: int, *, reshards: bool, by_fsdp: bool) -> Weights:
     """Returns the weights of all modules of a role together, because a batch gathers both experts of a role that has
     two."""
     module = role.network
@@ -450,6 +454,7 @@ def _weights(role: RoleHandle, compute_bytes: int, reshards: bool) -> Weights:
         root=memory.num_gathered([p for p in module.parameters() if id(p) not in inside]),
         compute_bytes=compute_bytes,
         reshards=reshards,
+        by_fsdp=by_fsdp,
         num_modules=len(stacks),
         # A frozen role has no gradients to reduce.
         trained_share=trained / memory.num_gathered(list(module.parameters())) if trained else 1.0,

@@ -12,7 +12,7 @@ from titan_kernels.layout import useful_share
 from titan_distill.planner.hardware import EFFICIENCY, GPUS_PER_NODE, RESERVE
 from titan_distill.planner.measured import measurements
 from titan_distill.planner.memory import GIB
-from titan_distill.planner.plan import Plan, RolePlan
+from titan_distill.planner.plan import START, VALIDATION, Plan, RolePlan
 from titan_distill.planner.seconds import RATES, Part, summed
 
 
@@ -70,12 +70,13 @@ def memory_table(plan: Plan) -> str:
         gradients = max(held.gradients, role.accumulated[plan.reduce_gradients])
         sizes = (held.parameters, gradients, held.optimizer, held.ema, role.graph, role.temporary)
         rows.append((role.name, *(f"{size / GIB:.2f}" for size in sizes), "host" if role.offloaded else "device"))
-    if plan.encoders:
-        rows.append(
-            ("encoders", f"{plan.encoders / GIB:.2f}", *[""] * 5, "VAE; text encoder, once it embedded a prompt")
-        )
-    if plan.decoding:
-        rows.append(("decoding", *[""] * 4, f"{plan.decoding / GIB:.2f}", "", "in validation, one clip at a time"))
+    encoders = plan.encoders
+    if encoders.held:
+        rows.append(("encoders", f"{encoders.held / GIB:.2f}", *[""] * 5, "for the whole run"))
+    if encoders.released:
+        rows.append(("text encoder", f"{encoders.released / GIB:.2f}", *[""] * 5, "until the first step"))
+    if encoders.decoding:
+        rows.append(("decoding", *[""] * 4, f"{encoders.decoding / GIB:.2f}", "", "in validation, one clip at a time"))
     gpu, verdict = plan.gpu, "fits" if plan.fits else "DOES NOT FIT"
     return "\n".join(
         [
@@ -104,9 +105,11 @@ def _or_else(sizes: Mapping[str, float], chosen: str) -> str:
 
 
 def _peak_phase(plan: Plan) -> str:
-    if plan.peak_update is None:
+    if plan.peak_phase == START:
+        return "the start: all states, and the text encoder"
+    if plan.peak_phase == VALIDATION:
         return "validation: all states, and the decoding of a clip"
-    return f"the update of {plan.peak_update}: all states, and its gradients, activations and largest temporary"
+    return f"the update of {plan.peak_phase}: all states, and its gradients, activations and largest temporary"
 
 
 def _work_tables(plan: Plan) -> Iterable[str]:

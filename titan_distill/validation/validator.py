@@ -110,7 +110,8 @@ class Validator:
         self.layouts, self.ranks, self.makes_videos = layouts, ranks, makes_videos
         self.poll: Callable[[], None] = go_on
         self.prompts = validation_prompts(config)
-        self.condition = adapter.prompt_conditions(prompts_path(config), self.prompts)
+        ids = sorted({position % len(self.prompts) for batch in self._batches() for position in batch})
+        self.condition = adapter.prompt_conditions(prompts_path(config), self.prompts, ids)
         self.score = scorer(self.config.scorer)
         self._settings = {
             "prompts": self.prompts,

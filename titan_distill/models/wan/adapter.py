@@ -5,8 +5,9 @@ Shapes: B batch, C latent channels, F latent frames, H and W latent height and w
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -31,12 +32,15 @@ from titan_distill.models.wan.image_channels import EMBEDDING, check_pictures, t
 from titan_distill.models.wan.latents import num_latent_frames
 from titan_distill.models.wan.pipeline_index import EXPAND_TIMESTEPS, read_index
 from titan_distill.models.wan.prompt_pictures import FirstFrames, PictureRows
+from titan_distill.models.wan.text_encoder import padded
 from titan_distill.models.wan.tokens import token_grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import decode_latents, restart
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
+
+logger = logging.getLogger(__name__)
 
 
 class WanStream(SegmentStream):
@@ -146,19 +150,30 @@ class WanAdapter(Adapter):
     def embed_prompts(self, prompts: list[str]) -> list[Tensor]:
         return [self.encoders.text.embed(prompt, self.config.data.max_text_tokens) for prompt in prompts]
 
-    def prompt_conditions(self, path: str, prompts: Sequence[str]) -> Callable[[Sequence[int]], Condition]:
+    def prompt_conditions(
+        self, path: str, prompts: Sequence[str], ids: Collection[int]
+    ) -> Callable[[Sequence[int]], Condition]:
         pictures, first_frames = PictureRows(path, self.encoders.image_tensors), None
         if self.pipeline.validate_from_image:
             self.check_takes_images()
             first_frames = FirstFrames(path, self.pipeline.height, self.pipeline.width)
             first_frames.latents([0], self)  # raises for pictures of another size now, not after the first samples
+        max_tokens = self.config.data.max_text_tokens
+        encoded = {index: self.encoders.text.embed(prompts[index], max_tokens) for index in ids}
 
         def condition(ids: Sequence[int]) -> Condition:
-            text = self.encode_prompts([prompts[index] for index in ids])
-            found = {**text, **pictures.tensors(ids, self.device)}
+            text = torch.stack([padded(encoded[index], max_tokens) for index in ids])
+            found = {"text": text.to(self.device), **pictures.tensors(ids, self.device)}
             return found if first_frames is None else self.with_first_frame(found, first_frames.latents(ids, self))
 
         return condition
+
+    def release_text_encoder(self) -> None:
+        # Captions of videos are encoded while the run trains.
+        if self.encoders.text_or_none is None or self.config.data.holds_videos:
+            return
+        if released := self.encoders.text_or_none.release():
+            logger.info("text encoder: released %.1f GiB, all prompts of the run are encoded", released / 2**30)
 
     def with_image(self, condition: Condition, images: Tensor) -> Condition:
         if self.encoders.image_tensors:

@@ -78,14 +78,13 @@ PUBLISHED = {16: Decoder(), 48: Decoder(base_dim=256, z_dim=48, is_residual=True
 VAE_NUMBERS, TEXT_ENCODER_NUMBERS = {16: 126_892_531, 48: 704_688_668}, 5_680_910_336
 
 
-def encoder_bytes(pipeline: WanPipelineConfig, channels: int, element_bytes: int) -> float:
-    """Returns the bytes of the weights of VAE and text encoder, which a rank holds from its first prompt on. 0 without
-    a pipeline folder."""
+def encoder_bytes(pipeline: WanPipelineConfig, channels: int, element_bytes: int) -> tuple[float, float]:
+    """Returns the bytes of the weights of VAE and text encoder on the device. 0 without a pipeline folder."""
     if not pipeline.path:
-        return 0.0
+        return 0.0, 0.0
     vae = _numbers_in(Path(pipeline.path) / "vae") or VAE_NUMBERS.get(channels, max(VAE_NUMBERS.values()))
     text = _numbers_in(Path(pipeline.path) / "text_encoder") or TEXT_ENCODER_NUMBERS
-    return element_bytes * (vae + (0 if pipeline.offload_text_encoder else text))
+    return element_bytes * vae, 0.0 if pipeline.offload_text_encoder else element_bytes * text
 
 
 def find_decoder(pipeline: str, channels: int) -> Decoder:

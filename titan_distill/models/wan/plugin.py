@@ -26,7 +26,7 @@ from titan_distill.config.role_sections import HEAD_FLAVOR, RoleConfig
 from titan_distill.config.sections import FIRST_TILE, Tile
 from titan_distill.data.parquet import RowCheck
 from titan_distill.fault_tolerance.ranks import Ranks
-from titan_distill.models.base import Adapter, EncoderFolders, FootageEncoder, ModelFamily
+from titan_distill.models.base import Adapter, EncoderFolders, EncoderMemory, FootageEncoder, ModelFamily
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.encoder_memory import decoding_bytes, encoder_bytes, find_decoder
@@ -239,17 +239,19 @@ class WanFamily(ModelFamily):
     def token_grid(self) -> Grid:
         return self._space.token_grid(*self.video_size())
 
-    def encoder_memory(self) -> tuple[float, float]:
+    def encoder_memory(self) -> EncoderMemory:
         name, role = next(iter(self._networks().items()))
         architecture = self._architecture(name, role, by_name=True)
         pipeline, channels = self.config.pipeline_config, architecture.out_channels
         element_bytes = DTYPES[self.config.training.dtype].itemsize
-        encoders = encoder_bytes(pipeline, channels, element_bytes)
+        vae, text = encoder_bytes(pipeline, channels, element_bytes)
+        # Captions of videos are encoded while the run trains.
+        held, released = (vae + text, 0.0) if self.config.data.holds_videos else (vae, text)
         if not (pipeline.path and self.config.validation.enabled):
-            return encoders, 0.0
+            return EncoderMemory(held, released)
         frames, height, width = (n * patch for n, patch in zip(self.token_grid(), architecture.patch_size, strict=True))
         decoder = find_decoder(pipeline.path, channels)
-        return encoders, decoding_bytes(decoder, (frames, height, width), element_bytes)
+        return EncoderMemory(held, released, decoding_bytes(decoder, (frames, height, width), element_bytes))
 
     @functools.cached_property
     def _space(self) -> LatentSpace:

@@ -5,13 +5,15 @@ is replaced by zeros: Wan's cross-attention runs over all positions *without* a 
 transformer was trained on. Prompts are encoded one at a time. That costs throughput on a GPU, but makes an embedding a
 function of its prompt alone: no bit of it depends on what else was in the call.
 
-The encoder of a real Wan is 22 GB in fp32, and most runs need it only for one negative prompt. So weights are loaded
-at the first prompt that no cache knows, and `TextEncoder.cached_embedding` keeps embeddings on disk between runs.
+The encoder of a real Wan is 22 GB in fp32, and most runs need it only before the first step, for the negative prompt
+and the prompts of validation. So weights are loaded at the first prompt that no cache knows, `TextEncoder.release`
+drops them, and `TextEncoder.cached_embedding` keeps embeddings on disk between runs.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import logging
 import os
@@ -81,7 +83,7 @@ class TextEncoder:
 
     def encode(self, prompts: Sequence[str], max_tokens: int) -> Tensor:
         """Embeddings `[B, max_tokens, D]` in fp32 on the CPU, zero after each prompt's true length."""
-        return torch.stack([_pad(self.embed(prompt, max_tokens), max_tokens) for prompt in prompts])
+        return torch.stack([padded(self.embed(prompt, max_tokens), max_tokens) for prompt in prompts])
 
     def cached_embedding(self, prompt: str, max_tokens: int, cache_dir: str | Path) -> Tensor:
         """`encode([prompt], max_tokens)[0]`, from a safetensors file in `cache_dir` if it has been computed before.
@@ -99,11 +101,22 @@ class TextEncoder:
         if not os.path.isfile(file):  # False also for a folder that may not be entered
             embedding = self.embed(prompt, max_tokens)
             self._store(embedding, file)
-            return _pad(embedding, max_tokens)
+            return padded(embedding, max_tokens)
         try:
-            return _pad(load_file(file)["embedding"], max_tokens)
+            return padded(load_file(file)["embedding"], max_tokens)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}): remove it, and it will be computed again") from error
+
+    def release(self) -> int:
+        """Drops the weights and returns their bytes; 0 if none are loaded. The next prompt loads them again."""
+        model = self.__dict__.pop("_model", None)
+        if model is None:
+            return 0
+        released = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        del model
+        gc.collect()  # modules refer to each other in circles
+        torch.cuda.empty_cache()  # training cannot use blocks of the encoder's sizes
+        return released
 
     def _store(self, embedding: Tensor, file: Path) -> None:
         """Writes a cached embedding. The first one that can't be written, for example in a folder of which the user is
@@ -169,5 +182,6 @@ class TextEncoder:
         return cpu_offload(model, self._device) if self._offload else model.to(self._device)
 
 
-def _pad(embedding_LD: Tensor, max_tokens: int) -> Tensor:
+def padded(embedding_LD: Tensor, max_tokens: int) -> Tensor:
+    """Returns an embedding with zeros after its last token, [max_tokens, D]."""
     return pad(embedding_LD, (0, 0, 0, max_tokens - len(embedding_LD)))
