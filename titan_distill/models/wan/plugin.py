@@ -101,7 +101,7 @@ class WanFamily(ModelFamily):
 
     def _known_networks(self) -> list[WanConfig]:
         return [
-            self._architecture(name, role, by_name=bool(role.flavor))
+            self._architecture(name, role, by_name=True)
             for name, role in self._networks().items()
             # Whoever samples from a checkpoint need not have what all roles once started from.
             if role.flavor or is_reference(role.init_from) or Path(role.path or role.init_from).is_dir()
@@ -124,9 +124,13 @@ class WanFamily(ModelFamily):
         return find_boundary(self.config.pipeline_config, weights, by_name=by_name)
 
     def spelled_out(self) -> Config:
-        boundary, roles = self._boundary(), self.config.roles
+        boundary = self._boundary()
         config = self.config.with_tiles(
-            {name: self._architecture(name, roles[name], by_name=False).vsa_tile for name in self.config.sparse_roles}
+            {
+                name: self._architecture(name, role, by_name=False).vsa_tile
+                for name, role in self._networks().items()
+                if role.attention == "sparse"
+            }
         )
         if boundary is None:
             return config
@@ -276,7 +280,8 @@ class WanFamily(ModelFamily):
         """
         stored = self._stored(role)
         if stored is None or (by_name and role.flavor):
-            return _attending(FLAVORS[role.flavor], role.attention, self._tile(name, None, ""))
+            tile = self._tile(name) if role.attention == "sparse" else FIRST_TILE
+            return _attending(FLAVORS[role.flavor], role.attention, tile)
         found, weights = stored.architecture(expert), stored.weights
         trained, lacks = (
             ("causal", "")
@@ -288,9 +293,9 @@ class WanFamily(ModelFamily):
                 f"roles.{name}.attention = {role.attention!r}, but {weights} holds a model trained with {trained} "
                 f"attention{lacks}; set roles.{name}.attention to {trained!r} or choose other weights"
             )
-        # A plan has no weights whose gates could tell.
-        of_config = found.vsa_tile if found.sparse_attention else None
-        tile = self._tile(name, of_config if by_name else stored.tile(expert), weights)
+        tile = FIRST_TILE
+        if role.attention == "sparse":
+            tile = self._tile(name, stored.tile(expert, by_name=by_name), weights)
         found = _attending(found, role.attention, tile)
         expected = _attending(FLAVORS.get(role.flavor, found), role.attention, tile)
         different = ", ".join(
@@ -304,10 +309,8 @@ class WanFamily(ModelFamily):
             )
         return found
 
-    def _tile(self, name: str, stored: Tile | None, weights: str) -> Tile:
+    def _tile(self, name: str, stored: Tile | None = None, weights: str = "") -> Tile:
         """Returns the tile of a role with sparse attention: that of its `weights`, if they were trained with one."""
-        if self.config.roles[name].attention != "sparse":
-            return FIRST_TILE
         if stored is not None:
             self.config.check_tile(name, stored, weights)
             return stored

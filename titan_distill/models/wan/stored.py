@@ -51,14 +51,15 @@ class StoredWeights:
             )
         return self._architectures[expert]
 
-    def tile(self, expert: str) -> Tile | None:
+    def tile(self, expert: str, *, by_name: bool) -> Tile | None:
         """Returns the tile of the sparse attention that one network was trained with; None for dense weights. Weights
-        of others have gates and a configuration that does not mention them."""
+        of others may have gates that their configuration does not mention; `by_name` does not look for them."""
         config = self.architecture(expert)
-        if config.sparse_attention or self._reference is not None:
-            return config.vsa_tile if config.sparse_attention else None
-        shapes = open_folder(network_folder(Path(self.weights), expert)).shapes
-        return config.vsa_tile if any(GATE in name for name in shapes) else None
+        is_sparse = config.sparse_attention
+        if not (is_sparse or by_name or self._reference):
+            shapes = open_folder(network_folder(Path(self.weights), expert)).shapes
+            is_sparse = any(GATE in name for name in shapes)
+        return config.vsa_tile if is_sparse else None
 
     def check(self, build: Callable[[], WanTransformer], expert: str) -> None:
         """Compares names, shapes and stored types of one network's tensors with the model that `build` returns, which
