@@ -71,6 +71,13 @@ def softplus(z: Tensor) -> Tensor:
     return (1 + z.exp()).log()
 
 
+def test_a_sharded_head_has_the_architecture_of_a_whole_one() -> None:
+    """FSDP gives a module a type of its own; a checkpoint of any layout resumes in any other."""
+    whole, sharded = FeatureHead(4, 2), FeatureHead(4, 2)
+    sharded.__class__ = type("FSDPFeatureHead", (FeatureHead,), {})
+    assert sharded.architecture() == whole.architecture()
+
+
 # --- what the updates compute, literally
 
 

@@ -165,8 +165,11 @@ class TestResume:
 
     def test_another_architecture_of_the_same_shapes_is_refused(self, saved: Path) -> None:
         folder = saved.parent
-        eight, four = (replace(RUN, architectures={"student": {"heads": heads, "patch": (1, 2)}}) for heads in (8, 4))
-        path = CheckpointManager(folder, 2, eight).save(make_roles(seed=0), TrainState(step=9))
+        sharded, eight, four = (
+            replace(RUN, architectures={"student": {"_class_name": name, "heads": heads, "patch": (1, 2)}})
+            for name, heads in (("FSDPNet", 8), ("Net", 8), ("Net", 4))
+        )
+        path = CheckpointManager(folder, 2, sharded).save(make_roles(seed=0), TrainState(step=9))
         CheckpointManager(folder, 2, eight).load(path, make_roles(seed=0))
         with pytest.raises(ValueError, match=r"roles.student has heads = 4, but .*step-00000009 was saved with 8;"):
             CheckpointManager(folder, 2, four).load(path, make_roles(seed=0))

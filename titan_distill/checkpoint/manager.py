@@ -254,7 +254,8 @@ class CheckpointManager:
     def _check_architectures(self, path: Path, manifest: Manifest) -> None:
         for name, trained in manifest.trained.items():
             saved, now = trained.architecture, self.run_info.architectures.get(name, {})
-            for key in sorted(saved.keys() & now.keys()):
+            # The family is compared elsewhere; version 0.1 recorded the type that FSDP had made of a head.
+            for key in sorted((saved.keys() & now.keys()) - {"_class_name"}):
                 if json.dumps(saved[key]) != json.dumps(now[key]):  # a tuple is saved as a list
                     raise ValueError(
                         f"roles.{name} has {key} = {now[key]}, but {path} was saved with {saved[key]}; name a network "

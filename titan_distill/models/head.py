@@ -47,7 +47,8 @@ class FeatureHead(nn.Module):
 
     def architecture(self) -> dict[str, Any]:
         """Architecture of the head as checkpoint manifests record it."""
-        return {"_class_name": type(self).__name__, "width": self.width, "num_depths": len(self.readers)}
+        # Not the name of its type, which FSDP replaces.
+        return {"_class_name": FeatureHead.__name__, "width": self.width, "num_depths": len(self.readers)}
 
 
 def _zero_linear(width: int) -> nn.Linear:
