@@ -125,7 +125,7 @@ class TangentTraining(FewStepTraining):
                 updates_per_step,
                 num_conditions=num_conditions,
                 forward_mode=not config.derivative_step,
-            ),  # fmt: skip
+            ),
         ]
 
     def tangent_loss(self, batch: Batch, step: int) -> LossResult:
