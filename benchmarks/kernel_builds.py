@@ -39,11 +39,13 @@ _DESCRIBED["jvp"] = ("k", "v", "tangent_k", "tangent_v")
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MOST_SHARED_KIB = {80: 163, 90: 227, 100: 227}
+_MOST_TENSOR_COLUMNS = 512
+"""Of a Blackwell multiprocessor's tensor memory, where its matrix units add up."""
 _GROUPS = {
     "wgmma": r"HGMMA",
     "mma": r"HMMA|UTC\w*MMA",
     "exp2": r"MUFU",
-    "float": r"FFMA|FADD|FMUL|FMNMX|FSEL",
+    "float": r"(FFMA|FADD|FMUL)2?|FMNMX|FSEL",
     "shared": r"LDS|LDSM|STS|STSM",
     "local": r"LDL|STL",
     "barrier": r"BAR|SYNCS",
@@ -52,7 +54,7 @@ _GROUPS = {
     "wait": r"WARPGROUP",
 }
 
-PRODUCTS = {"forward": 2, "grad_q": 3, "grad_kv": 4}
+PRODUCTS = {"forward": 2, "grad_q": 3, "grad_kv": 4, "jvp": 6}
 """Matrix products per pair of a query block and a key block."""
 
 _FLOPS_PER_CYCLE = 4096
@@ -75,7 +77,8 @@ class Build:
         registers: per thread.
         local_bytes: stack and local memory per thread; above zero, something spilled.
         shared_bytes: per program.
-        programs: that fit on one multiprocessor, by registers, shared memory and warps.
+        tensor_columns: of tensor memory, per program (Blackwell).
+        programs: that fit on one multiprocessor, by registers, shared memory, tensor memory and warps.
         instructions: in all.
         mix: instructions by group, each where it stands in the code; loops count once.
         loop: instructions of the innermost loop that multiplies: the work for one tile.
@@ -92,6 +95,7 @@ class Build:
     registers: int
     local_bytes: int
     shared_bytes: int
+    tensor_columns: int
     programs: int
     instructions: int
     mix: dict[str, int]
@@ -101,8 +105,8 @@ class Build:
 
     @property
     def fits(self) -> bool:
-        """True where a program gets the shared memory that it asks for."""
-        return self.shared_bytes <= _MOST_SHARED_KIB[self.arch] * 1024
+        """True where a program gets the memory that it asks for; Triton raises `OutOfResources` where not."""
+        return self.shared_bytes <= _MOST_SHARED_KIB[self.arch] * 1024 and self.tensor_columns <= _MOST_TENSOR_COLUMNS
 
 
 def build(
@@ -123,7 +127,7 @@ def build(
     lines = [line for _, line in addressed]
     names = Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in lines)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    shared = compiled.metadata.shared
+    shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
     loop = _innermost([(int(address, 16), line) for address, line in addressed])
     return Build(
         kernel,
@@ -135,7 +139,8 @@ def build(
         registers,
         stack + local,
         shared,
-        _programs(registers, shared, candidate.warps, arch),
+        columns,
+        _programs(registers, shared, columns, candidate.warps, arch),
         len(lines),
         {group: sum(n for name, n in names.items() if re.fullmatch(p, name)) for group, p in _GROUPS.items()},
         len(loop),
@@ -148,9 +153,7 @@ def source(kernel: str, candidate: Candidate, rows: int, dtype: torch.dtype, hea
     """The kernel specialised as its launcher does for contiguous inputs and tiles of at most 64 tokens."""
     function = KERNELS[kernel]
     block_d = triton.next_power_of_2(head_dim)
-    columns = min(rows, 64)
-    if kernel == "jvp":
-        rows, columns = block_sizes(candidate, dtype)
+    rows, columns = blocks(kernel, candidate, rows, dtype)
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": rows, "BLOCK_N": columns, "TMA": candidate.tma}
     if kernel == "jvp":
         constants["KEYS_MOVE"] = True
@@ -178,6 +181,11 @@ def source(kernel: str, candidate: Candidate, rows: int, dtype: torch.dtype, hea
     return ASTSource(function, types, positions, {(i,): [["tt.divisibility", 16]] for i in divisible})
 
 
+def blocks(kernel: str, candidate: Candidate, rows: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows of a block of queries and of keys, for `rows` of `tuning.KEPT`."""
+    return block_sizes(candidate, dtype) if kernel == "jvp" else (rows, min(rows, 64))
+
+
 def _type(name: str, dtype: torch.dtype) -> str:
     if name.removeprefix("tangent_") in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"):
         return f"*{_TYPES[dtype]}"
@@ -191,14 +199,18 @@ def _type(name: str, dtype: torch.dtype) -> str:
 
 
 def _innermost(addressed: list[tuple[int, str]]) -> list[str]:
-    """The shortest stretch that ends in a jump back and has a matrix product or, without any, a sum."""
+    """The shortest stretch that ends in a conditional jump back and has a matrix product or, without any, a sum.
+
+    Unconditional jumps back close no loop: they return from waits at a barrier, which stand behind the code.
+    """
     position = {address: i for i, (address, _) in enumerate(addressed)}
     loops = []
     for end, (address, line) in enumerate(addressed):
-        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", line)
+        # @P0 BRA 0x..., or BRA.U UP0, 0x...
+        target = re.search(r"^(?:@\S+ BRA\b|BRA\S* !?U?P\w+,).* 0x([0-9a-f]+)", line)
         if target and int(target[1], 16) < address:
             loops.append([line for _, line in addressed[position[int(target[1], 16)] : end + 1]])
-    for works in (rf"\b({_GROUPS['wgmma']}|{_GROUPS['mma']})\b", r"\bFFMA\b"):
+    for works in (rf"\b({_GROUPS['wgmma']}|{_GROUPS['mma']})\b", r"\bFFMA2?\b"):
         if working := [loop for loop in loops if any(re.search(works, line) for line in loop)]:
             return min(working, key=len)
     return []
@@ -218,10 +230,11 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         return tuple(outputs)  # type: ignore[return-value]
 
 
-def _programs(registers: int, shared: int, warps: int, arch: int) -> int:
+def _programs(registers: int, shared: int, columns: int, warps: int, arch: int) -> int:
     # Registers are handed out in eights; the system keeps 1 KiB of shared memory for each program.
     by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
-    return min(by_registers, (_MOST_SHARED_KIB[arch] + 1) * 1024 // (shared + 1024), 64 // warps)
+    by_shared = (_MOST_SHARED_KIB[arch] + 1) * 1024 // (shared + 1024)
+    return min(by_registers, by_shared, _MOST_TENSOR_COLUMNS // max(1, columns), 64 // warps)
 
 
 def space(kernel: str, rows: int, dtype: torch.dtype) -> Iterator[Candidate]:
@@ -268,20 +281,22 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def write_table(path: Path, builds: list[Build]) -> None:
-    """Adds lines to a tab-separated file, in place of those that the same Triton and assembler made."""
+    """Adds lines to a tab-separated file, in place of those of the same kernels by the same Triton and assembler."""
     rows = list(map(table_row, builds))
     if path.exists():
-        old = read_table(path)
-        rows = [row for row in old if any(row[name] != value for name, value in versions().items())] + rows
+        ours, kernels = versions().items(), {built.kernel for built in builds}
+        rows = [row for row in read_table(path) if not (ours <= row.items() and row["kernel"] in kernels)] + rows
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def predicted_tflops(kernel: str, rows: int, warps: int, programs: int, loop: int) -> tuple[float, float]:
+def predicted_tflops(
+    kernel: str, rows: int, warps: int, programs: int, loop: int, columns: int = 64
+) -> tuple[float, float]:
     """Lower and upper prediction of the rate over whole tiles; docs/kernels.md says what it assumes."""
-    multiplying = PRODUCTS[kernel] * 2 * rows * 64 * 128 / _FLOPS_PER_CYCLE
+    multiplying = PRODUCTS[kernel] * 2 * rows * columns * 128 / _FLOPS_PER_CYCLE
     issuing = loop * warps / 4
     warpgroups = programs * warps / 4
     exposed = (issuing, issuing / warpgroups)
@@ -305,9 +320,12 @@ def static_table(lines: list[dict[str, str]]) -> str:
             ]
             cells = [each[0] if len(set(each)) == 1 else " / ".join(each) for each in values]
             programs, loop = (int(of_versions[0][name]) for name in ("programs", "loop"))
-            tensor = predicted_tflops(kernel, rows, candidate.warps, programs, loop)
-            rates = [f"{share * tensor[0]:.0f}–{share * tensor[1]:.0f}" for share in (1, _USEFUL_SHARE)]
-            text.append(f"| {' | '.join([f'{kernel}, {rows} rows', str(candidate), *cells, *rates])} |")
+            block_rows, columns = blocks(kernel, candidate, rows, torch.bfloat16)
+            tensor = predicted_tflops(kernel, block_rows, candidate.warps, programs, loop, columns)
+            # Dense attention has no ragged tiles.
+            shares = (1, 1 if kernel == "jvp" else _USEFUL_SHARE)
+            rates = [f"{share * tensor[0]:.0f}–{share * tensor[1]:.0f}" for share in shares]
+            text.append(f"| {' | '.join([f'{kernel}, {block_rows} rows', str(candidate), *cells, *rates])} |")
     return "\n".join(text)
 
 

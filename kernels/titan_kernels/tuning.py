@@ -134,6 +134,7 @@ _DEEPER = "one more tile in flight, for lists that miss the L2"
 _ANYWHERE = "no TMA: before Hopper, strided inputs, head dims between powers of two"
 _RESIDENT = "programs that stay: a block's first loads wait for no launch"
 _NO_MATRIX_UNITS = "exact fp32 products: with 4 warps the unrolled sums spill"
+_NO_MATRIX_UNITS_JVP = "exact fp32 products: 4 warps spill 5,000 bytes, 8 warps without prefetching 224"
 _PARTS = "products of bf16 parts: with 4 warps the parts of the query block spill 472 to 776 bytes"
 
 KEPT: dict[tuple[str, int, int], tuple[Candidate, ...]] = {
@@ -178,9 +179,10 @@ KEPT: dict[tuple[str, int, int], tuple[Candidate, ...]] = {
     ("grad_kv", 32, 32): (Candidate(8, 1, reason=_NO_MATRIX_UNITS),),
     ("forward", 64, 32): (Candidate(8, 1, reason=_PARTS),),
     ("grad_q", 64, 32): (Candidate(8, 1, reason=_PARTS),),
-    ("jvp", 16, 32): (Candidate(4, 1, reason=_NO_MATRIX_UNITS),),
+    ("jvp", 16, 32): (Candidate(8, 2, reason=_NO_MATRIX_UNITS_JVP),),
 }
-"""By kernel, most rows of a query block and bits of a number. The first is what runs where nothing may be timed."""
+"""By kernel, most rows of a query block and bits of a number. Where nothing may be timed, the first runs for which the
+GPU has the memory."""
 
 
 def candidates(kernel: str, rows: int, dtype: torch.dtype, tma: bool) -> list[Candidate]:
@@ -239,22 +241,32 @@ def launch(kernel: str, shape: Shape, start: Callable[[Candidate], None], *, tma
     """Starts `kernel` with the fastest candidate for `shape`; the first time, finds out which that is.
 
     Launches are repeated for that, so `start` must overwrite its outputs whole. Nothing is timed on CPUs (Triton's
-    interpreter), during graph capture, or within `untimed`.
+    interpreter), during graph capture, or within `untimed`: the first candidate for which this GPU has the memory runs.
     """
     kept = candidates(kernel, shape.block_m, shape.dtype, tma)
     if len(kept) == 1 or not _may_time or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
-        return start(kept[0])
+        return _start_first_that_fits(kept, start)
     key = (kernel, shape, tma, torch.cuda.current_device())
     if key not in _fastest or _observer is not None:
         _fastest[key] = min(kept, key=lambda candidate: _milliseconds(kernel, start, candidate))
     start(_fastest[key])
 
 
+def _start_first_that_fits(kept: list[Candidate], start: Callable[[Candidate], None]) -> None:
+    *larger, last = kept
+    for candidate in larger:
+        try:
+            return start(candidate)
+        except OutOfResources:  # before anything ran: too little shared memory, or Blackwell's tensor memory
+            pass
+    start(last)
+
+
 def _milliseconds(kernel: str, start: Callable[[Candidate], None], candidate: Candidate) -> float:
     try:
         milliseconds = triton.testing.do_bench(lambda: start(candidate), warmup=10, rep=50, return_mode="median")
     except Exception as error:
-        # OutOfResources: this GPU has less shared memory than the GPUs that the list was made for.
+        # OutOfResources: this GPU has less shared or tensor memory than the GPUs that the list was made for.
         if _observer is None and not isinstance(error, OutOfResources):
             raise
         if _observer is not None:

@@ -43,7 +43,7 @@ MOST_IN_LOOP = {
     ("grad_q", 64): {"3.6": 370, "3.7": 370},
     ("grad_q", 128): {"3.6": 360, "3.7": 360},
     ("grad_kv", 64): {"3.6": 420, "3.7": 420},
-    ("jvp", 128): {"3.6": 550, "3.7": 570},
+    ("jvp", 128): {"3.6": 840, "3.7": 850},
 }
 """Instructions per key tile of the first candidates, by version of Triton: those found, rounded up to tens. Lower them
 with the kernels. 3.6 is what GPU machines have (scripts/gpu_versions)."""
@@ -54,6 +54,7 @@ PROGRAMS = {
     ("grad_q", 64): (2, 2, 2),
     ("grad_q", 128): (1, 1, 1),
     ("grad_kv", 64): (2, 1, 1),
+    ("jvp", 128): (1, 2, 1),
 }
 """Programs per multiprocessor that each kept candidate, in order, is kept for."""
 
@@ -66,6 +67,7 @@ WAITS = {
     ("grad_q", 64): (2, 2, 3),
     ("grad_q", 128): (2, 2, 2),
     ("grad_kv", 64): (2, 2, 2),
+    ("jvp", 128): (4, 6, 4),
 }
 """Waits for products per key tile, likewise. An assembler that serialises products waits for each: 24 in dK/dV."""
 
@@ -124,14 +126,24 @@ def test_a_prediction_lies_between_none_and_all_overlapped() -> None:
     assert four == (370, 592)
 
 
+TOO_LARGE = {(100, "jvp", 128): ("8 warps, 2 stages, TMA",)}
+"""Candidates that a launch passes over there, by architecture, kernel and rows: an accumulator for each of 640 columns
+of tensor memory, of which there are 512. Triton builds a trap in place of such a kernel, and never starts it."""
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_kept_candidates_compile_everywhere(arch: int) -> None:
-    for (kernel, rows, bits), kept in KEPT.items():
-        dtype = torch.bfloat16 if bits == 16 else torch.float32
-        for candidate in kept:
-            if arch >= 90 or not candidate.tma:
-                build(kernel, candidate, arch, rows, dtype)
+@pytest.mark.parametrize(("kernel", "rows", "bits"), KEPT)
+def test_kept_candidates_multiply_on_every_architecture(kernel: str, rows: int, bits: int, arch: int) -> None:
+    dtype = torch.bfloat16 if bits == 16 else torch.float32
+    kept = [candidate for candidate in KEPT[kernel, rows, bits] if arch >= 90 or not candidate.tma]
+    built = [build(kernel, candidate, arch, rows, dtype) for candidate in kept]
+    fitting = [each for each in built if each.fits]
+    assert [str(each.candidate) for each in built if not each.fits] == [*TOO_LARGE.get((arch, kernel, rows), ())]
+    for each in fitting:
+        exact = bits == 32 and rows <= 32  # without matrix units
+        assert each.instructions > 700 and each.programs > 0
+        assert each.mix["float"] > 500 if exact else each.mix["wgmma"] + each.mix["mma"] >= 12
 
 
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.1"])
@@ -143,17 +155,17 @@ def test_the_table_has_every_kept_candidate(version: str) -> None:
     assert spilled == {(kernel, rows, str(candidate)): 0 for kernel, rows, candidate in SIXTEEN_BIT} | first
 
 
-def test_a_table_keeps_the_lines_of_other_versions(tmp_path: Path) -> None:
+def test_a_table_keeps_the_lines_of_other_versions_and_kernels(tmp_path: Path) -> None:
     path = tmp_path / "builds.tsv"
     path.write_text(RESULTS.read_text())
     mix = dict.fromkeys(("wgmma", "mma", "exp2", "float", "shared", "local", "barrier", "tma", "async_copy", "wait"), 0)
     candidate = Candidate(4, 2, True, persistent=2)
-    built = Build("forward", 64, "bf16", 128, 90, candidate, 255, 0, 98336, 2, 1, mix, 1, 1, "a")
+    built = Build("forward", 64, "bf16", 128, 90, candidate, 255, 0, 98336, 0, 2, 1, mix, 1, 1, "a")
     write_table(path, [built, built])
     old, new = read_table(RESULTS), read_table(path)
     assert new[0].keys() == old[0].keys()
     ours = {"triton": versions()["triton"], "ptxas": versions()["ptxas"]}
-    assert new[:-2] == [row for row in old if not ours.items() <= row.items()]
+    assert new[:-2] == [row for row in old if not (ours | {"kernel": "forward"}).items() <= row.items()]
     assert new[-1]["candidate"] == "4 warps, 2 stages, TMA, 2 resident"
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from titan_kernels import reference, tuning
 from titan_kernels.vsa_backward import _longest_first
+from triton.runtime.errors import OutOfResources
 
 KEPT = tuning.candidates("forward", 64, torch.bfloat16, tma=True)
 
@@ -70,6 +71,16 @@ def test_observers_hear_of_every_candidate_and_of_those_that_fail(timed: list[fl
     assert [type(result) for *_, result in heard] == [int] * (len(KEPT) - 1) + [RuntimeError]
     launch(fails)
     assert len(heard) == len(KEPT), "nobody listens any more"
+
+
+def test_what_this_gpu_has_no_memory_for_is_passed_over(timed: list[float]) -> None:
+    def only_last(candidate: tuning.Candidate) -> None:
+        if candidate != KEPT[-1]:
+            raise OutOfResources(640, 512, "tensor memory")
+
+    with tuning.untimed():
+        assert launch(only_last) == KEPT[-1]
+    assert not timed
 
 
 def test_longest_key_tiles_come_first() -> None:
