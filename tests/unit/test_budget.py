@@ -91,14 +91,15 @@ def test_a_sparse_role_is_planned_at_the_rate_of_sparse_kernels(tile: str, share
 # Measurements -------------------------------------------------------------------------------------
 
 
-def suite(out: Path, scratch: Path, *, rehearse: bool, card: str) -> None:
+def suite(out: Path, scratch: Path, *, rehearse: bool, card: str, copy: float = 2.9, dated: bool = True) -> None:
     """Rows that a suite's own supervisor writes, as if a worker had sent them."""
     out.mkdir(parents=True)
     supervisor = Supervisor(out, scratch, 60, rehearse, None, lambda: None)
     if not rehearse:
         supervisor._card = card
-    supervisor._add(PARTS[0], "versions", date="2026-12-01")
-    supervisor._add(PARTS[0], "copy", tb_per_second=2.9)
+    if dated:
+        supervisor._add(PARTS[0], "versions", date="2026-12-01")
+    supervisor._add(PARTS[0], "copy", tb_per_second=copy)
     supervisor._add(PARTS[4], "compiled", seconds_per_step=2.05, mfu=0.418)
     supervisor._add(PARTS[3], "32760 tokens, 12 heads: vsa kernels 0.9 x1 3x5x4", forward_tflops=400, useful_share=0.8)
 
@@ -106,6 +107,7 @@ def suite(out: Path, scratch: Path, *, rehearse: bool, card: str) -> None:
 def test_a_plan_quotes_what_a_suite_measured_on_this_card(tmp_path: Path) -> None:
     results = tmp_path / "benchmarks" / "results"
     suite(results / "h100", tmp_path / "scratch", rehearse=False, card=CARD)
+    suite(results / "older", tmp_path / "scratch", rehearse=False, card=CARD, copy=1.5, dated=False)
     quoted = [str(each) for each in measurements(H100, results)]
     assert quoted == [
         f"sparse attention, forward: 500 TFLOP/s ({CARD}, 2026-12-01, benchmarks/results/h100/rows.jsonl)",
