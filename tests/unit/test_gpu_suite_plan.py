@@ -100,7 +100,15 @@ def test_the_estimate_has_time_for_every_candidate():
     kept = {(kernel, rows): len(found) for (kernel, rows, bits), found in tuning.KEPT.items() if bits == 16}
     of_a_tile = sum(kept["forward", rows] + kept["grad_q", rows] + kept["grad_kv", 64] for rows in (64, 128))
     (estimated,) = re.findall(r"(\d+) candidates at 0.25", PAGE)
-    assert 2 * of_a_tile <= int(estimated)
+    assert 2 * of_a_tile == int(estimated)
+
+
+@pytest.mark.nightly
+def test_the_page_has_the_number_of_gpu_tests():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, "tests/gpu"], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    (collected,) = re.findall(r"(\d+) tests collected", done.stdout)
+    assert re.findall(r"(\d+) tests of \d", PAGE) == [collected]
 
 
 def test_sparse_rows_have_counted_and_tensor_rates():

@@ -18,6 +18,8 @@ from titan_distill.planner.hardware import Gpu
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 STEP = "step"
+UNDATED = "undated"
+"""Date of a suite that ended before it wrote one."""
 
 _480P = "32760 tokens, 12 heads"
 FIGURES: tuple[tuple[str, str, str, str, float], ...] = (
@@ -51,7 +53,7 @@ class Measurement:
 def measurements(gpu: Gpu, folder: Path = RESULTS) -> list[Measurement]:
     """Returns what suites in `folder` measured on this GPU, the latest of each figure."""
     found: dict[tuple[str, str], Measurement] = {}
-    for each in sorted(_all(gpu, folder), key=lambda each: each.date):
+    for each in sorted(_all(gpu, folder), key=lambda each: (each.date != UNDATED, each.date)):
         found[each.part, each.unit] = each
     order = [(part, unit) for part, _, _, unit, _ in FIGURES]
     return sorted(found.values(), key=lambda each: order.index((each.part, each.unit)))
@@ -60,7 +62,7 @@ def measurements(gpu: Gpu, folder: Path = RESULTS) -> list[Measurement]:
 def _all(gpu: Gpu, folder: Path) -> Iterator[Measurement]:
     for file in sorted(folder.rglob("rows.jsonl")):
         rows: list[dict[str, Any]] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        date = next((row["date"] for row in rows if "date" in row), "undated")
+        date = next((row["date"] for row in rows if "date" in row), UNDATED)
         for row in rows:
             if not _is_on(gpu, str(row.get("card", ""))) or "failure" in row:
                 continue

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from titan_kernels import TileLayout, tile_layout
+from titan_kernels.layout import useful_share
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -59,7 +60,7 @@ class RolePlan:
         num_experts: networks of the role; each sample goes through one of them.
         tile_layout: tiles of the tokens, in which sequence ranks share them.
         sparse: key tiles that a query tile reads at the end of the schedule; None for dense attention.
-        useful_share: fraction of the pairs of tokens in whole tiles that are pairs of tokens of the video.
+        useful_share: fraction of the pairs of tokens in whole blocks that are pairs of tokens of the video.
         segmentation: the segments of a causal role's videos; None for other roles.
         accumulated: bytes of gradients on the device while micro-batches accumulate them, for each value of
             `training.reduce_gradients`; empty for a frozen role.
@@ -435,7 +436,7 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
         offloaded=parallelism.cpu_offload,
         adapters_only=role.adapters_only,
         sparse=None if core is None else core.tiles_read(layout_of_tokens.num_tiles),
-        useful_share=seconds.useful_share(layout_of_tokens),
+        useful_share=useful_share(layout_of_tokens.grid, layout_of_tokens.tile),
         segmentation=cast("Segmentation | None", role.transformer.segmentation),
     )
     return replace(plan, accumulated=_accumulated(plan, layout.num_micro_batches))

@@ -21,8 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from titan_kernels import TileLayout
-
 from titan_distill.observability.flops import ForwardFlops
 from titan_distill.planner.communication import Weights
 from titan_distill.planner.hardware import EFFICIENCY, Gpu
@@ -47,8 +45,6 @@ DENSE_BACKWARD, SPARSE_BACKWARD_PRODUCTS = 5 / 2, 7 / 2
 """FLOPs that the kernels of an attention's backward execute, over those of its forward."""
 EAGER_PASSES = 4
 """Bytes of pointwise operations without the compiler, over those with it."""
-TILE = 64
-"""Tokens of a whole tile, for which kernels multiply."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +76,6 @@ class Backward:
     matmuls: float
     attention: float
     checkpointed: float
-
-
-def useful_share(layout: TileLayout) -> float:
-    """Returns the fraction of the pairs of tokens in whole tiles that are pairs of tokens of the video."""
-    return (layout.num_tokens / (layout.num_tiles * TILE)) ** 2
 
 
 def products(flops: ForwardFlops, text: float, backward: Backward | None, useful: float | None) -> dict[str, float]:
