@@ -32,7 +32,8 @@ def curve(method: str, output: Path) -> list[float]:
     return [value for line in lines for name, value in line.items() if any(part in name for part in names)]
 
 
-@pytest.mark.parametrize("method", ["scm", pytest.param("rcm", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["scm", "rcm"])
 def test_training_is_that_of_torchs_derivative(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     calls = []
