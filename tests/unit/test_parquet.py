@@ -339,6 +339,27 @@ def test_other_spellings_of_the_types_are_read(tmp_path: Path) -> None:
     assert_same(ParquetDataset(tmp_path)[0], make_row(0))
 
 
+@pytest.mark.nightly
+def test_a_row_group_of_more_than_two_gibibytes_is_read(tmp_path: Path) -> None:
+    """Arrow's reader gives such a column in several chunks, which don't fit into one array."""
+    row, size = make_row(0), 3 * 2**28
+    write_rows(tmp_path / "a.parquet", [row] * 3)
+    table = pq.ParquetFile(tmp_path / "a.parquet").read()
+    values = pa.array([b"\0" * size], pa.binary())
+    large = {
+        "vae_latent_bytes": pa.chunked_array([values] * 3),
+        "vae_latent_shape": pa.chunked_array([[[1, 1, 1, size // 4]] * 3], pa.list_(pa.int64())),
+    }
+    for name, column in large.items():
+        table = table.set_column(table.schema.get_field_index(name), name, column)
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3, use_dictionary=False, write_statistics=False)
+    dataset = ParquetDataset(tmp_path, for_batches=True)
+    for index in (0, 2):
+        found = dataset[index]
+        assert found.vae_latent is not None and list(found.vae_latent.shape) == [1, 1, 1, size // 4]
+        assert torch.equal(found.text_embedding, row.text_embedding)
+
+
 def test_text_that_is_no_utf8_is_one_bad_row(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.parquet", [make_row(index) for index in range(3)])
     table = pq.ParquetFile(tmp_path / "a.parquet").read()

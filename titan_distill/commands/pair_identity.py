@@ -36,7 +36,7 @@ WITHOUT_EFFECT = (
     *("job", "recipe.method", "method_config", "optimizer", "lr_scheduler", "ema", "checkpoint", "validation"),
     *("data.path", "data.num_workers", "data.max_bad_rows", "data.fps"),
     *("training.global_batch_size", "training.local_batch_size", "training.max_grad_norm"),
-    *("training.gc_interval", "training.max_nonfinite_skips"),
+    *("training.reduce_gradients", "training.gc_interval", "training.max_nonfinite_skips"),
     *("roles.teacher.trainable", "roles.teacher.optimizer", "roles.teacher.max_grad_norm", "roles.teacher.lora"),
     "float8.roles",  # for_role has looked at it
     # Layout and speed: the same numbers but for rounding.

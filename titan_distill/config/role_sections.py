@@ -62,7 +62,7 @@ class ParallelismConfig:
     exchange_groups: Literal["all", "in_turn"] = free("all")
     """Batches of a role whose sequence × tensor ranks span several groups of ranks with different samples. all runs the
     samples of all groups in one batch. in_turn runs one group's samples at a time, which takes the memory of one group
-    but gathers the weights for each."""
+    (except for what a trained role stores for its backward) but gathers the weights for each."""
 
     def __post_init__(self) -> None:
         check_range(self, "dp_replicate", "sequence", "tensor", least=1)

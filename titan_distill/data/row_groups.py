@@ -193,7 +193,8 @@ class RowGroups:
             raise BadRowError(f"{where}: unreadable ({brief(error)})") from error
         if table.num_rows != size:
             raise BadRowError(f"{where}: unreadable ({table.num_rows} rows were found)")
-        return {name: _one_array(table.column(name)) for name in table.column_names}
+        columns = {name: table.column(name) for name in table.column_names}
+        return {name: column.chunk(0) if column.num_chunks == 1 else column for name, column in columns.items()}
 
     def _first_row(self, number: int) -> int:
         return int(self._row_ends[number - 1]) if number else 0
@@ -234,10 +235,6 @@ def reading(fault: str) -> Iterator[None]:
         yield
     except (*_READ_ERRORS, KeyError) as error:
         raise ValueError(f"{fault} ({brief(error)}): {REMEDY}") from error
-
-
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _read_footer(file: Path) -> tuple[pa.Schema, pq.FileMetaData, bytes]:

@@ -24,8 +24,9 @@ from titan_distill.data.rows import BadRowError, brief
 TYPES = {"bytes": pa.binary(), "shape": pa.list_(pa.int64()), "dtype": pa.string()}
 """Types of the three columns of a tensor by the ends of their names."""
 
-Columns = dict[str, pa.Array]
-"""Columns of a row group by name."""
+Columns = dict[str, pa.Array | pa.ChunkedArray]
+"""Columns of a row group by name. One of 2 GiB or more comes in several chunks, because the offsets of an array have 32
+bits."""
 
 
 def columns_of(name: str) -> dict[str, pa.DataType]:
@@ -56,8 +57,11 @@ class TensorColumn:
 
 def decode_column(columns: Columns, name: str, num_dims: int | None) -> TensorColumn | None:
     """Decodes the tensors `name` of all rows; `num_dims` is their number of dims, None allows any. Returns None if the
-    rows must be decoded alone: a tensor is missing or bad, or dtypes or types of columns are unusual."""
+    rows must be decoded alone: a tensor is missing or bad, dtypes or types of columns are unusual, or a column comes in
+    several chunks."""
     data, shapes, dtypes = (columns.get(f"{name}_{part}") for part in TYPES)
+    if any(isinstance(part, pa.ChunkedArray) for part in (data, shapes, dtypes)):
+        return None
     if data is None or shapes is None or dtypes is None or data.null_count or shapes.null_count or dtypes.null_count:
         return None
     dtype = _only_dtype(dtypes)
