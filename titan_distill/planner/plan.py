@@ -60,7 +60,6 @@ class RolePlan:
         num_experts: networks of the role; each sample goes through one of them.
         tile_layout: tiles of the tokens, in which sequence ranks share them.
         sparse: key tiles that a query tile reads at the end of the schedule; None for dense attention.
-        useful_share: fraction of the pairs of tokens in whole blocks that are pairs of tokens of the video.
         segmentation: the segments of a causal role's videos; None for other roles.
         accumulated: bytes of gradients on the device while micro-batches accumulate them, for each value of
             `training.reduce_gradients`; empty for a frozen role.
@@ -83,12 +82,16 @@ class RolePlan:
     adapters_only: bool = False
     num_experts: int = 1
     sparse: TilesRead | None = None
-    useful_share: float = 1.0
     segmentation: Segmentation | None = None
     accumulated: Mapping[str, float] = field(default_factory=dict)
     graph: float = 0.0
     temporary: float = 0.0
     exchanged: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def useful_share(self) -> float:
+        """Fraction of the pairs of tokens in whole blocks that are pairs of tokens of the video."""
+        return useful_share(self.tile_layout.grid, self.tile_layout.tile)
 
     @property
     def num_groups(self) -> int:
@@ -436,7 +439,6 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
         offloaded=parallelism.cpu_offload,
         adapters_only=role.adapters_only,
         sparse=None if core is None else core.tiles_read(layout_of_tokens.num_tiles),
-        useful_share=useful_share(layout_of_tokens.grid, layout_of_tokens.tile),
         segmentation=cast("Segmentation | None", role.transformer.segmentation),
     )
     return replace(plan, accumulated=_accumulated(plan, layout.num_micro_batches))

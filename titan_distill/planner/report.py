@@ -7,8 +7,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from titan_kernels.layout import useful_share
-
 from titan_distill.planner.hardware import EFFICIENCY, GPUS_PER_NODE, RESERVE
 from titan_distill.planner.measured import measurements
 from titan_distill.planner.memory import GIB
@@ -43,7 +41,7 @@ def token_table(plan: Plan) -> str:
         padding = 1 - role.shards.bounds[-1] / (padded * len(lengths))
         tiles = role.tile_layout
         num_ragged = int((tiles.length < math.prod(tiles.tile)).sum())
-        share = f"{useful_share(tiles.grid, tiles.tile):.3f}" if role.sparse else ""
+        share = f"{role.useful_share:.3f}" if role.sparse else ""
         rows.append(
             (
                 role.name, str(len(lengths)), f"{min(lengths):,}", f"{padded:,}", f"{padding:.1%}",
