@@ -16,7 +16,7 @@ Shape legend: B samples of this rank, L max_text_tokens, D text width, C F H W l
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -25,14 +25,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from titan_distill.config.config import Config
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import DataConfig
 from titan_distill.data.footage import VideoSize
+from titan_distill.data.manifest import check_manifest
 from titan_distill.data.order import SampleOrder
 from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck
 from titan_distill.data.rows import BadRowError, RowDataset
 from titan_distill.data.videos import ClipRow, VideoDataset
 from titan_distill.diffusion.transfer import to_device
+
+
+AnyDataset = RowDataset[LatentRow] | RowDataset[ClipRow]
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ def open_dataset(
     video_size: tuple[int, int, int] | None,
     needs_latents: bool,
     checks: Sequence[RowCheck] = (),
-) -> RowDataset[LatentRow] | RowDataset[ClipRow]:
+    encoders: Mapping[str, str] | None = None,
+) -> AnyDataset:
     """The rows to train on. The first ones are read.
 
     Args:
@@ -91,12 +97,13 @@ def open_dataset(
         video_size: (frames, height, width) of a sample in pixels; None for a family whose samples are not videos.
         needs_latents: whether each row must have a latent or a video.
         checks: further checks of each row of parquet data.
+        encoders: digests of the run's encoders, to compare with the data's manifest (`manifest.check_manifest`).
 
     Raises:
         ValueError: the data can't be read, lacks required latents or tensors, or has more bad rows among the first than
             data.max_bad_rows tolerates.
     """
-    dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
+    dataset: AnyDataset
     if data.holds_videos:
         if video_size is None or tensors:
             lacking = f"the tensors {', '.join(tensors)}" if tensors else "samples of a family without videos"
@@ -110,6 +117,8 @@ def open_dataset(
             dataset = ParquetDataset(
                 data.path, tensors=tensors, for_batches=True, checks=(*own, *checks), max_bad_rows=data.max_bad_rows
             )
+            sizes = () if video_size is None else (video_size,)
+            check_manifest(dataset.path, encoders=encoders or {}, sizes=sizes, needs_latents=needs_latents)
     with of_key("data.path", data.path):
         dataset.check_first_rows()
     return dataset
@@ -151,7 +160,7 @@ class SampleLoader(Iterator[Batch]):
 
     def __init__(
         self,
-        dataset: RowDataset[LatentRow] | RowDataset[ClipRow],
+        dataset: AnyDataset,
         *,
         global_batch_size: int,
         data_rank: int,
@@ -178,6 +187,22 @@ class SampleLoader(Iterator[Batch]):
         )
         self._batches: Iterator[Batch | _Failure] | None = None
         self.load_state_dict({"samples_seen": samples_seen})
+
+    @classmethod
+    def of_run(
+        cls, config: Config, dataset: AnyDataset, data_rank: int, data_world_size: int, samples_seen: int
+    ) -> SampleLoader:
+        """Returns the loader of a configuration's batches, seed and workers."""
+        return cls(
+            dataset,
+            global_batch_size=config.training.global_batch_size,
+            data_rank=data_rank,
+            data_world_size=data_world_size,
+            seed=config.job.seed,
+            max_text_tokens=config.data.max_text_tokens,
+            samples_seen=samples_seen,
+            num_workers=config.data.num_workers,
+        )
 
     def __next__(self) -> Batch:
         if self._batches is None:
@@ -236,7 +261,7 @@ class _Failure:
 class _BatchReader(torch.utils.data.Dataset["Batch | _Failure"]):
     """Map-style dataset whose index is a list of sample ids and whose item is their batch."""
 
-    dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
+    dataset: AnyDataset
     order: SampleOrder
     max_text_tokens: int
 

@@ -279,6 +279,11 @@ class FootageEncoder(ABC):
         """Returns the text embedding [tokens, width] of one prompt. Longer prompts are cut to `max_tokens` with a
         warning."""
 
+    def digests(self) -> dict[str, str]:
+        """Returns digests of the encoders by name (`data.manifest.ENCODERS`), for the manifest of the data. Default:
+        none."""
+        return {}
+
     @abstractmethod
     def encode_pictures(self, images: Tensor, num_frames: int) -> dict[str, Tensor]:
         """Returns further tensors by name that image-to-video models need for uint8 pictures [B, height, width, 3] and
@@ -332,6 +337,11 @@ class ModelFamily(ABC):
     def encoder_memory(self) -> EncoderMemory:
         """Returns the memory of encoding and decoding on a rank, for the planner."""
         return EncoderMemory()
+
+    def encoder_digests(self) -> dict[str, str]:
+        """Returns digests of the run's encoders by name (`data.manifest.ENCODERS`), without loading them. Raises
+        ValueError for folders without the required files. Default: none."""
+        return {}
 
     def row_checks(self) -> tuple[RowCheck, ...]:
         """Returns checks of each row of parquet data: the sizes of latents, text embeddings and the tensors of

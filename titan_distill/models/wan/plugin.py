@@ -30,7 +30,7 @@ from titan_distill.models.base import Adapter, EncoderFolders, EncoderMemory, Fo
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.encoder_memory import decoding_bytes, encoder_bytes, find_decoder
-from titan_distill.models.wan.encoders import Encoders
+from titan_distill.models.wan.encoders import Encoders, encoder_digests
 from titan_distill.models.wan.experts import experts_of, find_boundary
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, needed_tensors
 from titan_distill.models.wan.image_encoder import ImageEncoder
@@ -88,6 +88,12 @@ class WanFamily(ModelFamily):
     def extra_tensors(self) -> tuple[str, ...]:
         # Of videos they are made here.
         return () if self.config.data.holds_videos else self._image_tensors()
+
+    def encoder_digests(self) -> dict[str, str]:
+        if not (path := self.config.pipeline_config.path):
+            return {}
+        with of_key("pipeline_config.path", path):
+            return encoder_digests(Path(path), TextEncoder(path))
 
     def row_checks(self) -> tuple[RowCheck, ...]:
         networks = self._known_networks()
@@ -387,7 +393,7 @@ class WanFamily(ModelFamily):
             text = TextEncoder(folders.text_encoder, folders.tokenizer, device=device)
         with of_key("--vae", folders.vae):
             vae = load_vae(folders.vae, device)
-        return Encoders(vae, text, images, names)
+        return Encoders(vae, text, images, names, folders.vae)
 
 
 def _wan(module: nn.Module) -> WanTransformer:
