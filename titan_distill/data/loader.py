@@ -36,7 +36,6 @@ from titan_distill.data.rows import BadRowError, RowDataset
 from titan_distill.data.videos import ClipRow, VideoDataset
 from titan_distill.diffusion.transfer import to_device
 
-
 AnyDataset = RowDataset[LatentRow] | RowDataset[ClipRow]
 
 
