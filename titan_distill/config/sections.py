@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from titan_distill.config.parsing import check_no_effect, check_range, nearest_multiples
+from titan_distill.config.paths import is_url
 from titan_distill.config.resume import free, logged, younger
 
 Tile = tuple[int, int, int]
@@ -70,7 +71,8 @@ class RecipeConfig:
 class DataConfig:
     path: str = logged()
     """Parquet file or folder of parquet files with latents and text embeddings (only text, where the method needs no
-    latents), or a .csv with the columns video and prompt, which the run encodes while it trains."""
+    latents), or a .csv with the columns video and prompt, which the run encodes while it trains. Parquet may also be at
+    a URL that fsspec opens, such as s3://bucket/folder."""
     max_text_tokens: int = logged(512)
     """Text tokens per sample. Shorter text embeddings are padded with zeros, longer ones in the data are refused;
     prompts that the run encodes itself (of a .csv or for validation) are cut."""
@@ -87,6 +89,8 @@ class DataConfig:
         check_range(self, "max_bad_rows", least=0)
         if not self.path:
             raise ValueError('path = "" names no data; set it to a parquet file, a folder of parquet files or a .csv')
+        if self.holds_videos and is_url(self.path):
+            raise ValueError(f"path = {self.path!r} is a .csv at a URL, but videos must be on this machine; copy them")
         check_range(self, "fps", above=0, most=MAX_FPS)
         if self.fps is not None and not self.holds_videos:
             raise ValueError(f"fps = {self.fps} has no effect on path = {self.path!r}, which is not a .csv; remove it")

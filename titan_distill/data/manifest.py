@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from titan_distill.data.location import Location
 from titan_distill.fault_tolerance.files import atomic, parse_json
 
 MANIFEST_NAME = "titan_data.json"
@@ -57,7 +58,7 @@ def write_manifest(folder: Path, manifest: DataManifest) -> None:
         temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", encoding="utf-8")
 
 
-def read_manifest(path: Path) -> DataManifest | None:
+def read_manifest(path: Location) -> DataManifest | None:
     """Returns the manifest of a data folder, or of the folder of a data file; None if there is none.
 
     Raises ValueError for one that can't be read, or that a newer version wrote.
@@ -75,7 +76,7 @@ def read_manifest(path: Path) -> DataManifest | None:
         ) from error
 
 
-def check_manifest(path: Path, *, encoders: Mapping[str, str], sizes: Sequence[Size], needs_latents: bool) -> None:
+def check_manifest(path: Location, *, encoders: Mapping[str, str], sizes: Sequence[Size], needs_latents: bool) -> None:
     """Compares the manifest of a data folder, if it has one, with a run.
 
     Args:

@@ -14,11 +14,11 @@ import logging
 import textwrap
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from titan_distill.data.location import Location, location
 from titan_distill.data.order import ORDER_VERSION, GroupSizes
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ class RowDataset(torch.utils.data.Dataset[Row]):
     order_version: int = ORDER_VERSION
     """Version of the order in which a run reads the rows (`SampleOrder`). A resume sets its checkpoint's."""
 
-    def __init__(self, path: str | Path, max_bad_rows: int | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Location, max_bad_rows: int | None = None) -> None:
+        self.path: Location = location(path)
         self.bad_rows: dict[int, str] = {}
         self._max_bad_rows = max_bad_rows
 
