@@ -397,6 +397,7 @@ def open_inputs(run: ResolvedRun) -> RowDataset[Any]:
             needs_latents=family.needs_latents or run.method.needs_latents(method_config),
             checks=(*family.row_checks(), *run.method.row_checks(config)),
             encoders=family.encoder_digests(),
+            buckets=family.buckets(),
         )
         if config.validation.enabled:
             validation_prompts(config)

@@ -74,7 +74,7 @@ def test_other_encoders_and_sizes_are_refused(tmp_path: Path) -> None:
     check_manifest(tmp_path, encoders={}, sizes=[], needs_latents=True)
     # A run that reads no latents does not care who made them.
     check_manifest(tmp_path, encoders=same | {"vae": "d" * 64}, sizes=[(9, 64, 64)], needs_latents=False)
-    with pytest.raises(ValueError, match=r"made with the vae aaaaaaaaaaaa, but that of pipeline_config\.path is dddd"):
+    with pytest.raises(ValueError, match=r"made with the vae aaaaaaaaaaaa, but that of the run is dddd"):
         check_manifest(tmp_path, encoders=same | {"vae": "d" * 64}, sizes=[], needs_latents=True)
     with pytest.raises(ValueError, match="made with the text encoder bbbb"):
         check_manifest(tmp_path, encoders=same | {"text_encoder": "d" * 64}, sizes=[], needs_latents=False)

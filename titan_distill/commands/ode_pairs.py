@@ -144,7 +144,7 @@ def _manifest(family: ModelFamily, embedded: Path | None) -> DataManifest:
     if embedded is not None:
         source = read_manifest(embedded) or DataManifest()
         encoders |= {"text_encoder": source.text_encoder, "tokenizer": source.tokenizer}
-    return DataManifest(latents="normalised", **encoders, sizes=() if size is None else (size,))
+    return DataManifest(latents="normalised", sizes=() if size is None else (size,)).with_encoders(encoders)
 
 
 def _check_first_prompt(path: Path, prompts: ParquetDataset, checks: Sequence[RowCheck]) -> None:

@@ -100,10 +100,9 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
         encoder = model_family(config.family).footage_encoder(config, device)
         encoder.check_size(config.num_frames, config.height, config.width)
         size = (config.num_frames, config.height, config.width)
-        write_manifest(
-            config.out, DataManifest(latents="normalised", **encoder.digests(), sizes=(size,), fps=config.fps)
-        )
+        manifest = DataManifest(latents="normalised", sizes=(size,), fps=config.fps)
         write_rows(output, _rows(config, videos, captions, encoder))
+        write_manifest(config.out, manifest.with_encoders(encoder.digests()))
     return inspect(output)
 
 

@@ -42,6 +42,11 @@ class DataManifest:
     """Frames per second of the clips; None for the videos' own."""
     format_version: int = FORMAT_VERSION
 
+    def with_encoders(self, digests: Mapping[str, str]) -> DataManifest:
+        """Returns the manifest with these digests by name."""
+        values: dict[str, Any] = dict(digests)
+        return dataclasses.replace(self, **values)
+
 
 def write_manifest(folder: Path, manifest: DataManifest) -> None:
     """Writes the manifest of a folder. Raises ValueError if the folder has another one."""
@@ -99,13 +104,13 @@ def check_manifest(path: Location, *, encoders: Mapping[str, str], sizes: Sequen
         if made_with and own and made_with != own:
             raise ValueError(
                 f"{file} says that the data was made with the {name.replace('_', ' ')} {made_with[:12]}, but that of "
-                f"pipeline_config.path is {own[:12]}; name the pipeline that made the data, or make it again with this "
+                f"the run is {own[:12]}; name the pipeline that made the data, or make it again with this "
                 f'one (if both have the same weights in other files, set {name} in {MANIFEST_NAME} to "")'
             )
     if needs_latents and manifest.sizes and sizes and not set(manifest.sizes) & set(sizes):
         raise ValueError(
             f"{file} says that the clips have frames × height × width {_sizes(manifest.sizes)}, but the run trains on "
-            f"{_sizes(sizes)}; change pipeline_config, or preprocess videos at that size"
+            f"{_sizes(sizes)}; change the size of the run, or preprocess videos at that size"
         )
 
 

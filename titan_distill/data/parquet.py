@@ -22,14 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from titan_distill.config.dtypes import DTYPES
 from titan_distill.data.location import Location, location, parquet_source
-from titan_distill.data.order import GroupSizes
+from titan_distill.data.order import GroupSizes, Integers
 from titan_distill.data.row_groups import CACHE_BYTES, Place, RowGroups, list_files, reading
 from titan_distill.data.rows import BadRowError, RowDataset, brief
 from titan_distill.data.tensor_columns import columns_of, decode_row, plain
@@ -230,6 +232,19 @@ class ParquetDataset(RowDataset[LatentRow]):
     def group_sizes(self) -> GroupSizes:
         return self._groups.sizes
 
+    def drop_latents(self) -> None:
+        """Reads no latents from now on: every row is one of text."""
+        self._groups.drop("vae_latent")
+
+    def place(self, index: int) -> Place:
+        """Returns the place of a row, for messages."""
+        return self._groups.locate(index)
+
+    def latent_shapes(self) -> Integers:
+        """Returns the shape of each row's latents, [N, 4], from one column: 0 for a row without latents, -1 for one
+        whose shape has not four sizes. Raises ValueError if the column can't be read."""
+        return np.concatenate([_shapes(*column) for column in self._groups.read_column("vae_latent_shape")])
+
     @property
     def held_bytes(self) -> int:
         """Bytes of row groups and footers that this process keeps."""
@@ -255,6 +270,19 @@ class ParquetDataset(RowDataset[LatentRow]):
         except ValueError as error:
             raise BadRowError(f"{where}: {error}") from error
         return row
+
+
+def _shapes(column: pa.Array | None, num_rows: int) -> Integers:
+    """Returns lists of four integers as a matrix, see `ParquetDataset.latent_shapes`."""
+    shapes = np.zeros((num_rows, 4), np.int64)
+    if column is None or pa.types.is_null(column.type):
+        return shapes
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    values = pc.list_flatten(column).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    starts, has_four = np.cumsum(lengths) - lengths, lengths == 4
+    shapes[(lengths > 0) & ~has_four] = -1
+    shapes[has_four] = values[starts[has_four, None] + np.arange(4)]
+    return shapes
 
 
 def _check_columns(file: Location, schema: pa.Schema, expected: pa.Schema) -> None:

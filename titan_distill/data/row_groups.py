@@ -167,6 +167,26 @@ class RowGroups:
             self._groups.add(number, group, group.nbytes)
         return group
 
+    def drop(self, tensor: str) -> None:
+        """Reads a tensor's columns no longer."""
+        del self._tensors[tensor]
+        self._columns = tuple(name for name in self._columns if name not in columns_of(tensor))
+        self._groups = _Kept(self._cache_bytes)
+
+    def read_column(self, name: str) -> Iterator[tuple[pa.Array | None, int]]:
+        """Yields a column of each file, None if the file lacks it, and the file's number of rows. For small columns:
+        they are not kept. Raises ValueError for a damaged one."""
+        ends = np.concatenate([[0], self._row_ends])[np.concatenate([[0], self._file_ends])].tolist()
+        for number, (start, end) in enumerate(itertools.pairwise(ends)):
+            file = self.files[number]
+            with (
+                reading(f"{file} has no readable column {name}"),
+                pq.ParquetFile(parquet_source(file), metadata=self._footers.get(number)) as parquet,
+            ):
+                has_it = name in parquet.schema_arrow.names
+                column = parquet.read(columns=[name], use_threads=False).column(name) if has_it else None
+            yield None if column is None else _one_array(column), end - start
+
     def __getstate__(self) -> dict[str, Any]:
         # A process started by spawn fills a cache of its own.
         return {**self.__dict__, "_groups": _Kept(self._cache_bytes), "_footers": _Kept(FOOTER_BYTES)}
