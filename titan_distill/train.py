@@ -295,7 +295,7 @@ def assemble(
         roles=roles,
         method=method,
         adapter=adapter,
-        loader=_build_loader(config, dataset, layouts, state),
+        loader=SampleLoader.of_run(config, dataset, layouts.data_rank, layouts.num_data_groups, state.samples_seen),
         validator=validator,
         checkpoints=checkpoints,
         metrics=MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work),
@@ -396,23 +396,12 @@ def open_inputs(run: ResolvedRun) -> RowDataset[Any]:
             video_size=family.video_size(),
             needs_latents=family.needs_latents or run.method.needs_latents(method_config),
             checks=(*family.row_checks(), *run.method.row_checks(config)),
+            encoders=family.encoder_digests(),
+            buckets=family.buckets(),
         )
         if config.validation.enabled:
             validation_prompts(config)
     return dataset
-
-
-def _build_loader(config: Config, dataset: RowDataset[Any], layouts: Layouts, state: TrainState) -> SampleLoader:
-    return SampleLoader(
-        dataset,
-        global_batch_size=config.training.global_batch_size,
-        data_rank=layouts.data_rank,
-        data_world_size=layouts.num_data_groups,
-        seed=config.job.seed,
-        max_text_tokens=config.data.max_text_tokens,
-        samples_seen=state.samples_seen,
-        num_workers=config.data.num_workers,
-    )
 
 
 def _check_resume(config: Config, dataset: RowDataset[Any]) -> Resume | None:

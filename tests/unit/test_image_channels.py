@@ -204,7 +204,7 @@ def test_preprocess_refuses_an_encoder_without_pictures(data: Path, capsys: pyte
 def test_a_picture_of_another_number_of_frames_is_a_bad_row() -> None:
     """Like the latent of its video. Rows of both lengths do not fit into one batch."""
     row = LatentRow("0", "a", torch.zeros(3, 16), extra={LATENT: torch.zeros(16, 3, 4, 4)})
-    check_row((16, 3, 4, 4), 16, None, row)
+    check_row([(16, 3, 4, 4)], 16, None, row)
     for frames in (2, 4):
         with pytest.raises(ValueError, match=rf"image_latent of \[16, 3, 4, 4\], but .* make \[16, {frames}, 4, 4\]"):
-            check_row((16, frames, 4, 4), 16, None, row)
+            check_row([(16, frames, 4, 4)], 16, None, row)

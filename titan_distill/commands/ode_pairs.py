@@ -38,6 +38,7 @@ from titan_distill.config.loading import load_config
 from titan_distill.config.paths import of_key
 from titan_distill.config.role_sections import RoleConfig
 from titan_distill.data.loader import collate
+from titan_distill.data.manifest import DataManifest, read_manifest, write_manifest
 from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck, read_ids, write_rows
 from titan_distill.data.prompts import read_prompts
 from titan_distill.data.row_groups import parquet_files
@@ -49,7 +50,7 @@ from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.fault_tolerance.run_lock import RunLock
 from titan_distill.methods.base import method_class
-from titan_distill.models.base import Adapter, Guidance, model_family
+from titan_distill.models.base import Adapter, Guidance, ModelFamily, model_family
 from titan_distill.parallelisms.mesh import Layouts, World, is_main_process, num_ranks, start_world
 from titan_distill.resolve import spell_out_references
 from titan_distill.roles import RoleHandle, RoleManager
@@ -126,6 +127,7 @@ def ode_pairs(options: OdePairsOptions) -> str:
         layouts = Layouts(world, degrees, {"teacher": degrees})
         if world.is_main:
             publish_identity(options.out, settings)
+            write_manifest(options.out, _manifest(family, None if is_list else options.prompts))
         modules = family.build_modules("teacher", role, layouts.role("teacher"), world.device)
         handle = RoleHandle("teacher", modules, trainable=False)
         adapter = family.build_adapter(world.device, layouts)
@@ -134,6 +136,15 @@ def ode_pairs(options: OdePairsOptions) -> str:
         is_writer = world.rank % layouts.data_group == 0
         _run(batches, layouts, lambda batch, is_ours: maker.make(batch, write=is_ours and is_writer))
     return f"{options.out}: {num_pairs} pairs, {num_missing} of them made now"
+
+
+def _manifest(family: ModelFamily, embedded: Path | None) -> DataManifest:
+    """Returns the manifest of the pairs. `embedded` is the data with the text embeddings; None if the run made them."""
+    encoders, size = family.encoder_digests(), family.video_size()
+    if embedded is not None:
+        source = read_manifest(embedded) or DataManifest()
+        encoders |= {"text_encoder": source.text_encoder, "tokenizer": source.tokenizer}
+    return DataManifest(latents="normalised", sizes=() if size is None else (size,)).with_encoders(encoders)
 
 
 def _check_first_prompt(path: Path, prompts: ParquetDataset, checks: Sequence[RowCheck]) -> None:

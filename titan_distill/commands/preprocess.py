@@ -23,6 +23,7 @@ from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import MAX_FPS, RecipeConfig
 from titan_distill.data.footage import SUFFIXES, VideoSize, read_clips
+from titan_distill.data.manifest import DataManifest, write_manifest
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.data.summary import DatasetSummary, inspect
 from titan_distill.data.tables import READERS, non_empty
@@ -98,7 +99,10 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
     with RunLock(config.out):
         encoder = model_family(config.family).footage_encoder(config, device)
         encoder.check_size(config.num_frames, config.height, config.width)
+        size = (config.num_frames, config.height, config.width)
+        manifest = DataManifest(latents="normalised", sizes=(size,), fps=config.fps)
         write_rows(output, _rows(config, videos, captions, encoder))
+        write_manifest(config.out, manifest.with_encoders(encoder.digests()))
     return inspect(output)
 
 

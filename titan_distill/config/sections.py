@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from titan_distill.config.parsing import check_no_effect, check_range, nearest_multiples
+from titan_distill.config.paths import is_url
 from titan_distill.config.resume import free, logged, younger
 
 Tile = tuple[int, int, int]
@@ -67,10 +68,29 @@ class RecipeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataSource:
+    path: str
+    """Parquet file, folder of parquet files, or URL of one of them."""
+    weight: float = 1.0
+    """Passes over the set per epoch. 2 uses each row twice per epoch; 0.5 uses each row once in two epochs."""
+
+    def __post_init__(self) -> None:
+        if not self.path or self.path.lower().endswith(".csv"):
+            raise ValueError(
+                f"path = {self.path!r} is no parquet; one of several sources is a parquet file or a folder of them"
+            )
+        check_range(self, "weight", least=1e-6, most=1e6)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    path: str = logged()
+    path: str = logged("")
     """Parquet file or folder of parquet files with latents and text embeddings (only text, where the method needs no
-    latents), or a .csv with the columns video and prompt, which the run encodes while it trains."""
+    latents), or a .csv with the columns video and prompt, which the run encodes while it trains. Parquet may also be at
+    a URL that fsspec opens, such as s3://bucket/folder."""
+    sources: tuple[DataSource, ...] = logged(())
+    """Several sets, in place of path: tables [[data.sources]] with the keys path and weight, the passes over the set
+    per epoch (default 1.0, so each row occurs once per epoch)."""
     max_text_tokens: int = logged(512)
     """Text tokens per sample. Shorter text embeddings are padded with zeros, longer ones in the data are refused;
     prompts that the run encodes itself (of a .csv or for validation) are cut."""
@@ -85,11 +105,33 @@ class DataConfig:
         check_range(self, "max_text_tokens", least=1, most=2**16)
         check_range(self, "num_workers", least=0, most=1024)
         check_range(self, "max_bad_rows", least=0)
-        if not self.path:
-            raise ValueError('path = "" names no data; set it to a parquet file, a folder of parquet files or a .csv')
+        if self.sources and self.path:
+            raise ValueError(f"path = {self.path!r} and sources name data; keep one of the two")
+        if not (self.sources or self.path):
+            raise ValueError(
+                "path is required but missing; set it to a parquet file, a folder of parquet files or a .csv, or name "
+                "several sets by [[data.sources]]"
+            )
+        if len(self.sources) == 1:
+            raise ValueError(f"sources has one set, {self.sources[0].path!r}; set data.path to it, or add another set")
+        if len(set(self.paths)) < len(self.paths):
+            raise ValueError("sources names one set twice; give it one entry with a higher weight")
+        if self.holds_videos and is_url(self.path):
+            raise ValueError(f"path = {self.path!r} is a .csv at a URL, but videos must be on this machine; copy them")
         check_range(self, "fps", above=0, most=MAX_FPS)
         if self.fps is not None and not self.holds_videos:
             raise ValueError(f"fps = {self.fps} has no effect on path = {self.path!r}, which is not a .csv; remove it")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all sets."""
+        return tuple(self.keys.values())
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Paths of all sets by the key that names them."""
+        several = {f"data.sources[{at}].path": source.path for at, source in enumerate(self.sources)}
+        return several or {"data.path": self.path}
 
     @property
     def holds_videos(self) -> bool:
@@ -318,7 +360,7 @@ class ValidationConfig:
     interval: int = free(0)
     """Steps between validations. 0 validates only before the first and after the last step."""
     prompts: str = logged("")
-    """Parquet, txt or jsonl file with prompts. Default: the captions of data.path."""
+    """Parquet, txt or jsonl file with prompts. Default: the captions of data.path, or of the first of data.sources."""
     num_prompts: int = logged(96)
     """Number of prompts to sample and score."""
     batch_size: int = free(16)

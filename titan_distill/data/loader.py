@@ -8,31 +8,40 @@ resume exactly on another number of ranks, because only the counter is saved.
 Trade-off: ranks divide each batch, not the dataset, so every rank reads from all files; in return no sample is dropped
 at the end of an epoch, and ranks have no state of their own. Workers read ahead, but the counter advances only when a
 batch is returned, so a checkpoint never skips samples that were prefetched and not yet trained on. Each worker has a
-cache of its own: parquet data needs up to `max(1, num_workers) * (CACHE_BYTES + FOOTER_BYTES)` per rank (`row_groups`).
+cache of its own: parquet data needs up to `max(1, num_workers) * (CACHE_BYTES + FOOTER_BYTES)` per rank and set.
 
 Shape legend: B samples of this rank, L max_text_tokens, D text width, C F H W latent channels, frames, height, width.
 """
 
 from __future__ import annotations
 
+import logging
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from titan_distill.config.config import Config
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import DataConfig
 from titan_distill.data.footage import VideoSize
-from titan_distill.data.order import SampleOrder
+from titan_distill.data.manifest import Size, check_manifest, read_manifest
+from titan_distill.data.mixed import MixedDataset
 from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck
-from titan_distill.data.rows import BadRowError, RowDataset
+from titan_distill.data.rows import BadRowError, RowDataset, RowOrder
 from titan_distill.data.videos import ClipRow, VideoDataset
 from titan_distill.diffusion.transfer import to_device
+
+logger = logging.getLogger(__name__)
+
+AnyDataset = RowDataset[LatentRow] | RowDataset[ClipRow]
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Batch:
     clips: Tensor | None = None  # [B, T, H, W, 3] uint8, of which the latents are still to be made
     is_encoded: bool = True  # whether text_embeddings are there; otherwise they are empty, to be made from captions
     extra_on_host: dict[str, Tensor] = field(default_factory=dict)  # what `to` was given as extra, for `on_host`
+    latent_shape: tuple[int, ...] | None = None  # (C, F, H, W) of the bucket; None for data of one shape
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with its tensors on `device`. Tensors of `extra` stay available on the host, too."""
@@ -81,8 +91,10 @@ def open_dataset(
     tensors: Sequence[str],
     video_size: tuple[int, int, int] | None,
     needs_latents: bool,
+    buckets: Mapping[Size, Sequence[int]] | None = None,
     checks: Sequence[RowCheck] = (),
-) -> RowDataset[LatentRow] | RowDataset[ClipRow]:
+    encoders: Mapping[str, str] | None = None,
+) -> AnyDataset:
     """The rows to train on. The first ones are read.
 
     Args:
@@ -90,13 +102,17 @@ def open_dataset(
         tensors: further tensors that each row must have.
         video_size: (frames, height, width) of a sample in pixels; None for a family whose samples are not videos.
         needs_latents: whether each row must have a latent or a video.
+        buckets: shapes of the latents of a run with several by the size of the video; empty for one shape.
         checks: further checks of each row of parquet data.
+        encoders: digests of the run's encoders, to compare with the data's manifest (`manifest.check_manifest`).
 
     Raises:
         ValueError: the data can't be read, lacks required latents or tensors, or has more bad rows among the first than
             data.max_bad_rows tolerates.
     """
-    dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
+    dataset: AnyDataset
+    if data.holds_videos and buckets:
+        raise ValueError(f"data.path = {data.path!r} is a .csv, whose clips have one size; preprocess it for buckets")
     if data.holds_videos:
         if video_size is None or tensors:
             lacking = f"the tensors {', '.join(tensors)}" if tensors else "samples of a family without videos"
@@ -106,13 +122,43 @@ def open_dataset(
             dataset = VideoDataset(data.path, size, data.max_bad_rows)
     else:
         own = (partial(check_text_tokens, data.max_text_tokens), *((_check_has_latent,) if needs_latents else ()))
-        with of_key("data.path", data.path):
-            dataset = ParquetDataset(
-                data.path, tensors=tensors, for_batches=True, checks=(*own, *checks), max_bad_rows=data.max_bad_rows
-            )
-    with of_key("data.path", data.path):
+        sets = [_open_set(key, path, data, tensors=tensors, checks=(*own, *checks)) for key, path in data.keys.items()]
+        sizes = tuple(buckets or (() if video_size is None else (video_size,)))
+        for (key, path), part in zip(data.keys.items(), sets, strict=True):
+            with of_key(key, path):
+                check_manifest(part.path, encoders=encoders or {}, sizes=sizes, needs_latents=needs_latents)
+        _warn_of_rates(sets)
+        dataset = _joined(data, sets, needs_latents, tuple(map(tuple, (buckets or {}).values())))
+    with nullcontext() if data.sources else of_key("data.path", data.path):
         dataset.check_first_rows()
     return dataset
+
+
+def _open_set(key: str, path: str, data: DataConfig, **options: Any) -> ParquetDataset:
+    with of_key(key, path):
+        return ParquetDataset(path, for_batches=True, max_bad_rows=data.max_bad_rows, **options)
+
+
+def _joined(
+    data: DataConfig, sets: Sequence[ParquetDataset], needs_latents: bool, shapes: Sequence[tuple[int, ...]]
+) -> RowDataset[LatentRow]:
+    """Returns the sets of a run as one. If one of them has only text, a run that needs no latents reads none."""
+    if len(sets) == 1 and not shapes:
+        return sets[0]
+    if not needs_latents and not all(part.has_latents for part in sets):
+        for part in sets:
+            part.drop_latents()
+    weights = [source.weight for source in data.sources] or [1.0]
+    with nullcontext() if data.sources else of_key("data.path", data.path):
+        return MixedDataset(sets, weights, shapes, data.max_bad_rows)
+
+
+def _warn_of_rates(sets: Sequence[ParquetDataset]) -> None:
+    manifests = {str(part.path): read_manifest(part.path) for part in sets}
+    rates = {path: manifest.fps for path, manifest in manifests.items() if manifest is not None and manifest.latents}
+    if len(set(rates.values())) > 1:
+        shown = ", ".join(f"{rate or 'no'} in {path}" for path, rate in rates.items())
+        logger.warning("the clips of the run have different frames per second: %s", shown)
 
 
 def check_text_tokens(max_text_tokens: int, row: LatentRow) -> None:
@@ -151,7 +197,7 @@ class SampleLoader(Iterator[Batch]):
 
     def __init__(
         self,
-        dataset: RowDataset[LatentRow] | RowDataset[ClipRow],
+        dataset: AnyDataset,
         *,
         global_batch_size: int,
         data_rank: int,
@@ -166,7 +212,7 @@ class SampleLoader(Iterator[Batch]):
         )
         assert 0 <= data_rank < data_world_size
         self._path = dataset.path
-        self.order = SampleOrder(len(dataset), seed, dataset.group_sizes, dataset.order_version)
+        self.order = dataset.order(seed, global_batch_size)
         self._ids = _RankSampleIds(global_batch_size, data_rank, data_world_size)
         self._loader: StatefulDataLoader[Batch | _Failure] = StatefulDataLoader(
             _BatchReader(dataset, self.order, max_text_tokens),
@@ -178,6 +224,22 @@ class SampleLoader(Iterator[Batch]):
         )
         self._batches: Iterator[Batch | _Failure] | None = None
         self.load_state_dict({"samples_seen": samples_seen})
+
+    @classmethod
+    def of_run(
+        cls, config: Config, dataset: AnyDataset, data_rank: int, data_world_size: int, samples_seen: int
+    ) -> SampleLoader:
+        """Returns the loader of a configuration's batches, seed and workers."""
+        return cls(
+            dataset,
+            global_batch_size=config.training.global_batch_size,
+            data_rank=data_rank,
+            data_world_size=data_world_size,
+            seed=config.job.seed,
+            max_text_tokens=config.data.max_text_tokens,
+            samples_seen=samples_seen,
+            num_workers=config.data.num_workers,
+        )
 
     def __next__(self) -> Batch:
         if self._batches is None:
@@ -236,16 +298,18 @@ class _Failure:
 class _BatchReader(torch.utils.data.Dataset["Batch | _Failure"]):
     """Map-style dataset whose index is a list of sample ids and whose item is their batch."""
 
-    dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
-    order: SampleOrder
+    dataset: AnyDataset
+    order: RowOrder
     max_text_tokens: int
 
     def __getitem__(self, sample_ids: list[int]) -> Batch | _Failure:
         try:
-            rows = [self.dataset[self.order.row(sample_id)] for sample_id in sample_ids]
+            numbers = [self.order.row(sample_id) for sample_id in sample_ids]
+            rows = [self.dataset[number] for number in numbers]
             if isinstance(rows[0], ClipRow):
                 return collate_clips(sample_ids, [row for row in rows if isinstance(row, ClipRow)])
-            return collate(sample_ids, [row for row in rows if isinstance(row, LatentRow)], self.max_text_tokens)
+            batch = collate(sample_ids, [row for row in rows if isinstance(row, LatentRow)], self.max_text_tokens)
+            return replace(batch, latent_shape=self.dataset.shape(numbers[0]))
         except BadRowError as error:
             return _Failure(str(error), traceback.format_exc(), is_bad_row=True)
         except Exception as error:  # raised again, as RuntimeError, by SampleLoader in the main process

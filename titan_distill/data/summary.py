@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import Tensor
 
+from titan_distill.data.location import Location
 from titan_distill.data.parquet import DTYPE_NAMES, BadRowError, LatentRow, ParquetDataset, extra_names
 
 
@@ -19,7 +19,7 @@ from titan_distill.data.parquet import DTYPE_NAMES, BadRowError, LatentRow, Parq
 class DatasetSummary:
     """Contents of a dataset. `titan-distill data inspect` prints its `str()`."""
 
-    path: Path
+    path: Location
     num_files: int
     num_rows: int
     bad_rows: list[str] = field(default_factory=list)  # file, row and fault of each
@@ -73,7 +73,7 @@ class DatasetSummary:
         return "\n  ".join(lines)
 
 
-def inspect(path: str | Path) -> DatasetSummary:
+def inspect(path: str | Location) -> DatasetSummary:
     """Reads every row of a parquet file or folder and returns its summary.
 
     Raises:

@@ -5,25 +5,25 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from titan_distill.data.location import Location
 from titan_distill.fault_tolerance.files import parse_json
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Location) -> str:
     """Returns the text of a file, with all line ends as `\\n`. Raises ValueError if it is missing or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not valid UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
         ) from error
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_csv(path: Location, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields each row as ("<path>, line n", values by column), further columns included.
 
     Raises:
@@ -39,14 +39,14 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str
         raise ValueError(f"{path}, after line {reader.line_num}: not CSV ({error})") from error
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+def read_lines(path: Location) -> Iterator[tuple[str, str]]:
     """Yields each non-blank line as ("<path>, line n", line). Raises ValueError like `read_text`."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             yield f"{path}, line {number}", line
 
 
-def read_jsonl(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_jsonl(path: Location, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields each line of a file of JSON objects as ("<path>, line n", values by key).
 
     Raises:

@@ -82,7 +82,7 @@ class VideoDataset(RowDataset[ClipRow]):
             raise BadRowError(f"{where}: {error}") from error
 
     def _existing(self, where: str, name: str) -> Path:
-        video = self.path.parent / name
+        video = Path(str(self.path)).parent / name
         if not video.is_file():
             raise ValueError(f"{where}: there is no file {video}; correct the path, which is relative to the CSV")
         return video

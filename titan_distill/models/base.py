@@ -26,6 +26,7 @@ from titan_distill.config.degrees import Degrees
 from titan_distill.config.role_sections import RoleConfig
 from titan_distill.config.text import to_dict
 from titan_distill.data.loader import Batch
+from titan_distill.data.manifest import Size
 from titan_distill.data.parquet import RowCheck
 from titan_distill.diffusion import schedule
 from titan_distill.models.streaming import SegmentStream
@@ -55,13 +56,19 @@ class Adapter(ABC):
     """Run-time operations on the models of one family, for all methods."""
 
     latent_shape: tuple[int, ...]
-    """Shape of one sample's latents, without the batch dim."""
+    """Shape of one sample's latents, without the batch dim. In a run with buckets it is that of the last batch of
+    `prepare_batch`; all updates of a step have one shape."""
     sequence_dim: int = 1
     """Dim of batched latents along which causal roles generate a sample segment by segment."""
     flow_shift: float
     """Shift of the noise schedule, the same for every role of a run."""
     work: WorkCounter | None = None
     """Counter of the FLOPs of every forward; None if the family does not know them."""
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of the latents of validation samples, without the batch dim. Default: that of training samples."""
+        return self.latent_shape
 
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         """Sets the models' own schedules (of sparsity, for instance) to a training step, counted from 0, before the
@@ -279,6 +286,11 @@ class FootageEncoder(ABC):
         """Returns the text embedding [tokens, width] of one prompt. Longer prompts are cut to `max_tokens` with a
         warning."""
 
+    def digests(self) -> dict[str, str]:
+        """Returns digests of the encoders by name (`data.manifest.ENCODERS`), for the manifest of the data. Default:
+        none."""
+        return {}
+
     @abstractmethod
     def encode_pictures(self, images: Tensor, num_frames: int) -> dict[str, Tensor]:
         """Returns further tensors by name that image-to-video models need for uint8 pictures [B, height, width, 3] and
@@ -315,13 +327,17 @@ class ModelFamily(ABC):
         return
 
     def token_grid(self) -> tuple[int, int, int] | None:
-        """Returns the tokens of a sample along (frames, height, width), for the planner; None if samples are not
-        videos."""
+        """Returns the tokens of the largest sample along (frames, height, width), for the planner; None if samples
+        are not videos."""
         return None
 
     def video_size(self) -> tuple[int, int, int] | None:
         """Returns (frames, height, width) of a sample in pixels; None if samples are not videos."""
         return None
+
+    def buckets(self) -> dict[Size, tuple[int, ...]]:
+        """Returns the shapes of the latents of a run with several, by the size of the video; empty for one shape."""
+        return {}
 
     @property
     def needs_latents(self) -> bool:
@@ -332,6 +348,11 @@ class ModelFamily(ABC):
     def encoder_memory(self) -> EncoderMemory:
         """Returns the memory of encoding and decoding on a rank, for the planner."""
         return EncoderMemory()
+
+    def encoder_digests(self) -> dict[str, str]:
+        """Returns digests of the run's encoders by name (`data.manifest.ENCODERS`), without loading them. Raises
+        ValueError for folders without the required files. Default: none."""
+        return {}
 
     def row_checks(self) -> tuple[RowCheck, ...]:
         """Returns checks of each row of parquet data: the sizes of latents, text embeddings and the tensors of

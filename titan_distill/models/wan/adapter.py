@@ -33,7 +33,7 @@ from titan_distill.models.wan.latents import num_latent_frames
 from titan_distill.models.wan.pipeline_index import EXPAND_TIMESTEPS, read_index
 from titan_distill.models.wan.prompt_pictures import FirstFrames, PictureRows
 from titan_distill.models.wan.text_encoder import padded
-from titan_distill.models.wan.tokens import token_grid
+from titan_distill.models.wan.tokens import Grid, token_grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import decode_latents, restart
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
@@ -83,35 +83,36 @@ class WanAdapter(Adapter):
         """`negative_LD` is the embedding of the negative prompt, if there is a text encoder. `boundary_ratio` is that
         of roles with two experts, see `experts`."""
         self.config, self.pipeline, self.encoders = config, config.pipeline_config, encoders
-        self.latent_shape, self.flow_shift = latent_shape, self.pipeline.flow_shift
+        self.latent_shape, self._sample_shape, self.flow_shift = latent_shape, latent_shape, self.pipeline.flow_shift
         self.device, self.layouts, self.boundary_ratio = device, layouts, boundary_ratio
-        grid = token_grid(latent_shape[1:], WanConfig.patch_size)
-        self._grid = grid
-        self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(grid))
+        self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(_grid(latent_shape)))
         self.image_mixing = ImageMixing.of_run(config)
         # Diffusers marks a TI2V pipeline so.
         is_ti2v = bool(read_index(self.pipeline.path).get(EXPAND_TIMESTEPS, False))
         self.takes_images = self.image_mixing is not None or is_ti2v
         self._negative_LD = None if negative_LD is None else negative_LD.to(device)
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return self._sample_shape
+
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         values = {}
+        self.work.count_step(math.prod(_grid(self.latent_shape)))
         for module in (module for role in roles for module in role.modules.values()):
             # A head has no attention.
             if isinstance(module, WanTransformer) and (core := module.sparse_attention) is not None:
                 core.start_step(step)
-                read = core.tiles_read(self._num_tiles(module))
+                read = core.tiles_read(_num_tiles(module, self.latent_shape))
                 # What was asked for, and what the fine branch runs: whole tiles, and all of them below the crossover.
                 values["vsa_sparsity"] = float(core.sparsity)
                 values["vsa_sparsity_executed"] = 1 - read.num_selected / read.num_tiles
         return values
 
-    def _num_tiles(self, transformer: WanTransformer) -> int:
-        return math.prod(tile_grid(self._grid, transformer.tile))
-
     def prepare_batch(self, batch: Batch) -> Batch:
         if not batch.is_encoded:
             batch = self._encoded(batch)
+        self.latent_shape = batch.latent_shape or self._sample_shape
         return batch.to(self.device)
 
     def _encoded(self, batch: Batch) -> Batch:
@@ -237,8 +238,8 @@ class WanAdapter(Adapter):
         find them cached (1 % at 1.3B)."""
         transformer = self.network(role)
         config, core, segmentation = transformer.config, transformer.sparse_attention, transformer.segmentation
-        sparse = None if core is None else core.tiles_read(self._num_tiles(transformer))
-        frames, tokens_per_frame = x.shape[2], self.work.tokens_per_sample // self.latent_shape[1]
+        sparse = None if core is None else core.tiles_read(_num_tiles(transformer, x.shape[1:]))
+        frames, tokens_per_frame = x.shape[2], math.prod(_grid(x.shape[1:])[1:])
         keys = None
         if segmentation is not None:
             num_frames = segmentation.num_keys(frames) if cache is None else cache.num_cached + frames
@@ -329,6 +330,14 @@ class WanAdapter(Adapter):
         transformer = role.transformer
         assert isinstance(transformer, WanTransformer)
         return transformer
+
+
+def _grid(latent_shape: Sequence[int]) -> Grid:
+    return token_grid(latent_shape[1:], WanConfig.patch_size)
+
+
+def _num_tiles(transformer: WanTransformer, latent_shape: Sequence[int]) -> int:
+    return math.prod(tile_grid(_grid(latent_shape), transformer.tile))
 
 
 def _run(transformer: nn.Module, cache: KVCache | None, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:

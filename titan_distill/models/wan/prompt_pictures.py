@@ -46,10 +46,10 @@ class FirstFrames:
         if isinstance(self._rows, ParquetDataset):
             latent = self._rows[row].vae_latent
             assert latent is not None
-            if latent.shape != adapter.latent_shape:
+            if latent.shape != adapter.sample_shape:
                 raise ValueError(
                     f"{self._rows.path}, row {row}: latents of {list(latent.shape)}, but pipeline_config's num_frames, "
-                    f"height and width make {list(adapter.latent_shape)}; validate from images of that size"
+                    f"height and width make {list(adapter.sample_shape)}; validate from images of that size"
                 )
             return latent[:, :1].float()
         where, path = self._rows[row]
