@@ -154,7 +154,7 @@ def check_paths(config: Config) -> None:
     folders: dict[str, str] = {}
     for name, role in config.roles.items():
         folders |= {f"roles.{name}.path": role.path, f"roles.{name}.init_from": role.init_from}
-    either = {"data.path": config.data.path}
+    either = {"data.path": config.data.path, "validation.data": config.validation.data}
     if config.validation.enabled:
         either["validation.prompts"] = config.validation.prompts
     if config.checkpoint.resume_from != "latest":

@@ -34,6 +34,8 @@ from titan_distill.data.rows import BadRowError, RowDataset
 from titan_distill.data.videos import ClipRow, VideoDataset
 from titan_distill.diffusion.transfer import to_device
 
+DATA_PATH = "data.path"
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -47,6 +49,7 @@ class Batch:
     clips: Tensor | None = None  # [B, T, H, W, 3] uint8, of which the latents are still to be made
     is_encoded: bool = True  # whether text_embeddings are there; otherwise they are empty, to be made from captions
     extra_on_host: dict[str, Tensor] = field(default_factory=dict)  # what `to` was given as extra, for `on_host`
+    encoded: dict[int, Batch] = field(default_factory=dict)  # this rank's part, where peers encode the rest
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with its tensors on `device`. Tensors of `extra` stay available on the host, too."""
@@ -82,6 +85,7 @@ def open_dataset(
     video_size: tuple[int, int, int] | None,
     needs_latents: bool,
     checks: Sequence[RowCheck] = (),
+    key: str = DATA_PATH,
 ) -> RowDataset[LatentRow] | RowDataset[ClipRow]:
     """The rows to train on. The first ones are read.
 
@@ -91,26 +95,28 @@ def open_dataset(
         video_size: (frames, height, width) of a sample in pixels; None for a family whose samples are not videos.
         needs_latents: whether each row must have a latent or a video.
         checks: further checks of each row of parquet data.
+        key: configuration key of the path, for messages. Bad rows are tolerated under data.path only.
 
     Raises:
         ValueError: the data can't be read, lacks required latents or tensors, or has more bad rows among the first than
             data.max_bad_rows tolerates.
     """
     dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
+    max_bad_rows = data.max_bad_rows if key == DATA_PATH else None
     if data.holds_videos:
         if video_size is None or tensors:
             lacking = f"the tensors {', '.join(tensors)}" if tensors else "samples of a family without videos"
-            raise ValueError(f"data.path = {data.path!r} is a .csv, which can't hold {lacking}; use parquet")
+            raise ValueError(f"{key} = {data.path!r} is a .csv, which can't hold {lacking}; use parquet")
         size = VideoSize(*video_size, data.fps) if needs_latents else None
-        with of_key("data.path", data.path):
-            dataset = VideoDataset(data.path, size, data.max_bad_rows)
+        with of_key(key, data.path):
+            dataset = VideoDataset(data.path, size, max_bad_rows)
     else:
         own = (partial(check_text_tokens, data.max_text_tokens), *((_check_has_latent,) if needs_latents else ()))
-        with of_key("data.path", data.path):
+        with of_key(key, data.path):
             dataset = ParquetDataset(
-                data.path, tensors=tensors, for_batches=True, checks=(*own, *checks), max_bad_rows=data.max_bad_rows
+                data.path, tensors=tensors, for_batches=True, checks=(*own, *checks), max_bad_rows=max_bad_rows
             )
-    with of_key("data.path", data.path):
+    with of_key(key, data.path):
         dataset.check_first_rows()
     return dataset
 
@@ -243,14 +249,19 @@ class _BatchReader(torch.utils.data.Dataset["Batch | _Failure"]):
     def __getitem__(self, sample_ids: list[int]) -> Batch | _Failure:
         try:
             rows = [self.dataset[self.order.row(sample_id)] for sample_id in sample_ids]
-            if isinstance(rows[0], ClipRow):
-                return collate_clips(sample_ids, [row for row in rows if isinstance(row, ClipRow)])
-            return collate(sample_ids, [row for row in rows if isinstance(row, LatentRow)], self.max_text_tokens)
+            return collate_rows(sample_ids, rows, self.max_text_tokens)
         except BadRowError as error:
             return _Failure(str(error), traceback.format_exc(), is_bad_row=True)
         except Exception as error:  # raised again, as RuntimeError, by SampleLoader in the main process
             where = f"samples {sample_ids[0]} to {sample_ids[-1]} from {self.dataset.path}"
             return _Failure(f"can't load {where}: {type(error).__name__}: {error}", traceback.format_exc())
+
+
+def collate_rows(sample_ids: list[int], rows: Sequence[LatentRow | ClipRow], max_text_tokens: int) -> Batch:
+    """Makes a batch of dataset rows of one kind. Raises as `collate`."""
+    if isinstance(rows[0], ClipRow):
+        return collate_clips(sample_ids, [row for row in rows if isinstance(row, ClipRow)])
+    return collate(sample_ids, [row for row in rows if isinstance(row, LatentRow)], max_text_tokens)
 
 
 def collate(sample_ids: list[int], rows: Sequence[LatentRow], max_text_tokens: int) -> Batch:
