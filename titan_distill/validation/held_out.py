@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from titan_distill.config.config import Config
+from titan_distill.config.paths import of_key
 from titan_distill.config.sections import DataConfig
 from titan_distill.data.loader import Batch, collate_rows
-from titan_distill.data.rows import RowDataset
+from titan_distill.data.rows import BadRowError, RowDataset
 from titan_distill.diffusion.noise import FixedNoise
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.fault_tolerance.ranks import Ranks
@@ -56,7 +57,9 @@ def check_held_out(config: Config, rows: RowDataset[Any], training: RowDataset[A
             f"{HELD_OUT} = {config.validation.data!r} holds the files of data.path = {config.data.path!r}, which the "
             "run trains on; name rows that are left out of it"
         )
-    if not config.data.holds_videos:
+    if config.data.holds_videos:
+        return
+    with of_key(HELD_OUT, config.validation.data):
         for index in range(_num_rows(config, rows)):
             rows.read(index)
 
@@ -121,8 +124,11 @@ class HeldOutLoss:
         return batches, weights
 
     def _read(self, indices: list[int]) -> Batch:
-        rows = [self.rows[index] for index in indices]
-        return self.adapter.prepare_batch(collate_rows(indices, rows, self.config.data.max_text_tokens))
+        try:
+            rows = [self.rows[index] for index in indices]
+            return self.adapter.prepare_batch(collate_rows(indices, rows, self.config.data.max_text_tokens))
+        except ValueError as error:
+            raise BadRowError(f"{HELD_OUT}: {error}") from error
 
     def _mean(self, weight_N: Tensor, values_N: Tensor) -> Tensor:
         """Returns the mean over all held-out rows of values [N, ...], see `GlobalMean`."""
