@@ -60,6 +60,7 @@ from titan_distill.fault_tolerance.run_folder import Run, check_folder, open_run
 from titan_distill.fault_tolerance.run_lock import RunLock, check_free
 from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog, record_collectives
 from titan_distill.methods.base import Head, TrainingMethod
+from titan_distill.methods.held_out import HELD_OUT, HeldOutLoss, check_held_out, held_out_section
 from titan_distill.methods.unreached import unreached_schedules
 from titan_distill.models.base import ModelFamily
 from titan_distill.models.head import FeatureHead, build_head
@@ -89,7 +90,6 @@ from titan_distill.planner.report import memory_table
 from titan_distill.resolve import ResolvedRun, resolve
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 from titan_distill.trainer import NonFiniteError, Trainer
-from titan_distill.validation.held_out import HELD_OUT, HeldOutLoss, check_held_out, held_out_section
 from titan_distill.validation.scorers import validation_prompts
 from titan_distill.validation.validator import Validator
 

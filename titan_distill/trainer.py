@@ -29,6 +29,7 @@ from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 from titan_distill.fault_tolerance.signals import Stop, StopRequested
 from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog
 from titan_distill.methods.base import TrainingMethod, Update
+from titan_distill.methods.held_out import HeldOutLoss
 from titan_distill.models.base import Adapter
 from titan_distill.observability.metrics import MetricsLogger
 from titan_distill.observability.profiling import Profiler
@@ -36,7 +37,6 @@ from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.fsdp import set_gradient_sync
 from titan_distill.parallelisms.mesh import Layouts, sum_over_samples, tighten_timeout
 from titan_distill.roles import RoleHandle, RoleManager
-from titan_distill.validation.held_out import HeldOutLoss
 from titan_distill.validation.validator import Validator
 
 __all__ = ["NonFiniteError", "Trainer"]

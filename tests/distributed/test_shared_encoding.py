@@ -34,6 +34,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[st
         return tiny_ti2v.arguments(
             "finetune", pipeline, folder / "videos.csv", output, "--training.steps", str(STEPS),
             "--training.global_batch_size", str(GLOBAL_BATCH), "--training.local_batch_size", "2",
+            "--pipeline_config.width", "160",  # two tiles, for two ranks
             "--validation.data", str(folder / "held_out.csv"), "--validation.num_rows", str(NUM_HELD_OUT), *overrides,
         )  # fmt: skip
 

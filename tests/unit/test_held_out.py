@@ -68,10 +68,7 @@ def test_finetune_at_eight_levels(tmp_path: Path) -> None:
     assert validations(tmp_path / "run")[0] == pytest.approx(expected, rel=1e-6)
 
 
-IN_CI = ("adversarial", "finetune", "knowledge_distillation", "scm")
-
-
-@pytest.mark.parametrize("method", [m if m in IN_CI else pytest.param(m, marks=pytest.mark.nightly) for m in JOBS])
+@pytest.mark.parametrize("method", JOBS)
 def test_every_method_has_a_held_out_loss(method: str, tmp_path: Path) -> None:
     """Of each trained role, finite, at the first step and the last, without gradients and without a trace in training's
     numbers. Normalised weights of a divergence run over all held-out rows."""
@@ -101,7 +98,7 @@ def test_every_method_has_a_held_out_loss(method: str, tmp_path: Path) -> None:
         assert "validation/scm/tangent_size" in found[0]
 
 
-@pytest.mark.parametrize("method", ["finetune", pytest.param("adversarial", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("method", ["finetune", "adversarial"])
 def test_two_ranks_measure_the_same(method: str, tmp_path: Path) -> None:
     options = (
         "--job.config_file", str(ASSETS / f"toy_{method}.toml"), *write_held_out(tmp_path),

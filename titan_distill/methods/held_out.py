@@ -38,7 +38,6 @@ from titan_distill.models.base import Adapter
 from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.mesh import Layouts, sum_over_samples
 from titan_distill.roles import RoleManager
-from titan_distill.validation.sampling import go_on
 
 HELD_OUT = "validation.data"
 """Configuration key of the rows."""
@@ -72,7 +71,8 @@ class HeldOutLoss:
     """Measures the losses of all roles on the held-out rows. All ranks must call its methods.
 
     Attributes:
-        poll: function called before every micro-batch, see `Validator.poll`.
+        poll: function called before every micro-batch, on all ranks. It raises StopRequested on all ranks if one of
+            them was asked to stop. The trainer sets it.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class HeldOutLoss:
     ) -> None:
         self.config, self.rows, self.method, self.adapter = config, rows, method, adapter
         self.layouts, self.ranks, self.num_rows = layouts, ranks, _num_rows(config, rows)
-        self.poll: Callable[[], None] = go_on
+        self.poll: Callable[[], None] = lambda: None
 
     @torch.no_grad()
     def measure(self, step: int, roles: RoleManager) -> dict[str, float]:
