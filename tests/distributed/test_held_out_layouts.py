@@ -20,18 +20,18 @@ LAYOUTS = {
     "tensor 2": (f"{P}tensor", "2"),
     "teacher sequence 2, students fsdp 2": (*FSDP, "--roles.teacher.parallelism.sequence", "2"),
 }
-NIGHTLY = pytest.mark.nightly
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("method", "layout"),
     [
         ("finetune", "fsdp 2"),
-        pytest.param("finetune", "sequence 2", marks=NIGHTLY),
-        pytest.param("finetune", "tensor 2", marks=NIGHTLY),
-        pytest.param("dmd2", "fsdp 2", marks=NIGHTLY),
-        pytest.param("dmd2", "teacher sequence 2, students fsdp 2", marks=NIGHTLY),
-        pytest.param("scm", "sequence 2", marks=NIGHTLY),
+        ("finetune", "sequence 2"),
+        ("finetune", "tensor 2"),
+        ("dmd2", "fsdp 2"),
+        ("dmd2", "teacher sequence 2, students fsdp 2"),
+        ("scm", "sequence 2"),
     ],
 )
 def test_two_ranks_measure_what_one_does(
