@@ -67,6 +67,11 @@ class RecipeConfig:
     """Model family: wan, or one that a module of job.imports registers."""
 
 
+def is_table(path: str) -> bool:
+    """Returns whether data is a table of videos and prompts, not parquet."""
+    return path.lower().endswith(".csv")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
     path: str
@@ -75,7 +80,7 @@ class DataSource:
     """Passes over the set per epoch. 2 uses each row twice per epoch; 0.5 uses each row once in two epochs."""
 
     def __post_init__(self) -> None:
-        if not self.path or self.path.lower().endswith(".csv"):
+        if not self.path or is_table(self.path):
             raise ValueError(
                 f"path = {self.path!r} is no parquet; one of several sources is a parquet file or a folder of them"
             )
@@ -136,7 +141,7 @@ class DataConfig:
     @property
     def holds_videos(self) -> bool:
         """Whether the data is a table of videos and prompts, which the run encodes while it trains."""
-        return self.path.lower().endswith(".csv")
+        return is_table(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +366,12 @@ class ValidationConfig:
     """Steps between validations. 0 validates only before the first and after the last step."""
     prompts: str = logged("")
     """Parquet, txt or jsonl file with prompts. Default: the captions of data.path, or of the first of data.sources."""
+    data: str = logged("")
+    """Held-out data of the kind of data.path, which the run does not train on. Each validation measures the method's
+    own losses and metrics on its rows, with the trained weights and always the same noise, as validation/loss/<role>
+    and so on; finetune also measures its loss per noise level. It works without enabled, too."""
+    num_rows: int = logged(64)
+    """Number of rows of `data` to measure, from the first on. If there are fewer, all are measured."""
     num_prompts: int = logged(96)
     """Number of prompts to sample and score."""
     batch_size: int = free(16)
@@ -376,7 +387,9 @@ class ValidationConfig:
     reads colour, shape and direction from drawn clips)."""
 
     def __post_init__(self) -> None:
-        check_range(self, "num_prompts", least=1, most=2**20)
+        check_range(self, "num_prompts", "num_rows", least=1, most=2**20)
+        if not self.data:
+            check_no_effect(self, "num_rows", given="data")
         check_range(self, "fps", least=1, most=MAX_FPS)
         check_range(self, "batch_size", least=1)
         check_range(self, "interval", "seed", least=0)

@@ -42,6 +42,7 @@ from titan_distill.diffusion.transfer import to_device
 logger = logging.getLogger(__name__)
 
 AnyDataset = RowDataset[LatentRow] | RowDataset[ClipRow]
+DATA_PATH = "data.path"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Batch:
     is_encoded: bool = True  # whether text_embeddings are there; otherwise they are empty, to be made from captions
     extra_on_host: dict[str, Tensor] = field(default_factory=dict)  # what `to` was given as extra, for `on_host`
     latent_shape: tuple[int, ...] | None = None  # (C, F, H, W) of the bucket; None for data of one shape
+    encoded: dict[int, Batch] = field(default_factory=dict)  # this rank's part, where peers encode the rest
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with its tensors on `device`. Tensors of `extra` stay available on the host, too."""
@@ -94,6 +96,7 @@ def open_dataset(
     buckets: Mapping[Size, Sequence[int]] | None = None,
     checks: Sequence[RowCheck] = (),
     encoders: Mapping[str, str] | None = None,
+    key: str = DATA_PATH,
 ) -> AnyDataset:
     """The rows to train on. The first ones are read.
 
@@ -105,42 +108,54 @@ def open_dataset(
         buckets: shapes of the latents of a run with several by the size of the video; empty for one shape.
         checks: further checks of each row of parquet data.
         encoders: digests of the run's encoders, to compare with the data's manifest (`manifest.check_manifest`).
+        key: configuration key of the path, for messages. Bad rows are tolerated in training data only.
 
     Raises:
         ValueError: the data can't be read, lacks required latents or tensors, or has more bad rows among the first than
             data.max_bad_rows tolerates.
     """
     dataset: AnyDataset
+    is_training = key == DATA_PATH
+    keys, max_bad_rows = (data.keys, data.max_bad_rows) if is_training else ({key: data.path}, None)
     if data.holds_videos and buckets:
-        raise ValueError(f"data.path = {data.path!r} is a .csv, whose clips have one size; preprocess it for buckets")
+        raise ValueError(f"{key} = {data.path!r} is a .csv, whose clips have one size; preprocess it for buckets")
     if data.holds_videos:
         if video_size is None or tensors:
             lacking = f"the tensors {', '.join(tensors)}" if tensors else "samples of a family without videos"
-            raise ValueError(f"data.path = {data.path!r} is a .csv, which can't hold {lacking}; use parquet")
+            raise ValueError(f"{key} = {data.path!r} is a .csv, which can't hold {lacking}; use parquet")
         size = VideoSize(*video_size, data.fps) if needs_latents else None
-        with of_key("data.path", data.path):
-            dataset = VideoDataset(data.path, size, data.max_bad_rows)
+        with of_key(key, data.path):
+            dataset = VideoDataset(data.path, size, max_bad_rows)
     else:
         own = (partial(check_text_tokens, data.max_text_tokens), *((_check_has_latent,) if needs_latents else ()))
-        sets = [_open_set(key, path, data, tensors=tensors, checks=(*own, *checks)) for key, path in data.keys.items()]
+        options: dict[str, Any] = {"tensors": tensors, "checks": (*own, *checks), "max_bad_rows": max_bad_rows}
+        sets = [_open_set(key, path, options) for key, path in keys.items()]
         sizes = tuple(buckets or (() if video_size is None else (video_size,)))
-        for (key, path), part in zip(data.keys.items(), sets, strict=True):
-            with of_key(key, path):
+        for (name, path), part in zip(keys.items(), sets, strict=True):
+            with of_key(name, path):
                 check_manifest(part.path, encoders=encoders or {}, sizes=sizes, needs_latents=needs_latents)
         _warn_of_rates(sets)
-        dataset = _joined(data, sets, needs_latents, tuple(map(tuple, (buckets or {}).values())))
-    with nullcontext() if data.sources else of_key("data.path", data.path):
+        shapes = tuple(map(tuple, (buckets or {}).values()))
+        with nullcontext() if data.sources else of_key(key, data.path):
+            dataset = _joined(data, sets, needs_latents, shapes, max_bad_rows)
+            if isinstance(dataset, MixedDataset) and is_training:
+                dataset.check_buckets()
+    with nullcontext() if data.sources else of_key(key, data.path):
         dataset.check_first_rows()
     return dataset
 
 
-def _open_set(key: str, path: str, data: DataConfig, **options: Any) -> ParquetDataset:
+def _open_set(key: str, path: str, options: dict[str, Any]) -> ParquetDataset:
     with of_key(key, path):
-        return ParquetDataset(path, for_batches=True, max_bad_rows=data.max_bad_rows, **options)
+        return ParquetDataset(path, for_batches=True, **options)
 
 
 def _joined(
-    data: DataConfig, sets: Sequence[ParquetDataset], needs_latents: bool, shapes: Sequence[tuple[int, ...]]
+    data: DataConfig,
+    sets: Sequence[ParquetDataset],
+    needs_latents: bool,
+    shapes: Sequence[tuple[int, ...]],
+    max_bad_rows: int | None,
 ) -> RowDataset[LatentRow]:
     """Returns the sets of a run as one. If one of them has only text, a run that needs no latents reads none."""
     if len(sets) == 1 and not shapes:
@@ -149,8 +164,7 @@ def _joined(
         for part in sets:
             part.drop_latents()
     weights = [source.weight for source in data.sources] or [1.0]
-    with nullcontext() if data.sources else of_key("data.path", data.path):
-        return MixedDataset(sets, weights, shapes, data.max_bad_rows)
+    return MixedDataset(sets, weights, shapes, max_bad_rows)
 
 
 def _warn_of_rates(sets: Sequence[ParquetDataset]) -> None:
@@ -305,16 +319,20 @@ class _BatchReader(torch.utils.data.Dataset["Batch | _Failure"]):
     def __getitem__(self, sample_ids: list[int]) -> Batch | _Failure:
         try:
             numbers = [self.order.row(sample_id) for sample_id in sample_ids]
-            rows = [self.dataset[number] for number in numbers]
-            if isinstance(rows[0], ClipRow):
-                return collate_clips(sample_ids, [row for row in rows if isinstance(row, ClipRow)])
-            batch = collate(sample_ids, [row for row in rows if isinstance(row, LatentRow)], self.max_text_tokens)
+            batch = collate_rows(sample_ids, [self.dataset[number] for number in numbers], self.max_text_tokens)
             return replace(batch, latent_shape=self.dataset.shape(numbers[0]))
         except BadRowError as error:
             return _Failure(str(error), traceback.format_exc(), is_bad_row=True)
         except Exception as error:  # raised again, as RuntimeError, by SampleLoader in the main process
             where = f"samples {sample_ids[0]} to {sample_ids[-1]} from {self.dataset.path}"
             return _Failure(f"can't load {where}: {type(error).__name__}: {error}", traceback.format_exc())
+
+
+def collate_rows(sample_ids: list[int], rows: Sequence[LatentRow | ClipRow], max_text_tokens: int) -> Batch:
+    """Makes a batch of dataset rows of one kind. Raises as `collate`."""
+    if isinstance(rows[0], ClipRow):
+        return collate_clips(sample_ids, [row for row in rows if isinstance(row, ClipRow)])
+    return collate(sample_ids, [row for row in rows if isinstance(row, LatentRow)], max_text_tokens)
 
 
 def collate(sample_ids: list[int], rows: Sequence[LatentRow], max_text_tokens: int) -> Batch:

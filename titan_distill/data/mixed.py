@@ -46,7 +46,6 @@ class MixedDataset(RowDataset[LatentRow]):
         max_bad_rows: see `RowDataset`.
 
     Raises:
-        ValueError: no row has the shape of a bucket.
         BadRowError: more rows than are tolerated have latents of other shapes.
     """
 
@@ -69,12 +68,25 @@ class MixedDataset(RowDataset[LatentRow]):
         return self._ends[-1]
 
     @property
+    def set_digests(self) -> set[str]:
+        return {part.digest for part in self.sets}
+
+    @property
     def has_latents(self) -> bool:
         return all(part.has_latents for part in self.sets)
 
     @property
     def first_rows(self) -> Sequence[int]:
         return [self._first_row(source) + row for source, part in enumerate(self.sets) for row in part.first_rows]
+
+    def check_buckets(self) -> None:
+        """Raises ValueError if no row has the shape of a bucket."""
+        for bucket, shape in enumerate(self.shapes):
+            if not any(rows.bucket == bucket for rows in self._parts):
+                paths = ", ".join(str(part.path) for part in self.sets)
+                raise ValueError(
+                    f"no row of {paths} has latents of {list(shape)}; remove this bucket or add rows of it"
+                )
 
     def read(self, index: int) -> LatentRow:
         source = bisect.bisect_right(self._ends, index)
@@ -139,14 +151,7 @@ class MixedDataset(RowDataset[LatentRow]):
                 )
                 self._tolerate(self._first_row(source) + row, error)
         # By bucket, so that the order of the config's list is the order of the parts.
-        found.sort(key=lambda rows: (rows.bucket, rows.source))
-        for bucket, shape in enumerate(self.shapes):
-            if not any(rows.bucket == bucket for rows in found):
-                paths = ", ".join(str(part.path) for part in self.sets)
-                raise ValueError(
-                    f"no row of {paths} has latents of {list(shape)}; remove this bucket or add rows of it"
-                )
-        return found
+        return sorted(found, key=lambda rows: (rows.bucket, rows.source))
 
 
 def _sizes_of(groups: GroupSizes, rows: Integers) -> GroupSizes:

@@ -62,6 +62,11 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         self._max_bad_rows = max_bad_rows
 
     @property
+    def set_digests(self) -> set[str]:
+        """Digests of the sets that the rows come from."""
+        return {self.digest}
+
+    @property
     @abstractmethod
     def has_latents(self) -> bool:
         """Whether rows have latents, or videos from which latents are encoded."""

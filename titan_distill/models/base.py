@@ -70,6 +70,11 @@ class Adapter(ABC):
         """Shape of the latents of validation samples, without the batch dim. Default: that of training samples."""
         return self.latent_shape
 
+    def use_shape(self, batch: Batch) -> None:
+        """Makes `latent_shape` that of a batch."""
+        if batch.latent_shape is not None:
+            self.latent_shape = batch.latent_shape
+
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         """Sets the models' own schedules (of sparsity, for instance) to a training step, counted from 0, before the
         step runs. Returns metrics of the schedules to log."""
@@ -77,7 +82,13 @@ class Adapter(ABC):
 
     @abstractmethod
     def prepare_batch(self, batch: Batch) -> Batch:
-        """Moves a batch to the device and encodes what is not encoded yet. Raises ValueError."""
+        """Moves a batch to the device and encodes what is not encoded yet. It does not communicate, so ranks that load
+        the same samples may each encode some of them and leave the others to `share_batch`. Raises ValueError."""
+
+    def share_batch(self, batch: Batch) -> Batch:
+        """Completes a prepared batch with the samples that other ranks have encoded. Collective. Default: a prepared
+        batch is complete."""
+        return batch
 
     @abstractmethod
     def text_condition(self, batch: Batch) -> Condition:
@@ -414,6 +425,18 @@ class ModelFamily(ABC):
     @abstractmethod
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         """Returns properties of the latents that a module processes. All roles of a run must agree on them."""
+
+    def check_latent_spaces(self, modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
+        """Raises ValueError if the networks of the roles in `modules` do not share one latent space."""
+        spaces = {name: self.latent_space(networks["transformer"]) for name, networks in modules.items()}
+        for name, space in spaces.items():
+            first, expected = next(iter(spaces.items()))
+            for key, value in space.items():
+                if value != expected[key]:
+                    raise ValueError(
+                        f"roles.{name} works on latents with {key} = {value}, but roles.{first} with {key} = "
+                        f"{expected[key]}; all roles of a run must share one latent space"
+                    )
 
     def feature_width(self, module: nn.Module, depths: Sequence[int]) -> int:
         """Returns the width of the features after each of `depths` (see `Adapter.features`). Raises ValueError for

@@ -234,8 +234,10 @@ class WorkCounter:
         self._hardware_flops += flops * (1 + (backwards + recompute) * backward)
 
     def count_step(self, tokens_per_sample: int) -> None:
-        """Counts the tokens of each sample of a training step, which in a run with buckets differ between steps."""
-        self._step_tokens.append(tokens_per_sample)
+        """Counts the tokens of each sample of a training step, which in a run with buckets differ between steps;
+        nothing while counting is paused."""
+        if self._copies:
+            self._step_tokens.append(tokens_per_sample)
 
     def drain_tokens(self) -> float:
         """Returns the mean tokens per sample of the steps since the last call; `tokens_per_sample` for no steps."""

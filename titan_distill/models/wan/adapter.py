@@ -37,7 +37,7 @@ from titan_distill.models.wan.tokens import Grid, token_grid
 from titan_distill.models.wan.transformer import WanTransformer
 from titan_distill.models.wan.vae import decode_latents, restart
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
-from titan_distill.parallelisms.mesh import Layouts
+from titan_distill.parallelisms.mesh import Layouts, Peers
 from titan_distill.roles import RoleHandle, RoleManager
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ class WanAdapter(Adapter):
         is_ti2v = bool(read_index(self.pipeline.path).get(EXPAND_TIMESTEPS, False))
         self.takes_images = self.image_mixing is not None or is_ti2v
         self._negative_LD = None if negative_LD is None else negative_LD.to(device)
+        sharing = layouts.data_group if config.data.holds_videos else 1
+        self._peers = Peers(sharing, config.comm.init_timeout_seconds)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -110,22 +112,38 @@ class WanAdapter(Adapter):
         return values
 
     def prepare_batch(self, batch: Batch) -> Batch:
-        if not batch.is_encoded:
-            batch = self._encoded(batch)
-        self.latent_shape = batch.latent_shape or self._sample_shape
-        return batch.to(self.device)
+        self.use_shape(batch)
+        if batch.is_encoded:
+            return batch.to(self.device)
+        own = {i: self._encoded(sample) for i, sample in enumerate(batch.split(1)) if self._peers.owns(i)}
+        return self._joined(list(own.values())) if self._peers.size == 1 else replace(batch, clips=None, encoded=own)
 
-    def _encoded(self, batch: Batch) -> Batch:
-        """Encodes each clip and each prompt separately, so that a sample does not depend on its batch."""
+    def share_batch(self, batch: Batch) -> Batch:
+        if batch.is_encoded:
+            return batch
+        on_host = {index: sample.to("cpu") for index, sample in batch.encoded.items()}
+        return self._joined([self._peers.share(i, on_host.get(i)) for i in range(len(batch.sample_ids))])
+
+    def _encoded(self, sample: Batch) -> Batch:
+        """Encodes the clip and the prompt of a batch of one sample, so that a sample does not depend on its batch."""
         cache, max_tokens = self.config.job.output_folder / "cache", self.config.data.max_text_tokens
-        texts = [self.encoders.text.cached_embedding(text, max_tokens, cache) for text in batch.captions]
-        encoded = replace(batch, text_embeddings=torch.stack(texts), extra={}, clips=None, is_encoded=True)
-        if batch.clips is None:
-            return replace(encoded, latents=None)
-        latents = torch.cat([self.encode_video(clip[None]) for clip in batch.clips])
-        pictures = [self._pictures(clip[:1]) for clip in batch.clips]
-        extra = {name: torch.cat([of_clip[name] for of_clip in pictures]) for name in self.encoders.image_tensors}
-        return replace(encoded, latents=latents, extra=extra)
+        text = self.encoders.text.cached_embedding(sample.captions[0], max_tokens, cache)
+        encoded = replace(sample, text_embeddings=text[None], clips=None, is_encoded=True)
+        if sample.clips is None:
+            return encoded
+        return replace(encoded, latents=self.encode_video(sample.clips), extra=self._pictures(sample.clips[:, 0]))
+
+    def _joined(self, samples: Sequence[Batch]) -> Batch:
+        """Returns one batch of encoded samples, on the device."""
+        latents = [sample.latents for sample in samples if sample.latents is not None]
+        batch = Batch(
+            sample_ids=[id_ for sample in samples for id_ in sample.sample_ids],
+            captions=[caption for sample in samples for caption in sample.captions],
+            text_embeddings=torch.cat([sample.text_embeddings for sample in samples]),
+            latents=torch.cat(latents) if latents else None,
+            extra={name: torch.cat([sample.extra[name] for sample in samples]) for name in samples[0].extra},
+        )
+        return batch.to(self.device)
 
     def text_condition(self, batch: Batch) -> Condition:
         names = self.encoders.image_tensors
