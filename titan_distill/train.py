@@ -386,8 +386,7 @@ def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -
 
 
 def open_inputs(run: ResolvedRun) -> RowDataset[Any]:
-    """Opens the training data and reads its first rows and the prompts of validation. Raises ConfigError, in seconds,
-    for any that do not fit the run."""
+    """Opens data and prompts of validation, reads first rows. Raises ConfigError, soon, for any that do not fit."""
     config, method_config, family = run.config, run.config.method_config, run.family
     with in_one_sentence(config.job.config_file or COMMAND_LINE):
         dataset = open_dataset(
@@ -396,6 +395,7 @@ def open_inputs(run: ResolvedRun) -> RowDataset[Any]:
             video_size=family.video_size(),
             needs_latents=family.needs_latents or run.method.needs_latents(method_config),
             checks=(*family.row_checks(), *run.method.row_checks(config)),
+            statistics=family.latent_statistics(),
         )
         if config.validation.enabled:
             validation_prompts(config)

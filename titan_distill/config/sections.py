@@ -66,11 +66,19 @@ class RecipeConfig:
     """Model family: wan, or one that a module of job.imports registers."""
 
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+"""Ends of the names of tables of videos and prompts, in small letters (`titan_distill.data.tables`)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: str = logged()
     """Parquet file or folder of parquet files with latents and text embeddings (only text, where the method needs no
-    latents), or a .csv with the columns video and prompt, which the run encodes while it trains."""
+    latents), or a table of videos and prompts (.csv, .tsv, .jsonl, .json), which the run encodes while it trains."""
+    latents: Literal["raw", "normalised"] | None = logged(None)
+    """Form of the latents in parquet data. raw: means of the VAE's posterior, as FastVideo stores them; they are
+    normalised while they are read. normalised: as the networks take them, as `titan-distill data preprocess` stores
+    them. Default: found from the statistics of the first rows, and asked for where these are not clear."""
     max_text_tokens: int = logged(512)
     """Text tokens per sample. Shorter text embeddings are padded with zeros, longer ones in the data are refused;
     prompts that the run encodes itself (of a .csv or for validation) are cut."""
@@ -79,7 +87,7 @@ class DataConfig:
     max_bad_rows: int = logged(0)
     """Largest number of unreadable rows that may be skipped, each with a line in the log. One more ends the run."""
     fps: float | None = logged(None)
-    """Frames per second to which the videos of a .csv are resampled. Default: every frame as it is."""
+    """Frames per second to which the videos of a table are resampled. Default: every frame as it is."""
 
     def __post_init__(self) -> None:
         check_range(self, "max_text_tokens", least=1, most=2**16)
@@ -89,12 +97,18 @@ class DataConfig:
             raise ValueError('path = "" names no data; set it to a parquet file, a folder of parquet files or a .csv')
         check_range(self, "fps", above=0, most=MAX_FPS)
         if self.fps is not None and not self.holds_videos:
-            raise ValueError(f"fps = {self.fps} has no effect on path = {self.path!r}, which is not a .csv; remove it")
+            raise ValueError(
+                f"fps = {self.fps} has no effect on path = {self.path!r}, which is no table of videos; remove it"
+            )
+        if self.latents is not None and self.holds_videos:
+            raise ValueError(
+                f"latents = {self.latents!r} has no effect on path = {self.path!r}, which is a table of videos; remove it"
+            )
 
     @property
     def holds_videos(self) -> bool:
         """Whether the data is a table of videos and prompts, which the run encodes while it trains."""
-        return self.path.lower().endswith(".csv")
+        return self.path.lower().endswith(TABLE_SUFFIXES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import DataConfig
 from titan_distill.data.footage import VideoSize
+from titan_distill.data.latents import LatentStatistics
 from titan_distill.data.order import SampleOrder
 from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck
 from titan_distill.data.rows import BadRowError, RowDataset
@@ -82,6 +83,7 @@ def open_dataset(
     video_size: tuple[int, int, int] | None,
     needs_latents: bool,
     checks: Sequence[RowCheck] = (),
+    statistics: LatentStatistics | None = None,
 ) -> RowDataset[LatentRow] | RowDataset[ClipRow]:
     """The rows to train on. The first ones are read.
 
@@ -91,16 +93,17 @@ def open_dataset(
         video_size: (frames, height, width) of a sample in pixels; None for a family whose samples are not videos.
         needs_latents: whether each row must have a latent or a video.
         checks: further checks of each row of parquet data.
+        statistics: those of the run's VAE, with which raw latents are normalised; None for a family that has none.
 
     Raises:
-        ValueError: the data can't be read, lacks required latents or tensors, or has more bad rows among the first than
+        ValueError: the data can't be read, it is not clear whether its latents are raw, it lacks required latents or tensors, or has more bad rows among the first than
             data.max_bad_rows tolerates.
     """
     dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
     if data.holds_videos:
         if video_size is None or tensors:
             lacking = f"the tensors {', '.join(tensors)}" if tensors else "samples of a family without videos"
-            raise ValueError(f"data.path = {data.path!r} is a .csv, which can't hold {lacking}; use parquet")
+            raise ValueError(f"data.path = {data.path!r} is a table of videos, which can't hold {lacking}; use parquet")
         size = VideoSize(*video_size, data.fps) if needs_latents else None
         with of_key("data.path", data.path):
             dataset = VideoDataset(data.path, size, data.max_bad_rows)
@@ -112,6 +115,8 @@ def open_dataset(
             )
     with of_key("data.path", data.path):
         dataset.check_first_rows()
+        if isinstance(dataset, ParquetDataset) and statistics is not None and needs_latents:
+            dataset.normalise_latents(statistics, data.latents)
     return dataset
 
 

@@ -1,0 +1,48 @@
+"""What FastVideo's preprocessing stores in another way than `titan_distill.data.parquet`.
+
+Latents of clips are *raw*: means of the VAE's posterior, which its trainer normalises (`titan_distill.data.latents`
+decides whether a dataset's are). The picture tensors of image-to-video have other names; they mean the same, and the
+picture's latent is normalised. Files lie in folders `worker_N`.
+
+A trajectory has one state per sampling step, stored *after* the step beside the timestep *before* it. So each state is
+at the timestep of the next step, the last one is the clean end, and the initial noise is not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+TRAJECTORY, TIMESTEPS = "trajectory", "trajectory_timesteps"
+
+OWN_NAMES = {"trajectory_latents": TRAJECTORY, "first_frame_latent": "image_latent", "clip_feature": "image_embedding"}
+"""Names of tensors here by their names in FastVideo."""
+
+_PARTS = ("bytes", "shape", "dtype")
+
+
+def own_columns(names: Sequence[str]) -> list[str]:
+    """Returns the names of a file's columns, with FastVideo's names of tensors replaced where they are not taken."""
+    replaced = {f"{theirs}_{part}": f"{own}_{part}" for theirs, own in OWN_NAMES.items() for part in _PARTS}
+    return [name if replaced.get(name, name) in names else replaced[name] for name in names]
+
+
+def is_worker_file(file: Path) -> bool:
+    """Returns whether a file lies where FastVideo's preprocessing writes it."""
+    return file.parent.name.startswith("worker_")
+
+
+def split_trajectory(states: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns states [S - 1, C, F, H, W], their timesteps [S - 1] and the clean end [C, F, H, W] of a trajectory of S
+    steps, which may have a leading dim of one. Raises ValueError for other shapes."""
+    if states.ndim == 6 and len(states) == 1:
+        states = states[0]
+    timesteps = timesteps.flatten()
+    if states.ndim != 5 or len(states) < 2 or len(states) != len(timesteps):
+        raise ValueError(
+            f"trajectory_latents of {list(states.shape)} at {len(timesteps)} timesteps: expected [steps, C, F, H, W] "
+            "with two steps or more and a timestep each"
+        )
+    return states[:-1], timesteps[1:], states[-1]
