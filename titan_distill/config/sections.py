@@ -102,7 +102,7 @@ class DataConfig:
             )
         if self.latents is not None and self.holds_videos:
             raise ValueError(
-                f"latents = {self.latents!r} has no effect on path = {self.path!r}, which is a table of videos; remove it"
+                f"latents = {self.latents!r} has no effect on path = {self.path!r}, a table of videos; remove it"
             )
 
     @property

@@ -2,7 +2,7 @@
 
 Latents of clips are *raw*: means of the VAE's posterior, which its trainer normalises (`titan_distill.data.latents`
 decides whether a dataset's are). The picture tensors of image-to-video have other names; they mean the same, and the
-picture's latent is normalised. Files lie in folders `worker_N`.
+picture's latent is normalised. Files lie in folders `worker_N`, and `num_frames` counts latent frames.
 
 A trajectory has one state per sampling step, stored *after* the step beside the timestep *before* it. So each state is
 at the timestep of the next step, the last one is the clean end, and the initial noise is not stored.
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from torch import Tensor
 
 TRAJECTORY, TIMESTEPS = "trajectory", "trajectory_timesteps"
@@ -32,6 +33,16 @@ def own_columns(names: Sequence[str]) -> list[str]:
 def is_worker_file(file: Path) -> bool:
     """Returns whether a file lies where FastVideo's preprocessing writes it."""
     return file.parent.name.startswith("worker_")
+
+
+def counts_latent_frames(file: Path, num_latent_frames: int) -> bool:
+    """Returns whether the first row of a file has the number of latent frames as `num_frames`, as FastVideo's have.
+    `titan-distill data preprocess` stores the number of the video's frames, which is larger."""
+    with pq.ParquetFile(file) as parquet:
+        if "num_frames" not in parquet.schema_arrow.names or not parquet.metadata.num_row_groups:
+            return False
+        counts = parquet.read_row_group(0, columns=["num_frames"], use_threads=False).column(0)
+    return num_latent_frames > 1 and len(counts) > 0 and counts[0].as_py() == num_latent_frames
 
 
 def split_trajectory(states: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,8 +5,9 @@ posterior instead, and nothing in the file says so; a model trained on them lear
 standard deviation of each channel over the first rows are compared with both forms: 0 and 1, or those of the VAE. The
 distance to a form is the mean over channels of `|m - mean| / std + |log(s / std)|`.
 
-Trade-off: a few clips, or clips that all look alike, can be far from both. Then the user says which form it is
-(`data.latents`); a guess would be found out after days.
+Trade-off: a few clips, or clips that all look alike, can be far from both. Then the user of a foreign dataset says
+which form it is (`data.latents`); a guess would be found out after days. Other datasets are taken as normalised, as
+they were before this comparison, with a warning.
 """
 
 from __future__ import annotations
@@ -90,10 +91,14 @@ def find_form(
         f"{_range(measured.std)}, a distance of {normalised:.2f} from normalised latents and of {raw:.2f} from raw "
         "ones of this VAE"
     )
-    if stated is None and found is None and raw != normalised:
+    if stated is None and found is None and is_foreign:
         raise ValueError(
             f'the latents may be raw or normalised: {figures}; set data.latents to "raw" or "normalised", as they were '
             "written"
+        )
+    if stated is None and found is None and raw != normalised:
+        logger.warning(
+            "The latents look like neither and are taken as normalised (data.latents states it): %s", figures
         )
     if stated is not None and found not in (None, stated):
         logger.warning('data.latents = "%s" looks wrong, the latents seem %s: %s', stated, found, figures)

@@ -96,8 +96,8 @@ def open_dataset(
         statistics: those of the run's VAE, with which raw latents are normalised; None for a family that has none.
 
     Raises:
-        ValueError: the data can't be read, it is not clear whether its latents are raw, it lacks required latents or tensors, or has more bad rows among the first than
-            data.max_bad_rows tolerates.
+        ValueError: the data can't be read, lacks required latents or tensors, or has more bad rows among the first than
+            data.max_bad_rows tolerates, or it is not clear whether its latents are raw.
     """
     dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
     if data.holds_videos:
@@ -115,8 +115,10 @@ def open_dataset(
             )
     with of_key("data.path", data.path):
         dataset.check_first_rows()
-        if isinstance(dataset, ParquetDataset) and statistics is not None and needs_latents:
+        if isinstance(dataset, ParquetDataset) and statistics is not None and (needs_latents or data.latents):
             dataset.normalise_latents(statistics, data.latents)
+        elif data.latents:
+            raise ValueError(f"data.latents = {data.latents!r} has no effect on this family's latents; remove it")
     return dataset
 
 

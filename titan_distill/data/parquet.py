@@ -28,7 +28,14 @@ import torch
 from torch import Tensor
 
 from titan_distill.config.dtypes import DTYPES
-from titan_distill.data.fastvideo import TIMESTEPS, TRAJECTORY, is_worker_file, own_columns, split_trajectory
+from titan_distill.data.fastvideo import (
+    TIMESTEPS,
+    TRAJECTORY,
+    counts_latent_frames,
+    is_worker_file,
+    own_columns,
+    split_trajectory,
+)
 from titan_distill.data.latents import NUM_ROWS, Form, LatentStatistics, find_form
 from titan_distill.data.order import GroupSizes
 from titan_distill.data.row_groups import CACHE_BYTES, Group, Place, RowGroups, list_files, reading
@@ -251,7 +258,11 @@ class ParquetDataset(RowDataset[LatentRow]):
         Raises:
             ValueError: as `find_form`.
         """
-        is_foreign = any(map(is_worker_file, self._groups.files)) and next(self._stored_latents(), None) is not None
+        first = next(self._stored_latents(), None)
+        if first is None:
+            return
+        file = self._groups.files[0]
+        is_foreign = is_worker_file(file) or counts_latent_frames(file, first.shape[1])
         form = find_form(self._stored_latents(), statistics, stated, is_foreign=is_foreign)
         self._statistics = statistics if form == "raw" else None
 

@@ -78,9 +78,7 @@ def list_files(path: Path) -> list[Path]:
         raise ValueError(f"no dataset at {path}: expected a parquet file or a folder of them")
     files = parquet_files(path) or files_below(path, (".parquet",))
     if not files:
-        raise ValueError(
-            f"no *.parquet file in {path} or below: expected the output of `titan-distill data preprocess`"
-        )
+        raise ValueError(f"no *.parquet file in or below {path}: expected what `titan-distill data preprocess` writes")
     return files
 
 

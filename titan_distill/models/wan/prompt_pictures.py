@@ -24,8 +24,9 @@ IMAGE = "image"
 class FirstFrames:
     """First latent frames of validation videos, by prompt.
 
-    `normalise` is called with parquet data, before its latents are read. Raises ValueError for a file without pictures, or one that
-    can't be read."""
+    `normalise` is called with parquet data, before its latents are read. Raises ValueError for a file without pictures,
+    or one that can't be read.
+    """
 
     def __init__(self, path: str, height: int, width: int, normalise: Callable[[ParquetDataset], None]) -> None:
         self._size = height, width
