@@ -116,9 +116,11 @@ def test_form_of_latents(rows: list[LatentRow]) -> None:
 def test_without_a_vae_the_form_of_foreign_latents_is_asked_for(rows: list[LatentRow]) -> None:
     raw = [row.vae_latent for row in rows if row.vae_latent is not None]
     unknown = LatentStatistics()
-    with pytest.raises(ValueError, match='set data.latents to "raw" or "normalised", and for raw ones pipeline_config'):
+    with pytest.raises(
+        ValueError, match=r'set data\.latents to "raw" or "normalised", and for raw ones pipeline_config'
+    ):
         find_form(raw, unknown, None, is_foreign=True)
-    with pytest.raises(ValueError, match='data.latents = "raw" needs the VAE'):
+    with pytest.raises(ValueError, match=r'data\.latents = "raw" needs the VAE'):
         find_form(raw, unknown, "raw", is_foreign=True)
     assert find_form(raw, unknown, "normalised", is_foreign=True) == "normalised"
     assert find_form(raw, unknown, None, is_foreign=False) == "normalised"

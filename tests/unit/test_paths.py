@@ -104,7 +104,7 @@ class TestEndings:
 
     def test_of_captions(self, tmp_path: Path) -> None:
         (tmp_path / "C.CSV").write_text("file_name,caption\na.mp4,a disc\n", encoding="utf-8")
-        assert read_captions(tmp_path / "C.CSV") == {"a.mp4": "a disc"}
+        assert read_captions(tmp_path / "C.CSV", tmp_path) == {"a.mp4": "a disc"}
 
 
 COMMANDS: dict[str, tuple[str, str]] = {
