@@ -66,7 +66,7 @@ BAD_CAPTIONS = {
     "absent.csv": (None, r"no such captions file"),
     "columns.csv": (
         "name,caption\na,b\n",
-        "line 2: there is no video or file_name or .* among the columns name, caption",
+        "line 2: there is no video or .* among the columns name, caption",
     ),
     "empty.csv": ("", "is empty: expected a line with the names of the columns"),
     "blank.csv": ("file_name,caption\na.mp4,x\nb.mp4, \n", "line 3: expected a non-empty file_name and caption"),

@@ -148,7 +148,7 @@ def test_training_without_latents_reads_no_video(make: MakeTrainer, tmp_path: Pa
 BAD_FILES = {
     "no column": (
         "file,prompt\na.mp4,x\n",
-        r"videos\.csv, line 2: there is no video or .* among the columns file, prompt",
+        r"line 2: there is no video or .* among the columns file, prompt",
     ),
     "two columns": ("video,caption,text\nclips/0.mp4,x,y\n", r"line 2: caption and text could both be meant; rename"),
     "no rows": ("video,prompt\n", "has no rows: write one per video"),
@@ -205,9 +205,7 @@ def test_settings_that_make_no_sense_are_refused(overrides: tuple[str, ...], mes
 
 
 def test_other_data_needs_are_refused(make: MakeTrainer, footage: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"is a table of videos, which can't hold the tensors trajectory, trajectory_timesteps"
-    ):
+    with pytest.raises(ValueError, match=r"is a table of videos, which can't hold the tensors trajectory, "):
         make(footage / "videos.csv", "--pipeline_config.image_probability", "0", method="knowledge_distillation")
 
 
