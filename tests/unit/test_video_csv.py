@@ -305,7 +305,7 @@ def test_an_exported_student_is_a_ti2v_pipeline(run: Path, pipeline: Path, tmp_p
     [
         ("p.txt", r"p\.txt holds prompts only; set validation\.prompts to"),
         ("p.csv", r"line 2: there is no file .*absent\.png"),
-        ("c.csv", "expected a non-empty video"),
+        ("c.csv", "line 2: there is no video or .* among the columns prompt, other"),
     ],
 )
 def test_validation_without_pictures_is_refused(prompts: str, message: str, make: MakeTrainer, footage: Path) -> None:

@@ -48,7 +48,7 @@ def index(options: IndexOptions) -> str:
     if out.suffix.lower() != ".jsonl":
         raise ValueError(f"--out {out} must end in .jsonl")
     if out.exists():
-        raise ValueError(f"{out} exists; choose another --out, or remove it")
+        raise ValueError(f"{out} exists; choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(out) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

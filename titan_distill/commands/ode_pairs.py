@@ -65,7 +65,8 @@ class OdePairsOptions:
     config: tyro.conf.Positional[Path]
     """TOML of a job with the role `teacher`: its weights, layout, numbers and pipeline are used."""
     prompts: Path
-    """Prompts: parquet with text embeddings, or .txt (one per line) or .jsonl (key caption), which are encoded."""
+    """Prompts: parquet with text embeddings, or .txt (one per line) or a table (.csv, .tsv, .jsonl, .json), which are
+    encoded."""
     out: Path
     """Folder of the parquet files; files that are there stay, and missing ones are added."""
     teacher: Path | None = None

@@ -81,7 +81,7 @@ class DataConfig:
     them. Default: found from the statistics of the first rows, and asked for where these are not clear."""
     max_text_tokens: int = logged(512)
     """Text tokens per sample. Shorter text embeddings are padded with zeros, longer ones in the data are refused;
-    prompts that the run encodes itself (of a .csv or for validation) are cut."""
+    prompts that the run encodes itself (of a table or for validation) are cut."""
     num_workers: int = free(0)
     """Loader processes per rank. 0 reads in the training process."""
     max_bad_rows: int = logged(0)
@@ -94,7 +94,9 @@ class DataConfig:
         check_range(self, "num_workers", least=0, most=1024)
         check_range(self, "max_bad_rows", least=0)
         if not self.path:
-            raise ValueError('path = "" names no data; set it to a parquet file, a folder of parquet files or a .csv')
+            raise ValueError(
+                'path = "" names no data; set it to a parquet file, a folder of parquet files or a table of videos'
+            )
         check_range(self, "fps", above=0, most=MAX_FPS)
         if self.fps is not None and not self.holds_videos:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What FastVideo's preprocessing stores in another way than `titan_distill.data.parquet`.
+"""Differences between the files of FastVideo's preprocessing and those of `titan_distill.data.parquet`.
 
 Latents of clips are *raw*: means of the VAE's posterior, which its trainer normalises (`titan_distill.data.latents`
 decides whether a dataset's are). The picture tensors of image-to-video have other names; they mean the same, and the

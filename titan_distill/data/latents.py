@@ -35,16 +35,20 @@ MAX_RATIO = 0.6
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and standard deviation per channel of a VAE's raw latents. Empty if the VAE is not known."""
+    """Mean and standard deviation per channel of a VAE's raw latents. Empty if the VAE is not known.
+
+    `key` is the configuration's key for the VAE's folder, for messages.
+    """
 
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    key: str = ""
 
     def normalise(self, latent_CFHW: Tensor) -> Tensor:
         """Returns `(z - mean) / std` in fp32. Raises ValueError for another number of channels."""
         if len(latent_CFHW) != len(self.mean):
             raise ValueError(
-                f"raw latents of {len(latent_CFHW)} channels, but the VAE of pipeline_config.path has "
+                f"raw latents of {len(latent_CFHW)} channels, but the VAE of {self.key} has "
                 f"{len(self.mean)}; name the VAE that made them"
             )
         mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (self.mean, self.std))
@@ -67,14 +71,14 @@ def find_form(
     """
     if stated == "raw" and not statistics.mean:
         raise ValueError(
-            'data.latents = "raw" needs the VAE\'s mean and standard deviation; set pipeline_config.path to a folder '
+            f'data.latents = "raw" needs the VAE\'s mean and standard deviation; set {statistics.key} to a folder '
             "with the VAE that made the latents"
         )
     if not statistics.mean:
         if stated is None and is_foreign:
             raise ValueError(
                 "it is not known whether the latents, which another program wrote, are raw or normalised; set "
-                'data.latents to "raw" or "normalised", and for raw ones pipeline_config.path to a folder with the VAE'
+                f'data.latents to "raw" or "normalised", and for raw ones {statistics.key} to a folder with the VAE'
             )
         return stated or "normalised"
     measured = measure(latents)

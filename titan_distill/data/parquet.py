@@ -256,10 +256,12 @@ class ParquetDataset(RowDataset[LatentRow]):
             stated: see `find_form`.
 
         Raises:
-            ValueError: as `find_form`.
+            ValueError: as `find_form`, or for a form of data without stored latents.
         """
         first = next(self._stored_latents(), None)
         if first is None:
+            if stated is not None:
+                raise ValueError(f"data.latents = {stated!r} has no effect on data without stored latents; remove it")
             return
         file = self._groups.files[0]
         is_foreign = is_worker_file(file) or counts_latent_frames(file, first.shape[1])

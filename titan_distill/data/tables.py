@@ -123,8 +123,8 @@ class Columns:
     def values(self, row: Row) -> list[str]:
         """Returns one value per group of column names.
 
-        Of a list of captions it is the first one. Raises ValueError if a column is missing, if several could be meant,
-        or if a value is blank.
+        A list of captions stands for its first one. Raises ValueError if a column is missing, if several could be
+        meant, or if a value is blank.
         """
         names = tuple(name for name in row.values if isinstance(name, str))
         if names not in self._found:

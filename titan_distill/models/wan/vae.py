@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
 
+PATH_KEY = "pipeline_config.path"
+
+
 def num_decoded_at_once(device: torch.device) -> int:
     """Returns the number of clips per call of the decoder. One clip fills a GPU, with gigabytes of activations; on a
     CPU more than a few clips do not fit in the caches."""
@@ -59,10 +62,10 @@ def stored_statistics(pipeline: str) -> LatentStatistics:
     pipeline or a VAE in it. Raises ValueError for a configuration that can't be read."""
     folder = vae_folder(Path(pipeline))
     if not pipeline or not (folder / "config.json").is_file():
-        return LatentStatistics()
+        return LatentStatistics(key=PATH_KEY)
     from diffusers import AutoencoderKLWan
 
-    with of_key("pipeline_config.path", pipeline):
+    with of_key(PATH_KEY, pipeline):
         config = read_json(folder / "config.json")
         parameters = inspect.signature(AutoencoderKLWan.__init__).parameters
         # Diffusers' own defaults, for the keys that a config leaves out.
@@ -82,7 +85,7 @@ def _statistics_in(config: Mapping[str, Any], folder: Path) -> LatentStatistics:
                 f"{folder / 'config.json'} has {name} = {values}, which must be {channels} finite "
                 f"numbers{above}, one per channel; copy it again"
             )
-    return LatentStatistics(tuple(config["latents_mean"]), tuple(config["latents_std"]))
+    return LatentStatistics(tuple(config["latents_mean"]), tuple(config["latents_std"]), PATH_KEY)
 
 
 def vae_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
