@@ -26,9 +26,10 @@ from titan_distill.checkpoint.tools import inspect as checkpoints
 from titan_distill.checkpoint.tools import rewrite
 from titan_distill.commands import export as exporting
 from titan_distill.commands import generate as generation
+from titan_distill.commands import index as indexing
 from titan_distill.commands import ode_pairs as pairs
 from titan_distill.commands import plan as planning
-from titan_distill.commands import preprocess
+from titan_distill.commands import preprocess, text_only
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import RecipeConfig
 from titan_distill.data import summary
@@ -115,6 +116,16 @@ def preprocess_footage(config: tyro.conf.OmitArgPrefixes[preprocess.PreprocessCo
     print(preprocess.preprocess(config))
 
 
+def make_index(options: tyro.conf.OmitArgPrefixes[indexing.IndexOptions]) -> None:
+    """Make one table of a folder of videos and its captions, for training, `data preprocess` and validation."""
+    print(indexing.index(options))
+
+
+def encode_prompts(options: tyro.conf.OmitArgPrefixes[text_only.TextOnlyOptions]) -> None:
+    """Encode a list of prompts into a text-only dataset, for methods that need no videos."""
+    print(text_only.prepare(options))
+
+
 def make_ode_pairs(options: tyro.conf.OmitArgPrefixes[pairs.OdePairsOptions]) -> None:
     """Record sampling trajectories of a frozen teacher as parquet, for recipe.method = "knowledge_distillation"."""
     print(pairs.ode_pairs(options))
@@ -141,7 +152,13 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
         "reshard": reshard,
         "diff": diff,
     },
-    "data": {"preprocess": preprocess_footage, "ode-pairs": make_ode_pairs, "inspect": inspect},
+    "data": {
+        "preprocess": preprocess_footage,
+        "index": make_index,
+        "prompts": encode_prompts,
+        "ode-pairs": make_ode_pairs,
+        "inspect": inspect,
+    },
 }
 
 

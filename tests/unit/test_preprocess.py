@@ -57,20 +57,23 @@ def test_captions_in_csv_and_jsonl_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_bytes(
         '\ufefffile_name,seconds,caption\na.mp4,3,"says ""hi"", twice"\nsub/b.mp4,4,größer\n'.encode()
     )
-    assert read_captions(tmp_path / "c.csv") == captions
-    assert read_captions(write_captions(tmp_path / "c.jsonl", captions)) == captions
+    assert read_captions(tmp_path / "c.csv", tmp_path) == captions
+    assert read_captions(write_captions(tmp_path / "c.jsonl", captions), tmp_path) == captions
 
 
 BAD_CAPTIONS = {
-    "c.txt": ("", r"c\.txt ends in '\.txt': expected \.csv or \.jsonl"),
+    "c.txt": ("", r"c\.txt ends in '\.txt': expected \.csv, \.tsv, \.jsonl, \.json"),
     "absent.csv": (None, r"no such captions file"),
-    "columns.csv": ("name,caption\na,b\n", r"has the columns \['name', 'caption'\]: expected file_name and caption"),
-    "empty.csv": ("", "has the columns None"),
+    "columns.csv": (
+        "name,caption\na,b\n",
+        "line 2: there is no video or .* among the columns name, caption",
+    ),
+    "empty.csv": ("", "is empty: expected a line with the names of the columns"),
     "blank.csv": ("file_name,caption\na.mp4,x\nb.mp4, \n", "line 3: expected a non-empty file_name and caption"),
     "short.csv": ("file_name,caption\na.mp4\n", "line 2: expected a non-empty file_name and caption"),
     "twice.csv": ("file_name,caption\na.mp4,x\na.mp4,y\n", r"line 3: a\.mp4 has a second caption here"),
     "broken.jsonl": ('\n{"file_name": "a.mp4",\n', "line 2: not JSON"),
-    "list.jsonl": ('["a.mp4", "x"]', "line 1: expected a JSON object with file_name and caption"),
+    "list.jsonl": ('["a.mp4", "x"]', "line 1: expected a JSON object with a video and its caption"),
     "deep.jsonl": ("[" * 100_000, "line 1: not JSON"),
     "blank.jsonl": ('\n{"file_name": "a.mp4", "caption": " "}', "line 2: expected a non-empty file_name and caption"),
     "long.csv": (f"file_name,caption\na.mp4,{'x' * 200_000}\n", "after line 1: not CSV"),
@@ -86,7 +89,7 @@ def test_bad_captions_file_is_named(tmp_path: Path, name: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as error, of_key("--captions", tmp_path / name):
-        read_captions(tmp_path / name)
+        read_captions(tmp_path / name, tmp_path)
     assert name in str(error.value)
     assert str(error.value).isprintable() and len(str(error.value)) < 500
 

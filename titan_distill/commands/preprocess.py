@@ -15,22 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 from tqdm import tqdm
 
 from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import MAX_FPS, RecipeConfig
+from titan_distill.data import tables
+from titan_distill.data.folders import files_below, plain_name
 from titan_distill.data.footage import SUFFIXES, VideoSize, read_clips
 from titan_distill.data.manifest import DataManifest, write_manifest
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.data.summary import DatasetSummary, inspect
-from titan_distill.data.tables import READERS, non_empty
+from titan_distill.data.tables import listed
 from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.fault_tolerance.run_lock import RunLock
 from titan_distill.models.base import EncoderFolders, FootageEncoder, model_family
-from titan_distill.parallelisms.mesh import default_device
+from titan_distill.parallelisms.mesh import named_device
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class PreprocessConfig(EncoderFolders):
     folder: tyro.conf.Positional[Path]
     """Folder of videos, subfolders included."""
     captions: Path
-    """Captions: .csv with the columns file_name and caption, or .jsonl with these keys; names below the folder."""
+    """Captions: a table (.csv, .tsv, .jsonl, .json) of names below the folder and captions, or the folder itself, with
+    a .txt beside each video or a metadata.csv, metadata.jsonl or videos2caption.json."""
     out: Path
     """Folder for the parquet file; data.path of the training job."""
     family: str = RecipeConfig.family
@@ -81,7 +83,7 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
     if output.exists():
         raise ValueError(f"{output} exists; choose another folder for --out")
     with of_key("--captions", config.captions):
-        captions = read_captions(config.captions)
+        captions = read_captions(config.captions, config.folder)
     with of_key("FOLDER", config.folder):
         videos = find_videos(config.folder, captions, config.captions)
     if config.image_encoder and not config.images:
@@ -94,7 +96,7 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
         raise ValueError(f"--fps {config.fps:g} repeats every frame without end; choose at most {MAX_FPS}")
     if config.max_text_tokens < 1:
         raise ValueError(f"--max-text-tokens {config.max_text_tokens} leaves no text; choose 1 or more")
-    device = _device(config.device)
+    device = named_device(config.device)
     probe_folder(config.out, "--out")
     with RunLock(config.out):
         encoder = model_family(config.family).footage_encoder(config, device)
@@ -106,56 +108,42 @@ def preprocess(config: PreprocessConfig) -> DatasetSummary:
     return inspect(output)
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return default_device()
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the second is "not compiled with CUDA"
-        raise ValueError(
-            f"--device {name!r} is none of this machine's, which has cpu and {torch.cuda.device_count()} GPUs (cuda:0 "
-            "is the first); leave it out for the default"
-        ) from error
-
-
-def read_captions(path: Path) -> dict[str, str]:
-    """Captions by file name from a .csv or .jsonl file; raises `ValueError` with the line that is wrong."""
-    if path.suffix.lower() not in READERS:
-        raise ValueError(f"captions file {path} ends in {path.suffix!r}: expected {' or '.join(READERS)}")
-    if not path.is_file():
+def read_captions(path: Path, folder: Path) -> dict[str, str]:
+    """Captions by name below `folder` (`plain_name`), from a table or a folder; raises `ValueError` with the line that
+    is wrong."""
+    if not path.exists():
         raise ValueError("there is no such captions file; correct the path")
     captions: dict[str, str] = {}
-    columns = ("file_name", "caption")
-    for where, entry in READERS[path.suffix.lower()](path, columns):
-        name, caption = non_empty(where, entry, columns)
+    for where, video, caption in tables.read_captions(path):
+        name = _below(folder, video)
         if name in captions:
             raise ValueError(f"{where}: {name} has a second caption here: keep only one")
         captions[name] = caption
     return captions
 
 
+def _below(folder: Path, name: str) -> str:
+    path = Path(name)
+    above = next((base for base in (folder.absolute(), folder.resolve()) if path.is_relative_to(base)), None)
+    return plain_name(path if above is None else path.relative_to(above))
+
+
 def find_videos(folder: Path, captions: Iterable[str], captions_file: Path) -> dict[str, Path]:
     """Videos below `folder` by relative name, sorted; raises `ValueError` unless they match `captions` one to one."""
     if not folder.is_dir():
         raise ValueError("there is no such folder; name a folder of videos")
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    videos = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    videos = {plain_name(path.relative_to(folder)): path for path in files_below(folder, SUFFIXES)}
     without_video = sorted(set(captions) - set(videos))
     if without_video:
-        raise ValueError(f"{captions_file} names {_listed(without_video)}: no such video in {folder}")
+        raise ValueError(f"{captions_file} names {listed(without_video)}: no such video in {folder}")
     without_caption = sorted(set(videos) - set(captions))
     if without_caption:
         raise ValueError(
-            f"{folder}: {captions_file} has no caption for {_listed(without_caption)}; add them, or remove the files"
+            f"{folder}: {captions_file} has no caption for {listed(without_caption)}; add them, or remove the files"
         )
     if not videos:
         raise ValueError(f"no video in {folder}: expected files ending in {', '.join(SUFFIXES)}")
     return videos
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _rows(

@@ -54,6 +54,9 @@ class RemotePath:
         system, path = self._opened()
         return bool(system.isdir(path))
 
+    def is_symlink(self) -> bool:
+        return False
+
     def iterdir(self) -> Iterator[RemotePath]:
         """Yields the entries of a folder."""
         system, path = self._opened()
