@@ -279,6 +279,11 @@ class FootageEncoder(ABC):
         """Returns the text embedding [tokens, width] of one prompt. Longer prompts are cut to `max_tokens` with a
         warning."""
 
+    def digests(self) -> dict[str, str]:
+        """Returns digests of the encoders by name (`data.manifest.ENCODERS`), for the manifest of the data. Default:
+        none."""
+        return {}
+
     @abstractmethod
     def encode_pictures(self, images: Tensor, num_frames: int) -> dict[str, Tensor]:
         """Returns further tensors by name that image-to-video models need for uint8 pictures [B, height, width, 3] and
@@ -403,6 +408,12 @@ class ModelFamily(ABC):
     def footage_encoder(cls, folders: EncoderFolders, device: torch.device) -> FootageEncoder:
         """Returns the encoder of this family's datasets. Raises ValueError for folders without the required files."""
         raise ValueError(f"{cls.__name__} encodes no footage; choose another --family")
+
+    @classmethod
+    def latent_decoder(cls, vae: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Returns a function from latents [B, C, F, H, W] of a data set to uint8 videos [B, frames, height, width, 3].
+        `vae` is the decoder's folder or its pipeline's. Raises ValueError if the family has none."""
+        raise ValueError(f"{cls.__name__} decodes no latents; leave out --vae")
 
     @abstractmethod
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:

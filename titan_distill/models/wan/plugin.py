@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from titan_distill.models.wan.stored import EXPERTS, StoredWeights
 from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import load_vae
+from titan_distill.models.wan.vae import decode_latents, load_vae, vae_dtype
 from titan_distill.parallelisms.mesh import Layouts, RoleMesh
 from titan_distill.parallelisms.shards import copy_full_tensor
 from titan_distill.registry import register_model
@@ -386,8 +386,12 @@ class WanFamily(ModelFamily):
         with of_key("--text-encoder", folders.text_encoder):
             text = TextEncoder(folders.text_encoder, folders.tokenizer, device=device)
         with of_key("--vae", folders.vae):
-            vae = load_vae(folders.vae, device)
-        return Encoders(vae, text, images, names)
+            vae = load_vae(folders.vae, device, vae_dtype(device, torch.bfloat16))
+        return Encoders(vae, text, images, names, folders.vae)
+
+    @classmethod
+    def latent_decoder(cls, vae: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+        return partial(decode_latents, load_vae(vae, device, vae_dtype(device, torch.bfloat16)))
 
 
 def _wan(module: nn.Module) -> WanTransformer:
