@@ -40,7 +40,7 @@ class OddClip:
 
 GOOD = [
     OddClip("h264.mp4"),
-    OddClip("hevc.mkv", "libx265", options={"x265-params": "log-level=none"}),
+    OddClip("hevc.mkv", "libx265", options={"x265-params": "keyint=12:log-level=none"}),
     OddClip("vp9.webm", "libvpx-vp9", options={"deadline": "realtime"}),
     OddClip("vp8.webm", "libvpx", options={"deadline": "realtime"}),
     OddClip("mpeg4.avi", "mpeg4", Fraction(30), options={"qscale": "2"}),
@@ -49,7 +49,7 @@ GOOD = [
     OddClip("ffv1.mkv", "ffv1"),
     OddClip("mpeg2.mkv", "mpeg2video", Fraction(25), options={"qscale": "2"}),
     OddClip("film.mp4", rate=Fraction(24000, 1001)),
-    OddClip("fast.mp4", rate=Fraction(60)),
+    OddClip("fast.mp4", rate=Fraction(60), options={"g": "15"}),
     OddClip("slow.mp4", rate=Fraction(5)),
     OddClip("variable.mkv", times=tuple(0.02 * k + 0.005 * (k % 3) + 0.3 * (k // 40) for k in range(120))),
     OddClip("odd.mp4", size=(65, 97), pixel_format="yuv444p"),
@@ -58,7 +58,7 @@ GOOD = [
     OddClip("half.mp4", rotation=180),
     OddClip("phone.mp4", size=(96, 64), rotation=-90),
     OddClip("anamorphic.mkv", pixel_aspect=Fraction(2)),
-    OddClip("sound.mp4", has_sound=True),
+    OddClip("sound.mp4", has_sound=True, options={"g": "10"}),
 ]
 
 BAD = {

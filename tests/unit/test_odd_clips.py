@@ -254,7 +254,7 @@ def test_two_kills_lose_only_the_batches_in_flight(
 ) -> None:
     monkeypatch.setattr(clip_plan, "SHARD_CLIPS", 4)
     config = config_for(films, pipeline, films / "killed", batch_size=2)
-    assert report_rows(preprocess(dataclasses.replace(config, out=films / "whole"))) == 11
+    assert report_rows(preprocess(dataclasses.replace(config, out=films / "whole"))) == 12
     for kill_at, after, num_batches in ((2, False, 1), (3, True, 4)):
         process = start(config, kill_at, after)
         process.join(60)
@@ -263,7 +263,7 @@ def test_two_kills_lose_only_the_batches_in_flight(
         parts = list((config.out / "unfinished").glob("9x*.parquet"))
         assert 2 * len(shards) + len(parts) == num_batches and not output.is_finished
     report = preprocess(config)
-    assert report_rows(report) == 11 and ", 3 of them made now" in report
+    assert report_rows(report) == 12 and ", 4 of them made now" in report
     assert rows_of(config.out) == rows_of(films / "whole")
     assert [path.name for path in sorted(config.out.glob("*.parquet"))] == [
         f"clips-9x32x48-{number:05d}.parquet" for number in range(3)
@@ -278,7 +278,7 @@ def test_two_ranks_write_the_same_rows(films: Path, pipeline: Path, monkeypatch:
     codes = train_forked(2, [], films, main=lambda _: print(preprocess(config)))
     outputs = [(films / f"rank{rank}.txt").read_text(encoding="utf-8") for rank in range(2)]
     assert codes == [0, 0], outputs
-    assert all("11 clips of 3 videos, 11 of them made now" in output for output in outputs)
+    assert all("12 clips of 3 videos, 12 of them made now" in output for output in outputs)
     assert rows_of(config.out) == rows_of(whole.out)
     # A video that is bad on one rank stops all of them.
     (films / "videos" / "b.mp4").write_bytes(b"")
