@@ -138,10 +138,10 @@ def inspect(
     """
     if (sheet is None) != (vae is None):
         raise ValueError("--sheet and --vae need each other; give both, or neither")
-    with of_key("--path", path):
-        print(summary.inspect(path))
     if sheet is not None and vae is not None:
         print(write_sheet(path, sheet, vae, family, rows))
+    with of_key("--path", path):
+        print(summary.inspect(path))
 
 
 COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from titan_distill.data.parquet import ParquetDataset
+from titan_distill.config.paths import of_key
+from titan_distill.data.parquet import BadRowError, ParquetDataset
 from titan_distill.fault_tolerance.outputs import probe_file
 from titan_distill.models.base import model_family
 from titan_distill.parallelisms.mesh import default_device
@@ -20,26 +19,27 @@ def write_sheet(path: Path, sheet: Path, vae: Path, family: str, num_rows: int) 
     """Decodes rows, evenly spread over a data set, onto a contact sheet. Returns a sentence about it.
 
     Raises:
-        ValueError: an output that can't be written, a data set without latents, a family or folder without decoder.
+        ValueError: an output that can't be written, rows that are all bad or without latents, a family or folder
+            without decoder.
     """
     if num_rows < 1:
         raise ValueError(f"--rows {num_rows} shows nothing; choose 1 or more")
     probe_file(sheet, "--sheet", (".png",))
-    dataset = ParquetDataset(path)
-    if not dataset.has_latents:
-        raise ValueError(f"{path} holds only text; leave out --sheet")
-    decode = model_family(family).latent_decoder(vae, default_device())
-    indices = np.linspace(0, len(dataset) - 1, min(num_rows, len(dataset))).round().astype(int).tolist()
-    rows = [dataset[index] for index in indices]
-    videos = [_decoded(decode, row.vae_latent) for row in rows]
+    dataset, rows, latents = ParquetDataset(path), [], []
+    for index in np.linspace(0, len(dataset) - 1, min(num_rows, len(dataset))).round().astype(int).tolist():
+        with suppress(BadRowError):  # the summary names them
+            row = dataset.read(index)
+            if row.vae_latent is not None:
+                rows.append(row)
+                latents.append(row.vae_latent)
+    if not rows:
+        raise ValueError(f"{path} has no latents to show in the rows tried; leave out --sheet")
+    device = default_device()
+    with of_key("--vae", vae):
+        decode = model_family(family).latent_decoder(vae, device)
+    videos = [thumbnails(decode(latent[None].to(device))[0].cpu().numpy()) for latent in latents]
     contact_sheet(sheet, [("decoded rows", _of_one_size(videos))], [f"{row.id}: {row.caption}" for row in rows])
     return f"{sheet}: {len(rows)} rows, decoded"
-
-
-def _decoded(decode: Callable[[Tensor], Tensor], latent: Tensor | None) -> Video:
-    assert latent is not None, "a data set has latents in all rows, or in none"
-    with torch.no_grad():
-        return thumbnails(decode(latent[None].to(default_device()))[0].cpu().numpy())
 
 
 def _of_one_size(videos: list[Video]) -> list[Video]:

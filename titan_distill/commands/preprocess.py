@@ -273,7 +273,7 @@ class Preprocessing:
         self.ranks.wait()  # until the damaged files of all ranks are removed
         started, num_made = time.perf_counter(), 0
         with self._progress(missing) as progress:
-            for batch, decoded, faults in _ahead(self._decode, missing, _num_readers(size)):
+            for batch, decoded, faults in _ahead(self._decode, missing, _num_readers()):
                 num_made += self._make(batch, decoded, faults)
                 progress.update(len(batch.clips) * size)
                 while to_merge and output.is_complete(to_merge[0]):
@@ -368,9 +368,9 @@ class Preprocessing:
         ]
 
 
-def _num_readers(num_ranks: int) -> int:
+def _num_readers() -> int:
     """Returns the number of threads that decode. Ranks of one machine share its cores."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if num_ranks > 1 else 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if num_ranks() > 1 else 1
     return max(1, min(MAX_READERS, (os.cpu_count() or 1) // here))
 
 

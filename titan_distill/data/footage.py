@@ -9,7 +9,7 @@ one resize: FFmpeg's filters would resample a second time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -81,7 +81,7 @@ def read_clips(
     *,
     start: ClipStart | None = None,
     position: Callable[[int], Position] = lambda _: CENTRE,
-) -> Iterator[Clip]:
+) -> Generator[Clip, None, None]:
     """The clips of a video.
 
     Args:

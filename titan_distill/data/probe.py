@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from titan_distill.data.footage import (
     VideoSize,
@@ -22,6 +22,9 @@ from titan_distill.data.footage import (
     shown_size,
     too_short,
 )
+
+if TYPE_CHECKING:
+    import av
 
 
 class VideoFacts(NamedTuple):
@@ -44,7 +47,8 @@ def probe(path: Path) -> VideoFacts:
         ValueError: not a video, damaged, or shorter than its header says.
     """
     with open_video(path) as (container, stream):
-        interval, aspect, picture = frame_interval(stream), pixel_aspect(path, stream), None
+        interval, aspect = frame_interval(stream), pixel_aspect(path, stream)
+        picture: av.VideoFrame | None = None
         times: list[tuple[float, float]] = []
         for packet in container.demux(stream):
             if picture is None:  # the last packet is empty and flushes the decoder
