@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def measure(config: PreprocessConfig, num_rounds: int) -> dict[str, Any]:
         out = config.out / str(number)
         bare, bare_cpu = timed(lambda: bare_loop(config, encoder))
         load, load_cpu = timed(lambda: load_encoders(config))
-        ours, ours_cpu = timed(lambda out=out: preprocess(dataclasses.replace(config, out=out)))
+        ours, ours_cpu = timed(partial(preprocess, dataclasses.replace(config, out=out)))
         shutil.rmtree(out)
         if number:
             ours, ours_cpu = ours - load, ours_cpu - load_cpu

@@ -99,8 +99,6 @@ def write_clip(folder: Path, clip: OddClip, starts: Sequence[float] = (), **cont
         if clip.times:
             stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         stream.codec_context.sample_aspect_ratio = clip.pixel_aspect
-        if clip.rotation:
-            stream.set_display_rotation(clip.rotation)
         for index, seconds in enumerate(starts or clip.starts):
             frame = av.VideoFrame.from_ndarray(_stored(clip, seconds), format="rgb24")
             frame.pts = round(1000 * seconds) if clip.times else index
@@ -112,7 +110,23 @@ def write_clip(folder: Path, clip: OddClip, starts: Sequence[float] = (), **cont
             silence.sample_rate = 16000
             file.mux(sound.encode(silence))
             file.mux(sound.encode())
+    if clip.rotation:
+        _rotate(path, clip.rotation)
     return path
+
+
+def _rotate(path: Path, rotation: int) -> None:
+    """Writes a rotation into the track header's matrix of an mp4 file. Not every PyAV can."""
+    zero, one, minus_one = (value.to_bytes(4, "big", signed=True) for value in (0, 1 << 16, -(1 << 16)))
+    a, b, c, d = {
+        90: (zero, minus_one, one, zero),
+        180: (minus_one, zero, zero, minus_one),
+        -90: (zero, one, minus_one, zero),
+    }[rotation]
+    data = bytearray(path.read_bytes())
+    matrix = data.index(one + 3 * zero + one, data.index(b"tkhd"))
+    data[matrix : matrix + 20] = a + b + zero + c + d
+    path.write_bytes(data)
 
 
 def _stored(clip: OddClip, seconds: float) -> npt.NDArray[np.uint8]:
