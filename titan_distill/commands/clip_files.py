@@ -134,6 +134,11 @@ class OutputFolder:
         for part in parts:
             part.unlink()
 
+    def merge_all(self, shards: Iterable[Shard]) -> None:
+        """Merges several shards."""
+        for shard in shards:
+            self.merge(shard)
+
     def skipped_clips(self) -> list[SkippedClip]:
         """Returns the clips that could not be decoded, of all ranks."""
         files = sorted(self._unfinished.glob("*.skipped.json"))

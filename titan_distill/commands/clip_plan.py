@@ -63,7 +63,7 @@ class PlannedClip:
     @property
     def id(self) -> str:
         """Id of its row."""
-        return f"{self.name}-{self.start.index:04d}"
+        return f"{self.name}-{self.start.number:04d}"
 
 
 @dataclass(frozen=True)

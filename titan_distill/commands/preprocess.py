@@ -67,7 +67,8 @@ PATIENCE_SECONDS = 7 * 24 * 3600.0
 """Time for which ranks wait for the slowest one. If one dies, torchrun ends them."""
 SECONDS_BETWEEN_LINES = 10.0
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +281,7 @@ class Preprocessing:
                     output.merge(to_merge.popleft())
         total = sum(self.ranks.gather(lambda: num_made))
         seconds = time.perf_counter() - started
-        self.ranks.together(lambda: [output.merge(shard) for shard in to_merge])
+        self.ranks.together(partial(output.merge_all, to_merge))
         num_skipped = len(self.ranks.on_rank_zero(output.skipped_clips))
         self.ranks.on_rank_zero(lambda: output.finish(shards, videos))
         skipped = self.num_faults + num_skipped
@@ -310,11 +311,11 @@ class Preprocessing:
                 for clip in clips:
                     pixels = next(reader, None)
                     if pixels is None:
-                        raise ValueError(f"{path} is damaged: its clip {clip.start.index} has no end")
+                        raise ValueError(f"{path} is damaged: its clip {clip.start.number} has no end")
                     decoded.append((clip, pixels))
             except ValueError as error:
                 rest = clips[len(decoded) - num_before :]
-                faults += [SkippedClip(clip.name, clip.start.index, str(error)) for clip in rest]
+                faults += [SkippedClip(clip.name, clip.start.number, str(error)) for clip in rest]
             finally:
                 reader.close()
         return batch, decoded, faults
@@ -324,8 +325,8 @@ class Preprocessing:
         rows = self._encode(batch.size, decoded) if decoded else []
         for row, (clip, _) in zip(rows, decoded, strict=True):
             if row.vae_latent is not None and not row.vae_latent.isfinite().all():
-                reason = f"{self.videos[clip.name]}: latents of clip {clip.start.index} are not finite"
-                faults.append(SkippedClip(clip.name, clip.start.index, f"{reason} in {self.config.dtype}"))
+                reason = f"{self.videos[clip.name]}: latents of clip {clip.start.number} are not finite"
+                faults.append(SkippedClip(clip.name, clip.start.number, f"{reason} in {self.config.dtype}"))
         self._tolerate(faults)
         left_out = {f"{fault.name}-{fault.index:04d}" for fault in faults}
         rows = [row for row in rows if row.id not in left_out]

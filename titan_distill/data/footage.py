@@ -49,7 +49,7 @@ class TimedFrame(NamedTuple):
 class ClipStart(NamedTuple):
     """The place of a clip in its video, at which reading may begin."""
 
-    index: int
+    number: int
     """Number of the clip in its video, from 0."""
     origin: float
     """Start of the video's first frame in seconds."""
@@ -97,7 +97,7 @@ def read_clips(
     """
     from av.video.reformatter import VideoReformatter
 
-    num_frames, stride, first = size.num_frames, stride or size.num_frames, start.index if start else 0
+    num_frames, stride, first = size.num_frames, stride or size.num_frames, start.number if start else 0
     frames: Iterator[TimedFrame] = decode(path, start)
     if size.fps is not None:
         frames = resample(frames, size.fps, start.origin if start else None, first * stride)
@@ -122,7 +122,7 @@ def read_clips(
 def too_short(path: Path, count: int, size: VideoSize, start: ClipStart | None = None) -> ValueError:
     """Returns the error for a video of `count` frames, from `start` on, which are too few for a clip."""
     rate = "" if size.fps is None else f" at {size.fps:g} frames per second"
-    place = f" from second {start.seconds:.2f} on" if start and start.index else ""
+    place = f" from second {start.seconds:.2f} on" if start and start.number else ""
     return ValueError(
         f"{path} has {count} frames{rate}{place}, but a clip needs {size.num_frames}; take longer footage, or ask for "
         "fewer"
@@ -147,11 +147,11 @@ def decode(path: Path, start: ClipStart | None = None) -> Iterator[TimedFrame]:
         ValueError: not a video, damaged, or shorter than its header says.
     """
     with open_video(path) as (container, stream):
-        is_found = start is None or not start.index or _seek(container, stream, start.seconds)
+        is_found = start is None or not start.number or _seek(container, stream, start.seconds)
         interval, aspect = frame_interval(stream), pixel_aspect(path, stream)
         first = last = None
         for frame in container.decode(stream) if is_found else ():
-            if start and start.index and last is None:
+            if start and start.number and last is None:
                 time = frame.time
                 if time is None or time > start.seconds + _SEEK_TOLERANCE_SECONDS:
                     is_found = False  # some formats have no index, and FFmpeg's guess may be late
