@@ -158,7 +158,7 @@ def test_damage_that_only_decoding_finds(pipeline: Path, tmp_path: Path) -> None
     damage(tmp_path / "videos" / "b.mp4")
     write_captions(tmp_path, dict.fromkeys(("a.mp4", "b.mp4", "c.mp4"), "clouds"))
     config = config_for(tmp_path, pipeline, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"b\.mp4 .*What is made stays; .* --on-error skip"):
+    with pytest.raises(ValueError, match=r"b\.mp4 .*All that is made stays; .* --on-error skip"):
         preprocess(config)
     assert not list(config.out.glob("*.parquet")), "half a set is not trained on by accident"
     assert len(list((config.out / "unfinished").glob("*.parquet"))) >= 2

@@ -338,7 +338,7 @@ class Preprocessing:
             return
         if self.config.on_error == "stop":
             raise ValueError(
-                f"{faults[0].reason}. What is made stays; correct or remove it, or go on with --on-error skip"
+                f"{faults[0].reason}. All that is made stays; correct or remove it, or go on with --on-error skip"
             )
         for fault in faults:
             logger.warning("clip %d of %s is left out: %s", fault.index, fault.name, fault.reason)
