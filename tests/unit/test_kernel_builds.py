@@ -130,8 +130,8 @@ TOO_LARGE = {
     (100, "jvp", 128, 16): ["8 warps, 2 stages, TMA"],
     (100, "grad_q", 64, 32): ["8 warps, 1 stages, pointers"],
 }
-"""Candidates that a launch passes over there, by architecture, kernel, rows and bits: accumulators in 576 or 640 columns
-of tensor memory, of which there are 512. Triton builds a trap in place of such a kernel, and never starts it."""
+"""Candidates that a launch passes over, by architecture, kernel, rows and bits: accumulators of 576 or 640 columns
+in tensor memory, which has 512. Triton builds a trap in place of such a kernel, and never starts it."""
 
 
 @pytest.mark.nightly

@@ -14,10 +14,11 @@ import tyro
 from diffusers import AutoencoderKLWan
 from tiny_media import write_film, write_pipeline, write_video
 
-from titan_distill.commands.preprocess import OUTPUT_NAME, PreprocessConfig, preprocess, read_captions
+from titan_distill.commands.preprocess import PreprocessConfig, preprocess, read_captions
 from titan_distill.config.paths import of_key
 from titan_distill.data.loader import SampleLoader
 from titan_distill.data.parquet import ParquetDataset
+from titan_distill.data.summary import inspect
 
 CAPTION = "a grey ramp"
 
@@ -95,7 +96,8 @@ def test_bad_captions_file_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_folder_to_parquet(config: PreprocessConfig, pipeline_folder: Path) -> None:
-    summary = preprocess(config)
+    assert preprocess(config).startswith(f"{config.out}: 5 clips of 2 videos, 5 of them made now")
+    summary = inspect(config.out)
     assert summary.num_rows == 5  # 16 frames make three clips of 5, 10 make two
     assert summary.latents == {"[16, 2, 4, 6] float32": 5}
     assert not summary.bad_rows
@@ -180,10 +182,10 @@ def test_videos_and_captions_must_match(config: PreprocessConfig, tmp_path: Path
 
 def test_existing_output_is_not_replaced(config: PreprocessConfig) -> None:
     config.out.mkdir()
-    (config.out / OUTPUT_NAME).write_bytes(b"precious")
-    with pytest.raises(ValueError, match="exists; choose another"):
+    (config.out / "clips.parquet").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"exists and .* does not; choose another"):
         preprocess(config)
-    assert (config.out / OUTPUT_NAME).read_bytes() == b"precious"
+    assert (config.out / "clips.parquet").read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_wide_films_with_all_defaults(tmp_path: Path, pipeline_folder: Path) -> 
     for seed, name in enumerate(("clouds.mp4", "meadow.mp4")):
         write_film(tmp_path / "films" / name, seed, num_frames=60)
     (tmp_path / "captions.csv").write_text("file_name,caption\nclouds.mp4,clouds\nmeadow.mp4,a meadow\n")
-    summary = preprocess(
+    preprocess(
         PreprocessConfig(
             folder=tmp_path / "films",
             captions=tmp_path / "captions.csv",
@@ -217,5 +219,6 @@ def test_wide_films_with_all_defaults(tmp_path: Path, pipeline_folder: Path) -> 
             clips_per_video=1,
         )
     )
+    summary = inspect(tmp_path / "out")
     assert summary.latents == {"[16, 5, 12, 12] float16": 2}
     assert set(summary.captions) == {"clouds", "a meadow"}

@@ -213,10 +213,10 @@ def _beside(folder: Path) -> Iterator[Captioned]:
         yield Captioned(str(text), video.relative_to(folder).as_posix(), caption)
 
 
-def listed(names: Collection[str]) -> str:
+def listed(names: Collection[str], separator: str = ", ") -> str:
     """Returns the first three names and the number of the others."""
     first = list(names)[:3]
-    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return separator.join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class Videos:

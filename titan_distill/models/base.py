@@ -465,6 +465,12 @@ class ModelFamily(ABC):
         """Returns an encoder of prompts only. Raises ValueError for folders without the required files."""
         raise ValueError(f"{cls.__name__} encodes no prompts; choose another --family")
 
+    @classmethod
+    def latent_decoder(cls, vae: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Returns a function from latents [B, C, F, H, W] of a data set to uint8 videos [B, frames, height, width, 3].
+        `vae` is the decoder's folder or its pipeline's. Raises ValueError if the family has none."""
+        raise ValueError(f"{cls.__name__} decodes no latents; leave out --vae")
+
     @abstractmethod
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:
         """Returns the Adapter, the run-time half of the family."""

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ from titan_distill.models.wan.stored import EXPERTS, StoredWeights
 from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import load_vae, stored_statistics
+from titan_distill.models.wan.vae import decode_latents, load_vae, stored_statistics, vae_dtype
 from titan_distill.parallelisms.mesh import Layouts, RoleMesh
 from titan_distill.parallelisms.shards import copy_full_tensor
 from titan_distill.registry import register_model
@@ -417,13 +417,17 @@ class WanFamily(ModelFamily):
         names = (*[LATENT] * folders.images, *[EMBEDDING] * (images is not None))
         text = cls.prompt_encoder(folders, device).text
         with of_key("--vae", folders.vae):
-            vae = load_vae(folders.vae, device)
+            vae = load_vae(folders.vae, device, vae_dtype(device, torch.bfloat16))
         return Encoders(vae, text, images, names, folders.vae)
 
     @classmethod
     def prompt_encoder(cls, folders: TextEncoderFolders, device: torch.device) -> Encoders:
         with of_key("--text-encoder", folders.text_encoder):
             return Encoders(text_or_none=TextEncoder(folders.text_encoder, folders.tokenizer, device=device))
+
+    @classmethod
+    def latent_decoder(cls, vae: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+        return partial(decode_latents, load_vae(vae, device, vae_dtype(device, torch.bfloat16)))
 
 
 def _wan(module: nn.Module) -> WanTransformer:

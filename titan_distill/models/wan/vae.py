@@ -24,6 +24,12 @@ from titan_distill.models.wan.original import open_part
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+MAX_WHOLE_PIXELS = 1088 * 1920
+"""Pixels per frame up to which a video is encoded whole. Four frames of this size have about 15 GB of activations."""
+TILE_PIXELS, TILE_STRIDE_PIXELS = 512, 384
+"""Size of the square tiles of larger frames, and the distance between two of them, in pixels."""
 
 
 PATH_KEY = "pipeline_config.path"
@@ -118,9 +124,20 @@ def _signed(vae: AutoencoderKLWan, frames_BTHW3: Tensor) -> Tensor:
 
 
 def _encode(vae: AutoencoderKLWan, video_BCTHW: Tensor) -> Tensor:
-    latents_BCFHW = vae.encode(video_BCTHW.to(vae.dtype)).latent_dist.mode().float()
+    latents_BCFHW = _posterior(vae, video_BCTHW.to(vae.dtype)).mode().float()
     mean, std = _statistics(vae)
     return (latents_BCFHW - mean) / std
+
+
+def _posterior(vae: AutoencoderKLWan, video_BCTHW: Tensor) -> DiagonalGaussianDistribution:
+    """Returns the distribution of a video's latents, from overlapping tiles if its frames are large."""
+    if math.prod(video_BCTHW.shape[-2:]) <= MAX_WHOLE_PIXELS:
+        return vae.encode(video_BCTHW).latent_dist
+    vae.enable_tiling(TILE_PIXELS, TILE_PIXELS, TILE_STRIDE_PIXELS, TILE_STRIDE_PIXELS)
+    try:
+        return vae.encode(video_BCTHW).latent_dist
+    finally:
+        vae.disable_tiling()  # which would also hold for decoding
 
 
 @torch.no_grad()
