@@ -164,7 +164,7 @@ LOSES = re.compile(
     r"write (it|them|the dataset) again|delete (it|them)|remove the folder|(exists|damaged|file).*remove (it|them)\b"
 )
 ITS_OWN = {"text_encoder.py": "and it will be computed again", "clip_plan.py": "and the videos are probed again"}
-"""Messages about files that the project made itself, for itself: the cache of text embeddings, the results of a probe."""
+"""Messages about files that the project made itself, for itself: cached text embeddings, results of a probe."""
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "titan_distill").rglob("*.py")), ids=lambda path: path.name)
