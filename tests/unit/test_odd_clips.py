@@ -135,6 +135,7 @@ def test_each_bad_one_is_named_once(
     assert sorted(path.name for path in config.out.iterdir() if path.suffix != ".parquet") == [
         "preprocess.json",
         "skipped.csv",
+        "titan_data.json",
     ]
     assert preprocess(skipping).endswith(f"all {len(found)} clips are there")
     with pytest.raises(ValueError, match="clips made with batch_size = 1, not 2"):
