@@ -11,7 +11,7 @@ from titan_distill.data.parquet import LatentRow, ParquetDataset, write_rows
 from titan_distill.diffusion.noise import KeyedNoise
 
 SIZES = ((5, 64, 96), (13, 64, 96), (1, 96, 96))
-"""(frames, height, width) in pixels: three latent sizes, each of two tiles or more, so that two ranks can share the tokens."""
+"""(frames, height, width) in pixels: three latent sizes of two tiles or more, for two ranks to share."""
 SHAPES = tuple((16, (frames - 1) // 4 + 1, height // 8, width // 8) for frames, height, width in SIZES)
 BUCKETS = "--pipeline_config.buckets " + str([list(size) for size in SIZES]).replace(" ", "")
 
