@@ -82,9 +82,11 @@ from titan_distill.parallelisms.mesh import (
     start_world,
 )
 from titan_distill.parallelisms.tensor import check_async_communication
-from titan_distill.planner.hardware import GPUS
+from titan_distill.planner.hardware import planned_gpu
+from titan_distill.planner.hours import hours
 from titan_distill.planner.plan import can_plan, fake_world, make_plan
-from titan_distill.planner.report import memory_table
+from titan_distill.planner.recorded import RunPlan
+from titan_distill.planner.report import hours_table, memory_table
 from titan_distill.resolve import ResolvedRun, resolve
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 from titan_distill.trainer import NonFiniteError, Trainer
@@ -130,7 +132,7 @@ def start(argv: list[str], stop: Stop, held: ExitStack) -> Trainer | None:
     config = load_config(words)
     run = resolve(config, num_ranks(), without_files=config.job.dry_run)
     if is_main_process():
-        for sentence in unreached_schedules(config, run.method):
+        for sentence in (*config.validation.clipped(), *unreached_schedules(config, run.method)):
             print(f"warning: {sentence}")
     if config.job.dry_run:
         print(dry_run(run))
@@ -218,9 +220,7 @@ def train(trainer: Trainer) -> int:
             report(error, is_consequence=True)
             return EXIT_FAILED
         # Ctrl-C reaches all ranks. A rank that waits for another in a collective fails when that one leaves.
-        print(
-            f"interrupted after step {trainer.state.step}; --checkpoint.resume_from latest resumes from the last save"
-        )
+        print(f"interrupted after step {trainer.state.step}{_last_save(trainer.config)}")
         return EXIT_INTERRUPTED
     finally:
         trainer.metrics.close()
@@ -231,6 +231,14 @@ def train(trainer: Trainer) -> int:
         trainer.ranks.wait()
         dist.destroy_process_group()
     return EXIT_DONE if finished else EXIT_COME_AGAIN
+
+
+def _last_save(config: Config) -> str:
+    """Returns what an interrupted run has saved."""
+    saved = next(discovery.complete_steps(config.job.output_folder / discovery.CHECKPOINTS), None)
+    if saved is None:
+        return ", before its first save: the same command starts it again"
+    return f"; --checkpoint.resume_from latest resumes from the last save, {saved.name}"
 
 
 def _how_to_resume(trainer: Trainer, first_step: int) -> str:
@@ -253,7 +261,8 @@ def dry_run(run: ResolvedRun) -> str:
         described = banner(run.config, roles, world, run.layout.roles, run.layout.num_micro_batches)
         if not can_plan(run, roles):
             return described
-        return f"{described}\n\n{memory_table(make_plan(run, roles, GPUS['H100']))}"
+        plan = make_plan(run, roles, planned_gpu())
+        return "\n\n".join([described, memory_table(plan), hours_table(plan, hours(run, roles, plan))])
 
 
 def assemble(
@@ -280,9 +289,12 @@ def assemble(
     method = run.method(config.method_config, roles, adapter, KeyedNoise(config.job.seed), timer)
     add_optimizers(config, roles, method)
     checkpoints, state = _resume(run, resume, roles, dataset, world.device, lock)
+    plan = RunPlan.of(run, roles, world.device) if world.is_main else None
     if world.is_main:  # now that all is read: a refused resume leaves the file of the run as it is
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        if plan is not None:
+            plan.write(folder)
     if watchdog is not None:
         watchdog.step = state.step
     validator = None
@@ -298,7 +310,14 @@ def assemble(
         loader=_build_loader(config, dataset, layouts, state),
         validator=validator,
         checkpoints=checkpoints,
-        metrics=MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work),
+        metrics=MetricsLogger(
+            config,
+            is_main=world.is_main,
+            start_step=state.step,
+            timer=timer,
+            counter=adapter.work,
+            planned_gib=None if plan is None else plan.memory_gib,
+        ),
         timer=timer,
         profiler=build_profiler(config.profiling, folder / "profile", world, first_step=state.step),
         state=state,
@@ -310,6 +329,9 @@ def assemble(
     )
     if world.is_main:
         print(banner(config, roles, world, run.layout.roles, run.layout.num_micro_batches))
+    if plan is not None:
+        print(plan.line)
+        trainer.metrics.expect(plan.pauses)
     return trainer
 
 

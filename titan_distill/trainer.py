@@ -32,6 +32,7 @@ from titan_distill.methods.base import TrainingMethod, Update
 from titan_distill.models.base import Adapter
 from titan_distill.observability.metrics import MetricsLogger
 from titan_distill.observability.profiling import Profiler
+from titan_distill.observability.progress import CHECKPOINT, VALIDATION
 from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.fsdp import set_gradient_sync
 from titan_distill.parallelisms.mesh import Layouts, sum_over_samples, tighten_timeout
@@ -196,7 +197,7 @@ class Trainer:
         if saves:
             self.save()
         elif self.checkpoints is not None and self.checkpoints.is_saving:
-            with self.timer("checkpoint"):
+            with self.timer(CHECKPOINT):
                 self.checkpoints.poll()
         if last or (config.validation.interval and step % config.validation.interval == 0):
             self.validate()
@@ -211,13 +212,13 @@ class Trainer:
         """Saves a checkpoint of this step, or begins to when saving is asynchronous. Does nothing when checkpoints are
         off."""
         if self.checkpoints is not None:
-            with self.timer("checkpoint"):
+            with self.timer(CHECKPOINT):
                 self.checkpoints.save(self.roles, self.state)
 
     def _release_state(self) -> None:
         """Waits until an asynchronous save no longer reads weights, optimizer state and averages."""
         if self.checkpoints is not None and self.checkpoints.is_saving:
-            with self.timer("checkpoint"):
+            with self.timer(CHECKPOINT):
                 self.checkpoints.before_change()
 
     def validate(self) -> None:
@@ -227,16 +228,17 @@ class Trainer:
         self.validator.poll = self.stop.poll
         self._release_state()  # validation swaps averaged weights in
         counting = self.adapter.work.paused() if self.adapter.work else nullcontext()
-        step = self.state.step
+        step, request = self.state.step, self.method.validation_request()
         try:
-            with self.timer("validation"), counting:
-                scores = self.validator.validate(step, self.method.validation_request(), self.roles)
+            with self.timer(VALIDATION), counting:
+                scores = self.validator.validate(step, request, self.roles)
                 self.metrics.log_media(step, self.validator.media(step))
                 # After what rank 0 does alone, which may take longer than a collective during training may.
                 self.ranks.wait()
         except StopRequested:
             return
         self.metrics.log(step, {f"validation/{name}": value for name, value in scores.items()})
+        self.metrics.expect({VALIDATION: self.validator.seconds(request, self.roles)})
         torch.cuda.empty_cache()  # training cannot use blocks of the decoder's sizes
 
     def _clip_gradients(self, role: RoleHandle) -> Tensor:

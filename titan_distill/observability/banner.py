@@ -55,6 +55,8 @@ def closing(config: Config, metrics: Mapping[str, float]) -> str:
     prefix = "validation/"
     lines = [f"{config.job.name} is done after {steps} steps."]
     lines += [f"  {name[len(prefix) :]:<44} {value:8.4f}" for name, value in metrics.items() if name.startswith(prefix)]
+    if (page := folder / "report.html").is_file():
+        lines.append(f"  page           {page}")
     lines.append(f"  metrics        {folder / 'metrics.jsonl'}")
     if config.checkpoint.enabled:
         lines.append(f"  checkpoint     {folder / 'checkpoints' / f'step-{steps:08d}'}")
