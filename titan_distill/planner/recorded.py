@@ -9,15 +9,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from titan_distill.fault_tolerance.files import atomic
 from titan_distill.observability.progress import CHECKPOINT, VALIDATION
-from titan_distill.planner.hardware import of_machine
+from titan_distill.planner.hardware import Gpu
 from titan_distill.planner.hours import Hours, hours, summary
 from titan_distill.planner.memory import GIB
 from titan_distill.planner.plan import Plan, can_plan, make_plan
-from titan_distill.planner.report import planned_line
+from titan_distill.planner.report import hours_table, memory_table, planned_line
 from titan_distill.resolve import ResolvedRun
 from titan_distill.roles import RoleManager
 
@@ -26,18 +24,23 @@ PLAN_NAME = "plan.json"
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Plan of a run on the machine that it runs on."""
+    """Plan of a run that is built."""
 
     plan: Plan
     hours: Hours
 
     @classmethod
-    def of(cls, run: ResolvedRun, roles: RoleManager, device: torch.device) -> RunPlan | None:
+    def of(cls, run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> RunPlan | None:
         """Plans a run whose `roles` are built. None for a family whose costs are not known."""
         if not can_plan(run, roles):
             return None
-        plan = make_plan(run, roles, of_machine(device))
+        plan = make_plan(run, roles, gpu)
         return cls(plan, hours(run, roles, plan))
+
+    @property
+    def tables(self) -> str:
+        """The tables that a dry run shows."""
+        return f"{memory_table(self.plan)}\n\n{hours_table(self.plan, self.hours)}"
 
     @property
     def line(self) -> str:

@@ -7,6 +7,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
+
 from titan_distill.fault_tolerance.files import format_bytes
 from titan_distill.planner.hardware import EFFICIENCY, GPUS_PER_NODE, RESERVE
 from titan_distill.planner.hours import Hours
@@ -200,6 +202,8 @@ def hours_table(plan: Plan, hours: Hours) -> str:
         lines.append(f"  disk: {format_bytes(size)} per checkpoint, {format_bytes(hours.num_kept * size)} at most")
     if total is not None and not hours.measured:
         lines.append("  not in these hours: decoding, scoring and writing the videos of validations; start-up")
+    if not (plan.gpu.is_cpu or hours.measured or torch.cuda.is_available()):
+        lines.append(f"  this machine is a CPU, of which no rates are assumed; {CALIBRATE}")
     return "\n".join(lines)
 
 
