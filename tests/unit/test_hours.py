@@ -107,7 +107,8 @@ def method(cadence: dict[str, int]) -> Any:
         ({"critic": 1, "student": 5}, 600, [589, 594, 599]),
         ({"student": 1}, 600, [597, 598, 599]),
         ({"critic": 1, "student": 2}, 2, [0, 1]),
-        ({"a": 7, "b": 5, "c": 1}, 30, [19, 24, 27, 29]),  # no step has all three: 27 is the last with a
+        ({"critic": 7, "student": 5}, 30, [24, 27, 29]),  # no step has both
+        ({"a": 7, "b": 2, "c": 2}, 12, [6, 7, 9, 11]),  # 6 is the only one with a
     ],
 )
 def test_timed_steps_are_late_ones_that_update_every_role(

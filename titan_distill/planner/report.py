@@ -169,8 +169,10 @@ def parts(plan: Plan) -> list[Part]:
 
 def _seconds(plan: Plan) -> str:
     gpu = plan.gpu
+    left_out = [f"  not in this plan: {thing}" for thing in plan.left_out]
     if not gpu.has_rates:
-        return f"SECONDS  not known, because no rates of this {gpu.name} are assumed; {CALIBRATE}"
+        title = f"SECONDS  not known, because no rates of this {gpu.name} are assumed; {CALIBRATE}"
+        return "\n".join([title, *left_out])
     exposed = sum(phase.exposed_seconds for phase in plan.phases)
     rows = [(part.name, _work(part), _rate(part.name, plan), f"{part.seconds:.2f}") for part in parts(plan)]
     rows.append(("waiting for other ranks", "", "", f"{exposed:.2f}"))
@@ -181,8 +183,7 @@ def _seconds(plan: Plan) -> str:
         f"of {gpu.network_bytes / 1e9:.0f} GB/s per GPU between them"
     )
     lines += [f"  measured, {each}" for each in measurements(gpu)]
-    lines += [f"  not in this plan: {thing}" for thing in plan.left_out]
-    return "\n".join(lines)
+    return "\n".join([*lines, *left_out])
 
 
 def hours_table(plan: Plan, hours: Hours) -> str:
