@@ -25,6 +25,7 @@ TINY = "train_configs/tiny_wan_dmd2.toml"
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("NGPU", "1")
 
 
 def planned(*overrides: str, num_ranks: int = 1) -> tuple[Plan, Hours]:

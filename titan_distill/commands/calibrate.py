@@ -184,7 +184,10 @@ def _declared_flops(trainer: Trainer) -> dict[str, float]:
 
 def _validations(trainer: Trainer) -> tuple[float | None, float | None]:
     """Returns the seconds of the validation before the first step and of a later one; None without any."""
-    whole = trainer.validator
+    started = _now(trainer)
+    if trainer.held_out is not None:
+        trainer.held_out.measure(0, trainer.roles)
+    held_out, whole = _now(trainer) - started, trainer.validator
     if whole is None:
         return None, None
     request = trainer.method.validation_request()
@@ -200,7 +203,8 @@ def _validations(trainer: Trainer) -> tuple[float | None, float | None]:
         part.meter.seconds({sample.label: whole.work(sample, trainer.roles) for sample in each})
         for each in (baselines, later)
     )
-    return first, other
+    assert first is not None and other is not None, "every role has been sampled"
+    return first + held_out, other + held_out
 
 
 def _shortened(sample: SampleRequest) -> SampleRequest:

@@ -58,7 +58,7 @@ def plan(options: PlanOptions, overrides: Sequence[str]) -> None:
     """Plan a job's memory, FLOPs and traffic without a GPU."""
     argv = ["--job.config_file", str(options.config), *overrides]
     config = load_config(argv)
-    num_ranks, gpu = _num_ranks(config), _gpu(options)
+    num_ranks, gpu = _num_ranks(config, options), _gpu(options)
     measured = calibrate(argv, config, num_ranks) if options.calibrate else None
     with planner(num_ranks, gpu) as planned:
         first = planned.plan(config)
@@ -159,8 +159,10 @@ def _regret(other: Plan, plan: Plan) -> float:
     return (other.seconds - plan.seconds) / saved if other.seconds > plan.seconds else -saved
 
 
-def _num_ranks(config: Config) -> int:
+def _num_ranks(config: Config, options: PlanOptions) -> int:
     asked = os.environ.get("NGPU") or os.environ.get("WORLD_SIZE")
+    if asked is None and options.calibrate:
+        return max(1, torch.cuda.device_count())  # as run_train.sh
     if asked is None:
         layout = config.parallelism
         if layout.dp_shard == -1:

@@ -16,9 +16,9 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -26,6 +26,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from titan_distill.config.config import Config
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10.0
 AVERAGED_STEPS = 100
@@ -48,7 +50,7 @@ class Pauses:
         intervals = {}
         if config.checkpoint.enabled:
             intervals[CHECKPOINT] = config.checkpoint.interval
-        if config.validation.enabled:
+        if config.validation.enabled or config.validation.data:  # samples, or a held-out loss
             intervals[VALIDATION] = config.validation.interval
         return cls(config.training.steps, intervals)
 
@@ -156,7 +158,7 @@ class ProgressBar:
         if self.is_shown and sys.stderr.isatty():
             self._bar = tqdm(total=self.total, desc=self.label, unit=f" {self.unit}", leave=False, dynamic_ncols=True)
         elif self.is_shown:
-            log.info("%s: %s %s", self.label, f"{self.total:,}", self.unit)
+            _tell(f"{self.label}: {self.total:,} {self.unit}")
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -173,8 +175,23 @@ class ProgressBar:
         elif self.is_shown and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             left = (now - self._started) / self._done * (self.total - self._done)
-            done, total = f"{self._done:,}", f"{self.total:,}"
-            log.info("%s: %s of %s %s · %s left", self.label, done, total, self.unit, duration(left))
+            _tell(f"{self.label}: {self._done:,} of {self.total:,} {self.unit} · {duration(left)} left")
+
+
+def tracked(items: Iterable[T], label: str, total: int, unit: str, *, is_shown: bool = True) -> Iterator[T]:
+    """Yields `items` and shows how many of them are done, see `ProgressBar`."""
+    with ProgressBar(label, total, unit, is_shown=is_shown) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+def _tell(line: str) -> None:
+    """Logs a line; a command that logs nothing but warnings prints it to stderr, where its result is not."""
+    if log.isEnabledFor(logging.INFO):
+        log.info(line)
+    else:
+        print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

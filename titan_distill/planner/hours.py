@@ -1,8 +1,8 @@
 """Hours of a run: its steps, the validations and saves between them, and the disk that its checkpoints take.
 
 Before the first step a validation samples the method's baselines; later ones sample the trained role alone. The seconds
-of both follow from the forward passes of their sample sets, as those of a step do. Decoding, scoring and writing videos
-are not counted in a plan; `titan-distill plan --calibrate` measures them with the rest.
+of both follow from the forward passes of their sample sets, as those of a step do. Decoding, scoring and writing
+videos, and the held-out loss, are not counted in a plan; `titan-distill plan --calibrate` measures them with the rest.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def hours(run: ResolvedRun, roles: RoleManager, plan: Plan) -> Hours:
         seconds=_planned(run, roles, plan),
         num_ranks=plan.layout.default.world_size,
         num_steps=num_steps,
-        num_validations=pauses.count(VALIDATION, 0, num_steps),
+        num_validations=pauses.count(VALIDATION, 0, num_steps) if config.validation.enabled else 0,
         num_saves=pauses.count(CHECKPOINT, 0, num_steps),
         validates=config.validation.enabled,
         checkpoint_bytes=sum(_saved_bytes(role, config) for role in roles.trainable),

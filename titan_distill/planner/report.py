@@ -202,7 +202,7 @@ def hours_table(plan: Plan, hours: Hours) -> str:
         size = hours.checkpoint_bytes
         lines.append(f"  disk: {format_bytes(size)} per checkpoint, {format_bytes(hours.num_kept * size)} at most")
     if total is not None and not hours.measured:
-        lines.append("  not in these hours: decoding, scoring and writing the videos of validations; start-up")
+        lines.append("  not in these hours: decoding, scoring and writing videos, held-out losses, start-up")
     if not (plan.gpu.is_cpu or hours.measured or torch.cuda.is_available()):
         lines.append(f"  this machine is a CPU, of which no rates are assumed; {CALIBRATE}")
     return "\n".join(lines)
