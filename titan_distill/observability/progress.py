@@ -80,7 +80,7 @@ class Progress:
         self._bar: tqdm | None = None
 
     def update(self, step: int, values: Mapping[str, float], paused: Mapping[str, float]) -> None:
-        """Shows that `step` steps are done. Of `values`, losses and MFU are shown, each until a newer one comes.
+        """Shows that `step` steps are done, and the losses and the MFU among `values`, each until a newer one comes.
         `paused` are the seconds of all pauses so far, by name."""
         now = time.perf_counter()
         is_first = self._paused_at_start is None

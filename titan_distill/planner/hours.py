@@ -33,7 +33,7 @@ class Seconds:
     validation: float | None
     """A later validation."""
     checkpoint: float | None
-    """What a save holds training up."""
+    """Time for which a save holds training up."""
 
 
 @dataclass(frozen=True)
