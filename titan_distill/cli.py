@@ -3,6 +3,7 @@ options and `--help`."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -42,24 +43,24 @@ from titan_distill.parallelisms.mesh import is_main_process
 EXIT_DIFFERENT = 1
 
 
-def list_checkpoints(folder: Positional[Path]) -> None:
+def list_checkpoints(run: Positional[Path]) -> None:
     """List the checkpoints of a run: step, age, size, samples, roles, layout, and whether each is complete.
 
     Args:
-        folder: Folder of the run, or its `checkpoints`.
+        run: Folder of the run, or its `checkpoints`.
     """
-    with of_key("FOLDER", folder):
-        print(checkpoints.describe_folder(folder))
+    with of_key("RUN", run):
+        print(checkpoints.describe_folder(run))
 
 
-def verify(path: Positional[Path]) -> None:
+def verify(checkpoint: Positional[Path]) -> None:
     """Read every byte of a checkpoint; exit with 2, naming the file, when one is not as it was published.
 
     Args:
-        path: Folder of a step, or `outputs/<name>/checkpoints/latest`.
+        checkpoint: Folder of a step, or of a run, which means its latest.
     """
-    with of_key("PATH", path):
-        print(checkpoints.verify(path))
+    with of_key("CHECKPOINT", checkpoint):
+        print(checkpoints.verify(checkpoint))
 
 
 def import_weights(
@@ -82,26 +83,26 @@ def import_weights(
     print(f'Write in the job\'s TOML:\n\n[roles.{role}]\npath = "{folder}"')
 
 
-def reshard(path: Positional[Path], out: Path, num_files: int) -> None:
+def reshard(checkpoint: Positional[Path], out: Path, num_files: int) -> None:
     """Rewrite a checkpoint, with all its values, in another number of files.
 
     Args:
-        path: Folder of a step, or `outputs/<name>/checkpoints/latest`.
+        checkpoint: Folder of a step, or of a run, which means its latest.
         out: Checkpoint folder to write; must not exist.
         num_files: Number of data files, of about equal size.
     """
-    with of_key("PATH", path):
-        checkpoint = resolve(path)
-    rewrite.reshard(checkpoint, out, num_files)
-    print(f"{path} is in {out}, in {num_files} files")
+    with of_key("CHECKPOINT", checkpoint):
+        step = resolve(checkpoint)
+    rewrite.reshard(step, out, num_files)
+    print(f"{checkpoint} is in {out}, in {num_files} files")
 
 
 def diff(a: Positional[Path], b: Positional[Path]) -> None:
     """Compare two checkpoints value by value; exit with 0 when they are equal, 1 when not, 2 for bad input.
 
     Args:
-        a: Folder of a step, or `outputs/<name>/checkpoints/latest`.
-        b: Folder of another.
+        a: Folder of a step, or of a run, which means its latest.
+        b: Another.
     """
     num_differences = 0
     for line in comparison.diff(a, b):
@@ -136,7 +137,11 @@ def make_ode_pairs(options: tyro.conf.OmitArgPrefixes[pairs.OdePairsOptions]) ->
 
 
 def inspect(
-    path: Path, sheet: Path | None = None, vae: Path | None = None, rows: int = 8, family: str = RecipeConfig.family
+    path: Positional[Path],
+    sheet: Path | None = None,
+    vae: Path | None = None,
+    rows: int = 8,
+    family: str = RecipeConfig.family,
 ) -> None:
     """Print what a parquet file or folder holds, after checking every row: sizes, lengths, statistics, bad rows.
 
@@ -151,7 +156,7 @@ def inspect(
         raise ValueError("--sheet and --vae need each other; give both, or neither")
     if sheet is not None and vae is not None:
         print(write_sheet(path, sheet, vae, family, rows))
-    with of_key("--path", path):
+    with of_key("PATH", path):
         print(summary.inspect(path))
 
 
@@ -174,6 +179,11 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
         "inspect": inspect,
     },
 }
+"""Commands by name. Each takes what it reads as arguments without a name (a job's TOML, a run, a checkpoint, data), and
+what it writes as --out."""
+
+EARLIER_NAMES = {("generate",): "--checkpoint", ("checkpoint", "export"): "--checkpoint", ("data", "inspect"): "--path"}
+"""Options of earlier versions for what follows the command now; they still work."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -181,10 +191,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if signal.getsignal(signal.SIGINT) is leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     quiet_libraries()
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    arguments = _without_earlier_names(sys.argv[1:] if argv is None else list(argv))
     command = COMMANDS.get(arguments[0]) if arguments else None
     try:
-        if isinstance(command, dict):
+        if arguments[:1] == ["--version"]:
+            print(f"titan-distill {importlib.metadata.version('titan_distill')}")
+        elif isinstance(command, dict):
             tyro.extras.subcommand_cli_from_dict(command, args=arguments[1:], prog=f"titan-distill {arguments[0]}")
         elif command is planning.plan:  # what tyro does not know are overrides of the job's configuration
             plan = f"titan-distill {arguments[0]}"
@@ -193,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tyro.cli(command, args=arguments[1:], prog=f"titan-distill {arguments[0]}")
         else:
             known = "\n".join(f"  {line}" for line in _command_lines())
-            print(f"usage: titan-distill COMMAND [--help]\n\n{known}", file=sys.stderr)
+            print(f"usage: titan-distill COMMAND [--help], or titan-distill --version\n\n{known}", file=sys.stderr)
             sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else EXIT_BAD_INPUT)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -206,6 +218,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _without_earlier_names(arguments: list[str]) -> list[str]:
+    """Returns the arguments with the path of an option in `EARLIER_NAMES` right after the command."""
+    for command, option in EARLIER_NAMES.items():
+        size = len(command)
+        head, rest = arguments[:size], arguments[size:]
+        if tuple(head) != command:
+            continue
+        for index, word in enumerate(rest):
+            if word == option and rest[index + 1 :]:
+                return [*head, rest[index + 1], *rest[:index], *rest[index + 2 :]]
+            if word.startswith(f"{option}="):
+                return [*head, word.partition("=")[2], *rest[:index], *rest[index + 1 :]]
+    return arguments
 
 
 def _command_lines() -> list[str]:

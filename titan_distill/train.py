@@ -64,7 +64,7 @@ from titan_distill.methods.held_out import HELD_OUT, HeldOutLoss, check_held_out
 from titan_distill.methods.unreached import unreached_schedules
 from titan_distill.models.base import ModelFamily
 from titan_distill.models.head import FeatureHead, build_head
-from titan_distill.observability.banner import banner, closing
+from titan_distill.observability.banner import banner, closing, interrupted, stopped
 from titan_distill.observability.metrics import MetricsLogger
 from titan_distill.observability.profiling import build_profiler
 from titan_distill.observability.quiet import quiet_libraries
@@ -84,9 +84,9 @@ from titan_distill.parallelisms.mesh import (
     start_world,
 )
 from titan_distill.parallelisms.tensor import check_async_communication
-from titan_distill.planner.hardware import GPUS
-from titan_distill.planner.plan import can_plan, fake_world, make_plan
-from titan_distill.planner.report import memory_table
+from titan_distill.planner.hardware import of_machine, planned_gpu
+from titan_distill.planner.plan import fake_world
+from titan_distill.planner.recorded import RunPlan
 from titan_distill.resolve import ResolvedRun, resolve
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 from titan_distill.trainer import NonFiniteError, Trainer
@@ -132,7 +132,7 @@ def start(argv: list[str], stop: Stop, held: ExitStack) -> Trainer | None:
     config = load_config(words)
     run = resolve(config, num_ranks(), without_files=config.job.dry_run)
     if is_main_process():
-        for sentence in unreached_schedules(config, run.method):
+        for sentence in (*config.validation.clipped(), *unreached_schedules(config, run.method)):
             print(f"warning: {sentence}")
     if config.job.dry_run:
         print(dry_run(run))
@@ -220,31 +220,19 @@ def train(trainer: Trainer) -> int:
             report(error, is_consequence=True)
             return EXIT_FAILED
         # Ctrl-C reaches all ranks. A rank that waits for another in a collective fails when that one leaves.
-        print(
-            f"interrupted after step {trainer.state.step}; --checkpoint.resume_from latest resumes from the last save"
-        )
+        saved = next(discovery.complete_steps(trainer.config.job.output_folder / discovery.CHECKPOINTS), None)
+        print(interrupted(trainer.state.step, saved))
         return EXIT_INTERRUPTED
     finally:
         trainer.metrics.close()
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(closing(trainer.config, trainer.metrics.latest) if finished else _how_to_resume(trainer, first_step))
+        latest, step = trainer.metrics.latest, trainer.state.step
+        print(closing(trainer.config, latest) if finished else stopped(trainer.config, step, first_step))
     if dist.is_initialized():
         # gloo aborts when a rank leaves while others still talk to it. Rank 0's trackers may still upload.
         trainer.ranks.wait()
         dist.destroy_process_group()
     return EXIT_DONE if finished else EXIT_COME_AGAIN
-
-
-def _how_to_resume(trainer: Trainer, first_step: int) -> str:
-    step, checkpoints = trainer.state.step, trainer.config.checkpoint
-    if step == first_step:
-        return f"stopped as asked before step {step + 1}: nothing new to save; the same command starts it again"
-    if not checkpoints.enabled:
-        return f"stopped as asked after step {step}; nothing is saved, because checkpoint.enabled = false"
-    return (
-        f"stopped as asked after step {step}, which is saved: the same command with --checkpoint.resume_from latest "
-        "resumes from it"
-    )
 
 
 def dry_run(run: ResolvedRun) -> str:
@@ -253,9 +241,8 @@ def dry_run(run: ResolvedRun) -> str:
     with fake_world(run.layout.default.world_size) as world:
         roles = build_roles(run, build_layouts(run, world), world.device)
         described = banner(run.config, roles, world, run.layout.roles, run.layout.num_micro_batches)
-        if not can_plan(run, roles):
-            return described
-        return f"{described}\n\n{memory_table(make_plan(run, roles, GPUS['H100']))}"
+        plan = RunPlan.of(run, roles, planned_gpu())
+        return described if plan is None else f"{described}\n\n{plan.tables}"
 
 
 def assemble(
@@ -282,9 +269,12 @@ def assemble(
     method = run.method(config.method_config, roles, adapter, KeyedNoise(config.job.seed), timer)
     add_optimizers(config, roles, method)
     checkpoints, state = _resume(run, resume, roles, dataset, world.device, lock)
+    plan = RunPlan.of(run, roles, of_machine(world.device)) if world.is_main else None
     if world.is_main:  # now that all is read: a refused resume leaves the file of the run as it is
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        if plan is not None:
+            plan.write(folder)
     if watchdog is not None:
         watchdog.step = state.step
     validator = None
@@ -301,7 +291,14 @@ def assemble(
         loader=SampleLoader.of_run(config, dataset, layouts.data_rank, layouts.num_data_groups, state.samples_seen),
         validator=validator,
         checkpoints=checkpoints,
-        metrics=MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work),
+        metrics=MetricsLogger(
+            config,
+            is_main=world.is_main,
+            start_step=state.step,
+            timer=timer,
+            counter=adapter.work,
+            planned_gib=None if plan is None else plan.memory_gib,
+        ),
         timer=timer,
         profiler=build_profiler(config.profiling, folder / "profile", world, first_step=state.step),
         state=state,
@@ -314,6 +311,9 @@ def assemble(
     )
     if world.is_main:
         print(banner(config, roles, world, run.layout.roles, run.layout.num_micro_batches))
+    if plan is not None:
+        print(plan.line)
+        trainer.metrics.expect(plan.pauses)
     return trainer
 
 

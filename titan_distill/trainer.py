@@ -10,6 +10,7 @@ ranks. One rank, many ranks and any number of micro-batches therefore take the s
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from titan_distill.methods.held_out import HeldOutLoss
 from titan_distill.models.base import Adapter
 from titan_distill.observability.metrics import MetricsLogger
 from titan_distill.observability.profiling import Profiler
+from titan_distill.observability.progress import CHECKPOINT, VALIDATION
 from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.fsdp import set_gradient_sync
 from titan_distill.parallelisms.mesh import Layouts, sum_over_samples, tighten_timeout
@@ -199,7 +201,7 @@ class Trainer:
         if saves:
             self.save()
         elif self.checkpoints is not None and self.checkpoints.is_saving:
-            with self.timer("checkpoint"):
+            with self.timer(CHECKPOINT):
                 self.checkpoints.poll()
         if last or (config.validation.interval and step % config.validation.interval == 0):
             self.validate()
@@ -214,13 +216,13 @@ class Trainer:
         """Saves a checkpoint of this step, or begins to when saving is asynchronous. Does nothing when checkpoints are
         off."""
         if self.checkpoints is not None:
-            with self.timer("checkpoint"):
+            with self.timer(CHECKPOINT):
                 self.checkpoints.save(self.roles, self.state)
 
     def _release_state(self) -> None:
         """Waits until an asynchronous save no longer reads weights, optimizer state and averages."""
         if self.checkpoints is not None and self.checkpoints.is_saving:
-            with self.timer("checkpoint"):
+            with self.timer(CHECKPOINT):
                 self.checkpoints.before_change()
 
     def validate(self) -> None:
@@ -230,21 +232,25 @@ class Trainer:
             return
         self._release_state()  # validation swaps averaged weights in
         counting = self.adapter.work.paused() if self.adapter.work else nullcontext()
-        step, scores = self.state.step, dict[str, float]()
+        step, scores, held_out_seconds = self.state.step, dict[str, float](), 0.0
+        request = self.method.validation_request()
         try:
-            with self.timer("validation"), counting:
+            with self.timer(VALIDATION), counting:
                 if self.validator is not None:
                     self.validator.poll = self.stop.poll
-                    scores |= self.validator.validate(step, self.method.validation_request(), self.roles)
+                    scores |= self.validator.validate(step, request, self.roles)
                     self.metrics.log_media(step, self.validator.media(step))
                 if self.held_out is not None:
-                    self.held_out.poll = self.stop.poll
+                    started, self.held_out.poll = time.perf_counter(), self.stop.poll
                     scores |= self.held_out.measure(step, self.roles)
+                    held_out_seconds = time.perf_counter() - started
                 # After what rank 0 does alone, which may take longer than a collective during training may.
                 self.ranks.wait()
         except StopRequested:
             return
         self.metrics.log(step, {f"validation/{name}": value for name, value in scores.items()})
+        if (sampling := self.validator.seconds(request, self.roles) if self.validator else 0.0) is not None:
+            self.metrics.expect({VALIDATION: sampling + held_out_seconds})
         torch.cuda.empty_cache()  # training cannot use blocks of the decoder's sizes
 
     def _clip_gradients(self, role: RoleHandle) -> Tensor:

@@ -75,7 +75,7 @@ CONFIGURATION = r"""
 --activation_checkpoint.mode full --activation_checkpoint.skip_interval 1
 --float8.enabled true --float8.emulate true --float8.roles "['nobody']"
 --validation.enabled perhaps
---validation.num_videos 200 --validation.enabled true
+--validation.num_videos 2000 --validation.enabled true
 --validation.num_prompts 100000000000 --validation.enabled true
 --profiling.start_step 99 --profiling.enabled true
 --comm.train_timeout_seconds 99999999999

@@ -42,6 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "torchao" not in done.stderr and "\r" not in done.stderr  # neither a library's warning nor a bar in a log
     return output, done.stdout
 
 
@@ -76,8 +77,13 @@ def test_wandb_run_carries_the_resolved_file_and_no_secret(run: tuple[Path, str]
 
 def test_log_says_what_runs_and_ends_with_where_to_look(run: tuple[Path, str]) -> None:
     output, printed = run
-    for fact in ("teacher", "frozen", "dense attention", "float32", "EMA"):
+    for fact in ("teacher", "frozen", "dense attention", "float32", "EMA", "memory after the first step: "):
         assert fact in printed
+    facts = json.loads((output / "plan.json").read_text(encoding="utf-8"))
+    assert f"  planned   peak memory {facts['memory_gib']:.2f} GiB per rank · checkpoints of " in printed
+    assert facts["hours"] is facts["gpu_hours"] is facts["step_seconds"] is None  # nobody assumes rates of a CPU
+    size = sum(file.stat().st_size for file in (output / "checkpoints/step-00000002").iterdir()) / 2**30
+    assert size == pytest.approx(facts["checkpoint_gib"], rel=0.02)
     assert printed.strip().splitlines()[-1].endswith(str(output / "validation/step-00000002/contact_sheet.png"))
 
 

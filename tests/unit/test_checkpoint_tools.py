@@ -119,8 +119,9 @@ def damage_once(path: Path, draw: random.Random) -> Path:
 
 class TestVerify:
     def test_whole(self, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert call("verify", checkpoint) == call("verify", checkpoint.with_name("latest")) == 0
-        assert "is complete: 2 files" in capsys.readouterr().out
+        for named in (checkpoint, checkpoint.with_name("latest"), checkpoint.parent.parent):
+            assert call("verify", named) == 0
+            assert f"{checkpoint} is complete: 2 files" in capsys.readouterr().out
 
     @pytest.mark.parametrize("num_trials", [30, pytest.param(300, marks=pytest.mark.nightly)])
     def test_random_damage_is_found_before_a_tensor_changes(
@@ -365,7 +366,7 @@ class TestWrongRequests:
             (("list", "{run}/nowhere"), "there is no folder"),
             (("list", "{step}"), "is a checkpoint itself"),
             (("verify", "{run}/checkpoints/step-00000009"), "has step-00000004, step-00000003"),
-            (("verify", "{run}"), "manifest.json is missing"),
+            (("verify", "{run}/checkpoints"), "manifest.json is missing"),
             (("reshard", "{step}", "--out", "{new}", "--num-files", "0"), "num_files is 0"),
             (("reshard", "{step}", "--out", "{new}", "--num-files", "100000"), "ask for 1 to"),
             (("reshard", "{step}", "--out", "{run}", "--num-files", "1"), "exists already"),

@@ -338,7 +338,7 @@ ERRORS = [
     (["--ema.decay", "0.9", "--ema.role", "teacher"], {}, ["'teacher' is not a trained role; choose one of student"]),
     (["--ema.decay", "1"], {}, ["ema.decay = 1.0 is out of range"]),
     (["--profiling.enabled"], {}, ["= 13 is beyond training.steps = 10"]),
-    (["--validation.num_videos", "97"], {}, ["validation.num_videos = 97 is more than num_prompts = 96"]),
+    (["--validation.num_videos", "1025"], {}, ["validation.num_videos = 1025 is out of range"]),
     (["--job.name", "\udcff"], {}, ["not valid UTF-8"]),
     (["--größe"], {}, ['command line: --"größe" is not known; the sections are job, ']),
     (["--pipeline_config_path", "a\n\x1bb"], {}, [r"a\n\x1bb (seen from /", "): the file cannot be read"]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from titan_distill.config.sections import JobConfig, MetricsConfig, ProfilingConfig, TrainingConfig
+from titan_distill.config.sections import (
+    CheckpointConfig,
+    JobConfig,
+    MetricsConfig,
+    ProfilingConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
 from titan_distill.observability.flops import WorkCounter
 from titan_distill.observability.metrics import MetricsFile, MetricsLogger, memory_gib
 from titan_distill.observability.profiling import build_profiler
-from titan_distill.observability.progress import duration
 from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.mesh import World
 
@@ -27,6 +32,8 @@ CPU = torch.device("cpu")
 def logger(folder: Path, *, log_interval: int = 1, start_step: int = 0, **options: Any) -> MetricsLogger:
     config = SimpleNamespace(
         job=JobConfig(name="test", output_dir=str(folder)),
+        checkpoint=CheckpointConfig(),
+        validation=ValidationConfig(),
         metrics=MetricsConfig(log_interval=log_interval),
         training=TrainingConfig(steps=10, global_batch_size=4, local_batch_size=4),
     )
@@ -205,21 +212,6 @@ def test_a_phase_that_is_open_at_a_drain_is_split(monkeypatch: pytest.MonkeyPatc
         assert timer.drain() == {"time/data": 1}
         clock[0] += 2
     assert timer.drain() == {"time/data": 2}
-
-
-def test_without_a_terminal_progress_is_plain_log_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    metrics = logger(tmp_path)
-    with caplog.at_level(logging.INFO):
-        for step in range(1, 11):
-            metrics.step(step, {"loss/student": 0.25, "lr/student": 1.0}, samples_seen=4 * step)
-    metrics.close()
-    first, last = [record.getMessage() for record in caplog.records]
-    assert first.startswith("step 1/10 · student loss 0.25 · ")
-    assert last.startswith("step 10/10 · ") and last.endswith(" · 0s left")
-
-
-def test_durations_read_like_durations() -> None:
-    assert [duration(seconds) for seconds in (4.4, 75.2, 7500, 3599.9)] == ["4s", "1m15s", "2h05m", "1h00m"]
 
 
 @pytest.mark.parametrize("first_step", [0, 3])

@@ -108,14 +108,17 @@ class TestEndings:
 
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "data inspect --path no/x.parquet": ("--path", "no/x.parquet"),
-    "checkpoint list no/x": ("FOLDER", "no/x"),
-    "checkpoint verify no/x": ("PATH", "no/x"),
-    "checkpoint reshard no/x --out y --num-files 1": ("PATH", "no/x"),
+    "data inspect no/x.parquet": ("PATH", "no/x.parquet"),
+    "data inspect --path no/x.parquet": ("PATH", "no/x.parquet"),
+    "checkpoint list no/x": ("RUN", "no/x"),
+    "checkpoint verify no/x": ("CHECKPOINT", "no/x"),
+    "checkpoint reshard no/x --out y --num-files 1": ("CHECKPOINT", "no/x"),
     "checkpoint diff no/x no/y": ("A", "no/x"),
     "checkpoint import no/x": ("FOLDER", "no/x"),
-    "checkpoint export --checkpoint no/x --out y": ("--checkpoint", "no/x"),
-    "generate --checkpoint no/x --prompt x --out {out}": ("--checkpoint", "no/x"),
+    "checkpoint export no/x --out y": ("CHECKPOINT", "no/x"),
+    "checkpoint export --out y --checkpoint=no/x": ("CHECKPOINT", "no/x"),
+    "generate no/x --prompt x --out {out}": ("CHECKPOINT", "no/x"),
+    "generate --prompt x --checkpoint no/x --out {out}": ("CHECKPOINT", "no/x"),
     "data preprocess no/x --captions no/c.csv --out y --vae v --text-encoder t": ("--captions", "no/c.csv"),
     "data ode-pairs train_configs/tiny_wan_kd.toml --prompts no/p.txt --out y": ("--prompts", "no/p.txt"),
 }

@@ -176,8 +176,24 @@ def test_interrupt_stays_an_interrupt(tmp_path: Path, capsys: pytest.CaptureFixt
         trainer.stop = stop
         signal_in_step(trainer, 2, signal.SIGINT)
         assert train(trainer) == 130
-    assert "interrupted after step 2" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "interrupted after step 2, before its first save: the same command starts it again" in shown
+    assert "latest" not in shown
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_interrupt_names_the_last_save_where_there_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Stop() as stop:
+        trainer = toy_trainer(tmp_path, "finetune", *SAVING, "--checkpoint.interval", "2")
+        trainer.stop = stop
+        signal_in_step(trainer, 3, signal.SIGINT)
+        assert train(trainer) == 130
+    shown = capsys.readouterr().out
+    assert (
+        "interrupted after step 3; --checkpoint.resume_from latest resumes from the last save, step-00000002" in shown
+    )
 
 
 @pytest.mark.parametrize(

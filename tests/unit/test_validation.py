@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from runs import read_metrics
 from toy_family import VARIANCE
 from toy_run import ASSETS, toy_trainer
 
+from titan_distill.config.loading import load_config
 from titan_distill.observability.banner import closing
 from titan_distill.trainer import Trainer
+from titan_distill.validation import meter
 
 ENABLED = ("--validation.enabled", "true", "--validation.num_prompts", "64", "--validation.num_videos", "2")
 MEAN = 4.0
@@ -72,6 +75,50 @@ def test_distances_have_their_closed_form_and_samples_without_videos_nothing_els
     names = {name.rpartition("/")[2] for name in found if name.startswith("validation/")}
     assert names == {"sliced_wasserstein", "sliced_wasserstein_excess"}
     assert "contact_sheet" not in closing(trainer.config, found)
+
+
+def test_the_end_of_a_run_names_its_page_where_there_is_one(tmp_path: Path) -> None:
+    config = toy_trainer(tmp_path, "dmd2").config
+    page = config.job.output_folder / "report.html"
+    assert str(page) not in closing(config, {})
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.touch()
+    assert str(page) in closing(config, {})
+
+
+def test_passes_are_counted_as_they_are_made_and_the_next_validation_is_estimated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 prompts in 4 batches: the teacher in guided steps and in four, the student in four. A clock that only the
+    passes move, a second each, knows what later validations take: four passes for each of four batches."""
+    trainer = toy_trainer(tmp_path, "dmd2", *ENABLED)
+    validator, request = trainer.validator, trainer.method.validation_request()
+    assert validator is not None and len(validator.prompts) == 64
+    assert validator.seconds(request, trainer.roles) is None
+    clock = [0.0]
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: clock[0])
+
+    def tick() -> None:
+        clock[0] += 1
+
+    validator.poll = trainer.stop.poll = tick  # called before every pass
+    with caplog.at_level(logging.INFO):
+        trainer.validate()
+    steps = trainer.config.method_config.teacher_steps
+    num_passes = 4 * (2 * steps + 2 * 4 + 4)
+    shown = [record.getMessage() for record in caplog.records]
+    assert f"validation, sampling teacher, teacher_few_steps, student_before: {num_passes:,} forward passes" in shown
+    assert sum(validator.meter._passes.values()) == num_passes
+    assert validator.seconds(request, trainer.roles) == pytest.approx(4 * 4)
+
+
+@pytest.mark.parametrize("number, shown", [("2", 0), ("70", 1)])
+def test_more_videos_than_prompts_are_clipped_with_a_line(number: str, shown: int) -> None:
+    config = load_config(
+        ["--job.config_file", str(ASSETS / "toy_dmd2.toml"), *ENABLED, "--validation.num_videos", number]
+    )
+    line = "validation.num_videos = 70 is clipped to num_prompts = 64"
+    assert config.validation.clipped() == [line] * shown
 
 
 def test_a_scorer_of_a_users_module_is_called_and_its_scores_are_averaged(

@@ -12,11 +12,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from titan_distill.checkpoint.manifest import CheckpointDamaged, read_manifest, verify_sizes
+from titan_distill.checkpoint.manifest import MANIFEST_NAME, CheckpointDamaged, read_manifest, verify_sizes
 from titan_distill.config.paths import of_key
 from titan_distill.fault_tolerance.run_folder import read_run
 
 LATEST = "latest"
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that has its checkpoints."""
 PIN_NAME = "pin"
 """Name of the file that pins a step: saves never remove a step whose folder contains it (`touch
 .../step-00000100/pin`)."""
@@ -99,10 +101,13 @@ def find(folder: Path, resume_from: str) -> Path | None:
 
 
 def resolve(path: Path) -> Path:
-    """Returns the checkpoint that `path` means: `.../checkpoints/latest`, or one step's folder. Raises ValueError.
+    """Returns the checkpoint that `path` means: one step's folder, `.../checkpoints/latest`, or a run's folder, which
+    means its latest. Raises ValueError.
 
     `latest` is an alias that is looked up here, not a link on disk, so it can't point to something incomplete.
     """
+    if (path / CHECKPOINTS).is_dir() and not (path / MANIFEST_NAME).exists():
+        path = path / CHECKPOINTS / LATEST
     if path.name == LATEST and not path.exists():
         newest = find_latest(path.parent)
         if newest is None:

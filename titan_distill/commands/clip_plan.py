@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from tqdm import tqdm
-
 from titan_distill.data.footage import CENTRE, ClipStart, Position, VideoSize
 from titan_distill.data.probe import clip_starts, probe
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.fault_tolerance.files import atomic, parse_json
+from titan_distill.observability.progress import tracked
 
 SHARD_CLIPS = 256
 """Clips per file of the output, about: 1 GB of latents at 81 × 480 × 832."""
@@ -123,7 +122,7 @@ def probe_videos(
 
     with ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
         results = pool.map(probed, videos, videos.values())
-        return list(tqdm(results, "probing", len(videos), unit="video", disable=None if is_shown else True))
+        return list(tracked(results, "probing", len(videos), "videos", is_shown=is_shown))
 
 
 def write_videos(path: Path, videos: Iterable[Video]) -> None:

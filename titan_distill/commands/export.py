@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+from tyro.conf import Positional
+
 from titan_distill.checkpoint.diffusers_folder import PIPELINE_INDEX, TRANSFORMER, TRANSFORMER_2, read_json
 from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.initial_weights import trained_role
@@ -27,7 +29,7 @@ from titan_distill.models.base import model_family
 
 
 def export(
-    checkpoint: Path,
+    checkpoint: Positional[Path],
     out: Path,
     role: str = "student",
     weights: Literal["ema", "raw", "auto"] = "auto",
@@ -38,7 +40,7 @@ def export(
     """Write a role of a checkpoint as a diffusers folder that WanPipeline.from_pretrained loads.
 
     Args:
-        checkpoint: Folder of a step, or `outputs/<name>/checkpoints/latest`.
+        checkpoint: Folder of a step, or of a run, which means its latest.
         out: Folder to write; must not exist.
         role: Role to export.
         weights: Averaged or raw weights; auto takes the average where there is one.
@@ -48,7 +50,7 @@ def export(
         trust_imports: Modules of the run's job.imports to import although they are not part of titan_distill. Importing
             a module runs its code. Default: none.
     """
-    with of_key("--checkpoint", checkpoint):
+    with of_key("CHECKPOINT", checkpoint):
         checkpoint = resolve(checkpoint)
     manifest = read_manifest(checkpoint)
     trained = trained_role(checkpoint, manifest, role)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from tyro.conf import Positional
 
 from titan_distill.attention.dense import order_backends
 from titan_distill.checkpoint.discovery import resolve
@@ -32,7 +33,7 @@ from titan_distill.validation.video import write_mp4
 
 
 def generate(
-    checkpoint: Path,
+    checkpoint: Positional[Path],
     prompt: str,
     out: Path,
     role: str = "student",
@@ -49,7 +50,7 @@ def generate(
     """Make a video from a prompt, or from a prompt and a first picture, with a trained role.
 
     Args:
-        checkpoint: A step folder, or `outputs/<name>/checkpoints/latest`.
+        checkpoint: Folder of a step, or of a run, which means its latest.
         prompt: What the video should show.
         out: mp4 file to write.
         role: Trained role to sample from.
@@ -72,7 +73,7 @@ def generate(
     probe_file(out, "--out", (".mp4",))
     device = default_device()
     pipeline = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}
-    with of_key("--checkpoint", checkpoint):
+    with of_key("CHECKPOINT", checkpoint):
         step = resolve(checkpoint)
     config, adapter, handle, request = load_role(
         step, role, device, pipeline, raw_weights=raw_weights, trusted=trust_imports

@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from titan_distill.commands.pair_identity import check_identity, digest_of_prompts, identity, publish_identity
 from titan_distill.config.config import Config
@@ -52,6 +51,7 @@ from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.fault_tolerance.run_lock import RunLock
 from titan_distill.methods.base import method_class
 from titan_distill.models.base import Adapter, Guidance, ModelFamily, model_family
+from titan_distill.observability.progress import tracked
 from titan_distill.parallelisms.mesh import Layouts, World, is_main_process, num_ranks, start_world
 from titan_distill.resolve import spell_out_references
 from titan_distill.roles import RoleHandle, RoleManager
@@ -289,7 +289,8 @@ def _run(batches: list[list[int]], layouts: Layouts, make: Callable[[list[int], 
     """Hands out batches to data groups in rounds. In the last round some groups repeat a batch, which another one
     writes."""
     group, num_groups = layouts.data_rank, layouts.num_data_groups
-    for first in tqdm(range(0, len(batches), num_groups), unit="round", disable=None if group == 0 else True):
+    firsts = range(0, len(batches), num_groups)
+    for first in tracked(firsts, "sampling pairs", len(firsts), "rounds of batches", is_shown=group == 0):
         mine = first + group
         make(batches[min(mine, len(batches) - 1)], mine < len(batches))
 

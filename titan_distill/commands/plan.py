@@ -13,14 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
+from titan_distill.commands.calibrate import calibrate
 from titan_distill.config.config import Config
 from titan_distill.config.loading import load_config
 from titan_distill.config.parsing import ConfigError
 from titan_distill.config.role_sections import ParallelismConfig
-from titan_distill.parallelisms.mesh import World
-from titan_distill.planner.hardware import GPUS, Gpu
+from titan_distill.parallelisms.mesh import World, default_device
+from titan_distill.planner.hardware import CPU, GPUS, Gpu, of_machine, planned_gpu
+from titan_distill.planner.hours import Hours, hours
 from titan_distill.planner.memory import GIB
 from titan_distill.planner.plan import Plan, fake_world, make_plan
 from titan_distill.planner.report import report, table
@@ -43,19 +46,25 @@ class PlanOptions:
 
     config: tyro.conf.Positional[Path]
     """TOML file of the job."""
-    gpu: Literal["H100", "H200", "A100", "B200"] = "H100"
-    """GPU to plan for."""
+    gpu: Literal["H100", "H200", "A100", "B200", "CPU"] | None = None
+    """Hardware to plan for. Default: this machine's GPU, or an H100 where there is none. No rates of CPUs are assumed,
+    so a plan for one has no hours without --calibrate."""
+    calibrate: bool = False
+    """Plan for this machine and time three steps, a part of a validation and a save of the job on it, in a temporary
+    folder beside its output. Needs the job's weights and data."""
 
 
 def plan(options: PlanOptions, overrides: Sequence[str]) -> None:
     """Plan a job's memory, FLOPs and traffic without a GPU."""
     argv = ["--job.config_file", str(options.config), *overrides]
     config = load_config(argv)
-    num_ranks = _num_ranks(config)
-    with planner(num_ranks, GPUS[options.gpu]) as planned:
+    num_ranks, gpu = _num_ranks(config, options), _gpu(options)
+    measured = calibrate(argv, config, num_ranks) if options.calibrate else None
+    with planner(num_ranks, gpu) as planned:
         first = planned.plan(config)
+        found = planned.hours(config, first)
         print(f"{config.job.name}: {config.recipe.method} on {num_ranks} × {first.gpu.name}\n")
-        print(report(first))
+        print(report(first, found if measured is None else found.with_measured(measured)))
         if not first.fits:
             print(f"\n{planned.remedies(argv, first)}")
 
@@ -84,17 +93,22 @@ class Planner:
             self._built[keys[handle.name]] = handle
         return make_plan(run, RoleManager([self._built[key] for key in keys.values()]), self.gpu)
 
+    def hours(self, config: Config, plan: Plan) -> Hours:
+        """Returns the hours of a run that has just been planned."""
+        roles = [self._built[name, role.parallelism] for name, role in config.roles.items()]
+        return hours(resolve(config, self.world.size, without_files=True), RoleManager(roles), plan)
+
     def remedies(self, argv: Sequence[str], first: Plan) -> str:
         """Returns a table of the changes that lower the memory, cheapest first. If no single change makes the job fit,
         the table has combined changes."""
         helpful = self._helpful(argv, first)
-        helpful.sort(key=lambda option: (not option[1].fits, option[1].seconds))
+        helpful.sort(key=lambda option: (not option[1].fits, option[1].seconds if first.gpu.has_rates else 0.0))
         rows = [
             (
                 describe(change),
                 f"{(first.peak - other.peak) / GIB:.1f}",
                 f"{other.peak / GIB:.1f}",
-                f"{other.seconds - first.seconds:+.1f}",
+                f"{other.seconds - first.seconds:+.1f}" if first.gpu.has_rates else "",
                 "fits" if other.fits else "",
             )
             for change, other in helpful
@@ -128,6 +142,16 @@ class Planner:
         return found
 
 
+def _gpu(options: PlanOptions) -> Gpu:
+    if options.calibrate:
+        if options.gpu is not None:
+            raise ConfigError(f"--gpu {options.gpu} contradicts --calibrate, which plans for this machine; remove one")
+        return of_machine(default_device())
+    if options.gpu is None:
+        return planned_gpu()
+    return of_machine(torch.device("cpu")) if options.gpu == CPU else GPUS[options.gpu]
+
+
 def _regret(other: Plan, plan: Plan) -> float:
     """Returns the sort key of a change: added seconds per byte saved. Among changes that cost no time, the larger
     saving is first."""
@@ -135,8 +159,10 @@ def _regret(other: Plan, plan: Plan) -> float:
     return (other.seconds - plan.seconds) / saved if other.seconds > plan.seconds else -saved
 
 
-def _num_ranks(config: Config) -> int:
+def _num_ranks(config: Config, options: PlanOptions) -> int:
     asked = os.environ.get("NGPU") or os.environ.get("WORLD_SIZE")
+    if asked is None and options.calibrate:
+        return max(1, torch.cuda.device_count())  # as run_train.sh
     if asked is None:
         layout = config.parallelism
         if layout.dp_shard == -1:

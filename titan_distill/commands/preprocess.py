@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +31,6 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 import tyro
-from tqdm import tqdm
 
 from titan_distill.commands.clip_files import SKIPPED, OutputFolder, SkippedClip
 from titan_distill.commands.clip_plan import (
@@ -60,6 +58,7 @@ from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.fault_tolerance.run_lock import RunLock
 from titan_distill.models.base import EncoderFolders, FootageEncoder, model_family
+from titan_distill.observability.progress import ProgressBar
 from titan_distill.parallelisms.mesh import is_main_process, named_device, num_ranks, start_world
 
 logger = logging.getLogger(__name__)
@@ -68,7 +67,6 @@ MAX_READERS = 4
 """Threads per rank that decode videos, at most. A clip of 81 × 480 × 832 in memory has 97 MB."""
 PATIENCE_SECONDS = 7 * 24 * 3600.0
 """Time for which ranks wait for the slowest one. If one dies, torchrun ends them."""
-SECONDS_BETWEEN_LINES = 10.0
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -284,7 +282,7 @@ class Preprocessing:
         with self._progress(missing) as progress:
             for batch, decoded, faults in _ahead(self._decode, missing, _num_readers()):
                 num_made += self._make(batch, decoded, faults)
-                progress.update(len(batch.clips) * size)
+                progress.advance(len(batch.clips) * size)
                 while to_merge and output.is_complete(to_merge[0]):
                     output.merge(to_merge.popleft())
         total = sum(self.ranks.gather(lambda: num_made))
@@ -299,11 +297,10 @@ class Preprocessing:
             f"{total / seconds:.3g} per second{left_out}"
         )
 
-    def _progress(self, missing: Sequence[Batch]) -> tqdm:
-        """Returns a bar with clips per second and the time left, of all ranks, judged by rank 0."""
+    def _progress(self, missing: Sequence[Batch]) -> ProgressBar:
+        """Returns a bar of the clips and the time left, of all ranks, judged by rank 0."""
         total = sum(len(batch.clips) for batch in missing) * self.ranks.size
-        pause = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
-        return tqdm(total=total, unit="clip", mininterval=pause, disable=self.ranks.rank > 0)
+        return ProgressBar("encoding", total, "clips", is_shown=self.ranks.rank == 0)
 
     def _decode(self, batch: Batch) -> tuple[Batch, list[tuple[PlannedClip, Clip]], list[SkippedClip]]:
         """Returns the clips of a batch, and those that cannot be decoded."""

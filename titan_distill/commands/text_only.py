@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from tqdm import tqdm
 
 from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.paths import of_key
@@ -23,6 +22,7 @@ from titan_distill.data.prompts import read_prompts
 from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.fault_tolerance.run_lock import RunLock
 from titan_distill.models.base import FootageEncoder, TextEncoderFolders, model_family
+from titan_distill.observability.progress import tracked
 from titan_distill.parallelisms.mesh import named_device
 
 OUTPUT_NAME = "prompts.parquet"
@@ -69,6 +69,6 @@ def prepare(options: TextOnlyOptions) -> str:
 
 
 def _rows(options: TextOnlyOptions, prompts: Sequence[str], encoder: FootageEncoder) -> Iterator[LatentRow]:
-    for index, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):
+    for index, prompt in enumerate(tracked(prompts, "encoding", len(prompts), "prompts")):
         embedding = encoder.embed_prompt(prompt, options.max_text_tokens).to("cpu", DTYPES[options.dtype])
         yield LatentRow(f"prompt-{index:08d}", prompt, embedding, media_type="text")

@@ -408,11 +408,12 @@ class ValidationConfig:
         check_range(self, "batch_size", least=1)
         check_range(self, "interval", "seed", least=0)
         check_range(self, "num_videos", least=0, most=1024)
-        if self.enabled and self.num_videos > self.num_prompts:
-            raise ValueError(
-                f"num_videos = {self.num_videos} is more than num_prompts = {self.num_prompts}; lower it to "
-                f"{self.num_prompts} or raise num_prompts"
-            )
+
+    def clipped(self) -> list[str]:
+        """Returns a sentence if there are fewer prompts than `num_videos`."""
+        if not self.enabled or self.num_videos <= self.num_prompts:
+            return []
+        return [f"validation.num_videos = {self.num_videos} is clipped to num_prompts = {self.num_prompts}"]
 
 
 @dataclass(frozen=True, kw_only=True)

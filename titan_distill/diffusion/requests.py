@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from titan_distill.diffusion.schedule import guidance_is_identity
+
 MAX_STEPS = 1000
 """Largest number of steps of a solver: the networks know 1000 timesteps."""
 MAX_GUIDANCE = 100.0
@@ -32,6 +34,17 @@ class SampleRequest:
     decoded."""
     context_sigma: float = 0.0
     """Noise level at which a causal role reads its finished segments."""
+
+    @property
+    def num_conditions(self) -> int:
+        """Number of copies of each sample in a forward pass: 2 if guidance needs both conditions."""
+        return 1 if guidance_is_identity(self.guidance_scale, "standard") else 2
+
+    def num_passes(self, num_segments: int | None) -> int:
+        """Returns the number of forward passes per batch. A causal role makes `num_segments` segments, each in all
+        steps, and one pass between two of them writes the context; None for other roles."""
+        steps = self.num_steps if self.sigmas is None else len(self.sigmas)
+        return steps if num_segments is None else (steps + 1) * num_segments - 1
 
 
 @dataclass(frozen=True)

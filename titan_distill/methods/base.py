@@ -223,9 +223,15 @@ class TrainingMethod(ABC):
         shape, device = self.adapter.latent_shape if shape is None else shape, batch.text_embeddings.device
         return self.noise.normal(purpose, step, batch.sample_ids, shape, device=device)
 
+    @classmethod
     @abstractmethod
+    def validation_samples(cls, config: Any, flow_shift: float) -> ValidationRequest:
+        """Returns the sample sets that a validation compares under this `method_config`. The planner needs them, too,
+        without models."""
+
     def validation_request(self) -> ValidationRequest:
-        """Returns the sample sets that a validation compares."""
+        """Returns the sample sets that a validation of this run compares."""
+        return self.validation_samples(self.config, self.adapter.flow_shift)
 
 
 def method_class(name: str) -> type[TrainingMethod]:

@@ -4,6 +4,7 @@ after its last."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,12 +56,33 @@ def closing(config: Config, metrics: Mapping[str, float]) -> str:
     prefix = "validation/"
     lines = [f"{config.job.name} is done after {steps} steps."]
     lines += [f"  {name[len(prefix) :]:<44} {value:8.4f}" for name, value in metrics.items() if name.startswith(prefix)]
+    if (page := folder / "report.html").is_file():
+        lines.append(f"  page           {page}")
     lines.append(f"  metrics        {folder / 'metrics.jsonl'}")
     if config.checkpoint.enabled:
         lines.append(f"  checkpoint     {folder / 'checkpoints' / f'step-{steps:08d}'}")
     if (sheet := folder / "validation" / f"step-{steps:08d}" / "contact_sheet.png").is_file():
         lines.append(f"  look at        {sheet}")
     return "\n".join(lines)
+
+
+def interrupted(step: int, saved: Path | None) -> str:
+    """The last line of a run that Ctrl-C has ended. `saved` is its newest checkpoint."""
+    if saved is None:
+        return f"interrupted after step {step}, before its first save: the same command starts it again"
+    return f"interrupted after step {step}; --checkpoint.resume_from latest resumes from the last save, {saved.name}"
+
+
+def stopped(config: Config, step: int, first_step: int) -> str:
+    """The last line of a run that a signal has ended after `step`, of those since `first_step`."""
+    if step == first_step:
+        return f"stopped as asked before step {step + 1}: nothing new to save; the same command starts it again"
+    if not config.checkpoint.enabled:
+        return f"stopped as asked after step {step}; nothing is saved, because checkpoint.enabled = false"
+    return (
+        f"stopped as asked after step {step}, which is saved: the same command with --checkpoint.resume_from latest "
+        "resumes from it"
+    )
 
 
 def _describe(config: Config, handle: RoleHandle, degrees: Degrees, device: torch.device) -> str:

@@ -19,6 +19,7 @@ between loses nothing.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -33,12 +34,13 @@ import torch
 from titan_distill.config.config import Config
 from titan_distill.fault_tolerance.files import atomic
 from titan_distill.observability.flops import WorkCounter, peak_flops, utilization
-from titan_distill.observability.progress import Progress
+from titan_distill.observability.progress import PAUSES, Pauses, Progress
 from titan_distill.observability.timing import PhaseTimer
 from titan_distill.observability.trackers import Tracker, build_trackers
 
-PAUSES = ("time/checkpoint", "time/validation")
-"""Phases other than training. Their seconds do not count in rates."""
+log = logging.getLogger(__name__)
+
+_PAUSES = tuple(f"time/{name}" for name in PAUSES)
 
 
 class MetricsFile:
@@ -87,15 +89,18 @@ class MetricsLogger:
         start_step: int,
         timer: PhaseTimer,
         counter: WorkCounter | None = None,
+        planned_gib: float | None = None,
     ) -> None:
         """Opens the file, the trackers and the progress display.
 
         `start_step` is the number of steps already done. Without a `counter`, which knows the family's tokens and
-        FLOPs, no rates are logged. Raises ValueError when a tracker that is switched on cannot start.
+        FLOPs, no rates are logged. `planned_gib` is the plan's peak memory, to show beside what the first step has
+        needed. Raises ValueError when a tracker that is switched on cannot start.
         """
         self.latest: dict[str, float] = {}
         """Most recent value of every key that this process has logged."""
-        self._timer, self._counter = timer, counter
+        self._timer, self._counter, self._planned_gib = timer, counter, planned_gib
+        self._start_step = start_step
         self._log_interval, self._num_steps = config.metrics.log_interval, config.training.steps
         self._batch_size = config.training.global_batch_size
         self._peak_flops = peak_flops(timer.device)
@@ -108,13 +113,12 @@ class MetricsLogger:
             folder = config.job.output_folder
             self._file = MetricsFile(folder / "metrics.jsonl", start_step)
             self._trackers = build_trackers(config.metrics, folder, config.job.name, start_step)
-            self._progress = Progress(self._num_steps, start_step)
+            self._progress = Progress(Pauses.of(config), start_step)
 
     def step(self, step: int, values: Mapping[str, float], *, samples_seen: int) -> None:
         """Records the values of one finished step, the step number `step`. Writes a line if one is due."""
         self._pending |= values
-        if self._file is not None:
-            self._progress.update(step, values)
+        rates: dict[str, float] = {}
         if step % self._log_interval == 0 or step == self._num_steps:
             self._collect_phases()
             rates = self._rates(step)
@@ -122,6 +126,22 @@ class MetricsLogger:
             self._write(step, {**self._pending, "samples_seen": samples_seen, **rates, **memory, **self._phases})
             self._pending.clear()
             self._phases.clear()
+        if self._file is not None:
+            self._progress.update(step, {**values, **rates}, self._timer.host_seconds)
+            if step == self._start_step + 1:
+                self._tell_memory()
+
+    def expect(self, seconds: Mapping[str, float | None]) -> None:
+        """Tells the progress display how long the pauses (`checkpoint`, `validation`) will be, where that is known."""
+        if self._file is not None:
+            self._progress.expected |= {name: value for name, value in seconds.items() if value is not None}
+
+    def _tell_memory(self) -> None:
+        """Logs the memory that the first step has needed beside the plan's."""
+        device, planned = self._timer.device, self._planned_gib
+        kind = "" if device.type == "cuda" else " by this process, Python and its libraries included"
+        plan = "" if planned is None else f"; planned {planned:.2f} GiB{'' if device.type == 'cuda' else ' of tensors'}"
+        log.info("memory after the first step: %.2f GiB used%s%s", memory_gib(device), kind, plan)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Logs values outside of training, such as a validation's scores, in the line of `step`.
@@ -129,7 +149,7 @@ class MetricsLogger:
         The seconds of pauses go with it and leave the interval; those of training phases wait for the next line.
         """
         self._collect_phases()
-        pauses = {name: self._phases.pop(name) for name in PAUSES if name in self._phases}
+        pauses = {name: self._phases.pop(name) for name in _PAUSES if name in self._phases}
         self._interval_started += sum(pauses.values())
         self._write(step, {**values, **pauses})
 
@@ -160,7 +180,7 @@ class MetricsLogger:
 
     def _rates(self, step: int) -> dict[str, float]:
         now = time.perf_counter()
-        seconds = now - self._interval_started - sum(self._phases.get(name, 0.0) for name in PAUSES)
+        seconds = now - self._interval_started - sum(self._phases.get(name, 0.0) for name in _PAUSES)
         num_samples = (step - self._interval_step) * self._batch_size
         self._interval_started, self._interval_step = now, step
         if self._counter is None:

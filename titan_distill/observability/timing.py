@@ -29,12 +29,15 @@ class PhaseTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.host_seconds: dict[str, float] = defaultdict(float)
+        """Seconds of all blocks of a phase so far by the host's clock, inner phases included."""
         self._open: list[str] = []
         # Each border holds a moment and the phase that begins there; None where no phase is open.
         self._borders: list[tuple[Mark, str | None]] = []
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
         self._open.append(phase)
         self._borders.append((self._now(), phase))
         try:
@@ -42,6 +45,7 @@ class PhaseTimer:
         finally:
             self._open.pop()
             self._borders.append((self._now(), self._open[-1] if self._open else None))
+            self.host_seconds[phase] += time.perf_counter() - started
 
     def drain(self) -> dict[str, float]:
         """Seconds by `time/<phase>` since the last call. Waits for the device when it is a GPU."""

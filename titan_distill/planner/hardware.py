@@ -8,7 +8,14 @@ they make up, and beside it what the GPU suite has measured.
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
+
+import torch
+
+from titan_distill.observability.flops import peak_flops_by_name
+from titan_distill.parallelisms.mesh import default_device
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,9 @@ class Efficiency:
 EFFICIENCY = Efficiency()
 RESERVE = 0.10
 """Fraction of a GPU's memory reserved for the CUDA context, NCCL's buffers, cuBLAS workspaces and fragmentation."""
+DISK_BYTES = 1e9
+"""Bytes per second that a node is assumed to write to the disk of the checkpoints, which is commonly a shared one."""
+CPU = "CPU"
 GPUS_PER_NODE = 8
 """GPUs connected by NVLink in one HGX or DGX machine."""
 
@@ -59,6 +69,15 @@ class Gpu:
     """Bytes per second to the host over PCIe × 16, in one direction."""
     memory_bytes: float
     """Bytes per second of its own memory, reads and writes together."""
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name == CPU
+
+    @property
+    def has_rates(self) -> bool:
+        """Whether rates are assumed; otherwise all seconds of its plans are nan."""
+        return not math.isnan(self.peak_flops)
 
     @property
     def usable_gib(self) -> float:
@@ -89,3 +108,25 @@ GPUS = {
         Gpu("B200", 2250e12, 178.3, 900e9, 50e9, 64e9, 8.0e12),
     )
 }
+
+
+def of_machine(device: torch.device) -> Gpu:
+    """Returns the hardware of this machine's device: a GPU of the list, or its name and memory without rates."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for gpu in GPUS.values():
+            if gpu.name in name and gpu.peak_flops == peak_flops_by_name(name):  # and no variant with another peak
+                return gpu
+        return _without_rates(name, torch.cuda.get_device_properties(device).total_memory)
+    return _without_rates(CPU, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def planned_gpu() -> Gpu:
+    """Returns the GPU to plan for where none is named: this machine's, or an H100 on a machine without one that is
+    listed."""
+    found = of_machine(default_device())
+    return found if found.has_rates else GPUS["H100"]
+
+
+def _without_rates(name: str, memory_bytes: int) -> Gpu:
+    return Gpu(name, math.nan, memory_bytes / 2**30, *[math.nan] * 4)

@@ -134,6 +134,8 @@ class Plan:
     grid: tuple[int, int, int]
     roles: dict[str, RolePlan]
     phases: tuple[PhasePlan, ...]
+    held: Mapping[str, float]
+    """Bytes on the device for the whole run: of each role, and of the encoders."""
     optimizer: Part
     """Optimizer steps on the device, averaged over the method's cadence."""
     reduce_gradients: str
@@ -184,7 +186,7 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
         raise ValueError(f"recipe.family = {config.recipe.family!r} has no video transformers, which a plan needs")
     plans = {role.name: _role_plan(config, layout, role, grid) for role in _networks(roles)}
     work = run.method.passes(config.method_config)
-    calls = [_Calls(run, gpu, grid, plans[passes.role], passes) for passes in work if passes.num_forwards]
+    calls = [Calls(run, gpu, grid, plans[passes.role], passes) for passes in work if passes.num_forwards]
     for name, plan in plans.items():
         own = [each for each in calls if each.role.name == name]
         graph, working = _most(own)
@@ -212,6 +214,10 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
         grid=grid,
         roles=plans,
         phases=tuple(each.phase for each in calls),
+        held={
+            **{name: 0 if plan.offloaded else plan.states.lasting for name, plan in plans.items()},
+            "encoders": encoders.held,
+        },
         optimizer=_optimizer(work, plans, gpu),
         reduce_gradients=config.training.reduce_gradients,
         encoders=encoders,
@@ -222,7 +228,7 @@ def make_plan(run: ResolvedRun, roles: RoleManager, gpu: Gpu) -> Plan:
 
 
 @dataclass(frozen=True)
-class _Calls:
+class Calls:
     """Costs on rank 0 of the calls that one declared kind of passes makes to one role."""
 
     run: ResolvedRun
@@ -231,7 +237,7 @@ class _Calls:
     role: RolePlan
     passes: Passes
 
-    def in_turns(self, num_turns: int) -> _Calls:
+    def in_turns(self, num_turns: int) -> Calls:
         """Returns these calls as if the role processed the samples of other data groups in `num_turns` batches."""
         return replace(self, role=replace(self.role, num_turns=num_turns))
 
@@ -254,6 +260,7 @@ class _Calls:
             gathers_keys=role.degrees.sequence > 1 and role.method == "all_gather",
             token_region=config.roles[role.name].parallelism.token_region,
             compute_bytes=BYTES[config.training.dtype],
+            fused_norms=not self.gpu.is_cpu,
             sparse=role.sparse,
         )
 
@@ -384,7 +391,7 @@ def _optimizer(work: Iterable[Passes], roles: dict[str, RolePlan], gpu: Gpu) -> 
     return seconds.memory_part(seconds.OPTIMIZER, moved, gpu)
 
 
-def _most(calls: Iterable[_Calls]) -> tuple[float, float]:
+def _most(calls: Iterable[Calls]) -> tuple[float, float]:
     """Returns the largest autograd graph and the largest working set of `calls`, in bytes."""
     pairs = [(each.graph, each.working_set) for each in calls]
     return max((graph for graph, _ in pairs), default=0.0), max((working for _, working in pairs), default=0.0)
@@ -416,7 +423,8 @@ def _role_plan(config: Config, layout: RunLayout, role: RoleHandle, grid: tuple[
     sequence = cast("SequenceParallel | None", role.transformer.sequence)
     core = cast("SparseAttention | None", role.transformer.sparse_attention)
     layout_of_tokens = tile_layout(grid, cast("tuple[int, int, int]", role.transformer.tile))
-    if core is not None:
+    if core is not None:  # one of its own, at the end of the schedule: a run plans with the roles that it trains
+        core = SparseAttention(config.sparse_attention)
         core.start_step(config.training.steps - 1)
     num_exchanged = degrees.model_parallel // layout.default.model_parallel
     plan = RolePlan(

@@ -7,16 +7,23 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
+
+from titan_distill.fault_tolerance.files import format_bytes
 from titan_distill.planner.hardware import EFFICIENCY, GPUS_PER_NODE, RESERVE
+from titan_distill.planner.hours import Hours
 from titan_distill.planner.measured import measurements
 from titan_distill.planner.memory import GIB
 from titan_distill.planner.plan import START, VALIDATION, Plan, RolePlan
 from titan_distill.planner.seconds import RATES, Part, summed
 
+CALIBRATE = "titan-distill plan JOB.toml --calibrate times three steps on this machine"
 
-def report(plan: Plan) -> str:
+
+def report(plan: Plan, hours: Hours) -> str:
     """Returns the text of a plan: all tables except the table of changes that would lower its memory."""
-    return "\n\n".join([layout_table(plan), token_table(plan), memory_table(plan), *_work_tables(plan)])
+    tables = [layout_table(plan), token_table(plan), memory_table(plan), *_work_tables(plan), hours_table(plan, hours)]
+    return "\n\n".join(tables)
 
 
 def layout_table(plan: Plan) -> str:
@@ -82,7 +89,7 @@ def memory_table(plan: Plan) -> str:
             *_settings(plan),
             f"  peak {plan.peak / GIB:.1f} GiB, in {_peak_phase(plan)}",
             f"  {verdict}: {gpu.name} has {gpu.memory_gib:.1f} GiB, {gpu.usable_gib:.1f} after a reserve of "
-            f"{RESERVE:.0%} for CUDA, NCCL and fragmentation",
+            f"{RESERVE:.0%} for {'other work' if gpu.is_cpu else 'CUDA, NCCL and fragmentation'}",
         ]
     )
 
@@ -126,7 +133,7 @@ def _flops_table(plan: Plan) -> str:
                 passes.update, passes.phase, passes.role, kind,
                 f"{passes.num_forwards * passes.num_conditions:g} × {passes.updates_per_step:g}",
                 f"{phase.executed_flops / 1e12:,.0f}", f"{phase.dense_flops / 1e12:,.0f}",
-                f"{phase.compute_seconds:.2f}", f"{phase.exposed_seconds:.2f}",
+                _number(phase.compute_seconds), _number(phase.exposed_seconds),
             )
         )  # fmt: skip
     executed, dense = (sum(getattr(phase, name) for phase in plan.phases) for name in ("executed_flops", "dense_flops"))
@@ -147,7 +154,7 @@ def _communication_table(plan: Plan) -> str:
                 totals[key][0] += transfer.bytes_sent
                 totals[key][1] += transfer.seconds
     rows = [
-        (role, collective, f"{sent / GIB:.2f}", f"{seconds:.2f}", how)
+        (role, collective, f"{sent / GIB:.2f}", _number(seconds), how)
         for (role, collective, how), (sent, seconds) in totals.items()
     ]
     names = ("role", "collective", "GiB", "s", "")
@@ -162,6 +169,10 @@ def parts(plan: Plan) -> list[Part]:
 
 def _seconds(plan: Plan) -> str:
     gpu = plan.gpu
+    left_out = [f"  not in this plan: {thing}" for thing in plan.left_out]
+    if not gpu.has_rates:
+        title = f"SECONDS  not known, because no rates of this {gpu.name} are assumed; {CALIBRATE}"
+        return "\n".join([title, *left_out])
     exposed = sum(phase.exposed_seconds for phase in plan.phases)
     rows = [(part.name, _work(part), _rate(part.name, plan), f"{part.seconds:.2f}") for part in parts(plan)]
     rows.append(("waiting for other ranks", "", "", f"{exposed:.2f}"))
@@ -172,8 +183,56 @@ def _seconds(plan: Plan) -> str:
         f"of {gpu.network_bytes / 1e9:.0f} GB/s per GPU between them"
     )
     lines += [f"  measured, {each}" for each in measurements(gpu)]
-    lines += [f"  not in this plan: {thing}" for thing in plan.left_out]
+    return "\n".join([*lines, *left_out])
+
+
+def hours_table(plan: Plan, hours: Hours) -> str:
+    """Returns a table of the hours of a run by part, and the size of its checkpoints."""
+    total, machine = hours.total, f"{hours.num_ranks} × {plan.gpu.name}"
+    rows = [(name, f"{times:,}", *_each_and_all(times, each)) for name, (times, each) in hours.parts.items() if times]
+    if total is None:
+        why = "the method declares no passes (TrainingMethod.passes)" if plan.gpu.has_rates else CALIBRATE
+        title = f"HOURS    no hours of this run on {machine} are known; {why}"
+    else:
+        cost = "" if plan.gpu.is_cpu else f" = {_hours(total * hours.num_ranks)} GPU-hours"
+        source = "measured on this machine" if hours.measured else "at assumed rates, not measured"
+        title = f"HOURS    {_hours(total)} on {machine}{cost}, {source}"
+    lines = [table(title, ("part", "times", "s each", "hours"), rows)]
+    if hours.num_saves:
+        size = hours.checkpoint_bytes
+        lines.append(f"  disk: {format_bytes(size)} per checkpoint, {format_bytes(hours.num_kept * size)} at most")
+    if total is not None and not hours.measured:
+        lines.append("  not in these hours: decoding, scoring and writing videos, held-out losses, start-up")
+    if not (plan.gpu.is_cpu or hours.measured or torch.cuda.is_available()):
+        lines.append(f"  this machine is a CPU, of which no rates are assumed; {CALIBRATE}")
     return "\n".join(lines)
+
+
+def _each_and_all(times: int, seconds: float | None) -> tuple[str, str]:
+    if seconds is None:
+        return "", ""
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}", _hours(times * seconds / 3600)
+
+
+def planned_line(plan: Plan, hours: Hours) -> str:
+    """Returns the plan of a run in one line, for its banner."""
+    facts = [f"peak memory {plan.peak / GIB:.2f} GiB per rank"]
+    if hours.num_saves:
+        facts.append(f"checkpoints of {format_bytes(hours.checkpoint_bytes)}")
+    if hours.total is None:
+        facts.append("no hours" if plan.gpu.has_rates else f"no hours ({CALIBRATE})")
+    else:
+        facts.append(f"{_hours(hours.total)} hours at assumed rates")
+        facts.append(f"{_hours(hours.total * hours.num_ranks)} GPU-hours")
+    return f"  planned   {' · '.join(facts)}"
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 0.1 else f"{value:.1f}"
+
+
+def _number(seconds: float) -> str:
+    return "" if math.isnan(seconds) else f"{seconds:.2f}"
 
 
 def _work(part: Part) -> str:

@@ -16,10 +16,11 @@ For a family whose samples are not videos only distances are computed; nothing i
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import chain
@@ -42,6 +43,7 @@ from titan_distill.models.base import Adapter
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.distances import project, sliced_wasserstein, sliced_wasserstein_excess
+from titan_distill.validation.meter import Meter, SamplingWork
 from titan_distill.validation.sampling import Sampling, go_on
 from titan_distill.validation.scorers import prompts_path, scorer, validation_prompts
 from titan_distill.validation.video import Video, contact_sheet, thumbnails, write_mp4
@@ -120,14 +122,44 @@ class Validator:
             "pipeline_config": _effective(config.pipeline_config),
         }
         self._baselines: dict[str, Samples] = {}
+        self.meter = Meter(layouts.device)
 
     def validate(self, step: int, request: ValidationRequest, roles: RoleManager) -> dict[str, float]:
         """Samples, scores and writes videos below the validation folder. Returns metrics as `<sample label>/<metric>`
         on rank 0, and nothing on other ranks."""
-        sets: dict[str, Samples] = {}
         baselines = tuple(sample for sample in request.samples if sample.baseline)
         # Before the first step the trained role still equals one of the baselines, so it is not sampled.
-        for sample in baselines if step == 0 and baselines else request.samples:
+        wanted = baselines if step == 0 and baselines else request.samples
+        work = {x.label: self.work(x, roles) for x in wanted if step == 0 or not x.baseline}
+        with self.meter.validation(work, is_shown=self.ranks.rank == 0):
+            return self._validate(step, request, wanted, roles)
+
+    def of_first_prompts(self, number: int) -> Validator:
+        """Returns a validator of at most `number` prompts, with a meter and baselines of its own."""
+        other = copy.copy(self)
+        other.prompts, other.meter, other._baselines = self.prompts[:number], Meter(self.layouts.device), {}
+        return other
+
+    def seconds(self, request: ValidationRequest, roles: RoleManager) -> float | None:
+        """Returns the seconds that a validation after the first will take, judged by those so far; None before the
+        roles that it samples have been sampled once."""
+        return self.meter.seconds({x.label: self.work(x, roles) for x in request.samples if not x.baseline})
+
+    def work(self, request: SampleRequest, roles: RoleManager) -> SamplingWork:
+        """Returns the forward passes and videos of a sample set on this rank."""
+        lengths = self.adapter.segment_lengths(roles[request.role])
+        num_passes = request.num_passes(None if lengths is None else len(lengths)) * request.num_conditions
+        batches, num_videos = list(self._batches()), 0
+        if self.makes_videos:
+            indices = [index for batch in batches for index in batch if self._owns(index)]
+            num_videos = len([i for i in indices if request.scored or i < self.config.num_videos])
+        return SamplingWork(request.role, num_passes * len(batches), num_videos)
+
+    def _validate(
+        self, step: int, request: ValidationRequest, wanted: Iterable[SampleRequest], roles: RoleManager
+    ) -> dict[str, float]:
+        sets: dict[str, Samples] = {}
+        for sample in wanted:
             samples = (
                 self._baseline(step, sample, roles) if sample.baseline else self._sample(sample, roles[sample.role])
             )
@@ -174,12 +206,17 @@ class Validator:
         return samples
 
     def _sample(self, request: SampleRequest, role: RoleHandle) -> Samples:
-        sampling = Sampling(self.adapter, KeyedNoise(self.config.seed), self.layouts.device, self.poll)
+        def before_each_pass() -> None:
+            self.poll()
+            self.meter.advance(role.name, request.num_conditions)
+
+        sampling = Sampling(self.adapter, KeyedNoise(self.config.seed), self.layouts.device, before_each_pass)
         samples: Samples = {}
         with role.evaluation():
             for positions in self._batches():
                 ids = [position % len(self.prompts) for position in positions]
-                latents = sampling.run(request, role, self.condition(ids), ids)
+                with self.meter.sampling(role.name):
+                    latents = sampling.run(request, role, self.condition(ids), ids)
                 own = [row for row, position in enumerate(positions) if self._owns(position)]
                 samples |= self._finish(request, [ids[row] for row in own], latents[own])
         return samples
