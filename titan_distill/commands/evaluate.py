@@ -37,6 +37,8 @@ from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest, check_options
 from titan_distill.fault_tolerance.files import atomic
 from titan_distill.fault_tolerance.outputs import probe_folder
+from titan_distill.methods.base import method_class
+from titan_distill.methods.few_step import FewStepTraining
 from titan_distill.models.base import model_family
 from titan_distill.parallelisms.mesh import default_device
 from titan_distill.validation.perceptual import FVD_FRAMES, ClipScore, Fvd, Lpips
@@ -100,6 +102,19 @@ class Entry:
     scores: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class _Task:
+    """All that an evaluation needs, checked."""
+
+    out: Path
+    subjects: list[Subject]
+    reference: Subject | None
+    items: list[Item]
+    seed: int
+    samplers: _Samplers
+    rater: Rater
+
+
 def evaluate(options: EvaluateOptions) -> None:
     """Evaluate everything, print the table and write the files.
 
@@ -107,6 +122,23 @@ def evaluate(options: EvaluateOptions) -> None:
         ValueError: options that contradict each other, subjects that cannot be read or compared, and missing weights or
             packages, all before anything is sampled.
     """
+    task = _prepare(options)
+    results, noise = Results(task.out, options, [item.key[0] for item in task.items]), KeyedNoise(task.seed)
+    for subject in [*([] if task.reference is None else [task.reference]), *task.subjects]:
+        is_reference = subject is task.reference
+        for entry, videos, fps in _entries(subject, task.items, task.samplers, noise):
+            entry.name = results.unused(entry.name)
+            if options.vbench_folder is not None and fps is not None:
+                videos = _written(videos, options.vbench_folder / entry.name, fps)
+            entry.scores = task.rater.rate_reference(videos) if is_reference else task.rater.rate(videos)
+            results.add(entry)
+            is_reference = False  # other ways to sample the same role are compared with the first
+    print(results.table())
+    print(f"\n{task.out / RESULT}")
+
+
+def _prepare(options: EvaluateOptions) -> _Task:
+    """Opens and checks everything. Raises ValueError."""
     _check_options(options)
     subjects = [open_subject(text, options.out or Path(), options.trust_imports) for text in options.subjects]
     reference = _reference(options, subjects)
@@ -131,24 +163,12 @@ def evaluate(options: EvaluateOptions) -> None:
     )
     _probe_outputs(options, out)
     samplers = _Samplers(prompts_file, items, device)
-    if options.reference is None and isinstance(reference, SampledSubject):
-        # A finetuning run may train beside a frozen role that its validation does not sample.
-        reference = reference if samplers.of(reference.config).request.reference else None
+    for one in sampled:
+        if one.config == config:  # others need encoders of their own, so they are checked in their turn
+            samplers.of(one.config).requests(one.role)
     _say_what_is_left_out(options, reference, items)
-
-    results = Results(out, options, [item.key[0] for item in items])
     seed = options.seed if options.seed is not None else 0 if config is None else config.validation.seed
-    for subject in [*([] if reference is None else [reference]), *subjects]:
-        is_reference = subject is reference
-        for entry, videos, fps in _entries(subject, items, samplers, KeyedNoise(seed)):
-            entry.name = results.unused(entry.name)
-            if options.vbench_folder is not None and fps is not None:
-                videos = _written(videos, options.vbench_folder / entry.name, fps)
-            entry.scores = rater.rate_reference(videos) if is_reference else rater.rate(videos)
-            results.add(entry)
-            is_reference = False  # other ways to sample the same role are compared with the first
-    print(results.table())
-    print(f"\n{out / RESULT}")
+    return _Task(out, subjects, reference, items, seed, samplers, rater)
 
 
 class Results:
@@ -212,16 +232,17 @@ def _check_options(options: EvaluateOptions) -> None:
 
 
 def _reference(options: EvaluateOptions, subjects: Sequence[Subject]) -> Subject | None:
-    """Returns the subject that the others are compared with: the one named, or the frozen role of the first run."""
+    """Returns the subject that the others are compared with: the one named, or the frozen role that the first run's
+    students learn from, if its method makes few-step students."""
     if options.reference == NO_REFERENCE:
         return None
     if options.reference is not None:
         return open_subject(options.reference, options.out or Path(), options.trust_imports, "--reference")
     first = next((subject for subject in subjects if isinstance(subject, SampledSubject)), None)
-    frozen = [] if first is None else [name for name, role in first.config.roles.items() if not role.trainable]
-    if first is None or not frozen:
+    if first is None or not issubclass(method_class(first.config.recipe.method), FewStepTraining):
         return None
-    return frozen_subject(first.config, frozen[0], first.step, first.run_folder)
+    frozen = [name for name, role in first.config.roles.items() if not role.trainable]
+    return frozen_subject(first.config, frozen[0], first.step, first.run_folder) if frozen else None
 
 
 def _is_same(subject: Subject, reference: Subject | None) -> bool:
