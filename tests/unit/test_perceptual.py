@@ -109,7 +109,7 @@ class TestLpips:
         import torchmetrics
 
         folder = Path(torchmetrics.__file__).parent / "functional/image/lpips_models"
-        linear = torch.load(folder / "alex.pth", weights_only=True)
+        linear = torch.load(folder / "alex.pth", "cpu", weights_only=True)
         shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
         video, other = noise(1, size=64), noise(2, size=64)
         a, b = (((2 * v.double() / 255 - 1) - shift) / scale for v in (video, other))
