@@ -290,19 +290,19 @@ def _check_sizes(every: Sequence[Subject], reference: Subject | None, options: E
         )
 
 
-def _items(options: EvaluateOptions, config: Config | None, every: Sequence[Subject]) -> tuple[Path, list[Item]]:
+def _items(options: EvaluateOptions, config: Config | None, every: Sequence[Subject]) -> tuple[str, list[Item]]:
     """Returns the file of the prompts, and the videos to make or to read."""
     if options.prompts is not None:
         with of_key("--prompts", options.prompts):
             prompts = read_prompts(options.prompts, options.num_prompts)
-        return options.prompts, plan_items(prompts, options.videos_per_prompt)
+        return str(options.prompts), plan_items(prompts, options.videos_per_prompt)
     if config is not None:
         number = options.num_prompts or config.validation.num_prompts
         config = replace(config, validation=replace(config.validation, num_prompts=number, num_videos=0))
-        return Path(prompts_path(config)), plan_items(validation_prompts(config), options.videos_per_prompt)
+        return prompts_path(config), plan_items(validation_prompts(config), options.videos_per_prompt)
     keys = [key for subject in every[:1] if isinstance(subject, RecordedSubject) for key in subject.videos.files]
     numbers = {text: number for number, text in enumerate(dict.fromkeys(text for text, _ in keys))}
-    return Path(), [Item(key, numbers[key[0]], 0) for key in sorted(keys, key=lambda key: (numbers[key[0]], key[1]))]
+    return "", [Item(key, numbers[key[0]], 0) for key in sorted(keys, key=lambda key: (numbers[key[0]], key[1]))]
 
 
 def _network(option: str, kind: Callable[[Path, torch.device], T], path: Path | None, device: torch.device) -> T | None:
@@ -338,7 +338,7 @@ def _say_what_is_left_out(options: EvaluateOptions, reference: Subject | None, i
 class _Samplers:
     """Sampler of the run that a subject belongs to; of one run at a time, because encoders are large."""
 
-    def __init__(self, prompts_file: Path, items: Sequence[Item], device: torch.device) -> None:
+    def __init__(self, prompts_file: str, items: Sequence[Item], device: torch.device) -> None:
         prompts = {item.prompt: item.key[0] for item in items}
         self._prompts_file, self._prompts, self._device = prompts_file, [*prompts.values()], device
         self._last: RunSampler | None = None

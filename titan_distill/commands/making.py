@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -90,12 +89,12 @@ class Meter:
 class RunSampler:
     """All that the roles of one run share: adapter, encoded prompts, and the method's requests."""
 
-    def __init__(self, config: Config, prompts_file: Path, prompts: Sequence[str], device: torch.device) -> None:
+    def __init__(self, config: Config, prompts_file: str, prompts: Sequence[str], device: torch.device) -> None:
         self.config, self.device = config, device
         self.family = model_family(config.recipe.family)(config)
         order_backends(device)
         self.adapter = self.family.build_adapter(device, Layouts.alone(device))
-        self.condition = self.adapter.prompt_conditions(str(prompts_file), prompts, range(len(prompts)))
+        self.condition = self.adapter.prompt_conditions(prompts_file, prompts, range(len(prompts)))
         self.adapter.release_text_encoder()
         method, noise = method_class(config.recipe.method), KeyedNoise(config.job.seed)
         timer = PhaseTimer(device)
