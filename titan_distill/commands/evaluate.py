@@ -273,10 +273,10 @@ def _check_sizes(every: Sequence[Subject], reference: Subject | None, options: E
         sizes[subject.name] = size
     shown = {name: " × ".join(map(str, size)) for name, size in sizes.items()}
     if reference is not None:
-        for name, size in shown.items():
-            if size != shown[reference.name]:
+        for name, own in shown.items():
+            if own != shown[reference.name]:
                 raise ValueError(
-                    f"the videos of {name} have {size} (frames, height, width), but those of {reference.name} "
+                    f"the videos of {name} have {own} (frames, height, width), but those of {reference.name} "
                     f"{shown[reference.name]}, so they cannot be compared; set --reference to {NO_REFERENCE}"
                 )
     for option, value in (("--lpips-weights", options.lpips_weights), ("--fvd-weights", options.fvd_weights)):

@@ -79,7 +79,8 @@ class VideoFolder:
         videos = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         if not videos:
             raise ValueError(f"{path} has no videos ({', '.join(SUFFIXES)})")
-        prompts, files = _read_prompts(prompts_file(path)), {}
+        prompts = _read_prompts(prompts_file(path))
+        files: dict[Key, Path] = {}
         seen: Counter[str] = Counter()
         for file in videos:
             named = re.fullmatch(r"(.+)-(\d+)", file.stem)
