@@ -25,6 +25,7 @@ from titan_distill.checkpoint.discovery import resolve
 from titan_distill.checkpoint.tools import diff as comparison
 from titan_distill.checkpoint.tools import inspect as checkpoints
 from titan_distill.checkpoint.tools import rewrite
+from titan_distill.commands import evaluate as evaluation
 from titan_distill.commands import export as exporting
 from titan_distill.commands import generate as generation
 from titan_distill.commands import index as indexing
@@ -136,6 +137,11 @@ def make_ode_pairs(options: tyro.conf.OmitArgPrefixes[pairs.OdePairsOptions]) ->
     print(pairs.ode_pairs(options))
 
 
+def evaluate(options: tyro.conf.OmitArgPrefixes[evaluation.EvaluateOptions]) -> None:
+    """Measure videos of checkpoints, exported folders and folders of videos beside those of the teacher."""
+    evaluation.evaluate(options)
+
+
 def inspect(
     path: Positional[Path],
     sheet: Path | None = None,
@@ -163,6 +169,7 @@ def inspect(
 COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "plan": planning.plan,
     "generate": generation.generate,
+    "evaluate": evaluate,
     "checkpoint": {
         "list": list_checkpoints,
         "verify": verify,

@@ -120,14 +120,7 @@ def load_role(
     Raises ValueError when the run's `config.toml` is not beside the checkpoints, or for what `role_tensors`
     refuses.
     """
-    config_file = checkpoint.parent.parent / "config.toml"
-    if not config_file.is_file():
-        raise ValueError(
-            f"{checkpoint} lies in no run folder: {config_file} is missing; keep checkpoints below their run"
-        )
-    overrides = [f"--pipeline_config.{name}={value}" for name, value in pipeline.items() if value is not None]
-    overrides.append(f"--job.output_dir={config_file.parent}")  # the run may have moved, or be somebody else's
-    config = load_config(["--job.config_file", str(config_file), *overrides], trusted)
+    config = run_config(checkpoint, pipeline, trusted)
     manifest = read_manifest(checkpoint)
     trained = trained_role(checkpoint, manifest, role)
     use_ema = trained.has_ema and not raw_weights
@@ -147,3 +140,15 @@ def load_role(
     if not requests:
         raise ValueError(f"recipe.method = {config.recipe.method!r} does not say how to sample from its {role}")
     return config, adapter, handle, requests[0]
+
+
+def run_config(checkpoint: Path, pipeline: Mapping[str, object], trusted: Collection[str]) -> Config:
+    """Returns the configuration of a checkpoint's run, see `load_role`."""
+    config_file = checkpoint.parent.parent / "config.toml"
+    if not config_file.is_file():
+        raise ValueError(
+            f"{checkpoint} lies in no run folder: {config_file} is missing; keep checkpoints below their run"
+        )
+    overrides = [f"--pipeline_config.{name}={value}" for name, value in pipeline.items() if value is not None]
+    overrides.append(f"--job.output_dir={config_file.parent}")  # the run may have moved, or be somebody else's
+    return load_config(["--job.config_file", str(config_file), *overrides], trusted)
