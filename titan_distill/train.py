@@ -52,6 +52,7 @@ from titan_distill.fault_tolerance.exit_codes import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_UNHEALTHY,
 )
 from titan_distill.fault_tolerance.failures import report
 from titan_distill.fault_tolerance.outputs import probe_folder
@@ -90,6 +91,7 @@ from titan_distill.planner.report import memory_table
 from titan_distill.resolve import ResolvedRun, resolve
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 from titan_distill.trainer import NonFiniteError, Trainer
+from titan_distill.validation.report.doctor import Doctor
 from titan_distill.validation.scorers import validation_prompts
 from titan_distill.validation.validator import Validator
 
@@ -232,17 +234,18 @@ def train(trainer: Trainer) -> int:
         # gloo aborts when a rank leaves while others still talk to it. Rank 0's trackers may still upload.
         trainer.ranks.wait()
         dist.destroy_process_group()
-    return EXIT_DONE if finished else EXIT_COME_AGAIN
+    return EXIT_DONE if finished else EXIT_UNHEALTHY if trainer.stop.is_doctors else EXIT_COME_AGAIN
 
 
 def _how_to_resume(trainer: Trainer, first_step: int) -> str:
     step, checkpoints = trainer.state.step, trainer.config.checkpoint
+    stopped = "stopped by the doctor" if trainer.stop.is_doctors else "stopped as asked"
     if step == first_step:
-        return f"stopped as asked before step {step + 1}: nothing new to save; the same command starts it again"
+        return f"{stopped} before step {step + 1}: nothing new to save; the same command starts it again"
     if not checkpoints.enabled:
-        return f"stopped as asked after step {step}; nothing is saved, because checkpoint.enabled = false"
+        return f"{stopped} after step {step}; nothing is saved, because checkpoint.enabled = false"
     return (
-        f"stopped as asked after step {step}, which is saved: the same command with --checkpoint.resume_from latest "
+        f"{stopped} after step {step}, which is saved: the same command with --checkpoint.resume_from latest "
         "resumes from it"
     )
 
@@ -278,7 +281,7 @@ def assemble(
     layouts = build_layouts(run, world)
     roles = build_roles(run, layouts, world.device)
     adapter = run.family.build_adapter(world.device, layouts)
-    timer = PhaseTimer(world.device)
+    timer, stop = PhaseTimer(world.device), stop or Stop()
     method = run.method(config.method_config, roles, adapter, KeyedNoise(config.job.seed), timer)
     add_optimizers(config, roles, method)
     checkpoints, state = _resume(run, resume, roles, dataset, world.device, lock)
@@ -308,9 +311,10 @@ def assemble(
         layouts=layouts,
         ranks=ranks,
         step_ranks=Ranks(config.comm.init_timeout_seconds),
+        doctor=Doctor(config, method.signals, layouts, timer, stop, is_main=world.is_main, start_step=state.step),
         held_out=None if rows is None else HeldOutLoss(config, rows, method, adapter, layouts, ranks),
         watchdog=watchdog,
-        stop=stop or Stop(),
+        stop=stop,
     )
     if world.is_main:
         print(banner(config, roles, world, run.layout.roles, run.layout.num_micro_batches))
