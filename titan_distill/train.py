@@ -404,6 +404,7 @@ def _open_rows(run: ResolvedRun, data: DataConfig, key: str = DATA_PATH) -> RowD
         checks=(*family.row_checks(), *run.method.row_checks(run.config)),
         encoders=family.encoder_digests(),
         buckets=family.buckets(),
+        statistics=family.latent_statistics(),
         key=key,
     )
 

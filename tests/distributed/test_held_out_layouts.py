@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from bucket_data import BUCKETS, write_buckets
 from forked import train_forked
 from runs import REPOSITORY, TINY_SHAPES, read_metrics, tiny_argv
 
@@ -16,6 +17,7 @@ P = "--parallelism."
 FSDP = ("--training.local_batch_size", "2")
 LAYOUTS = {
     "fsdp 2": FSDP,
+    "buckets, fsdp 2": FSDP,
     "sequence 2": (f"{P}sequence", "2"),
     "tensor 2": (f"{P}tensor", "2"),
     "teacher sequence 2, students fsdp 2": (*FSDP, "--roles.teacher.parallelism.sequence", "2"),
@@ -29,6 +31,7 @@ LAYOUTS = {
         ("finetune", "fsdp 2"),
         ("finetune", "sequence 2"),
         ("finetune", "tensor 2"),
+        ("finetune", "buckets, fsdp 2"),
         ("dmd2", "fsdp 2"),
         ("dmd2", "teacher sequence 2, students fsdp 2"),
         ("scm", "sequence 2"),
@@ -39,11 +42,15 @@ def test_two_ranks_measure_what_one_does(
 ) -> None:
     """At step 0 to 1e-6, after eight steps to 1e-5. Five rows: one rank repeats one, which does not count."""
     monkeypatch.chdir(REPOSITORY)
-    rows = ParquetDataset(TINY_SHAPES / "latents.parquet")
-    write_rows(tmp_path / "held_out.parquet", (rows[len(rows) - 1 - index] for index in range(NUM_ROWS)))
+    if layout.startswith("buckets"):
+        data = ("--data.path", str(write_buckets(tmp_path / "data")), *BUCKETS.split())
+        write_buckets(tmp_path / "held_out", (3, 1, 2))  # over two ranks, two of the shapes repeat a row
+    else:
+        data, rows = (), ParquetDataset(TINY_SHAPES / "latents.parquet")
+        write_rows(tmp_path / "held_out" / "a.parquet", (rows[len(rows) - 1 - i] for i in range(NUM_ROWS)))
     options = (
         "--training.steps", str(STEPS), "--checkpoint.enabled", "false",
-        "--validation.data", str(tmp_path / "held_out.parquet"),
+        *data, "--validation.data", str(tmp_path / "held_out"),
         *(("--method_config.tangent_warmup", "2") if method == "scm" else ()),
     )  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"

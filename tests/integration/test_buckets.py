@@ -68,6 +68,43 @@ def test_a_buckets_loss_is_that_of_a_run_with_only_its_shape(folder: Path) -> No
             assert batch_loss == losses[step]
 
 
+@pytest.mark.nightly
+def test_the_held_out_loss_has_rows_of_all_buckets(folder: Path) -> None:
+    """Its sums are those of runs with only one shape, on the same rows under the same ids."""
+    held_out = ("--validation.data", str(write_buckets(folder / "held_out", (1, 3, 2))))
+    mixed = trainer_of(folder, "mixed", *BUCKETS.split(), *held_out)
+    assert mixed.held_out is not None
+    measured = mixed.held_out.measure(0, mixed.roles)
+    assert {size: len(rows) for size, rows in zip(SHAPES, by_bucket(mixed), strict=True)} == {
+        SHAPES[0]: 1,
+        SHAPES[1]: 3,
+        SHAPES[2]: 2,
+    }
+    total = 0.0
+    for size, rows in zip(SIZES, by_bucket(mixed), strict=True):
+        keys = zip(("num_frames", "height", "width"), size, strict=True)
+        one_size = [word for key, value in keys for word in (f"--pipeline_config.{key}", str(value))]
+        write_buckets(folder / str(size) / "data", tuple(4 * (other == size) for other in SIZES))  # type: ignore[arg-type]
+        alone = trainer_of(folder / str(size), "run", *one_size, *held_out_of(folder, size))
+        assert alone.held_out is not None
+        alone.held_out.rows, alone.held_out.num_rows = mixed.held_out.rows, len(rows)
+        alone.held_out._by_shape = lambda rows=rows: [rows]  # type: ignore[method-assign]
+        total += len(rows) * alone.held_out.measure(0, alone.roles)["loss/student"]
+    assert measured["loss/student"] == pytest.approx(total / 6, rel=1e-6)
+
+
+def by_bucket(trainer: Trainer) -> list[list[int]]:
+    """Held-out rows in the order of the buckets."""
+    assert trainer.held_out is not None
+    rows = trainer.held_out.rows
+    return [[index for index in range(len(rows)) if rows.shape(index) == shape] for shape in SHAPES]
+
+
+def held_out_of(folder: Path, size: tuple[int, int, int]) -> tuple[str, str]:
+    counts = tuple(2 * (other == size) for other in SIZES)
+    return "--validation.data", str(write_buckets(folder / "alone" / str(size), counts))  # type: ignore[arg-type]
+
+
 def test_buckets_that_dont_fit_are_refused_in_a_sentence(folder: Path) -> None:
     for buckets, message in (
         ("[[5,64,96],[5,64,96]]", "pipeline_config.buckets names one size twice"),

@@ -155,12 +155,14 @@ def test_wrong_rows_are_told_before_anything_is_built(tmp_path: Path, capsys: py
         assert main([*argv, *options]) == 2
         return capsys.readouterr().err
 
-    assert "is data.path, which the run trains on" in refused("--validation.data", str(data))
+    assert "is data that the run trains on" in refused("--validation.data", str(data))
     (tmp_path / "b").mkdir()
     shutil.copy(data, tmp_path / "b" / "toy.parquet")
-    assert "holds the files of data.path" in refused("--validation.data", str(tmp_path / "b" / "toy.parquet"))
+    assert "holds files that the run trains on" in refused("--validation.data", str(tmp_path / "b" / "toy.parquet"))
     (tmp_path / "videos.csv").write_text("video,prompt\na.mp4,x\n")
-    assert "is a .csv of videos, but data.path" in refused("--validation.data", str(tmp_path / "videos.csv"))
+    assert "is a table of videos, but the run trains on parquet" in refused(
+        "--validation.data", str(tmp_path / "videos.csv")
+    )
     assert "validation.data = " in refused("--validation.data", str(tmp_path / "none.parquet"))
     assert 'num_rows = 3 has no effect with data = ""' in refused("--validation.num_rows", "3")
     rows = [

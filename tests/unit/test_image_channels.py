@@ -131,7 +131,7 @@ def test_mask_and_latent_follow_the_noise() -> None:
 @pytest.mark.parametrize("method", ["finetune", "dmd2"])
 def test_training_from_parquet(method: str, pipeline: Path, data: Path, tmp_path: Path) -> None:
     more = "--validation.enabled true --validation.num_prompts 2 --validation.num_videos 1 --validation.scorer none"
-    prompts = f"--validation.prompts {data}/clips.parquet --validation.batch_size 2"
+    prompts = f"--validation.prompts {data} --validation.batch_size 2"
     method_steps = "--method_config.validation_steps 2" if method == "finetune" else "--method_config.teacher_steps 2"
     words = f"{more} {prompts} {method_steps}".split()
     assert main(arguments(method, pipeline, data, tmp_path, *words)) == 0

@@ -93,5 +93,5 @@ def test_which_paths_are_urls() -> None:
     ]  # fmt: skip
     assert location("data/x") == Path("data/x") and location("s3://b/x") == RemotePath("s3://b/x")
     assert seen_from("s3://b/x") == "" and seen_from("data/x")
-    with pytest.raises(ValueError, match=r"is a \.csv at a URL, but videos must be on this machine"):
+    with pytest.raises(ValueError, match=r"is a table at a URL, but videos must be on this machine"):
         DataConfig(path="s3://b/videos.csv")

@@ -209,7 +209,7 @@ def test_other_shapes_are_bad_rows_and_an_empty_bucket_is_refused(tmp_path: Path
     order = tolerant.order(0, 2)
     assert {order.row(number) for number in range(40)} == {0, 1, 3, 4, 6, 7}
     with pytest.raises(ValueError, match=r"no row of .* has latents of \[2, 9, 9, 9\]"):
-        MixedDataset(sets, [1.0], (*SHAPES, (2, 9, 9, 9)))
+        MixedDataset(sets, [1.0], (*SHAPES, (2, 9, 9, 9))).check_buckets()
 
 
 def test_identity_depends_on_sets_weights_and_buckets(tmp_path: Path) -> None:

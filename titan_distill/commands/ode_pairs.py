@@ -42,6 +42,7 @@ from titan_distill.data.manifest import DataManifest, read_manifest, write_manif
 from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck, read_ids, write_rows
 from titan_distill.data.prompts import read_prompts
 from titan_distill.data.row_groups import parquet_files
+from titan_distill.data.tables import is_table
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import TrajectoryRequest, check_options
 from titan_distill.diffusion.schedule import few_step_sigmas, timestep
@@ -65,7 +66,8 @@ class OdePairsOptions:
     config: tyro.conf.Positional[Path]
     """TOML of a job with the role `teacher`: its weights, layout, numbers and pipeline are used."""
     prompts: Path
-    """Prompts: parquet with text embeddings, or .txt (one per line) or .jsonl (key caption), which are encoded."""
+    """Prompts: parquet with text embeddings, or .txt (one per line) or a table (.csv, .tsv, .jsonl, .json), which are
+    encoded."""
     out: Path
     """Folder of the parquet files; files that are there stay, and missing ones are added."""
     teacher: Path | None = None
@@ -104,7 +106,7 @@ def ode_pairs(options: OdePairsOptions) -> str:
     indices = grid_indices(request.sigmas, num_steps=request.num_steps, shift=shift, solver=request.solver)
     if options.batch_size < 1 or (options.num_pairs is not None and options.num_pairs < 1):
         raise ValueError(f"--batch-size {options.batch_size} and --num-pairs {options.num_pairs} must be at least 1")
-    is_list = options.prompts.suffix.lower() in (".txt", ".jsonl")
+    is_list = options.prompts.suffix.lower() == ".txt" or is_table(options.prompts)
     with of_key("--prompts", options.prompts):
         prompts = read_prompts(options.prompts, None) if is_list else ParquetDataset(options.prompts)
     num_pairs = options.num_pairs or len(prompts)

@@ -109,7 +109,7 @@ class Config:
                 f"validation.data = {held_out!r} is data that the run trains on; name rows that are left out of it"
             )
         if held_out and sections.is_table(held_out) != self.data.holds_videos:
-            kinds = ("a .csv of videos", "parquet") if self.data.holds_videos else ("parquet", "a .csv of videos")
+            kinds = ("a table of videos", "parquet") if self.data.holds_videos else ("parquet", "a table of videos")
             raise ValueError(
                 f"validation.data = {held_out!r} is {kinds[1]}, but the run trains on {kinds[0]}; use one kind for both"
             )

@@ -67,9 +67,13 @@ class RecipeConfig:
     """Model family: wan, or one that a module of job.imports registers."""
 
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+"""Ends of the names of tables of videos and prompts, in small letters (`titan_distill.data.tables`)."""
+
+
 def is_table(path: str) -> bool:
     """Returns whether data is a table of videos and prompts, not parquet."""
-    return path.lower().endswith(".csv")
+    return path.lower().endswith(TABLE_SUFFIXES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,20 +95,24 @@ class DataSource:
 class DataConfig:
     path: str = logged("")
     """Parquet file or folder of parquet files with latents and text embeddings (only text, where the method needs no
-    latents), or a .csv with the columns video and prompt, which the run encodes while it trains. Parquet may also be at
-    a URL that fsspec opens, such as s3://bucket/folder."""
+    latents), or a table of videos and prompts (.csv, .tsv, .jsonl, .json), which the run encodes while it trains.
+    Parquet may also be at a URL that fsspec opens, such as s3://bucket/folder."""
     sources: tuple[DataSource, ...] = logged(())
     """Several sets, in place of path: tables [[data.sources]] with the keys path and weight, the passes over the set
     per epoch (default 1.0, so each row occurs once per epoch)."""
+    latents: Literal["raw", "normalised"] | None = logged(None)
+    """Form of the latents in parquet data. raw: means of the VAE's posterior, as FastVideo stores them; they are
+    normalised while they are read. normalised: as the networks take them, as `titan-distill data preprocess` stores
+    them. Default: found from the statistics of the first rows, and asked for where these are not clear."""
     max_text_tokens: int = logged(512)
     """Text tokens per sample. Shorter text embeddings are padded with zeros, longer ones in the data are refused;
-    prompts that the run encodes itself (of a .csv or for validation) are cut."""
+    prompts that the run encodes itself (of a table or for validation) are cut."""
     num_workers: int = free(0)
     """Loader processes per rank. 0 reads in the training process."""
     max_bad_rows: int = logged(0)
     """Largest number of unreadable rows that may be skipped, each with a line in the log. One more ends the run."""
     fps: float | None = logged(None)
-    """Frames per second to which the videos of a .csv are resampled. Default: every frame as it is."""
+    """Frames per second to which the videos of a table are resampled. Default: every frame as it is."""
 
     def __post_init__(self) -> None:
         check_range(self, "max_text_tokens", least=1, most=2**16)
@@ -114,18 +122,24 @@ class DataConfig:
             raise ValueError(f"path = {self.path!r} and sources name data; keep one of the two")
         if not (self.sources or self.path):
             raise ValueError(
-                "path is required but missing; set it to a parquet file, a folder of parquet files or a .csv, or name "
-                "several sets by [[data.sources]]"
+                "path is required but missing; set it to a parquet file, a folder of parquet files or a table of "
+                "videos, or name several sets by [[data.sources]]"
             )
         if len(self.sources) == 1:
             raise ValueError(f"sources has one set, {self.sources[0].path!r}; set data.path to it, or add another set")
         if len(set(self.paths)) < len(self.paths):
             raise ValueError("sources names one set twice; give it one entry with a higher weight")
         if self.holds_videos and is_url(self.path):
-            raise ValueError(f"path = {self.path!r} is a .csv at a URL, but videos must be on this machine; copy them")
+            raise ValueError(f"path = {self.path!r} is a table at a URL, but videos must be on this machine; copy them")
         check_range(self, "fps", above=0, most=MAX_FPS)
         if self.fps is not None and not self.holds_videos:
-            raise ValueError(f"fps = {self.fps} has no effect on path = {self.path!r}, which is not a .csv; remove it")
+            raise ValueError(
+                f"fps = {self.fps} has no effect on path = {self.path!r}, which is no table of videos; remove it"
+            )
+        if self.latents is not None and self.holds_videos:
+            raise ValueError(
+                f"latents = {self.latents!r} has no effect on path = {self.path!r}, a table of videos; remove it"
+            )
 
     @property
     def paths(self) -> tuple[str, ...]:

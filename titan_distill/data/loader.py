@@ -32,7 +32,8 @@ from titan_distill.config.config import Config
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import DataConfig
 from titan_distill.data.footage import VideoSize
-from titan_distill.data.manifest import Size, check_manifest, read_manifest
+from titan_distill.data.latents import Form, LatentStatistics
+from titan_distill.data.manifest import MANIFEST_NAME, Size, check_manifest, read_manifest
 from titan_distill.data.mixed import MixedDataset
 from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck
 from titan_distill.data.rows import BadRowError, RowDataset, RowOrder
@@ -96,6 +97,7 @@ def open_dataset(
     buckets: Mapping[Size, Sequence[int]] | None = None,
     checks: Sequence[RowCheck] = (),
     encoders: Mapping[str, str] | None = None,
+    statistics: LatentStatistics | None = None,
     key: str = DATA_PATH,
 ) -> AnyDataset:
     """The rows to train on. The first ones are read.
@@ -108,21 +110,23 @@ def open_dataset(
         buckets: shapes of the latents of a run with several by the size of the video; empty for one shape.
         checks: further checks of each row of parquet data.
         encoders: digests of the run's encoders, to compare with the data's manifest (`manifest.check_manifest`).
+        statistics: those of the run's VAE, with which raw latents are normalised; None for a family that has none.
         key: configuration key of the path, for messages. Bad rows are tolerated in training data only.
 
     Raises:
         ValueError: the data can't be read, lacks required latents or tensors, or has more bad rows among the first than
-            data.max_bad_rows tolerates.
+            data.max_bad_rows tolerates, or it is not clear whether its latents are raw.
     """
     dataset: AnyDataset
+    sets: Sequence[ParquetDataset] = ()
     is_training = key == DATA_PATH
     keys, max_bad_rows = (data.keys, data.max_bad_rows) if is_training else ({key: data.path}, None)
     if data.holds_videos and buckets:
-        raise ValueError(f"{key} = {data.path!r} is a .csv, whose clips have one size; preprocess it for buckets")
+        raise ValueError(f"{key} = {data.path!r} is a table, whose clips have one size; preprocess it for buckets")
     if data.holds_videos:
         if video_size is None or tensors:
             lacking = f"the tensors {', '.join(tensors)}" if tensors else "samples of a family without videos"
-            raise ValueError(f"{key} = {data.path!r} is a .csv, which can't hold {lacking}; use parquet")
+            raise ValueError(f"{key} = {data.path!r} is a table of videos, which can't hold {lacking}; use parquet")
         size = VideoSize(*video_size, data.fps) if needs_latents else None
         with of_key(key, data.path):
             dataset = VideoDataset(data.path, size, max_bad_rows)
@@ -142,7 +146,33 @@ def open_dataset(
                 dataset.check_buckets()
     with nullcontext() if data.sources else of_key(key, data.path):
         dataset.check_first_rows()
+    if needs_latents or data.latents:
+        for (name, path), part in zip(keys.items(), sets, strict=False):
+            with of_key(name, path):
+                normalise_latents(part, statistics, data.latents)
     return dataset
+
+
+def normalise_latents(dataset: ParquetDataset, statistics: LatentStatistics | None, stated: Form | None) -> None:
+    """Normalises the latents of a set whose latents are raw.
+
+    Args:
+        dataset: the set.
+        statistics: those of the run's VAE; None for a family that has none.
+        stated: `data.latents`. Default: the form that the set's manifest states.
+
+    Raises:
+        ValueError: as `ParquetDataset.normalise_latents`, or for a form that has no effect.
+    """
+    if statistics is None:
+        if stated is not None:
+            raise ValueError(f"data.latents = {stated!r} has no effect on this family's latents; remove it")
+        return
+    manifest = read_manifest(dataset.path)
+    if stated is None and manifest is not None:
+        dataset.normalise_latents(statistics, manifest.latents, f"latents of {MANIFEST_NAME}")
+    else:
+        dataset.normalise_latents(statistics, stated)
 
 
 def _open_set(key: str, path: str, options: dict[str, Any]) -> ParquetDataset:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from titan_distill.config.paths import is_url
 
@@ -54,6 +54,9 @@ class RemotePath:
         system, path = self._opened()
         return bool(system.isdir(path))
 
+    def is_symlink(self) -> bool:
+        return False
+
     def iterdir(self) -> Iterator[RemotePath]:
         """Yields the entries of a folder."""
         system, path = self._opened()
@@ -62,16 +65,16 @@ class RemotePath:
             if name:
                 yield self / name
 
-    def open(self, mode: str = "rb") -> IO[Any]:
+    def open(self, mode: Literal["rb"]) -> IO[bytes]:
         """Opens the file for reading bytes."""
         system, path = self._opened()
-        stream: IO[Any] = system.open(path, mode)
+        stream: IO[bytes] = system.open(path, "rb")
         return stream
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """Returns the text of the file."""
-        with self.open() as file:
-            text: str = file.read().decode(encoding)
+        with self.open("rb") as file:
+            text = file.read().decode(encoding)
         return text.replace("\r\n", "\n").replace("\r", "\n")
 
     def stat(self) -> SimpleNamespace:
@@ -101,4 +104,4 @@ def location(path: str | Location) -> Location:
 
 def parquet_source(file: Location) -> Any:
     """Returns what pyarrow opens to read a file: the path itself, or an open remote file, which the reader closes."""
-    return file if isinstance(file, Path) else file.open()
+    return file if isinstance(file, Path) else file.open("rb")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,18 @@ import torch
 from torch import Tensor
 
 from titan_distill.config.dtypes import DTYPES
+from titan_distill.data.fastvideo import (
+    TIMESTEPS,
+    TRAJECTORY,
+    counts_latent_frames,
+    is_worker_file,
+    own_columns,
+    split_trajectory,
+)
+from titan_distill.data.latents import NUM_ROWS, Form, LatentStatistics, find_form
 from titan_distill.data.location import Location, location, parquet_source
 from titan_distill.data.order import GroupSizes, Integers
-from titan_distill.data.row_groups import CACHE_BYTES, Place, RowGroups, list_files, reading
+from titan_distill.data.row_groups import CACHE_BYTES, Group, Place, RowGroups, list_files, reading
 from titan_distill.data.rows import BadRowError, RowDataset, brief
 from titan_distill.data.tensor_columns import columns_of, decode_row, plain
 from titan_distill.fault_tolerance.files import atomic
@@ -174,13 +183,13 @@ def extra_names(path: str | Location) -> tuple[str, ...]:
     """
     file = list_files(location(path))[0]
     with reading(f"{file} is not a complete parquet file"):
-        columns = set(pq.read_schema(parquet_source(file)).names) - set(SCHEMA.names)
+        columns = set(own_columns(pq.read_schema(parquet_source(file)).names)) - set(SCHEMA.names)
     names = {column.removesuffix("_bytes") for column in columns if column.endswith("_bytes")}
     return tuple(sorted(name for name in names if columns_of(name).keys() <= columns))
 
 
 class ParquetDataset(RowDataset[LatentRow]):
-    """Map-style view of one parquet file, or of all `*.parquet` files of a folder sorted by name.
+    """Map-style view of one parquet file, or of all `*.parquet` files of a folder sorted by name (`list_files`).
 
     Args:
         path: file or folder; local, or a URL that fsspec opens.
@@ -217,6 +226,7 @@ class ParquetDataset(RowDataset[LatentRow]):
             partial(_check_columns, expected=schema_with(tensors)),
             cache_bytes,
         )
+        self._statistics: LatentStatistics | None = None
         self.num_files, self.digest = len(self._groups.files), self._groups.digest
         if not len(self):
             raise ValueError(f"{self.path} holds no rows; name other data")
@@ -254,6 +264,39 @@ class ParquetDataset(RowDataset[LatentRow]):
     def first_rows(self) -> Sequence[int]:
         return sorted({*range(min(MAX_FIRST_ROWS, len(self))), *self._groups.file_starts[:MAX_FIRST_FILES]})
 
+    def normalise_latents(
+        self, statistics: LatentStatistics, stated: Form | None, stated_by: str = "data.latents"
+    ) -> None:
+        """Finds out whether the stored latents are raw, and if so normalises those of all rows read from now on.
+
+        Args:
+            statistics: those of the run's VAE.
+            stated, stated_by: see `find_form`.
+
+        Raises:
+            ValueError: as `find_form`, or for a form of data without stored latents.
+        """
+        first = next(self._stored_latents(), None)
+        if first is None:
+            if stated is not None:
+                raise ValueError(f"{stated_by} = {stated!r} has no effect on data without stored latents; remove it")
+            return
+        file = self._groups.files[0]
+        is_foreign = is_worker_file(file) or counts_latent_frames(file, first.shape[1])
+        form = find_form(self._stored_latents(), statistics, stated, stated_by, is_foreign=is_foreign)
+        self._statistics = statistics if form == "raw" else None
+
+    def _stored_latents(self) -> Iterator[Tensor]:
+        """Yields the latents of the first rows. Ends of trajectories are none: sampling makes normalised ones."""
+        for index in range(min(NUM_ROWS, len(self))):
+            try:
+                group = self._groups.read(self._groups.locate(index).group)
+                latent = self.read(index).vae_latent if _has_latent_column(group) else None
+            except BadRowError:
+                continue
+            if latent is not None:
+                yield latent
+
     def read(self, index: int) -> LatentRow:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a dataset of {len(self)} rows")
@@ -265,11 +308,20 @@ class ParquetDataset(RowDataset[LatentRow]):
             decoded = {name: tensor.clone() for name, tensor in decoded.items()}
         row = _from_record(record, decoded, self._tensors, where)
         try:
+            if row.vae_latent is None and {TRAJECTORY, TIMESTEPS} <= row.extra.keys():
+                states, timesteps, end = split_trajectory(row.extra[TRAJECTORY], row.extra[TIMESTEPS])
+                row = replace(row, vae_latent=end, extra={**row.extra, TRAJECTORY: states, TIMESTEPS: timesteps})
+            elif row.vae_latent is not None and self._statistics is not None:
+                row = replace(row, vae_latent=self._statistics.normalise(row.vae_latent))
             for check in self._checks:
                 check(row)
         except ValueError as error:
             raise BadRowError(f"{where}: {error}") from error
         return row
+
+
+def _has_latent_column(group: Group) -> bool:
+    return "vae_latent" in group.tensors or "vae_latent_bytes" in group.columns
 
 
 def _shapes(column: pa.Array | None, num_rows: int) -> Integers:

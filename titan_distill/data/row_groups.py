@@ -22,6 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from titan_distill.data.fastvideo import own_columns
+from titan_distill.data.folders import files_below
 from titan_distill.data.location import Location, parquet_source
 from titan_distill.data.order import GroupSizes
 from titan_distill.data.rows import BadRowError, brief
@@ -68,15 +70,16 @@ class Place(NamedTuple):
 
 
 def list_files(path: Location) -> Sequence[Location]:
-    """Returns the parquet files of a dataset, in order. Raises ValueError if there are none."""
+    """Returns the parquet files of a dataset, in order: those of a folder, or, if it has none itself, those of its
+    subfolders. Raises ValueError if there are none."""
     with reading(f"{path} can't be read"):
         if path.is_file():
             return [path]
         if not path.is_dir():
             raise ValueError(f"no dataset at {path}: expected a parquet file or a folder of them")
-        files = parquet_files(path)
+        files = parquet_files(path) or files_below(path, (".parquet",))
     if not files:
-        raise ValueError(f"no *.parquet file in {path}: expected the output of `titan-distill data preprocess`")
+        raise ValueError(f"no *.parquet file in or below {path}: expected what `titan-distill data preprocess` writes")
     return files
 
 
@@ -127,7 +130,7 @@ class RowGroups:
                 raise ValueError(
                     f"{file} is damaged: its row groups do not add up to {metadata.num_rows} rows: {REMEDY}"
                 )
-            check(file, schema)
+            check(file, pa.schema([f.with_name(own) for f, own in zip(schema, own_columns(schema.names))]))
             num_rows += sizes
             num_bytes += [group.total_byte_size for group in groups]
             file_ends.append(len(num_rows))
@@ -209,13 +212,14 @@ class RowGroups:
                 self._footers.add(file, metadata, metadata.serialized_size)
             source = parquet_source(self.files[file])
             with pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True) as parquet:
-                wanted = [name for name in self._columns if name in parquet.schema_arrow.names]
-                table = parquet.read_row_group(in_file, columns=wanted, use_threads=False)
+                stored = parquet.schema_arrow.names
+                wanted = {own: name for own, name in zip(own_columns(stored), stored) if own in self._columns}
+                table = parquet.read_row_group(in_file, columns=list(wanted.values()), use_threads=False)
         except _READ_ERRORS as error:
             raise BadRowError(f"{where}: unreadable ({brief(error)})") from error
         if table.num_rows != size:
             raise BadRowError(f"{where}: unreadable ({table.num_rows} rows were found)")
-        columns = {name: table.column(name) for name in table.column_names}
+        columns = {own: table.column(name) for own, name in wanted.items()}
         return {name: column.chunk(0) if column.num_chunks == 1 else column for name, column in columns.items()}
 
     def _first_row(self, number: int) -> int:

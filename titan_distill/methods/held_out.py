@@ -49,8 +49,8 @@ def held_out_section(config: Config) -> DataConfig:
 
 
 def check_held_out(config: Config, rows: RowDataset[Any], training: RowDataset[Any]) -> None:
-    """Raises ValueError for held-out rows that cannot be used, or that are the training data under another path. Videos
-    are read by the first validation, because to decode one takes a second or more."""
+    """Raises ValueError for held-out rows that cannot be used, or that are training data under another path. Footage
+    is read by the first validation, because decoding takes a second or more."""
     if rows.set_digests & training.set_digests:
         raise ValueError(
             f"{HELD_OUT} = {config.validation.data!r} holds files that the run trains on; name rows that are "

@@ -25,6 +25,7 @@ from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
 from titan_distill.config.role_sections import RoleConfig
 from titan_distill.config.text import to_dict
+from titan_distill.data.latents import LatentStatistics
 from titan_distill.data.loader import Batch
 from titan_distill.data.manifest import Size
 from titan_distill.data.parquet import RowCheck
@@ -249,15 +250,21 @@ class Adapter(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderFolders:
-    """Folders of a model family's encoders."""
+class TextEncoderFolders:
+    """Folders of a model family's text encoder."""
 
-    vae: Path
-    """Video encoder (VAE): its diffusers folder, or the pipeline folder that has it as vae/."""
     text_encoder: Path
     """Text encoder: its folder, or the pipeline folder that has it as text_encoder/."""
     tokenizer: Path | None = None
     """Tokenizer folder. Default: tokenizer/ beside the text encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFolders(TextEncoderFolders):
+    """Folders of a model family's encoders."""
+
+    vae: Path
+    """Video encoder (VAE): its diffusers folder, or the pipeline folder that has it as vae/."""
     images: bool = False
     """Also encode the first frame of each clip as a picture, for image-to-video models that take a picture in separate
     channels."""
@@ -349,6 +356,11 @@ class ModelFamily(ABC):
     def buckets(self) -> dict[Size, tuple[int, ...]]:
         """Returns the shapes of the latents of a run with several, by the size of the video; empty for one shape."""
         return {}
+
+    def latent_statistics(self) -> LatentStatistics | None:
+        """Returns the statistics with which raw latents become those of the networks, empty ones if the run has no VAE.
+        None if the family has no such step. Raises ValueError for a VAE's configuration that can't be read."""
+        return None
 
     @property
     def needs_latents(self) -> bool:
@@ -447,6 +459,17 @@ class ModelFamily(ABC):
     def footage_encoder(cls, folders: EncoderFolders, device: torch.device) -> FootageEncoder:
         """Returns the encoder of this family's datasets. Raises ValueError for folders without the required files."""
         raise ValueError(f"{cls.__name__} encodes no footage; choose another --family")
+
+    @classmethod
+    def prompt_encoder(cls, folders: TextEncoderFolders, device: torch.device) -> FootageEncoder:
+        """Returns an encoder of prompts only. Raises ValueError for folders without the required files."""
+        raise ValueError(f"{cls.__name__} encodes no prompts; choose another --family")
+
+    @classmethod
+    def latent_decoder(cls, vae: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Returns a function from latents [B, C, F, H, W] of a data set to uint8 videos [B, frames, height, width, 3].
+        `vae` is the decoder's folder or its pipeline's. Raises ValueError if the family has none."""
+        raise ValueError(f"{cls.__name__} decodes no latents; leave out --vae")
 
     @abstractmethod
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:

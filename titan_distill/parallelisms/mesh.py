@@ -261,6 +261,19 @@ def default_device() -> torch.device:
     return torch.device("cuda", _from_environment("LOCAL_RANK", default=0, least=0))
 
 
+def named_device(name: str | None) -> torch.device:
+    """Returns the device that an option --device names; None names the default. Raises ValueError if there is none."""
+    if name is None:
+        return default_device()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the second is "not compiled with CUDA"
+        raise ValueError(
+            f"--device {name!r} is none of this machine's, which has cpu and {torch.cuda.device_count()} GPUs (cuda:0 "
+            "is the first); leave it out for the default"
+        ) from error
+
+
 def check_local_ranks() -> None:
     """Raises ValueError if torchrun starts more ranks on this machine than it has GPUs, or if its environment is no
     torchrun's. Without GPUs there is no limit."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from titan_distill.attention.causal import KVCache
 from titan_distill.config.config import Config
-from titan_distill.data.loader import Batch
+from titan_distill.data.loader import Batch, normalise_latents
+from titan_distill.data.parquet import ParquetDataset
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.models.base import Adapter, Condition, Guidance
@@ -35,7 +36,7 @@ from titan_distill.models.wan.prompt_pictures import FirstFrames, PictureRows
 from titan_distill.models.wan.text_encoder import padded
 from titan_distill.models.wan.tokens import Grid, token_grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import decode_latents, restart
+from titan_distill.models.wan.vae import decode_latents, restart, stored_statistics
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
 from titan_distill.parallelisms.mesh import Layouts, Peers
 from titan_distill.roles import RoleHandle, RoleManager
@@ -175,7 +176,7 @@ class WanAdapter(Adapter):
         pictures, first_frames = PictureRows(path, self.encoders.image_tensors), None
         if self.pipeline.validate_from_image:
             self.check_takes_images()
-            first_frames = FirstFrames(path, self.pipeline.height, self.pipeline.width)
+            first_frames = FirstFrames(path, self.pipeline.height, self.pipeline.width, self._normalise)
             first_frames.latents([0], self)  # raises for pictures of another size now, not after the first samples
         max_tokens = self.config.data.max_text_tokens
         encoded = {index: self.encoders.text.embed(prompts[index], max_tokens) for index in ids}
@@ -186,6 +187,9 @@ class WanAdapter(Adapter):
             return found if first_frames is None else self.with_first_frame(found, first_frames.latents(ids, self))
 
         return condition
+
+    def _normalise(self, dataset: ParquetDataset) -> None:
+        normalise_latents(dataset, stored_statistics(self.pipeline.path), self.config.data.latents)
 
     def release_text_encoder(self) -> None:
         # Captions of videos are encoded while the run trains.

@@ -95,7 +95,7 @@ class Encoders(FootageEncoder):
         space.check_size(num_frames, height, width, names=("--num-frames", "--height", "--width"))
 
     def digests(self) -> dict[str, str]:
-        return {} if self.vae_folder is None else encoder_digests(self.vae_folder, self.text)
+        return encoder_digests(self.vae_folder, self.text_or_none)
 
     def encode_video(self, videos: Tensor) -> Tensor:
         return encode_video(self.vae, videos)
@@ -116,6 +116,7 @@ class Encoders(FootageEncoder):
         return tensors
 
 
-def encoder_digests(vae: Path, text: TextEncoder) -> dict[str, str]:
+def encoder_digests(vae: Path | None, text: TextEncoder | None) -> dict[str, str]:
     """Returns digests of the files of a VAE, in its folder or its pipeline's, and of a text encoder, by name."""
-    return {"vae": fingerprint(vae_folder(vae)), **text.digests}
+    of_vae = {} if vae is None else {"vae": fingerprint(vae_folder(vae))}
+    return of_vae | ({} if text is None else text.digests)

@@ -69,7 +69,7 @@ class WanPipelineConfig:
     image_noise_std: float = logged(0.5)
     """Standard deviation of the logarithm described at image_noise_mean."""
     validate_from_image: bool = logged(False)
-    """Start validation videos from the pictures beside the prompts of validation.prompts: a .csv with the column image
+    """Start validation videos from the pictures beside the prompts of validation.prompts: a table with the column image
     (or video), or the first frames of parquet with latents."""
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,18 @@ from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.paths import is_reference, of_key
 from titan_distill.config.role_sections import HEAD_FLAVOR, RoleConfig
 from titan_distill.config.sections import FIRST_TILE, Tile
+from titan_distill.data.latents import LatentStatistics
 from titan_distill.data.manifest import Size
 from titan_distill.data.parquet import RowCheck
 from titan_distill.fault_tolerance.ranks import Ranks
-from titan_distill.models.base import Adapter, EncoderFolders, EncoderMemory, FootageEncoder, ModelFamily
+from titan_distill.models.base import (
+    Adapter,
+    EncoderFolders,
+    EncoderMemory,
+    FootageEncoder,
+    ModelFamily,
+    TextEncoderFolders,
+)
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.encoder_memory import decoding_bytes, encoder_bytes, find_decoder
@@ -46,7 +54,7 @@ from titan_distill.models.wan.stored import EXPERTS, StoredWeights
 from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import load_vae
+from titan_distill.models.wan.vae import decode_latents, load_vae, stored_statistics, vae_dtype
 from titan_distill.parallelisms.mesh import Layouts, RoleMesh
 from titan_distill.parallelisms.shards import copy_full_tensor
 from titan_distill.registry import register_model
@@ -82,6 +90,9 @@ class WanFamily(ModelFamily):
     def given_parts(cls, config: Config) -> str | None:
         probability = config.pipeline_config.image_probability
         return f"pipeline_config.image_probability = {probability} gives first frames" if probability else None
+
+    def latent_statistics(self) -> LatentStatistics:
+        return stored_statistics(self.config.pipeline_config.path)
 
     @property
     def needs_latents(self) -> bool:
@@ -404,11 +415,19 @@ class WanFamily(ModelFamily):
             with of_key("--image-encoder", folders.image_encoder):
                 images = ImageEncoder(folders.image_encoder, device=device)
         names = (*[LATENT] * folders.images, *[EMBEDDING] * (images is not None))
-        with of_key("--text-encoder", folders.text_encoder):
-            text = TextEncoder(folders.text_encoder, folders.tokenizer, device=device)
+        text = cls.prompt_encoder(folders, device).text
         with of_key("--vae", folders.vae):
-            vae = load_vae(folders.vae, device)
+            vae = load_vae(folders.vae, device, vae_dtype(device, torch.bfloat16))
         return Encoders(vae, text, images, names, folders.vae)
+
+    @classmethod
+    def prompt_encoder(cls, folders: TextEncoderFolders, device: torch.device) -> Encoders:
+        with of_key("--text-encoder", folders.text_encoder):
+            return Encoders(text_or_none=TextEncoder(folders.text_encoder, folders.tokenizer, device=device))
+
+    @classmethod
+    def latent_decoder(cls, vae: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+        return partial(decode_latents, load_vae(vae, device, vae_dtype(device, torch.bfloat16)))
 
 
 def _wan(module: nn.Module) -> WanTransformer:
