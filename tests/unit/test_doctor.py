@@ -27,7 +27,7 @@ from titan_distill.methods.base import method_class
 from titan_distill.train import main
 from titan_distill.trainer import Trainer
 from titan_distill.validation.distances import project
-from titan_distill.validation.health import LEVELS, Reading, Traits, denoising_errors, readings
+from titan_distill.validation.health import LEVELS, START, Reading, Traits, denoising_errors, readings
 from titan_distill.validation.looks import Looks, diversity, looks
 from titan_distill.validation.report import doctor as doctors
 from titan_distill.validation.report.measures import MEASURES
@@ -112,7 +112,7 @@ def test_the_error_of_a_denoiser_is_that_of_its_formula(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, "dmd2")
     x0, label = torch.linspace(-1, 2, 2 * 64).view(2, 64), torch.ones(2, 1)
     teacher, noise = trainer.roles["teacher"], KeyedNoise(5)
-    found = denoising_errors(trainer.adapter, [teacher], x0, {"label": label}, [3, 4], seed=5)
+    found = denoising_errors(trainer.adapter, {"teacher": teacher}, x0, {"label": label}, [3, 4], seed=5)
     total = torch.zeros(2)
     for index, sigma in enumerate(LEVELS):
         drawn = noise.normal("doctor/noise", index, [3, 4], (64,), device=x0.device)
@@ -151,16 +151,18 @@ def test_readings_compare_the_same_prompts() -> None:
     assert found["student", "saturation"].value == pytest.approx(0.3)
     assert found["student", "saturation"].reference == pytest.approx(0.3)
     assert found["student", "motion"].reference == pytest.approx(0.9)
-    start = found["teacher", "contrast_over_start"]
-    assert (start.value, start.reference) == (pytest.approx(0.4), pytest.approx(0.2))
     assert found["critic", "denoising_error"] == Reading("critic", "denoising_error", 1.5)
-    assert {role for role, _ in found} == {"student", "teacher", "critic"}
+    assert {role for role, _ in found} == {"student", "critic"}
 
 
-def test_before_the_first_step_the_critic_reads_the_untrained_student() -> None:
-    sets = {"teacher": {0: traits(0.2)}, "before": {0: traits(0.1, errors={"critic": 7.0})}}
-    found = readings(REQUEST, sets, num_prompts=1)
-    assert [reading.value for reading in found if reading.measure == "denoising_error"] == [7.0]
+def test_before_the_first_step_an_untrained_network_judges_the_teacher() -> None:
+    """The further samples of the first prompt, which the student's set has not, do not count."""
+    teacher = {0: traits(0.2, errors={START: 6.0}), 1: traits(0.2, errors={START: 100.0})}
+    sets = {"teacher": teacher, "before": {0: traits(0.1, errors={"critic": 7.0, START: 3.0})}}
+    assert readings(REQUEST, sets, num_prompts=1) == [
+        Reading("teacher", "start_error", 6.0, 3.0),
+        Reading("critic", "denoising_error", 7.0),
+    ]
 
 
 def test_diversity_is_that_of_the_first_prompt() -> None:

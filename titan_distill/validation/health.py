@@ -3,14 +3,17 @@ with.
 
 Samples of the trained role are compared with those of the method's reference (the teacher), prompt by prompt from the
 same noise, so a prompt that makes a dark or a quiet video counts alike on both sides. A method without a reference
-compares with its first baseline, and without baselines with the run's own first validation. The teacher is compared
-with the student before training, which tells a teacher of another scale, and too much guidance, before the first step.
+compares with its first baseline, and without baselines with the run's own first validation.
+
+Before the first step an untrained network judges the teacher: its error on the teacher's noised samples, divided by
+that on samples of the student. Samples of moderate guidance are some times as hard for it; those of too much guidance,
+or of a teacher that works on latents of another scale, many times, although they may be neither bright nor harsh.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,8 +29,8 @@ NUM_NOISES = 4
 LEVELS = (0.25, 0.5, 0.75)
 """Noise levels at which a role's error on samples is measured."""
 
-OVER_START = ("saturation", "contrast")
-"""Looks of the teacher that are compared with those of the student before training."""
+START = "start"
+"""Name of the untrained network in `Traits.errors`. No role has it: those are named by their samples, too."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Traits:
     """Looks of the video, if it was decoded."""
     projections_P: Tensor | None
     errors: Mapping[str, float] = field(default_factory=dict)
-    """Mean squared errors of the roles that learn to denoise such samples, by role."""
+    """Mean squared errors of the roles that learn to denoise such samples, by role, and of START."""
 
 
 Set = Mapping[int, Traits]
@@ -59,15 +62,15 @@ Set = Mapping[int, Traits]
 
 @torch.no_grad()
 def denoising_errors(
-    adapter: Adapter, roles: Sequence[RoleHandle], x0: Tensor, condition: Condition, ids: Sequence[int], seed: int
+    adapter: Adapter, roles: Mapping[str, RoleHandle], x0: Tensor, condition: Condition, ids: Sequence[int], seed: int
 ) -> list[dict[str, float]]:
-    """Returns for each sample the mean squared error of each role's velocity at its noised latents, averaged over
-    LEVELS. The noise depends on `seed`, level and sample only."""
+    """Returns for each sample, by the names in `roles`, the mean squared error of a role's velocity at its noised
+    latents, averaged over LEVELS. The noise depends on `seed`, level and sample only."""
     noise = KeyedNoise(seed)
     errors: list[dict[str, float]] = [{} for _ in ids]
     mask = adapter.loss_mask(condition)
     counted = torch.ones_like(x0) if mask is None else mask.to(x0).expand_as(x0)
-    for role in roles:
+    for name, role in roles.items():
         total_B = torch.zeros(len(ids), dtype=torch.float64, device=x0.device)
         for index, sigma in enumerate(LEVELS):
             sigma_B = torch.full((len(ids),), sigma, dtype=torch.float64)
@@ -76,7 +79,7 @@ def denoising_errors(
             squared = counted * (velocity - (drawn - x0)) ** 2
             total_B += squared.double().flatten(1).sum(1) / counted.double().flatten(1).sum(1)
         for error, value in zip(errors, (total_B / len(LEVELS)).tolist(), strict=True):
-            error[role.name] = value
+            error[name] = value
     return errors
 
 
@@ -88,7 +91,9 @@ def readings(request: ValidationRequest, sets: Mapping[str, Set], num_prompts: i
         own = sets.get(sample.label, {})
         if own and sample.label == request.reference:
             others = (x.label for x in request.samples if x.baseline and x.role != sample.role)
-            found += _over_start(sample.role, own, sets.get(next(others, ""), {}))
+            values = [_mean_error(samples, START, num_prompts) for samples in (own, sets.get(next(others, ""), {}))]
+            if None not in values:
+                found.append(Reading(sample.role, "start_error", *values))
         elif own and not sample.baseline:
             baselines = (x.label for x in request.samples if x.baseline)
             other = sets.get(request.reference or next(baselines, ""), {})
@@ -98,13 +103,6 @@ def readings(request: ValidationRequest, sets: Mapping[str, Set], num_prompts: i
     for sample in trained or request.samples:  # before the first step it equals one of the baselines
         found += _errors(sets.get(sample.label, {}), num_prompts)
     return found
-
-
-def _over_start(role: str, own: Set, before: Set) -> list[Reading]:
-    if not before:
-        return []
-    compared = [reading for reading in _looks(role, own, before) if reading.measure in OVER_START]
-    return [replace(reading, measure=f"{reading.measure}_over_start") for reading in compared]
 
 
 def _looks(role: str, own: Set, other: Set) -> list[Reading]:
@@ -139,6 +137,11 @@ def _diversity_of(samples: Set, num_prompts: int) -> float | None:
 
 
 def _errors(own: Set, num_prompts: int) -> list[Reading]:
-    errors = [traits.errors for index, traits in own.items() if traits.errors and index < num_prompts]
-    roles = errors[0] if errors else {}
-    return [Reading(role, "denoising_error", sum(error[role] for error in errors) / len(errors)) for role in roles]
+    roles = {name for traits in own.values() for name in traits.errors if name != START}
+    errors = {role: _mean_error(own, role, num_prompts) for role in sorted(roles)}
+    return [Reading(role, "denoising_error", error) for role, error in errors.items() if error is not None]
+
+
+def _mean_error(samples: Set, name: str, num_prompts: int) -> float | None:
+    errors = [x.errors[name] for index, x in samples.items() if index < num_prompts and name in x.errors]
+    return sum(errors) / len(errors) if errors else None

@@ -45,7 +45,7 @@ from titan_distill.models.base import Adapter
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.distances import project, sliced_wasserstein, sliced_wasserstein_excess
-from titan_distill.validation.health import NUM_NOISES, Reading, Traits, denoising_errors, readings
+from titan_distill.validation.health import NUM_NOISES, START, Reading, Traits, denoising_errors, readings
 from titan_distill.validation.looks import Looks, looks
 from titan_distill.validation.sampling import Sampling, go_on
 from titan_distill.validation.scorers import prompts_path, scorer, validation_prompts
@@ -123,6 +123,7 @@ class Validator:
         self.poll: Callable[[], None] = go_on
         self.prompts = validation_prompts(config)
         self._is_watched = config.doctor.enabled
+        self._pretrained = {name for name, role in config.roles.items() if role.is_pretrained}
         sizes = {self._num_samples(is_scored) for is_scored in (True, False)}
         ids = {self._prompt(at % size) for size in sizes for batch in self._batches(size) for at in batch}
         self.condition = adapter.prompt_conditions(prompts_path(config), self.prompts, sorted(ids))
@@ -140,10 +141,7 @@ class Validator:
     def validate(self, step: int, request: ValidationRequest, roles: RoleManager) -> dict[str, float]:
         """Samples, scores and writes videos below the validation folder. Returns metrics as `<sample label>/<metric>`
         on rank 0, and nothing on other ranks."""
-        self._denoisers = {
-            x.label: [roles[name] for name, made_by in request.denoisers if made_by == x.role and self._is_watched]
-            for x in request.samples
-        }
+        self._denoisers = self._choose_denoisers(step, request, roles) if self._is_watched else {}
         sets: dict[str, Samples] = {}
         baselines = tuple(sample for sample in request.samples if sample.baseline)
         # Before the first step the trained role still equals one of the baselines, so it is not sampled.
@@ -174,6 +172,20 @@ class Validator:
         folder = self._step_folder(step)
         return [*sorted(folder.glob("*.png")), *sorted(folder.glob("*.mp4"))]
 
+    def _choose_denoisers(
+        self, step: int, request: ValidationRequest, roles: RoleManager
+    ) -> dict[str, dict[str, RoleHandle]]:
+        """Returns the roles whose errors on a set's samples are measured, by label and name."""
+        chosen: dict[str, dict[str, RoleHandle]] = {sample.label: {} for sample in request.samples}
+        known = [role for role in roles.trainable if role.name in self._pretrained]
+        whole = [role for role in known if self.adapter.segment_lengths(role) is None]
+        for sample in request.samples:
+            if step == 0 and request.reference is not None and whole:
+                chosen[sample.label][START] = whole[0]
+            learners = (name for name, made_by in request.denoisers if made_by == sample.role)
+            chosen[sample.label] |= {name: roles[name] for name in learners}
+        return chosen
+
     def _baseline(self, step: int, request: SampleRequest, roles: RoleManager) -> Samples | None:
         """Returns the samples of a baseline, drawn at step 0 or read from the file after a resume. None if the role was
         not sampled so before its training began."""
@@ -200,7 +212,7 @@ class Validator:
     def _sample(self, request: SampleRequest, role: RoleHandle) -> Samples:
         sampling = Sampling(self.adapter, KeyedNoise(self.config.seed), self.layouts.device, self.poll)
         samples: Samples = {}
-        num_samples, denoisers = self._num_samples(request.scored), self._denoisers[request.label]
+        num_samples, denoisers = self._num_samples(request.scored), self._denoisers.get(request.label, {})
         with role.evaluation():
             for positions in self._batches(num_samples):
                 ids = [position % num_samples for position in positions]

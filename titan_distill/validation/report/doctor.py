@@ -99,7 +99,7 @@ class Doctor:
         self._num_ranks = layouts.num_data_groups * layouts.data_group
         self._scale = layouts.data_group * config.training.global_batch_size
         self._is_main, self._moved = is_main and config.doctor.enabled, dict[str, Moved]()
-        self._pretrained = {name for name, role in config.roles.items() if role.path or role.init_from}
+        self._pretrained = {name for name, role in config.roles.items() if role.is_pretrained}
         self._captions: deque[str] = deque(maxlen=NUM_CAPTIONS)
         self._recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=NUM_UPDATES))
         self._out: set[str] = set()
