@@ -27,6 +27,7 @@ from titan_distill.fault_tolerance.exit_codes import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_UNHEALTHY,
 )
 from titan_distill.fault_tolerance.failures import describe
 from titan_distill.fault_tolerance.signals import leave_at_once
@@ -85,6 +86,8 @@ class Relay:
             return EXIT_INTERRUPTED
         if EXIT_BAD_INPUT in workers:
             return EXIT_BAD_INPUT
+        if EXIT_UNHEALTHY in workers:
+            return EXIT_UNHEALTHY
         # A rank that a signal ends before it has a handler has nothing to lose.
         was_too_early = bool(self.received) and workers <= {-signal.SIGUSR1, -signal.SIGTERM}
         if EXIT_COME_AGAIN in workers or was_too_early:

@@ -52,6 +52,7 @@ from titan_distill.fault_tolerance.exit_codes import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_UNHEALTHY,
 )
 from titan_distill.fault_tolerance.failures import report
 from titan_distill.fault_tolerance.outputs import probe_folder
@@ -90,6 +91,7 @@ from titan_distill.planner.recorded import RunPlan
 from titan_distill.resolve import ResolvedRun, resolve
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 from titan_distill.trainer import NonFiniteError, Trainer
+from titan_distill.validation.report.doctor import Doctor
 from titan_distill.validation.scorers import validation_prompts
 from titan_distill.validation.validator import Validator
 
@@ -227,12 +229,16 @@ def train(trainer: Trainer) -> int:
         trainer.metrics.close()
     if not dist.is_initialized() or dist.get_rank() == 0:
         latest, step = trainer.metrics.latest, trainer.state.step
-        print(closing(trainer.config, latest) if finished else stopped(trainer.config, step, first_step))
+        print(
+            closing(trainer.config, latest)
+            if finished
+            else stopped(trainer.config, step, first_step, trainer.stop.is_doctors)
+        )
     if dist.is_initialized():
         # gloo aborts when a rank leaves while others still talk to it. Rank 0's trackers may still upload.
         trainer.ranks.wait()
         dist.destroy_process_group()
-    return EXIT_DONE if finished else EXIT_COME_AGAIN
+    return EXIT_DONE if finished else EXIT_UNHEALTHY if trainer.stop.is_doctors else EXIT_COME_AGAIN
 
 
 def dry_run(run: ResolvedRun) -> str:
@@ -265,7 +271,7 @@ def assemble(
     layouts = build_layouts(run, world)
     roles = build_roles(run, layouts, world.device)
     adapter = run.family.build_adapter(world.device, layouts)
-    timer = PhaseTimer(world.device)
+    timer, stop = PhaseTimer(world.device), stop or Stop()
     method = run.method(config.method_config, roles, adapter, KeyedNoise(config.job.seed), timer)
     add_optimizers(config, roles, method)
     checkpoints, state = _resume(run, resume, roles, dataset, world.device, lock)
@@ -305,9 +311,10 @@ def assemble(
         layouts=layouts,
         ranks=ranks,
         step_ranks=Ranks(config.comm.init_timeout_seconds),
+        doctor=Doctor(config, method.signals, layouts, timer, stop, is_main=world.is_main, start_step=state.step),
         held_out=None if rows is None else HeldOutLoss(config, rows, method, adapter, layouts, ranks),
         watchdog=watchdog,
-        stop=stop or Stop(),
+        stop=stop,
     )
     if world.is_main:
         print(banner(config, roles, world, run.layout.roles, run.layout.num_micro_batches))

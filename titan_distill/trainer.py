@@ -39,6 +39,7 @@ from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.fsdp import set_gradient_sync
 from titan_distill.parallelisms.mesh import Layouts, sum_over_samples, tighten_timeout
 from titan_distill.roles import RoleHandle, RoleManager
+from titan_distill.validation.report.doctor import Doctor
 from titan_distill.validation.validator import Validator
 
 __all__ = ["NonFiniteError", "Trainer"]
@@ -64,6 +65,7 @@ class Trainer:
     """All ranks, for waits that may last longer than a collective during training."""
     step_ranks: Ranks
     """All ranks, for what they tell each other in every step."""
+    doctor: Doctor
     held_out: HeldOutLoss | None = None
     watchdog: Watchdog | None = None
     stop: Stop = field(default_factory=Stop)
@@ -106,7 +108,8 @@ class Trainer:
         step = self.state.step
         with self.timer("data"):
             batch = self._next_batch()
-        yield "step", self.adapter.start_step(self.roles, step)
+        watched = self.doctor.watch(step + 1, batch.captions)
+        yield "step", self.adapter.start_step(self.roles, step) | watched
         for update in self.method.updates(step):
             yield update.role, self.run_update(update, batch)
 
@@ -133,8 +136,10 @@ class Trainer:
         """Accumulates gradients over micro-batches, checks and clips them, and steps the optimizer of one role."""
         role = self.roles[update.role]
         totals, losses_N = self.forward_backward(update, role, batch)
+        totals |= self.doctor.sums(losses_N.device)
         with self.timer("optimizer"):
-            values, norm, num_nonfinite = self._sum_over_ranks(totals, losses_N, self._clip_gradients(role))
+            means, norm, num_nonfinite = self._sum_over_ranks(totals, losses_N, self._clip_gradients(role))
+            values = self.doctor.received(self.state.step + 1, role.name, means)
             values |= {f"grad_norm/{role.name}": norm, f"lr/{role.name}": role.learning_rate}
             if num_nonfinite:
                 step = self.state.step + 1  # messages count as the progress line does, from 1
@@ -143,7 +148,8 @@ class Trainer:
                 skip_or_raise(sentence, role.num_skips, self.config.training.max_nonfinite_skips)
             else:
                 self._release_state()
-                role.step(self.state.step, tick_ema=update.ema)
+                with self.doctor.weighing(role):
+                    role.step(self.state.step, tick_ema=update.ema)
         if self.config.training.max_nonfinite_skips:
             values[f"nonfinite_skips/{role.name}"] = role.num_skips
         return values
@@ -183,7 +189,7 @@ class Trainer:
         non-finite values. The host waits for the device here, once per update."""
         norm = to_device(norm.double(), losses_N.device)
         num_nonfinite = count_nonfinite(losses_N, norm)
-        asked_to_stop = torch.full_like(num_nonfinite, self.stop.is_signalled)
+        asked_to_stop = torch.full_like(num_nonfinite, self.stop.vote)
         summed = sum_over_samples(
             torch.stack([*totals.values(), num_nonfinite, asked_to_stop]), self.layouts.data_group
         )
@@ -248,7 +254,8 @@ class Trainer:
                 self.ranks.wait()
         except StopRequested:
             return
-        self.metrics.log(step, {f"validation/{name}": value for name, value in scores.items()})
+        judged = {} if self.validator is None else self.doctor.validated(step, self.validator.readings, self.roles)
+        self.metrics.log(step, {f"validation/{name}": value for name, value in scores.items()} | judged)
         if (sampling := self.validator.seconds(request, self.roles) if self.validator else 0.0) is not None:
             self.metrics.expect({VALIDATION: sampling + held_out_seconds})
         torch.cuda.empty_cache()  # training cannot use blocks of the decoder's sizes

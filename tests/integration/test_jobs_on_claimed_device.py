@@ -26,6 +26,7 @@ from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.pipeline_index import BOUNDARY
 from titan_distill.models.wan.state_dict import save_folder
 from titan_distill.models.wan.transformer import WanTransformer
+from titan_distill.validation.report import doctor
 
 CONFIG = WanConfig(num_layers=1, num_attention_heads=2, attention_head_dim=12, ffn_dim=16, text_dim=64, freq_dim=16)
 LATENT_SHAPE, FLOW_SHIFT = (16, 3, 4, 4), 3.0
@@ -65,6 +66,7 @@ NIGHTLY = ["dmd2", "dmd2_sparse", "finetune", "sparse", "lora", "kd", "cm", "scm
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(doctor, "INTERVAL", 1)  # in every update it measures how far the weights move
 
 
 @pytest.fixture(scope="module")

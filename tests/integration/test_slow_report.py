@@ -68,4 +68,4 @@ def compare(one: Path, two: Path) -> None:
         sheets = [np.asarray(Image.open(run / "validation" / step / "contact_sheet.png"), float) for run in (one, two)]
         assert np.abs(sheets[0] - sheets[1]).max() <= 2
     baselines = [sorted(path.name for path in (run / "validation/baselines/teacher").iterdir()) for run in (one, two)]
-    assert baselines[0] == baselines[1] == [f"{index:05d}.safetensors" for index in range(5)]
+    assert baselines[0] == baselines[1] == [f"{index:05d}.safetensors" for index in range(5 + 3)]

@@ -41,7 +41,7 @@ WITHOUT_EFFECT = (
     "float8.roles",  # for_role has looked at it
     # Layout and speed: the same numbers but for rounding.
     *("parallelism", "roles.teacher.parallelism", "activation_checkpoint", "compile"),
-    *("metrics", "profiling", "comm"),
+    *("metrics", "profiling", "comm", "doctor"),
     # Compared by digest.
     *("roles.teacher.path", "roles.teacher.init_from", "roles.teacher.flavor"),
 )

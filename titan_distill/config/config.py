@@ -58,6 +58,8 @@ class Config:
     """Checkpoints and resume."""
     validation: sections.ValidationConfig = field(default_factory=sections.ValidationConfig)
     """Sampled videos and their scores during the run."""
+    doctor: sections.DoctorConfig = field(default_factory=sections.DoctorConfig)
+    """Alarms about collapsed, saturated or static samples, and about roles that do not train."""
     metrics: sections.MetricsConfig = field(default_factory=sections.MetricsConfig)
     """Trackers. The run always writes metrics.jsonl."""
     profiling: sections.ProfilingConfig = field(default_factory=sections.ProfilingConfig)

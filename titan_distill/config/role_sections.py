@@ -155,6 +155,11 @@ class RoleConfig:
         if self.lora.enabled:
             self._check_lora()
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the role starts from stored weights, rather than from random ones."""
+        return bool(self.path or self.init_from)
+
     def _check_lora(self) -> None:
         rank = self.lora.rank
         if not self.trainable:

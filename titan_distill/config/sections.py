@@ -417,6 +417,20 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    enabled: bool = free(True)
+    """Compare measures of the run with their healthy ranges (docs/doctor.md): in training at no forward of its own, in
+    validations on their samples and a few more."""
+    on_alarm: Literal["warn", "stop"] = free("warn")
+    """Action when a measure leaves its healthy range. warn writes a line into log and doctor.jsonl. stop also ends the
+    run after the next step, with a checkpoint and exit code 3."""
+
+    def __post_init__(self) -> None:
+        if not self.enabled:
+            check_no_effect(self, "on_alarm", given="enabled")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
     log_interval: int = free(1)
     """Steps between lines of metrics.jsonl and between points in the trackers."""

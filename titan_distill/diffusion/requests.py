@@ -53,6 +53,8 @@ class ValidationRequest:
 
     samples: tuple[SampleRequest, ...]
     reference: str | None = None
+    denoisers: tuple[tuple[str, str], ...] = ()
+    """Pairs of roles: one that learns to denoise samples, and the one whose samples it learns from."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,10 @@ from typing import Any
 from titan_distill.fault_tolerance.exit_codes import EXIT_INTERRUPTED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+MOST_RANKS = 2.0**20
+"""Larger than the sum of the votes of ranks with a signal, 1 each."""
+DOCTORS_VOTE = MOST_RANKS**2
+"""Vote of a rank whose doctor ends the run. Sums of votes may be divided by the number of ranks that share samples."""
 
 _early: set[int] = set()
 """Stop signals that came before a `Stop` listened."""
@@ -52,8 +56,12 @@ class Stop:
     def __init__(self) -> None:
         self.is_signalled = False
         """Whether this rank has received a signal."""
+        self.is_alarmed = False
+        """Whether this rank's doctor ends the run."""
         self.is_agreed = False
-        """Whether all ranks know that some rank has received a signal."""
+        """Whether all ranks know that some rank has received a signal or an alarm."""
+        self.is_doctors = False
+        """Whether the doctor is a reason of the stop on which all ranks agree."""
         self.is_interrupted = False
         """Whether somebody pressed Ctrl-C."""
         self._previous: dict[int, Any] = {}
@@ -81,20 +89,25 @@ class Stop:
         self.is_interrupted = True
         raise KeyboardInterrupt
 
-    def agree(self, num_signalled: float) -> None:
-        """Records the agreement of all ranks. `num_signalled` is the number of ranks with a signal, summed over all
-        ranks."""
-        self.is_agreed = self.is_agreed or num_signalled > 0
+    @property
+    def vote(self) -> float:
+        """This rank's part of the sum that `agree` takes: 0 to go on."""
+        return self.is_signalled + DOCTORS_VOTE * self.is_alarmed
+
+    def agree(self, votes: float) -> None:
+        """Records the agreement of all ranks, from the sum of their votes."""
+        self.is_agreed = self.is_agreed or votes > 0
+        self.is_doctors = self.is_doctors or votes >= MOST_RANKS
 
     def poll(self) -> None:
-        """Raises StopRequested on all ranks if any rank has received a signal. Collective until it has raised once."""
+        """Raises StopRequested on all ranks if any rank has a reason to stop. Collective until it has raised once."""
         import torch
         import torch.distributed as dist
 
         if not self.is_agreed:
-            num_signalled = torch.tensor(float(self.is_signalled))
+            votes = torch.tensor(float(self.vote))
             if dist.is_initialized():
-                dist.all_reduce(num_signalled)  # on the CPU, hence over gloo: no kernel, no wait for the device
-            self.agree(num_signalled.item())
+                dist.all_reduce(votes)  # on the CPU, hence over gloo: no kernel, no wait for the device
+            self.agree(votes.item())
         if self.is_agreed:
             raise StopRequested

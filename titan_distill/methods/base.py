@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -107,6 +107,8 @@ class TrainingMethod(ABC):
     def __init__(self, config: Any, roles: RoleManager, adapter: Adapter, noise: KeyedNoise, timer: PhaseTimer) -> None:
         self.config, self.roles, self.adapter, self.noise, self.timer = config, roles, adapter, noise, timer
 
+    signals: ClassVar[Mapping[str, str]] = {}
+    """Metrics of the losses that the doctor watches: measure of `validation.report.measures` -> metric."""
     num_held_out_draws: ClassVar[int] = 4
     """Number of draws of noise, levels and exits in which the held-out loss takes each row."""
     uses_loss_mask: ClassVar[bool] = False

@@ -14,7 +14,7 @@ Equation numbers and defaults: DMD (2311.18828) eq. 7–8, DMD2 §4; Self-Forcin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -27,7 +27,7 @@ from titan_distill.config.parsing import check_range
 from titan_distill.config.resume import logged
 from titan_distill.data.loader import Batch
 from titan_distill.diffusion import schedule
-from titan_distill.diffusion.requests import MAX_GUIDANCE, SampleRequest
+from titan_distill.diffusion.requests import MAX_GUIDANCE, SampleRequest, ValidationRequest
 from titan_distill.methods import losses
 from titan_distill.methods.adversarial import AdversarialConfig, AdversarialTraining
 from titan_distill.methods.base import LossResult, Passes, Update
@@ -105,6 +105,7 @@ class Dmd2(AdversarialTraining):
 
     config_class: ClassVar[type] = Dmd2Config
     roles_required: ClassVar[dict[str, bool]] = {"student": True, "teacher": False, "critic": True}
+    signals: ClassVar[Mapping[str, str]] = {"score_difference": "dmd/gradient_size"}
     uses_loss_mask = True
 
     def __init__(self, *args: Any) -> None:
@@ -289,3 +290,6 @@ class Dmd2(AdversarialTraining):
     def student_sample(cls, config: Any, flow_shift: float) -> SampleRequest:
         sample = super().student_sample(config, flow_shift)
         return sample if config.student_sampler == "sde" else replace(sample, solver="euler")
+
+    def validation_request(self) -> ValidationRequest:
+        return replace(super().validation_request(), denoisers=(("critic", "student"),))

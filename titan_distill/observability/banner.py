@@ -73,14 +73,15 @@ def interrupted(step: int, saved: Path | None) -> str:
     return f"interrupted after step {step}; --checkpoint.resume_from latest resumes from the last save, {saved.name}"
 
 
-def stopped(config: Config, step: int, first_step: int) -> str:
-    """The last line of a run that a signal has ended after `step`, of those since `first_step`."""
+def stopped(config: Config, step: int, first_step: int, by_doctor: bool) -> str:
+    """The last line of a run that a signal or the doctor has ended after `step`, of those since `first_step`."""
+    how = "stopped by the doctor" if by_doctor else "stopped as asked"
     if step == first_step:
-        return f"stopped as asked before step {step + 1}: nothing new to save; the same command starts it again"
+        return f"{how} before step {step + 1}: nothing new to save; the same command starts it again"
     if not config.checkpoint.enabled:
-        return f"stopped as asked after step {step}; nothing is saved, because checkpoint.enabled = false"
+        return f"{how} after step {step}; nothing is saved, because checkpoint.enabled = false"
     return (
-        f"stopped as asked after step {step}, which is saved: the same command with --checkpoint.resume_from latest "
+        f"{how} after step {step}, which is saved: the same command with --checkpoint.resume_from latest "
         "resumes from it"
     )
 

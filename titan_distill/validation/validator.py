@@ -11,6 +11,9 @@ Baselines (the teacher, the student before training) are sampled once, before th
 compares with the same samples, on any number of ranks. With other settings a frozen role is sampled again, and one that
 has been trained since has no baseline.
 
+For the doctor a scored set has a few further samples of the first prompt, each from another noise, and each set of a
+role that another role learns to denoise is given to that one (`health`).
+
 For a family whose samples are not videos only distances are computed; nothing is decoded, scored or shown.
 """
 
@@ -20,8 +23,8 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -43,6 +46,8 @@ from titan_distill.models.base import Adapter
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.distances import project, sliced_wasserstein, sliced_wasserstein_excess
+from titan_distill.validation.health import NUM_NOISES, START, Reading, Traits, denoising_errors, readings
+from titan_distill.validation.looks import Looks, looks
 from titan_distill.validation.meter import Meter, SamplingWork
 from titan_distill.validation.sampling import Sampling, go_on
 from titan_distill.validation.scorers import prompts_path, scorer, validation_prompts
@@ -61,6 +66,10 @@ class Sample:
     video: Tensor | None
     """Video as uint8 [T, height, width, 3] if the prompt is shown, else None."""
     projections_P: Tensor | None = None
+    looks: Looks | None = None
+    """Looks of the video if it was decoded, else None."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Errors of the roles that learn to denoise such samples, by role."""
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,13 +77,16 @@ class Sample:
         if self.video is not None:
             tensors["video"] = self.video.contiguous()
         with with_umask_mode(path):
-            save_file(tensors, path, {"scores": json.dumps(self.scores)})
+            notes = {"scores": self.scores, "looks": self.looks and asdict(self.looks)}
+            save_file(tensors, path, {name: json.dumps(note) for name, note in notes.items()})
 
     @classmethod
     def load(cls, path: Path) -> Sample:
         with safe_open(path, "pt") as file:
             video = file.get_tensor("video") if "video" in file.keys() else None  # noqa: SIM118
-            return cls(file.get_tensor("latents"), json.loads(file.metadata()["scores"]), video)
+            notes = {name: json.loads(note) for name, note in file.metadata().items()}
+            seen = notes.get("looks")
+            return cls(file.get_tensor("latents"), notes["scores"], video, looks=seen and Looks(**seen))
 
 
 Samples = dict[int, Sample]
@@ -86,7 +98,7 @@ class Row:
     """The part of a sample that goes to rank 0."""
 
     scores: dict[str, float]
-    projections_P: Tensor | None
+    traits: Traits
     thumbnails: Video | None
 
 
@@ -112,8 +124,11 @@ class Validator:
         self.layouts, self.ranks, self.makes_videos = layouts, ranks, makes_videos
         self.poll: Callable[[], None] = go_on
         self.prompts = validation_prompts(config)
-        ids = sorted({position % len(self.prompts) for batch in self._batches() for position in batch})
-        self.condition = adapter.prompt_conditions(prompts_path(config), self.prompts, ids)
+        self._is_watched = config.doctor.enabled
+        self._pretrained = {name for name, role in config.roles.items() if role.is_pretrained}
+        sizes = {self._num_samples(is_scored) for is_scored in (True, False)}
+        ids = {self._prompt(at % size) for size in sizes for batch in self._batches(size) for at in batch}
+        self.condition = adapter.prompt_conditions(prompts_path(config), self.prompts, sorted(ids))
         self.score = scorer(self.config.scorer)
         self._settings = {
             "prompts": self.prompts,
@@ -123,10 +138,13 @@ class Validator:
         }
         self._baselines: dict[str, Samples] = {}
         self.meter = Meter(layouts.device)
+        self.readings: list[Reading] = []
+        """Readings of the last validation for the doctor, on rank 0."""
 
     def validate(self, step: int, request: ValidationRequest, roles: RoleManager) -> dict[str, float]:
         """Samples, scores and writes videos below the validation folder. Returns metrics as `<sample label>/<metric>`
         on rank 0, and nothing on other ranks."""
+        self._denoisers = self._choose_denoisers(step, request, roles) if self._is_watched else {}
         baselines = tuple(sample for sample in request.samples if sample.baseline)
         # Before the first step the trained role still equals one of the baselines, so it is not sampled.
         wanted = baselines if step == 0 and baselines else request.samples
@@ -149,9 +167,10 @@ class Validator:
         """Returns the forward passes and videos of a sample set on this rank."""
         lengths = self.adapter.segment_lengths(roles[request.role])
         num_passes = request.num_passes(None if lengths is None else len(lengths)) * request.num_conditions
-        batches, num_videos = list(self._batches()), 0
+        num_samples = self._num_samples(request.scored)
+        batches, num_videos = list(self._batches(num_samples)), 0
         if self.makes_videos:
-            indices = [index for batch in batches for index in batch if self._owns(index)]
+            indices = [index for batch in batches for index in batch if self._owns(index, num_samples)]
             num_videos = len([i for i in indices if request.scored or i < self.config.num_videos])
         return SamplingWork(request.role, num_passes * len(batches), num_videos)
 
@@ -170,6 +189,9 @@ class Validator:
         if self.ranks.rank != 0:
             return {}
         rows = {label: dict(sorted(chain(*(report[label].items() for report in reports)))) for label in sets}
+        traits = {label: {index: row.traits for index, row in named.items()} for label, named in rows.items()}
+        self.readings = readings(request, traits, len(self.prompts)) if self._is_watched else []
+        rows = {label: {i: row for i, row in named.items() if i < len(self.prompts)} for label, named in rows.items()}
         values = {label: _mean_scores(rows[label]) for label in sets}
         self._show(step, request, rows, values)
         if compares:
@@ -183,13 +205,28 @@ class Validator:
         folder = self._step_folder(step)
         return [*sorted(folder.glob("*.png")), *sorted(folder.glob("*.mp4"))]
 
+    def _choose_denoisers(
+        self, step: int, request: ValidationRequest, roles: RoleManager
+    ) -> dict[str, dict[str, RoleHandle]]:
+        """Returns the roles whose errors on a set's samples are measured, by label and name."""
+        chosen: dict[str, dict[str, RoleHandle]] = {sample.label: {} for sample in request.samples}
+        known = [role for role in roles.trainable if role.name in self._pretrained]
+        whole = [role for role in known if self.adapter.segment_lengths(role) is None]
+        for sample in request.samples:
+            if step == 0 and request.reference is not None and whole:
+                chosen[sample.label][START] = whole[0]
+            learners = (name for name, made_by in request.denoisers if made_by == sample.role)
+            chosen[sample.label] |= {name: roles[name] for name in learners}
+        return chosen
+
     def _baseline(self, step: int, request: SampleRequest, roles: RoleManager) -> Samples | None:
         """Returns the samples of a baseline, drawn at step 0 or read from the file after a resume. None if the role was
         not sampled so before its training began."""
         if request.label in self._baselines:
             return self._baselines[request.label]
         folder, role = self.folder / "baselines" / request.label, roles[request.role]
-        owned = (index for batch in self._batches() for index in batch if self._owns(index))
+        num_samples = self._num_samples(request.scored)
+        owned = (index for batch in self._batches(num_samples) for index in batch if self._owns(index, num_samples))
         files = {index: folder / f"{index:05d}.safetensors" for index in owned}
         note = folder.with_name(f"{request.label}.json")
         settings = _as_stored({"request": asdict(request), **self._settings})
@@ -212,44 +249,69 @@ class Validator:
 
         sampling = Sampling(self.adapter, KeyedNoise(self.config.seed), self.layouts.device, before_each_pass)
         samples: Samples = {}
+        num_samples, denoisers = self._num_samples(request.scored), self._denoisers.get(request.label, {})
         with role.evaluation():
-            for positions in self._batches():
-                ids = [position % len(self.prompts) for position in positions]
+            for positions in self._batches(num_samples):
+                ids = [position % num_samples for position in positions]
+                condition = self.condition([self._prompt(index) for index in ids])
                 with self.meter.sampling(role.name):
-                    latents = sampling.run(request, role, self.condition(ids), ids)
-                own = [row for row, position in enumerate(positions) if self._owns(position)]
-                samples |= self._finish(request, [ids[row] for row in own], latents[own])
+                    latents = sampling.run(request, role, condition, ids)
+                errors = denoising_errors(self.adapter, denoisers, latents, condition, ids, self.config.seed)
+                own = [row for row, position in enumerate(positions) if self._owns(position, num_samples)]
+                samples |= self._finish(request, [ids[row] for row in own], latents[own], [errors[row] for row in own])
         return samples
 
-    def _finish(self, request: SampleRequest, ids: list[int], latents: Tensor) -> Samples:
+    def _finish(
+        self, request: SampleRequest, ids: list[int], latents: Tensor, errors: Sequence[dict[str, float]]
+    ) -> Samples:
         """Decodes and scores the samples whose videos are scored or shown."""
         shown = [index < self.config.num_videos for index in ids]
-        seen = [row for row in range(len(ids)) if self.makes_videos and (request.scored or shown[row])]
+        scored = [request.scored and index < len(self.prompts) for index in ids]
+        seen = [row for row in range(len(ids)) if self.makes_videos and (scored[row] or shown[row])]
         decoded = self.adapter.decode_latents(latents[seen]).cpu() if seen else ()
         videos = dict(zip(seen, decoded, strict=True))
         samples = {}
         for row, (index, latent) in enumerate(zip(ids, latents.cpu(), strict=True)):
             video = videos.get(row)
-            scores = {} if video is None or not request.scored else self.score(video.numpy(), self.prompts[index])
-            samples[index] = Sample(latent, scores, video if shown[row] else None)
+            scores = {} if video is None or not scored[row] else self.score(video.numpy(), self.prompts[index])
+            samples[index] = Sample(
+                latent,
+                scores,
+                video if shown[row] else None,
+                looks=None if video is None else looks(video.numpy()),
+                errors=errors[row],
+            )
         return samples
 
-    def _batches(self) -> Iterator[list[int]]:
-        """Returns this data group's prompts in batches, equal in number and size on every rank.
+    def _num_samples(self, is_scored: bool) -> int:
+        """Returns the number of samples of a set: one for each prompt and, of a scored set, further ones of the first
+        prompt, whose indices follow."""
+        return len(self.prompts) + (NUM_NOISES - 1 if is_scored and self._is_watched else 0)
 
-        A batch lists positions. A position is the index of a prompt, or a larger number that repeats a prompt and has
+    def _prompt(self, index: int) -> int:
+        """Returns the prompt of a sample."""
+        return index if index < len(self.prompts) else 0
+
+    def _is_of_noises(self, index: int) -> bool:
+        """Returns whether a sample is one of those that show the diversity over noise."""
+        return self._is_watched and self._prompt(index) == 0
+
+    def _batches(self, num_samples: int) -> Iterator[list[int]]:
+        """Returns this data group's samples in batches, equal in number and size on every rank.
+
+        A batch lists positions. A position is the index of a sample, or a larger number that repeats a sample and has
         no owner.
         """
         num_groups = self.layouts.num_data_groups
-        num_rounds = -(-len(self.prompts) // num_groups)
+        num_rounds = -(-num_samples // num_groups)
         positions = [self.layouts.data_rank + round_ * num_groups for round_ in range(num_rounds)]
         for start in range(0, num_rounds, self.config.batch_size):
             yield positions[start : start + self.config.batch_size]
 
-    def _owns(self, position: int) -> bool:
+    def _owns(self, position: int, num_samples: int) -> bool:
         """Returns whether this rank is the one in its data group that decodes, scores and shows the sample."""
         round_, own = position // self.layouts.num_data_groups, self.ranks.rank % self.layouts.data_group
-        return position < len(self.prompts) and round_ % self.layouts.data_group == own
+        return position < num_samples and round_ % self.layouts.data_group == own
 
     def _step_folder(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -258,10 +320,14 @@ class Validator:
         """Writes this rank's videos, and projects what has not been projected yet."""
         folder = self._step_folder(step)
         folder.mkdir(parents=True, exist_ok=True)
-        if compares:
-            new = [s for samples in sets.values() for s in samples.values() if s.projections_P is None]
-            for sample, projections_P in zip(new, project([sample.latents for sample in new]), strict=True):
-                sample.projections_P = projections_P
+        projected = [
+            sample
+            for samples in sets.values()
+            for index, sample in samples.items()
+            if sample.projections_P is None and (compares or self._is_of_noises(index))
+        ]
+        for sample, projections_P in zip(projected, project([each.latents for each in projected]), strict=True):
+            sample.projections_P = projections_P
         rows: dict[str, Rows] = {label: {} for label in sets}
         for label, samples in sets.items():
             for index, sample in samples.items():
@@ -269,7 +335,8 @@ class Validator:
                 if sample.video is not None:
                     write_mp4(folder / f"{index:03d}-{label}.mp4", sample.video.numpy(), self.config.fps)
                     shown = thumbnails(sample.video.numpy())
-                rows[label][index] = Row(sample.scores, sample.projections_P, shown)
+                traits = Traits(sample.looks, sample.projections_P, sample.errors)
+                rows[label][index] = Row(sample.scores, traits, shown)
         return rows
 
     def _show(
@@ -339,7 +406,7 @@ def _mean_scores(rows: Rows) -> dict[str, float]:
 def _distances(rows: dict[str, Rows], reference: str) -> dict[str, dict[str, float]]:
     """Returns the distances of each sample set from the reference set."""
     projected = {
-        label: torch.stack([row.projections_P for row in named.values() if row.projections_P is not None])
+        label: torch.stack([projected for row in named.values() if (projected := row.traits.projections_P) is not None])
         for label, named in rows.items()
     }
     other_NP, found = projected.pop(reference), {}
