@@ -28,9 +28,8 @@ NUM_NOISES = 4
 """Number of samples of the first prompt, each from another noise, that diversity compares."""
 LEVELS = (0.25, 0.5, 0.75)
 """Noise levels at which a role's error on samples is measured."""
-
-START = "start"
-"""Name of the untrained network in `Traits.errors`. No role has it: those are named by their samples, too."""
+START = "untrained network"
+"""Name of the network that judges the teacher, in `Traits.errors`. A role's name has no space."""
 
 
 @dataclass(frozen=True)
