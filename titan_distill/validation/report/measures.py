@@ -122,7 +122,8 @@ _ALL = (
         "before training for the teacher's samples, noised to the levels 0.25, 0.5 and 0.75, divided by that for the "
         "student's own samples. Once, before the first step.",
         reason="Guided samples are some times as hard to denoise as the student's own: 2.1 times for the shipped "
-        "jobs' small teacher at its guidance of 3, but 28 times at 15, and 14 times when the teacher's velocities are doubled.",
+        "jobs' small teacher at its guidance of 3, but 28 times at 15, and 14 times when the "
+        "teacher's velocities are doubled.",
         too_high="the teacher's samples are not what student and critic know, so the student would learn from noise; "
         "lower guidance_scale, or check that the roles belong to one VAE and its normalisation",
     ),
