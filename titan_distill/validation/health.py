@@ -28,9 +28,8 @@ NUM_NOISES = 4
 """Number of samples of the first prompt, each from another noise, that diversity compares."""
 LEVELS = (0.25, 0.5, 0.75)
 """Noise levels at which a role's error on samples is measured."""
-
-START = "start"
-"""Name of the untrained network in `Traits.errors`. No role has it: those are named by their samples, too."""
+START = "untrained network"
+"""Name of the network that judges the teacher, in `Traits.errors`. A role's name has no space."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,9 @@ def readings(request: ValidationRequest, sets: Mapping[str, Set], num_prompts: i
         own = sets.get(sample.label, {})
         if own and sample.label == request.reference:
             others = (x.label for x in request.samples if x.baseline and x.role != sample.role)
-            values = [_mean_error(samples, START, num_prompts) for samples in (own, sets.get(next(others, ""), {}))]
-            if None not in values:
-                found.append(Reading(sample.role, "start_error", *values))
+            before = _mean_error(sets.get(next(others, ""), {}), START, num_prompts)
+            if before is not None and (error := _mean_error(own, START, num_prompts)) is not None:
+                found.append(Reading(sample.role, "start_error", error, before))
         elif own and not sample.baseline:
             baselines = (x.label for x in request.samples if x.baseline)
             other = sets.get(request.reference or next(baselines, ""), {})

@@ -48,8 +48,10 @@ NUM_UPDATES = 10
 """Number of latest updates over which a metric is averaged."""
 MIN_RATE = 0.1
 """Share of its peak below which the learning rate is too low to judge an update by its size."""
-PREFIX, PARTS = "doctor/sums/", ("moved", "weights")
-"""Names of sums on their way to the other ranks."""
+SUMS = "doctor/sums/"
+"""Beginning of the names of sums on their way to the other ranks."""
+PARTS = ("moved", "weights")
+"""Ends of these names: the sums of `weights.squares`."""
 
 
 class AlarmFile:
@@ -112,9 +114,9 @@ class Doctor:
 
     def sums(self, device: torch.device) -> dict[str, Tensor]:
         """Returns this rank's part of sums that are still to be added up over all ranks, to travel with those of an
-        update. Their names begin with PREFIX."""
+        update. Their names begin with SUMS."""
         return {
-            f"{PREFIX}{name}/{part}": to_device(value, device)
+            f"{SUMS}{name}/{part}": to_device(value, device)
             for name, moved in self._moved.items()
             for part, value in zip(PARTS, moved.squares, strict=True)
         }
@@ -122,9 +124,9 @@ class Doctor:
     def received(self, step: int, role: str, means: Mapping[str, float]) -> dict[str, float]:
         """Takes an update's means over the global batch, in which those of `sums` are. Returns them with the doctor's
         values in the place of `sums`, for the line of `step`."""
-        values = {name: value for name, value in means.items() if not name.startswith(PREFIX)}
+        values = {name: value for name, value in means.items() if not name.startswith(SUMS)}
         for name, moved in self._moved.items():
-            squared, weights = (means[f"{PREFIX}{name}/{part}"] * self._scale for part in PARTS)
+            squared, weights = (means[f"{SUMS}{name}/{part}"] * self._scale for part in PARTS)
             size = update_size(squared, weights, moved.dtype)
             values |= self._judge(step, name, "update_size", size) if moved.is_judged else {}
         self._moved.clear()

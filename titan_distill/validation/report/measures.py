@@ -121,8 +121,9 @@ _ALL = (
         definition="Mean squared error of the velocity that the student (where it is causal, the critic) predicts "
         "before training for the teacher's samples, noised to the levels 0.25, 0.5 and 0.75, divided by that for the "
         "student's own samples. Once, before the first step.",
-        reason="Guided samples are some times as hard to denoise as the student's own: 2.1 times for the small Wan's "
-        "teacher at its guidance of 3, but 28 times at 15, and 14 times when the teacher's velocities are doubled.",
+        reason="Guided samples are some times as hard to denoise as the student's own: 2.1 times for the shipped "
+        "jobs' small teacher at its guidance of 3, but 28 times at 15, and 14 times when the "
+        "teacher's velocities are doubled.",
         too_high="the teacher's samples are not what student and critic know, so the student would learn from noise; "
         "lower guidance_scale, or check that the roles belong to one VAE and its normalisation",
     ),
@@ -130,17 +131,18 @@ _ALL = (
         name="denoising_error",
         title="error on fresh student samples",
         low=-math.inf,
-        high=4.0,
+        high=10.0,
         definition="Mean squared error of the velocity that the critic predicts for the student's validation samples, "
         "noised to the levels 0.25, 0.5 and 0.75 with always the same noise, divided by that of the first validation.",
-        reason="A critic that follows its student keeps this error, or lets it grow a little as samples get sharper.",
+        reason="Sharper samples are harder to denoise than those of the untrained student: a critic that follows has "
+        "up to 4 times its first error in the default job, and one that does not follow many times.",
         too_high=f"the critic does not follow the student; {_SLOWER}",
     ),
     Measure(
         name="score_difference",
         title="score difference",
-        low=0.05,
-        high=3.0,
+        low=0.1,
+        high=2.0,
         definition="Mean size of the direction in which distribution matching moves the student's samples, over the "
         "latest 10 student updates, divided by that over the first 10 of the run.",
         reason="It falls slowly while the student approaches its teacher, and never far, because both scores are of "
