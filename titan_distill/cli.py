@@ -29,6 +29,7 @@ from titan_distill.commands import generate as generation
 from titan_distill.commands import ode_pairs as pairs
 from titan_distill.commands import plan as planning
 from titan_distill.commands import preprocess
+from titan_distill.commands import report as reporting
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import RecipeConfig
 from titan_distill.data import summary
@@ -133,6 +134,7 @@ def inspect(path: Path) -> None:
 COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "plan": planning.plan,
     "generate": generation.generate,
+    "report": reporting.report,
     "checkpoint": {
         "list": list_checkpoints,
         "verify": verify,

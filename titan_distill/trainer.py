@@ -36,6 +36,7 @@ from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.fsdp import set_gradient_sync
 from titan_distill.parallelisms.mesh import Layouts, sum_over_samples, tighten_timeout
 from titan_distill.roles import RoleHandle, RoleManager
+from titan_distill.validation.report.page import update_page
 from titan_distill.validation.validator import Validator
 
 __all__ = ["NonFiniteError", "Trainer"]
@@ -83,6 +84,7 @@ class Trainer:
                     self.after_step()
         finally:
             gc.enable()
+            self._write_page(is_running=False)
         return not self.stop.is_agreed
 
     def train_step(self) -> None:
@@ -238,6 +240,19 @@ class Trainer:
             return
         self.metrics.log(step, {f"validation/{name}": value for name, value in scores.items()})
         torch.cuda.empty_cache()  # training cannot use blocks of the decoder's sizes
+        if step < self.config.training.steps:
+            self._write_page(is_running=True)
+
+    def _write_page(self, *, is_running: bool) -> None:
+        """Writes the run's page on rank 0, if the run validates. Other ranks may have to wait longer than for a
+        collective during training."""
+        if self.validator is None:
+            return
+        with self.timer("page"):
+            if self.ranks.rank == 0:
+                update_page(self.config.job.output_folder, is_running=is_running)
+            if is_running:
+                self.ranks.wait()
 
     def _clip_gradients(self, role: RoleHandle) -> Tensor:
         """Clips the gradients of a role. Returns their norm before it, on their device: the host does not wait."""

@@ -33,12 +33,10 @@ import torch
 from titan_distill.config.config import Config
 from titan_distill.fault_tolerance.files import atomic
 from titan_distill.observability.flops import WorkCounter, peak_flops, utilization
+from titan_distill.observability.pauses import PAUSES
 from titan_distill.observability.progress import Progress
 from titan_distill.observability.timing import PhaseTimer
 from titan_distill.observability.trackers import Tracker, build_trackers
-
-PAUSES = ("time/checkpoint", "time/validation")
-"""Phases other than training. Their seconds do not count in rates."""
 
 
 class MetricsFile:
