@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 
 import torch
 
@@ -15,7 +13,7 @@ from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
 from titan_distill.config.loading import load_config, to_toml
 from titan_distill.config.text import to_dict
-from titan_distill.fault_tolerance.run_folder import is_restart
+from titan_distill.fault_tolerance.run_folder import is_restart, versions
 from titan_distill.fault_tolerance.starts import Start, append_start
 from titan_distill.parallelisms.mesh import World
 
@@ -32,7 +30,7 @@ def record_start(config: Config, world: World, degrees: Mapping[str, Degrees], s
         is_restart=is_restart(),
         num_ranks=world.size,
         device=torch.cuda.get_device_name(world.device) if is_gpu else world.device.type,
-        versions={"titan_distill": version("titan_distill"), "torch": torch.__version__, "python": platform.python_version()},
+        versions=versions(),
         config_file=config.job.config_file,
         changes=_changes(config),
         layouts={name: asdict(layout) for name, layout in degrees.items()},

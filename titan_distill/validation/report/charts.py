@@ -61,6 +61,8 @@ class Chart:
     series: list[Series] = field(default_factory=list)
     is_logarithmic: bool = False
     is_stacked: bool = False
+    is_dotted: bool = False
+    """Points alone, for values that have nothing in between."""
     healthy: tuple[float | None, float | None] | None = None
     """Range of healthy values, drawn as a band."""
 
@@ -145,11 +147,13 @@ def _place(key: str, run: RunFiles) -> tuple[str, str, str]:
         return ("Training", *MERGED[key])
     if key in SPEED or key == "memory_gib":
         return "Speed and memory", key, "measured" if key == "memory_gib" else ""
+    if rest and rest not in run.config.get("roles", {rest: None}):
+        return "Training", key, ""  # a method's metric, not a value per role
     return "Training", first, rest
 
 
 def _title(name: str) -> str:
-    plain = name.removeprefix("doctor/").replace("_", " ")
+    plain = name.removeprefix("doctor/").replace("_", " ").replace("/", ": ")
     return TITLES.get(name) or plain[:1].upper() + plain[1:]
 
 
@@ -203,7 +207,7 @@ def _add_seconds(charts: dict[str, Chart], run: RunFiles, number: int, num_runs:
         del charts["seconds"]
     for name in PAUSES:
         if name in names:
-            pauses = charts.setdefault("pauses", Chart("Seconds of each pause"))
+            pauses = charts.setdefault("pauses", Chart("Seconds of each pause", is_dotted=True))
             _add(pauses, _points(run.metrics, name), name.removeprefix("time/"), number, run, num_runs)
 
 

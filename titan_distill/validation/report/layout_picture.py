@@ -52,4 +52,6 @@ def left_out(degrees: Degrees) -> str:
         * min(degrees.sequence, MAX_SIDE)
         * min(degrees.tensor, MAX_SIDE)
     )
-    return f"{degrees.world_size - drawn} more ranks, arranged alike, are not drawn" if drawn < degrees.world_size else ""
+    return (
+        f"{degrees.world_size - drawn} more ranks, arranged alike, are not drawn" if drawn < degrees.world_size else ""
+    )

@@ -64,7 +64,8 @@ function traces(chart) {
     return {
       x: series.x, y: series.y, name: series.name || chart.spec.title, showlegend: false,
       visible: chart.isVisible[index], type: "scatter",
-      mode: chart.spec.is_stacked ? "none" : isShort ? "lines+markers" : "lines",
+      mode: chart.spec.is_stacked ? "none" : chart.spec.is_dotted ? "markers" : isShort ? "lines+markers" : "lines",
+      cliponaxis: false,
       stackgroup: chart.spec.is_stacked ? "all" : undefined, fillcolor: chart.spec.is_stacked ? own : undefined,
       line: { color: own, width: 2, dash: series.is_dashed ? "dash" : "solid" }, marker: { color: own, size: 6 },
       hovertemplate: "%{y:.4~g}",
@@ -95,7 +96,7 @@ function layout(chart) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink }, shapes, annotations,
     margin: { l: 52, r: 10, t: 8, b: 34 }, hovermode: "x unified", dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false,
     hoverlabel: { bgcolor: color("ground"), font: { color: ink } },
-    xaxis: { ...axis, range: range, title: { text: "step", font: { size: 11, color: faint }, standoff: 4 }, tickformat: ",d" },
+    xaxis: { ...axis, range, title: { text: "step", font: { size: 11, color: faint }, standoff: 4 }, tickformat: ",d" },
     yaxis: { ...axis, type: chart.isLogarithmic ? "log" : "linear", fixedrange: true, exponentformat: "power",
       rangemode: chart.spec.is_stacked ? "tozero" : "normal" },
   };

@@ -59,7 +59,9 @@ def write_page(folders: Sequence[Path], out: Path, *, is_running: bool | None = 
     Raises:
         ValueError: a folder of no run, or a damaged file in it.
     """
-    runs = [read_run_files(folder, is_running=is_running if number == 0 else None) for number, folder in enumerate(folders)]
+    runs = [
+        read_run_files(folder, is_running=is_running if number == 0 else None) for number, folder in enumerate(folders)
+    ]
     text = page(runs)
     with atomic(out) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -75,16 +75,14 @@ def _distance_sentence(run: RunFiles) -> tuple[str, str] | None:
         return "good", f"{start}: {when} the {role}'s videos are {closer} the {reference}'s than before training."
     if ratio <= BETTER:
         start = "It helps so far" if goes_on else "It helped"
-        return "fair", f"{start}: {when} the {role}'s videos are {_less(ratio)} from the {reference}'s than before."
+        closer = f"{100 * (1 - ratio):.0f} % closer to"
+        return "fair", f"{start}: {when} the {role}'s videos are {closer} the {reference}'s than before training."
     if ratio <= SAME:
         start = "No effect yet" if goes_on else "No effect"
         return "open", f"{start}: {when} the {role}'s videos are as far from the {reference}'s as before training."
     start = "It is getting worse" if goes_on else "It failed"
-    return "bad", f"{start}: {when} the {role}'s videos are {ratio:.1f}× as far from the {reference}'s as before."
-
-
-def _less(ratio: float) -> str:
-    return f"{100 * (1 - ratio):.0f} % less far"
+    far = f"{ratio:.1f}× as far from the {reference}'s as before training"
+    return "bad", f"{start}: {when} the {role}'s videos are {far}."
 
 
 def _loss_sentence(run: RunFiles) -> tuple[str, str] | None:
@@ -99,7 +97,10 @@ def _loss_sentence(run: RunFiles) -> tuple[str, str] | None:
                 return "good", f"It learns: {when} the {role}'s held-out loss has fallen, {change}."
             if now > 1.02 * before:
                 return "bad", f"It does not generalise: {when} the {role}'s held-out loss has risen, {change}."
-            return "open", f"No effect {'yet' if run.is_running else ''}: {when} the held-out loss is {now:.3g}, as before."
+            return (
+                "open",
+                f"No effect {'yet' if run.is_running else ''}: {when} the held-out loss is {now:.3g}, as before.",
+            )
     return None
 
 
@@ -127,7 +128,7 @@ def _distance_fact(run: RunFiles) -> Fact | None:
     num_prompts = run.config.get("validation", {}).get("num_prompts")
     if num_prompts and num_prompts < FEW_PROMPTS:
         notes.append(f"rough: {num_prompts} prompts")
-    return Fact(f"Distance to the {request.reference.role}", f"{before:.2f} → {now:.2f}", "; ".join(notes))
+    return Fact(f"Distance to the {request.reference.role} (0: alike)", f"{before:.2f} → {now:.2f}", "; ".join(notes))
 
 
 def _distance_of(run: RunFiles, sample: SampleRequest) -> float | None:
@@ -148,7 +149,9 @@ def _score_facts(run: RunFiles) -> list[Fact]:
             continue
         reference = run.newest(f"{SAMPLES}{request.reference.label}/{name}") if request.reference else None
         if reference is not None and request.reference is not None:
-            return [Fact(name.replace("_", " ").capitalize(), f"{now:.2f}", f"{request.reference.role}: {reference:.2f}")]
+            return [
+                Fact(name.replace("_", " ").capitalize(), f"{now:.2f}", f"{request.reference.role}: {reference:.2f}")
+            ]
         note = f"first validation: {first:.2f}" if first is not None else ""
         return [Fact(name.replace("_", " ").capitalize(), f"{now:.2f}", note)]
     return []
