@@ -52,6 +52,5 @@ def left_out(degrees: Degrees) -> str:
         * min(degrees.sequence, MAX_SIDE)
         * min(degrees.tensor, MAX_SIDE)
     )
-    return (
-        f"{degrees.world_size - drawn} more ranks, arranged alike, are not drawn" if drawn < degrees.world_size else ""
-    )
+    num_more = degrees.world_size - drawn
+    return f"{num_more} more ranks, arranged alike, are not drawn" if num_more else ""

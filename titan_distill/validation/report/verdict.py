@@ -97,10 +97,8 @@ def _loss_sentence(run: RunFiles) -> tuple[str, str] | None:
                 return "good", f"It learns: {when} the {role}'s held-out loss has fallen, {change}."
             if now > 1.02 * before:
                 return "bad", f"It does not generalise: {when} the {role}'s held-out loss has risen, {change}."
-            return (
-                "open",
-                f"No effect {'yet' if run.is_running else ''}: {when} the held-out loss is {now:.3g}, as before.",
-            )
+            start = "No effect yet" if run.is_running else "No effect"
+            return "open", f"{start}: {when} the {role}'s held-out loss is {now:.3g}, as before."
     return None
 
 
@@ -143,17 +141,15 @@ def _score_facts(run: RunFiles) -> list[Fact]:
         return []
     prefix = f"{SAMPLES}{request.now.label}/"
     names = dict.fromkeys(key.removeprefix(prefix) for line in run.metrics for key in line if key.startswith(prefix))
-    for name in [name for name in names if name not in DISTANCES][:1]:
-        now, first = run.newest(prefix + name), run.oldest(prefix + name)
-        if now is None:
+    for name in names:
+        now, title = run.newest(prefix + name), name.replace("_", " ").capitalize()
+        if name in DISTANCES or now is None:
             continue
         reference = run.newest(f"{SAMPLES}{request.reference.label}/{name}") if request.reference else None
-        if reference is not None and request.reference is not None:
-            return [
-                Fact(name.replace("_", " ").capitalize(), f"{now:.2f}", f"{request.reference.role}: {reference:.2f}")
-            ]
-        note = f"first validation: {first:.2f}" if first is not None else ""
-        return [Fact(name.replace("_", " ").capitalize(), f"{now:.2f}", note)]
+        if request.reference and reference is not None:
+            return [Fact(title, f"{now:.2f}", f"{request.reference.role}: {reference:.2f}")]
+        first = run.oldest(prefix + name)
+        return [Fact(title, f"{now:.2f}", "" if first is None else f"first validation: {first:.2f}")]
     return []
 
 
