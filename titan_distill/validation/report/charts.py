@@ -38,6 +38,8 @@ LOGARITHMIC = ("loss", "grad_norm")
 MERGED = {"vsa_sparsity_executed": ("vsa_sparsity", "executed")}
 """Metrics that belong in the chart of another, and the names of their lines there."""
 NOT_SHOWN = ("step", "samples_seen")
+PLANNED = "planned"
+"""Line of a value that the planner computed."""
 SECTIONS = ("Scores", "Training", "Speed and memory", "Doctor")
 
 
@@ -46,11 +48,14 @@ class Series:
     """One line of a chart."""
 
     name: str
+    own: str
+    """The name within its run."""
     x: list[int]
     y: list[float | None]
     color: int
     """Number of the colour."""
-    is_dashed: bool = False
+    dash: int = 0
+    """Number of the dash pattern; 0 is a solid line."""
 
 
 @dataclass
@@ -89,7 +94,7 @@ def sections(runs: Sequence[RunFiles]) -> dict[str, list[Chart]]:
         memory = found["Speed and memory"].get("memory_gib")
         planned = run.plan.get("memory_gib")
         if memory and isinstance(planned, (int, float)) and run.step:
-            _add(memory, ([0, run.step], [planned, planned]), "planned", number, run, len(runs), is_dashed=True)
+            _add(memory, ([0, run.step], [planned, planned]), PLANNED, number, run, len(runs))
         _add_seconds(found["Speed and memory"], run, number, len(runs))
         for alarm in run.alarms:
             chart = found["Doctor"].get(f"doctor/{alarm.get('measure')}")
@@ -169,13 +174,14 @@ def _add(
     number: int,
     run: RunFiles,
     num_runs: int,
-    *,
-    is_dashed: bool = False,
 ) -> None:
-    """Adds a line. Colours tell a chart's lines apart, or the runs where there are several."""
+    """Adds a line. Colours tell a chart's lines apart; with several runs colours tell the runs apart, and dashes the
+    lines of each."""
     name = own if num_runs == 1 else " · ".join(part for part in (run.name, own) if part)
     color = len(chart.series) if num_runs == 1 else number
-    chart.series.append(Series(name, *thin(*points), color, is_dashed))
+    names = list(dict.fromkeys([*(series.own for series in chart.series), own]))
+    dash = names.index(own) if num_runs > 1 or own == PLANNED else 0
+    chart.series.append(Series(name, own, *thin(*points), color, dash))
 
 
 def _add_seconds(charts: dict[str, Chart], run: RunFiles, number: int, num_runs: int) -> None:

@@ -57,6 +57,8 @@ function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 }
 
+const dashes = ["solid", "dash", "dot", "dashdot"];
+
 function traces(chart) {
   return chart.spec.series.map((series, index) => {
     const own = color(`c${series.color % 8}`);
@@ -67,7 +69,7 @@ function traces(chart) {
       mode: chart.spec.is_stacked ? "none" : chart.spec.is_dotted ? "markers" : isShort ? "lines+markers" : "lines",
       cliponaxis: false,
       stackgroup: chart.spec.is_stacked ? "all" : undefined, fillcolor: chart.spec.is_stacked ? own : undefined,
-      line: { color: own, width: 2, dash: series.is_dashed ? "dash" : "solid" }, marker: { color: own, size: 6 },
+      line: { color: own, width: 2, dash: dashes[series.dash % 4] }, marker: { color: own, size: 6 },
       hovertemplate: "%{y:.4~g}",
     };
   });
@@ -143,7 +145,7 @@ function addChart(grid, spec) {
     });
     const line = document.createElement("i");
     line.style.borderTopColor = `var(--c${series.color % 8})`;
-    if (series.is_dashed) line.className = "dashed";
+    line.style.borderTopStyle = ["solid", "dashed", "dotted", "double"][series.dash % 4];
     key.append(line, series.name);
     keys.append(key);
   });

@@ -28,7 +28,7 @@ from titan_distill.observability.metrics import PAUSES
 from titan_distill.validation.report.charts import as_json, marks, sections
 from titan_distill.validation.report.layout_picture import layout_picture, left_out
 from titan_distill.validation.report.run_files import RunFiles, read_run_files
-from titan_distill.validation.report.verdict import judge
+from titan_distill.validation.report.verdict import compare, judge
 from titan_distill.validation.report.videos import BUDGET_BYTES, columns, films
 
 NAME = "report.html"
@@ -89,6 +89,8 @@ def page(runs: Sequence[RunFiles], budget_bytes: int = BUDGET_BYTES) -> str:
         title=" · ".join(run.name for run in runs),
         refresh=REFRESH_SECONDS if any(run.is_running for run in runs) else None,
         written=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        recipes=dict.fromkeys(f"{r['method']} on {r['family']}" for run in runs if (r := run.config.get("recipe"))),
+        comparison=compare(runs) if len(runs) > 1 else "",
         verdicts=[judge(run) for run in runs],
         columns=shown,
         films=made,

@@ -8,6 +8,7 @@ more is better.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from titan_distill.diffusion.requests import SampleRequest
@@ -44,6 +45,22 @@ def judge(run: RunFiles) -> Verdict:
     facts = [fact for fact in (_distance_fact(run), *_score_facts(run), _work_fact(run), _step_fact(run)) if fact]
     tone, sentence = _distance_sentence(run) or _loss_sentence(run) or ("open", _no_sentence(run))
     return Verdict(tone, sentence, facts)
+
+
+def compare(runs: Sequence[RunFiles]) -> str:
+    """Returns one sentence on which run is closest to its reference; empty if fewer than two have a distance."""
+    for name in DISTANCES:
+        found = []
+        for run in runs:
+            sampled = run.latest
+            if sampled and sampled.now and sampled.reference:
+                value = run.newest(f"{SAMPLES}{sampled.now.label}/{name}")
+                found += [] if value is None else [(value, run.name, sampled.reference.role)]
+        if len(found) == len(runs) > 1:
+            (value, best, reference), *others = sorted(found)
+            against = ", ".join(f"{other:.2f} ({own})" for other, own, _ in others)
+            return f"{best} is closest to the {reference}: distance {value:.2f}, against {against}."
+    return ""
 
 
 def distances(run: RunFiles) -> tuple[float, float] | None:
