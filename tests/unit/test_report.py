@@ -79,12 +79,15 @@ def test_a_run_without_a_reference_is_judged_by_its_held_out_loss(run: RunFiles)
     verdict = judge(replace(run, metrics=losses, validations=[]))
     assert verdict.tone == "good"
     assert "held-out loss has fallen, 2 → 1" in verdict.sentence
-    assert judge(replace(run, metrics=losses[::-1], validations=[])).tone == "bad"
+    losses[1]["validation/loss/student"] = 3.0
+    assert judge(replace(run, metrics=losses, validations=[])).tone == "bad"
 
 
 def test_of_several_runs_the_closest_is_named(run: RunFiles) -> None:
     other = with_distance(replace(run, name="other"), 0.05)
     assert compare([run, other]) == "other is closest to the teacher: distance 0.05, against 0.10 (planted)."
+    fewer = replace(other, config={"validation": {"num_prompts": 8}})
+    assert "can't be compared" in compare([run, fewer])
 
 
 def decode(film: Film) -> np.ndarray:

@@ -48,7 +48,9 @@ def judge(run: RunFiles) -> Verdict:
 
 
 def compare(runs: Sequence[RunFiles]) -> str:
-    """Returns one sentence on which run is closest to its reference; empty if fewer than two have a distance."""
+    """Returns one sentence on which run is closest to its reference; empty if one of them has no distance."""
+    if len({run.config.get("validation", {}).get("num_prompts") for run in runs}) > 1:
+        return "Validated on different numbers of prompts: the distances of these runs can't be compared."
     for name in DISTANCES:
         found = []
         for run in runs:
