@@ -146,6 +146,7 @@ def test_charts_hold_the_values_of_the_metrics(run: RunFiles) -> None:
     assert [(series.name, series.y[-1]) for series in memory.series] == [("measured", 2.0), ("planned", 3.0)]
     scores = sections([run])["Scores"]
     assert [series.name for series in scores[0].series] == ["student before", "teacher few steps", "student"]
+    assert (scores[0].series[-1].x, scores[0].series[-1].y) == ([0, 20], [0.4, 0.1])
 
 
 def test_resumes_skips_and_alarms_are_marks(run: RunFiles) -> None:

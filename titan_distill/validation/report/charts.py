@@ -7,12 +7,12 @@ stretch, so that no spike is lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from titan_distill.observability.metrics import PAUSES
-from titan_distill.validation.report.run_files import SAMPLES, Line, RunFiles
+from titan_distill.validation.report.run_files import SAMPLES, RunFiles
 from titan_distill.validation.report.verdict import DISTANCES
 
 MAX_POINTS = 400
@@ -35,6 +35,7 @@ TITLES = {
 }
 SPEED = ("tokens_per_second", "tflops", "mfu", "hfu")
 LOGARITHMIC = ("loss", "grad_norm")
+FROM_ZERO = (*DISTANCES, "memory_gib", "seconds")
 MERGED = {"vsa_sparsity_executed": ("vsa_sparsity", "executed")}
 """Metrics that belong in the chart of another, and the names of their lines there."""
 NOT_SHOWN = ("step", "samples_seen")
@@ -66,6 +67,7 @@ class Chart:
     series: list[Series] = field(default_factory=list)
     is_logarithmic: bool = False
     is_stacked: bool = False
+    starts_at_zero: bool = False
     is_dotted: bool = False
     """Points alone, for values that have nothing in between."""
     healthy: tuple[float | None, float | None] | None = None
@@ -90,7 +92,7 @@ def sections(runs: Sequence[RunFiles]) -> dict[str, list[Chart]]:
             if not key.startswith("time/"):
                 section, name, own = _place(key, run)
                 chart = found[section].setdefault(name, Chart(_title(name), is_logarithmic=name in LOGARITHMIC))
-                _add(chart, _points(run.metrics, key), own, number, run, len(runs))
+                _add(chart, _points(run, key), own, number, run, len(runs))
         memory = found["Speed and memory"].get("memory_gib")
         planned = run.plan.get("memory_gib")
         if memory and isinstance(planned, (int, float)) and run.step:
@@ -104,7 +106,10 @@ def sections(runs: Sequence[RunFiles]) -> dict[str, list[Chart]]:
         for chart in charts.values():
             values = [value for series in chart.series for value in series.y if value is not None]
             chart.is_logarithmic &= bool(values) and min(values) > 0
-    found["Scores"] = dict(sorted(found["Scores"].items(), key=lambda item: item[0] not in DISTANCES))
+    for name, chart in (item for charts in found.values() for item in charts.items()):
+        chart.starts_at_zero = name in FROM_ZERO
+    order = [*DISTANCES, *(name for name in found["Scores"] if name not in DISTANCES)]
+    found["Scores"] = {name: found["Scores"][name] for name in order if name in found["Scores"]}
     return {section: [*charts.values()] for section, charts in found.items() if charts}
 
 
@@ -162,8 +167,13 @@ def _title(name: str) -> str:
     return TITLES.get(name) or plain[:1].upper() + plain[1:]
 
 
-def _points(metrics: Iterable[Line], key: str) -> tuple[list[int], list[float | None]]:
-    found = [(int(line["step"] or 0), line[key]) for line in metrics if key in line]
+def _points(run: RunFiles, key: str) -> tuple[list[int], list[float | None]]:
+    """Returns steps and values of a metric. A role in training begins where it was before training."""
+    found = [(int(line["step"] or 0), line[key]) for line in run.metrics if key in line]
+    sampled = run.latest
+    if sampled and sampled.now and sampled.before and key.startswith(prefix := f"{SAMPLES}{sampled.now.label}/"):
+        before = f"{SAMPLES}{sampled.before.label}/{key.removeprefix(prefix)}"
+        found = [(0, line[before]) for line in run.metrics[:1] if before in line and not line["step"]] + found
     return [step for step, _ in found], [value for _, value in found]
 
 
@@ -214,7 +224,7 @@ def _add_seconds(charts: dict[str, Chart], run: RunFiles, number: int, num_runs:
     for name in PAUSES:
         if name in names:
             pauses = charts.setdefault("pauses", Chart("Seconds of each pause", is_dotted=True))
-            _add(pauses, _points(run.metrics, name), name.removeprefix("time/"), number, run, num_runs)
+            _add(pauses, _points(run, name), name.removeprefix("time/"), number, run, num_runs)
 
 
 def thin(x: list[int], y: list[float | None]) -> tuple[list[int], list[float | None]]:

@@ -91,7 +91,7 @@ function layout(chart) {
   for (const mark of data.marks) texts.set(mark.step, [...new Set([...(texts.get(mark.step) || []), mark.text])]);
   const annotations = [...texts].slice(0, 12).map(([step, words]) => ({
     x: step, y: 1, yref: "paper", xanchor: "left", yanchor: "top", textangle: 90, showarrow: false,
-    text: words.length > 2 ? `${words[0]} + ${words.length - 1}` : words.join(", "), font: { size: 10, color: faint },
+    text: words.length > 2 ? `${words[0]} + ${words.length - 1}` : words.join(", "), font: { size: 10, color: faint }, bgcolor: color("card"),
   }));
   const axis = { gridcolor: rule, zerolinecolor: rule, linecolor: rule, tickfont: { color: faint, size: 11 } };
   return {
@@ -100,8 +100,15 @@ function layout(chart) {
     hoverlabel: { bgcolor: color("ground"), font: { color: ink } },
     xaxis: { ...axis, range, title: { text: "step", font: { size: 11, color: faint }, standoff: 4 }, tickformat: ",d" },
     yaxis: { ...axis, type: chart.isLogarithmic ? "log" : "linear", fixedrange: true, exponentformat: "power",
-      rangemode: chart.spec.is_stacked ? "tozero" : "normal" },
+      rangemode: chart.spec.starts_at_zero ? "tozero" : "normal",
+      autorangeoptions: isShare(chart) ? { clipmin: 0, clipmax: 1.02 } : undefined },
   };
+}
+
+// Accuracies, for instance: no axis of theirs needs more than 0 to 1.
+function isShare(chart) {
+  const values = chart.spec.series.flatMap((series) => series.y).filter((value) => value !== null);
+  return values.length > 0 && values.every((value) => value >= 0 && value <= 1);
 }
 
 function draw(chart) {
