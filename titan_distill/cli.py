@@ -32,6 +32,7 @@ from titan_distill.commands import index as indexing
 from titan_distill.commands import ode_pairs as pairs
 from titan_distill.commands import plan as planning
 from titan_distill.commands import preprocess, text_only
+from titan_distill.commands import report as reporting
 from titan_distill.commands.inspect_data import write_sheet
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import RecipeConfig
@@ -170,6 +171,7 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "plan": planning.plan,
     "generate": generation.generate,
     "evaluate": evaluate,
+    "report": reporting.report,
     "checkpoint": {
         "list": list_checkpoints,
         "verify": verify,

@@ -69,6 +69,7 @@ from titan_distill.observability.banner import banner, closing, interrupted, sto
 from titan_distill.observability.metrics import MetricsLogger
 from titan_distill.observability.profiling import build_profiler
 from titan_distill.observability.quiet import quiet_libraries
+from titan_distill.observability.starts import record_start
 from titan_distill.observability.timing import PhaseTimer
 from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
@@ -277,8 +278,7 @@ def assemble(
     checkpoints, state = _resume(run, resume, roles, dataset, world.device, lock)
     plan = RunPlan.of(run, roles, of_machine(world.device)) if world.is_main else None
     if world.is_main:  # now that all is read: a refused resume leaves the file of the run as it is
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        record_start(config, world, run.layout.roles, state.step)
         if plan is not None:
             plan.write(folder)
     if watchdog is not None:

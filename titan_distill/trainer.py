@@ -34,12 +34,13 @@ from titan_distill.methods.held_out import HeldOutLoss
 from titan_distill.models.base import Adapter
 from titan_distill.observability.metrics import MetricsLogger
 from titan_distill.observability.profiling import Profiler
-from titan_distill.observability.progress import CHECKPOINT, VALIDATION
+from titan_distill.observability.progress import CHECKPOINT, PAGE, VALIDATION
 from titan_distill.observability.timing import PhaseTimer
 from titan_distill.parallelisms.fsdp import set_gradient_sync
 from titan_distill.parallelisms.mesh import Layouts, sum_over_samples, tighten_timeout
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.report.doctor import Doctor
+from titan_distill.validation.report.page import update_page
 from titan_distill.validation.validator import Validator
 
 __all__ = ["NonFiniteError", "Trainer"]
@@ -89,6 +90,7 @@ class Trainer:
                     self.after_step()
         finally:
             gc.enable()
+            self._write_page(is_running=False)
         return not self.stop.is_agreed
 
     def train_step(self) -> None:
@@ -259,6 +261,19 @@ class Trainer:
         if (sampling := self.validator.seconds(request, self.roles) if self.validator else 0.0) is not None:
             self.metrics.expect({VALIDATION: sampling + held_out_seconds})
         torch.cuda.empty_cache()  # training cannot use blocks of the decoder's sizes
+        if step < self.config.training.steps:
+            self._write_page(is_running=True)
+
+    def _write_page(self, *, is_running: bool) -> None:
+        """Writes the run's page on rank 0, if the run validates. Other ranks may have to wait longer than for a
+        collective during training."""
+        if self.validator is None and self.held_out is None:
+            return
+        with self.timer(PAGE):
+            if self.ranks.rank == 0:
+                update_page(self.config.job.output_folder, is_running=is_running)
+            if is_running:
+                self.ranks.wait()
 
     def _clip_gradients(self, role: RoleHandle) -> Tensor:
         """Clips the gradients of a role. Returns their norm before it, on their device: the host does not wait."""

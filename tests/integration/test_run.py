@@ -18,6 +18,7 @@ from titan_distill.cli import main as cli
 from titan_distill.commands.generate import load_role
 from titan_distill.data.footage import read_mp4
 from titan_distill.diffusion.noise import KeyedNoise
+from titan_distill.fault_tolerance.starts import read_starts
 from titan_distill.models.base import Guidance
 
 PROMPT = "a red circle moving left slowly"
@@ -56,6 +57,11 @@ def test_output_folder_holds_what_is_promised(run: tuple[Path, str]) -> None:
     assert video.shape == (17, 96, 96, 3)
     assert fps == 8
     assert list((output / "checkpoints").iterdir()) == [output / "checkpoints" / "step-00000002"]
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:video/") == 2 and 'http-equiv="refresh"' not in page
+    (start,) = read_starts(output)
+    assert (start.step, start.num_ranks, start.config_file) == (0, 1, "train_configs/tiny_wan_dmd2.toml")
+    assert ("training.steps", "600", "2") in {tuple(change) for change in start.changes or ()}
     assert list((output / "tensorboard").glob("events.*"))
     _, first, last = read_metrics(output)
     times = ("data", "rollout", "teacher", "critic", "backward", "optimizer")

@@ -12,6 +12,9 @@ MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 """Largest size of a guidance scale. Published ones are below 20."""
 
+REQUEST_NAME = "request.json"
+"""File in which a validation's folder holds its `ValidationRequest`."""
+
 
 @dataclass(frozen=True)
 class SampleRequest:

@@ -64,8 +64,12 @@ def read_run(folder: Path) -> Run | None:
 def new_run(command: Sequence[str] = (), parent: str = "", parent_step: int = 0) -> Run:
     """A run that begins now, in this process."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    versions = {name: version(name) for name in ("titan_distill", "torch")} | {"python": platform.python_version()}
-    return Run(uuid.uuid4().hex, now, list(command), versions, parent, parent_step)
+    return Run(uuid.uuid4().hex, now, list(command), versions(), parent, parent_step)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, torch and Python."""
+    return {name: version(name) for name in ("titan_distill", "torch")} | {"python": platform.python_version()}
 
 
 def write_run(folder: Path, run: Run) -> None:

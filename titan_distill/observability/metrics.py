@@ -40,7 +40,7 @@ from titan_distill.observability.trackers import Tracker, build_trackers
 
 log = logging.getLogger(__name__)
 
-_PAUSES = tuple(f"time/{name}" for name in PAUSES)
+PAUSE_METRICS = tuple(f"time/{name}" for name in PAUSES)
 
 
 class MetricsFile:
@@ -149,7 +149,7 @@ class MetricsLogger:
         The seconds of pauses go with it and leave the interval; those of training phases wait for the next line.
         """
         self._collect_phases()
-        pauses = {name: self._phases.pop(name) for name in _PAUSES if name in self._phases}
+        pauses = {name: self._phases.pop(name) for name in PAUSE_METRICS if name in self._phases}
         self._interval_started += sum(pauses.values())
         self._write(step, {**values, **pauses})
 
@@ -180,7 +180,7 @@ class MetricsLogger:
 
     def _rates(self, step: int) -> dict[str, float]:
         now = time.perf_counter()
-        seconds = now - self._interval_started - sum(self._phases.get(name, 0.0) for name in _PAUSES)
+        seconds = now - self._interval_started - sum(self._phases.get(name, 0.0) for name in PAUSE_METRICS)
         num_samples = (step - self._interval_step) * self._batch_size
         self._interval_started, self._interval_step = now, step
         if self._counter is None:

@@ -32,8 +32,8 @@ T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 AVERAGED_STEPS = 100
 """Number of latest steps whose mean is shown as seconds per step. It covers several rounds of a method's cadence."""
-CHECKPOINT, VALIDATION = "checkpoint", "validation"
-PAUSES = (CHECKPOINT, VALIDATION)
+CHECKPOINT, VALIDATION, PAGE = "checkpoint", "validation", "page"
+PAUSES = (CHECKPOINT, VALIDATION, PAGE)
 """Phases other than training. Their seconds do not count in rates."""
 
 

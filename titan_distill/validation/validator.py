@@ -39,7 +39,7 @@ from titan_distill.config.config import Config
 from titan_distill.config.resume import FREE, on_resume
 from titan_distill.config.text import to_dict
 from titan_distill.diffusion.noise import KeyedNoise
-from titan_distill.diffusion.requests import SampleRequest, ValidationRequest
+from titan_distill.diffusion.requests import REQUEST_NAME, SampleRequest, ValidationRequest
 from titan_distill.fault_tolerance.files import atomic, with_umask_mode
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.models.base import Adapter
@@ -346,6 +346,7 @@ class Validator:
         (folder / "captions.txt").write_text(
             "".join(f"{index:03d} {text}\n" for index, text in enumerate(captions)), encoding="utf-8"
         )
+        (folder / REQUEST_NAME).write_text(json.dumps(asdict(request), indent=1), encoding="utf-8")
         if self.config.num_videos and self.makes_videos:
             titles = {sample.label: _title(sample, scores.get(sample.label, {})) for sample in request.samples}
             columns = [

@@ -14,7 +14,7 @@ from titan_distill.checkpoint.manifest import MANIFEST_NAME, read_manifest, veri
 from titan_distill.checkpoint.tools.contents import open_checkpoint
 from titan_distill.fault_tolerance.files import format_bytes
 
-_HEADINGS = ("checkpoint", "age", "size", "samples", "roles", "written by", "state")
+HEADINGS = ("checkpoint", "age", "size", "samples", "roles", "written by", "state")
 
 
 def describe_folder(folder: Path) -> str:
@@ -28,12 +28,18 @@ def describe_folder(folder: Path) -> str:
     found = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     if not found.is_dir():
         raise ValueError(f"there is no folder {folder}; name a run's folder, or its checkpoints")
+    rows = describe_steps(found)
+    return _table([HEADINGS, *rows]) if rows else f"no checkpoints in {folder}"
+
+
+def describe_steps(checkpoints: Path) -> list[tuple[str, ...]]:
+    """Returns a row of text per checkpoint in the folder, under `HEADINGS`. Empty if the folder does not exist."""
     rows = []
-    leftovers = sorted(temporary_folders(found), reverse=True)
-    for path in (*step_folders(found), *leftovers):
+    leftovers = sorted(temporary_folders(checkpoints), reverse=True)
+    for path in (*step_folders(checkpoints), *leftovers):
         with suppress(FileNotFoundError):  # published or removed meanwhile by a run that goes on
             rows.append(_row(path, is_temporary=path in leftovers))
-    return _table([_HEADINGS, *rows]) if rows else f"no checkpoints in {folder}"
+    return rows
 
 
 def verify(path: Path) -> str:
