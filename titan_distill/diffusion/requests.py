@@ -41,6 +41,10 @@ class ValidationRequest:
     samples: tuple[SampleRequest, ...]
     reference: str | None = None
 
+    def of_role(self, role: str) -> SampleRequest | None:
+        """Returns the request for samples of a trained role as it is now; None for a role that is not sampled."""
+        return next((sample for sample in self.samples if sample.role == role and not sample.baseline), None)
+
 
 @dataclass(frozen=True)
 class TrajectoryRequest:

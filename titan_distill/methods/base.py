@@ -208,9 +208,15 @@ class TrainingMethod(ABC):
         shape, device = self.adapter.latent_shape if shape is None else shape, batch.text_embeddings.device
         return self.noise.normal(purpose, step, batch.sample_ids, shape, device=device)
 
+    @classmethod
     @abstractmethod
+    def sample_requests(cls, config: Any, flow_shift: float) -> ValidationRequest:
+        """Returns the sample sets that a validation compares under this `method_config`. It needs no model, so that an
+        export can say how its role is sampled."""
+
     def validation_request(self) -> ValidationRequest:
-        """Returns the sample sets that a validation compares."""
+        """Returns the sample sets that a validation of this run compares."""
+        return self.sample_requests(self.config, self.adapter.flow_shift)
 
 
 def method_class(name: str) -> type[TrainingMethod]:

@@ -279,6 +279,7 @@ class Dmd2(AdversarialTraining):
             clamp=config.clamp,
         )
 
-    def student_sample(self) -> SampleRequest:
-        sample = super().student_sample()
-        return sample if self.config.student_sampler == "sde" else replace(sample, solver="euler")
+    @classmethod
+    def student_sample(cls, config: Dmd2Config, flow_shift: float) -> SampleRequest:
+        sample = super().student_sample(config, flow_shift)
+        return sample if config.student_sampler == "sde" else replace(sample, solver="euler")

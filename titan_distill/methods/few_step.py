@@ -82,20 +82,23 @@ class FewStepTraining(TrainingMethod):
             guidance = self.config.teacher_guidance
             return self.adapter.guided_velocity(self.roles["teacher"], x, sigma_B, condition, guidance)
 
-    def student_sample(self) -> SampleRequest:
+    @classmethod
+    def student_sample(cls, config: Any, flow_shift: float) -> SampleRequest:
         """Returns the request for samples of the student: without guidance, with fresh noise between its steps."""
-        return SampleRequest("student", "student", "sde", len(self.sigmas), self.sigmas)
+        sigmas = config.sigmas(flow_shift)
+        return SampleRequest("student", "student", "sde", len(sigmas), sigmas)
 
-    def validation_request(self) -> ValidationRequest:
-        config, student = self.config, self.student_sample()
+    @classmethod
+    def sample_requests(cls, config: Any, flow_shift: float) -> ValidationRequest:
+        student = cls.student_sample(config, flow_shift)
         before = replace(student, label="student_before", baseline=True, scored=False)
-        if "teacher" not in self.required_roles(config):
+        if "teacher" not in cls.required_roles(config):
             return ValidationRequest((before, student))
         scale = float(schedule.standard_scale(config.teacher_guidance.scale, config.teacher_guidance.form))
         teacher = SampleRequest(
             "teacher", "teacher", config.teacher_solver, config.teacher_steps, guidance_scale=scale, baseline=True
         )
-        few_steps = replace(teacher, label="teacher_few_steps", num_steps=len(self.sigmas), scored=False)
+        few_steps = replace(teacher, label="teacher_few_steps", num_steps=student.num_steps, scored=False)
         return ValidationRequest((teacher, few_steps, before, student), reference="teacher")
 
 

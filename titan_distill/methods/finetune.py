@@ -117,8 +117,8 @@ class Finetune(TrainingMethod):
         negative = self.adapter.negative_condition(len(batch.sample_ids))
         return {**condition, **{name: _where(dropped_B, value, condition[name]) for name, value in negative.items()}}
 
-    def validation_request(self) -> ValidationRequest:
-        config = self.config
+    @classmethod
+    def sample_requests(cls, config: FinetuneConfig, flow_shift: float) -> ValidationRequest:
         now = SampleRequest(
             "student", "student", config.validation_solver, config.validation_steps, None, config.validation_guidance
         )

@@ -163,8 +163,9 @@ class KnowledgeDistillation(FewStepTraining):
         index_B = to_device(index_B, states_BS.device)
         return states_BS[torch.arange(len(index_B), device=states_BS.device), index_B]
 
-    def validation_request(self) -> ValidationRequest:
+    @classmethod
+    def sample_requests(cls, config: KnowledgeDistillationConfig, flow_shift: float) -> ValidationRequest:
         """Returns requests for the teacher (sampled like the recorded pairs), the student before training, and the
         student now."""
-        request = super().validation_request()
+        request = super().sample_requests(config, flow_shift)
         return replace(request, samples=tuple(x for x in request.samples if x.label != "teacher_few_steps"))

@@ -67,6 +67,11 @@ class SelfForcingConfig(Dmd2Config):
                 "its own; change one of the two"
             )
 
+    @property
+    def context_sigma(self) -> float:
+        """Noise level of `context_noise`."""
+        return self.context_noise / schedule.NUM_TRAIN_TIMESTEPS
+
 
 @register_method("self_forcing")
 class SelfForcing(Dmd2):
@@ -78,7 +83,7 @@ class SelfForcing(Dmd2):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.context_sigma = self.config.context_noise / schedule.NUM_TRAIN_TIMESTEPS
+        self.context_sigma = self.config.context_sigma
         self.sample_lengths, self.lengths = self._segment_lengths(self.config.num_rollout_segments)
 
     def _segment_lengths(self, num_segments: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -192,6 +197,8 @@ class SelfForcing(Dmd2):
         mask.narrow(dim, 0, self.sample_lengths[0]).zero_()
         return mask
 
-    def student_sample(self) -> SampleRequest:
+    @classmethod
+    def student_sample(cls, config: Dmd2Config, flow_shift: float) -> SampleRequest:
         """Returns the request of dmd2's student samples, sampled segment by segment."""
-        return replace(super().student_sample(), context_sigma=self.context_sigma)
+        assert isinstance(config, SelfForcingConfig)
+        return replace(super().student_sample(config, flow_shift), context_sigma=config.context_sigma)
