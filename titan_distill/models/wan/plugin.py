@@ -365,8 +365,10 @@ class WanFamily(ModelFamily):
         modules: Sequence[str],
         index: Mapping[str, Any] | None,
     ) -> str:
-        network, shape = WanConfig.from_diffusers(architecture), self._space.shape(*self.video_size())
-        return sampling_section(request, self.config, network, modules, index, shape)
+        network = WanConfig.from_diffusers(architecture)
+        # Not `_space`: whoever exports need not have what the other roles started from.
+        space = find_latent_space(self.config.pipeline_config.path, lambda: network.out_channels)
+        return sampling_section(request, self.config, network, modules, index, space.shape(*self.video_size()))
 
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         config = _wan(module).config
