@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from tyro.conf import Positional
 
@@ -22,6 +24,7 @@ from titan_distill.config.paths import of_key
 from titan_distill.data.footage import read_picture
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest, check_options
+from titan_distill.fault_tolerance.files import atomic, with_umask_mode
 from titan_distill.fault_tolerance.outputs import probe_file
 from titan_distill.methods.base import method_class
 from titan_distill.models.base import Adapter, model_family
@@ -45,6 +48,7 @@ def generate(
     sink_frames: int | None = None,
     raw_weights: bool = False,
     image: Path | None = None,
+    save_noise: Path | None = None,
     trust_imports: tuple[str, ...] = (),
 ) -> None:
     """Make a video from a prompt, or from a prompt and a first picture, with a trained role.
@@ -64,6 +68,8 @@ def generate(
         raw_weights: Sample from the trained weights even where there is an average of them.
         image: Picture (or video, of which the first frame) that the video starts from, scaled to cover its size and
             cropped; for models that take one.
+        save_noise: safetensors file to write with the noise of every step, all that the picture gives, and the latents
+            of the video. The snippet in an exported folder's README.md makes the same video from it.
         trust_imports: Modules of the run's job.imports to import although they are not part of titan_distill. Importing
             a module runs its code. Default: none.
     """
@@ -71,6 +77,8 @@ def generate(
         raise ValueError("--prompt is empty; say what the video should show")
     check_options(num_steps, guidance_scale, seed)
     probe_file(out, "--out", (".mp4",))
+    if save_noise is not None:
+        probe_file(save_noise, "--save-noise", (".safetensors",))
     device = default_device()
     pipeline = {"cache_window_frames": cache_window_frames, "sink_frames": sink_frames}
     with of_key("CHECKPOINT", checkpoint):
@@ -86,14 +94,46 @@ def generate(
         request = dataclasses.replace(request, num_steps=num_steps)
     if guidance_scale is not None:
         request = dataclasses.replace(request, guidance_scale=guidance_scale)
+    if save_noise is not None and adapter.segment_lengths(handle) is not None:
+        raise ValueError(
+            f"--save-noise {save_noise}: the {role} is causal, and diffusers, for which the file is, runs no causal "
+            "model; leave it out"
+        )
     length = None if num_frames is None else adapter.num_latents(handle, num_frames)
-    condition = adapter.encode_prompts([prompt])
+    text = condition = adapter.encode_prompts([prompt])
     if image is not None:
-        condition = adapter.with_image(condition, _picture(config, image)[None])
-    latents = Sampling(adapter, KeyedNoise(seed), device).run(request, handle, condition, [0], length)
+        condition = adapter.with_image(text, _picture(config, image)[None])
+    noise = KeyedNoise(seed) if save_noise is None else (recorded := RecordedNoise(seed))
+    latents = Sampling(adapter, noise, device).run(request, handle, condition, [0], length)
+    if save_noise is not None:
+        of_picture = {name: condition[name] for name in condition.keys() - text.keys()}
+        _save_noise(save_noise, {**recorded.tensors(), **of_picture, "latents": latents}, prompt, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(out, adapter.decode_latents(latents)[0].cpu().numpy(), config.validation.fps)
     print(f"{out}: {prompt!r}, {request.solver}, {request.num_steps} steps, seed {seed}")
+
+
+class RecordedNoise(KeyedNoise):
+    """Keyed noise that keeps its draws."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self._draws: list[Tensor] = []
+
+    def normal(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._draws.append(super().normal(*args, **kwargs))
+        return self._draws[-1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns all draws in their order: `noise.0` is the sampler's start, later ones its fresh noise."""
+        return {f"noise.{index}": draw for index, draw in enumerate(self._draws)}
+
+
+def _save_noise(path: Path, tensors: Mapping[str, Tensor], prompt: str, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as temporary, with_umask_mode(temporary):
+        save_file(on_host, temporary, metadata={"prompt": prompt, "seed": str(seed)})
 
 
 def _picture(config: Config, image: Path) -> Tensor:
@@ -136,10 +176,10 @@ def load_role(
     method = method_class(config.recipe.method)(
         config.method_config, roles, adapter, KeyedNoise(config.job.seed), PhaseTimer(device)
     )
-    requests = [x for x in method.validation_request().samples if x.role == role and not x.baseline]
-    if not requests:
+    request = method.validation_request().of_role(role)
+    if request is None:
         raise ValueError(f"recipe.method = {config.recipe.method!r} does not say how to sample from its {role}")
-    return config, adapter, handle, requests[0]
+    return config, adapter, handle, request
 
 
 def run_config(checkpoint: Path, pipeline: Mapping[str, object], trusted: Collection[str]) -> Config:

@@ -59,6 +59,10 @@ class ValidationRequest:
     denoisers: tuple[tuple[str, str], ...] = ()
     """Pairs of roles: one that learns to denoise samples, and the one whose samples it learns from."""
 
+    def of_role(self, role: str) -> SampleRequest | None:
+        """Returns the request for samples of a trained role as it is now; None for a role that is not sampled."""
+        return next((sample for sample in self.samples if sample.role == role and not sample.baseline), None)
+
 
 @dataclass(frozen=True)
 class TrajectoryRequest:

@@ -30,6 +30,7 @@ from titan_distill.data.loader import Batch
 from titan_distill.data.manifest import Size
 from titan_distill.data.parquet import RowCheck
 from titan_distill.diffusion import schedule
+from titan_distill.models.exporting import ExportedFormats
 from titan_distill.models.streaming import SegmentStream
 from titan_distill.observability.flops import WorkCounter
 from titan_distill.parallelisms.mesh import Layouts, RoleMesh
@@ -315,7 +316,7 @@ class FootageEncoder(ABC):
         videos of `num_frames`. Empty unless `EncoderFolders.images` is true."""
 
 
-class ModelFamily(ABC):
+class ModelFamily(ExportedFormats):
     """Build-time plugin of a family, registered with `@register_model`."""
 
     pipeline_config_class: ClassVar[type]
@@ -419,20 +420,6 @@ class ModelFamily(ABC):
     ) -> nn.Module:
         """Builds an unsharded, frozen module from its architecture and its full tensors by name, as in a checkpoint.
         Its parameters have the dtype training.dtype."""
-
-    @staticmethod
-    @abstractmethod
-    def write_weights(
-        tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path, dtype: torch.dtype | None
-    ) -> None:
-        """Writes a module's weights in the family's usual format (for Wan, a diffusers folder)."""
-
-    @staticmethod
-    def pipeline_index(index: dict[str, Any], modules: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the `model_index.json` of an exported role with these modules, from its pipeline's `index` and the
-        run's [pipeline_config]. Default: `index` unchanged. Raises ValueError if a needed value is in neither of the
-        two."""
-        return index
 
     @abstractmethod
     def latent_space(self, module: nn.Module) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from titan_distill.config.sections import FIRST_TILE, Tile
 from titan_distill.data.latents import LatentStatistics
 from titan_distill.data.manifest import Size
 from titan_distill.data.parquet import RowCheck
+from titan_distill.diffusion.requests import SampleRequest
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.models.base import (
     Adapter,
@@ -42,9 +43,12 @@ from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.encoder_memory import decoding_bytes, encoder_bytes, find_decoder
 from titan_distill.models.wan.encoders import Encoders, encoder_digests
 from titan_distill.models.wan.experts import experts_of, find_boundary
+from titan_distill.models.wan.exported_card import sampling_section
+from titan_distill.models.wan.exported_scheduler import exported_scheduler
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, needed_tensors
 from titan_distill.models.wan.image_encoder import ImageEncoder
 from titan_distill.models.wan.latents import SIZE_NAMES, LatentSpace, find_latent_space
+from titan_distill.models.wan.original_names import save_original
 from titan_distill.models.wan.parallelize import build_transformer, check_degrees, empty_transformer
 from titan_distill.models.wan.pipeline_config import CAUSAL_KEYS, WanPipelineConfig
 from titan_distill.models.wan.pipeline_index import exported_index
@@ -378,6 +382,25 @@ class WanFamily(ModelFamily):
         tensors: Iterable[tuple[str, Tensor]], architecture: dict[str, Any], folder: Path, dtype: torch.dtype | None
     ) -> None:
         save_folder(_used(tensors), WanConfig.from_diffusers(architecture), folder, dtype)
+
+    @staticmethod
+    def write_original(tensors: Iterable[tuple[str, Tensor]], file: Path, dtype: torch.dtype | None) -> None:
+        save_original(_used(tensors), file, dtype)
+
+    def exported_scheduler(self, request: SampleRequest) -> dict[str, Any]:
+        return exported_scheduler(request, self.config.pipeline_config.flow_shift)
+
+    def sampling_section(
+        self,
+        request: SampleRequest,
+        architecture: dict[str, Any],
+        modules: Sequence[str],
+        index: Mapping[str, Any] | None,
+    ) -> str:
+        network = WanConfig.from_diffusers(architecture)
+        # Not `_space`: whoever exports need not have what the other roles started from.
+        space = find_latent_space(self.config.pipeline_config.path, lambda: network.out_channels)
+        return sampling_section(request, self.config, network, modules, index, space.shape(*self.video_size()))
 
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         config = _wan(module).config
