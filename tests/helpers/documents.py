@@ -24,6 +24,7 @@ SMALL = {
     "run_train.sh": "--training.steps 2 --checkpoint.interval 1 --validation.num_prompts 2 --validation.num_videos 1",
     "rcm.toml": "--method_config.tangent_warmup 1",
     "data ode-pairs": "--num-pairs 8",
+    "data preprocess videos": "--height 96 --width 96 --num-frames 17 --fps 8 --max-text-tokens 64",
 }
 """Options that are appended to every command with these words. A later option wins over the same one before it."""
 REAL = (
@@ -87,7 +88,8 @@ def commands(page: Path) -> list[Command]:
         if language in SHELL:
             lines = content.replace("\\\n", " ").splitlines()
             texts = (re.sub(r"(^|\s)# .*", "", line).strip() for line in lines)
-            found += [Command(page, " ".join(text.split())) for text in texts if text]
+            parts = (part for text in texts for part in text.split(" && "))
+            found += [Command(page, " ".join(part.split())) for part in parts if part]
     return found
 
 
