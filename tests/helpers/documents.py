@@ -19,6 +19,8 @@ FIRST = [REPOSITORY / "README.md", DOCS / "first_run.md", DOCS / "tasks.md"]
 PAGES = [*FIRST, *(path for path in sorted(DOCS.rglob("*.md")) if path not in FIRST), REPOSITORY / "CONTRIBUTING.md"]
 HISTORY = [DOCS / "log.md"]
 """Pages about the past, which may name keys and files of their time."""
+RECIPES = DOCS / "recipes"
+"""Folder of cards of all shipped jobs. Their commands are parsed as they are; test_train_configs.py runs the jobs."""
 SHELL = {"", "bash", "sh", "shell", "console"}
 SMALL = {
     "run_train.sh": "--training.steps 2 --checkpoint.interval 1 --validation.num_prompts 2 --validation.num_videos 1",
@@ -96,6 +98,8 @@ def commands(page: Path) -> list[Command]:
 COMMANDS = [command for page in PAGES if page not in HISTORY for command in commands(page)]
 TRAINING = [command for command in COMMANDS if "run_train.sh" in command.text]
 TOOLS = [command for command in COMMANDS if re.search(r"\btitan-distill |-m titan_distill\.cli ", command.text)]
+IN_ORDER = [command for command in COMMANDS if command.page.parent != RECIPES]
+"""Commands that also have a small form, in which they run one after the other."""
 OTHERS = [command for command in COMMANDS if command not in TRAINING and command not in TOOLS]
 
 

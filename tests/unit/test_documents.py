@@ -26,6 +26,7 @@ from documents import (
     COMMANDS,
     DOCS,
     HISTORY,
+    IN_ORDER,
     OTHERS,
     PAGES,
     PLACEHOLDERS,
@@ -74,6 +75,12 @@ def name(page: Path) -> str:
     return page.relative_to(REPOSITORY).as_posix()
 
 
+def forms(commands: list[Command]) -> list[str]:
+    """The commands as they are and, if they are run, at small size."""
+    small = [command.small for command in commands if command in IN_ORDER]
+    return list(dict.fromkeys([*(command.text for command in commands), *small]))
+
+
 each_page = pytest.mark.parametrize("page", PRESENT, ids=name)
 
 
@@ -93,7 +100,7 @@ def test_languages_of_blocks(page: Path) -> None:
     assert {language for language, _ in blocks(page)} <= {"", "bash", "sh", "shell", "console", *LANGUAGES}
 
 
-@pytest.mark.parametrize("text", dict.fromkeys(form for c in TRAINING for form in (c.text, c.small)))
+@pytest.mark.parametrize("text", forms(TRAINING))
 def test_training_command(text: str) -> None:
     ranks, arguments = words(text)
     if "--job.config_file" not in arguments:
@@ -101,7 +108,7 @@ def test_training_command(text: str) -> None:
     resolve_layout(load_config(arguments), ranks)
 
 
-@pytest.mark.parametrize("text", dict.fromkeys(form for c in TOOLS for form in (c.text, c.small)))
+@pytest.mark.parametrize("text", forms(TOOLS))
 def test_tool_command(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every word is parsed to its type, by the real command line in front of functions that only note their call."""
     called: list[str] = []
