@@ -301,6 +301,14 @@ def test_readme_is_two_screens() -> None:
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 80
 
 
+def test_the_planned_figures_are_those_of_the_job() -> None:
+    job = (REPOSITORY / "train_configs/wan14b_to_1.3b_8gpu.toml").read_text(encoding="utf-8")
+    figures = r"([\d.]+ of [\d.]+) GiB\D+?([\d.]+) s per step"
+    [page] = re.findall(figures, prose(DOCS / "start_to_finish.md"))
+    [planned] = re.findall(f"Planned: .*?{figures}", job)
+    assert page == planned
+
+
 def test_every_page_is_in_the_index() -> None:
     """A reader on GitHub has no list of contents beside the page. Recipes have a page of their own."""
     index = (DOCS / "index.md").read_text(encoding="utf-8")
