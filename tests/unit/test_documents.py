@@ -96,7 +96,8 @@ def test_there_are_commands() -> None:
 
 @each_page
 def test_languages_of_blocks(page: Path) -> None:
-    """A block without one is commands; another one would be an unnoticed text."""
+    """A block without one is commands; another language, or a block within a list, would be an unnoticed text."""
+    assert not re.search(r"^[ >]+```", page.read_text(encoding="utf-8"), re.M)
     assert {language for language, _ in blocks(page)} <= {"", "bash", "sh", "shell", "console", *LANGUAGES}
 
 
