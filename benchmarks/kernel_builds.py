@@ -304,28 +304,33 @@ def predicted_tflops(
 
 
 def static_table(lines: list[dict[str, str]]) -> str:
-    """Markdown: every kept 16-bit candidate on sm_90, with one value per version of Triton where they differ."""
-    built: dict[tuple[str, str, str], list[dict[str, str]]] = {}
-    for line in lines:
-        if (line["arch"], line["dtype"]) == ("90", "bf16"):
-            built.setdefault((line["kernel"], line["rows"], line["candidate"]), []).append(line)
+    """Markdown: every kept candidate on sm_90, with one value per version of Triton, oldest first, where they differ.
+    Rates are predicted for 16-bit products only."""
+    built: dict[tuple[str, str, str, str], list[dict[str, str]]] = {}
+    for line in sorted(lines, key=lambda line: [int(part) for part in line["triton"].split(".")]):
+        if line["arch"] == "90":
+            built.setdefault((line["kernel"], line["rows"], line["dtype"], line["candidate"]), []).append(line)
     figures = ("registers", "spilled bytes", "shared KiB", "programs", "instructions", "waits", "tensor", "counted")
     text = [f"| kernel | candidate | {' | '.join(figures)} |", "|---" * (2 + len(figures)) + "|"]
     for (kernel, rows, bits), kept in KEPT.items():
-        for candidate in kept if bits == 16 else ():
-            of_versions = built[kernel, str(rows), str(candidate)]
+        name, dtype = ("bf16", torch.bfloat16) if bits == 16 else ("fp32", torch.float32)
+        for candidate in kept:
+            of_versions = built[kernel, str(rows), name, str(candidate)]
             values = [
                 [f"{int(line[name]) / 1024:.3g}" if name == "shared_bytes" else line[name] for line in of_versions]
                 for name in ("registers", "local_bytes", "shared_bytes", "programs", "loop", "waits")
             ]
             cells = [each[0] if len(set(each)) == 1 else " / ".join(each) for each in values]
-            programs, loop = (int(of_versions[0][name]) for name in ("programs", "loop"))
-            block_rows, columns = blocks(kernel, candidate, rows, torch.bfloat16)
-            tensor = predicted_tflops(kernel, block_rows, candidate.warps, programs, loop, columns)
-            # Dense attention has no ragged tiles.
-            shares = (1, 1 if kernel == "jvp" else _USEFUL_SHARE)
-            rates = [f"{share * tensor[0]:.0f}–{share * tensor[1]:.0f}" for share in shares]
-            text.append(f"| {' | '.join([f'{kernel}, {block_rows} rows', str(candidate), *cells, *rates])} |")
+            block_rows, columns = blocks(kernel, candidate, rows, dtype)
+            title, rates = f"{kernel}, {block_rows} rows, fp32", ["–", "–"]
+            if bits == 16:
+                programs, loop = (int(of_versions[0][name]) for name in ("programs", "loop"))
+                tensor = predicted_tflops(kernel, block_rows, candidate.warps, programs, loop, columns)
+                # Dense attention has no ragged tiles.
+                shares = (1, 1 if kernel == "jvp" else _USEFUL_SHARE)
+                title = f"{kernel}, {block_rows} rows"
+                rates = [f"{share * tensor[0]:.0f}–{share * tensor[1]:.0f}" for share in shares]
+            text.append(f"| {' | '.join([title, str(candidate), *cells, *rates])} |")
     return "\n".join(text)
 
 

@@ -116,6 +116,9 @@ class MeasuredAdapter(Adapter):
     def prepare_batch(self, batch: Batch) -> Batch:
         return self.inner.prepare_batch(batch)
 
+    def share_batch(self, batch: Batch) -> Batch:
+        return self.inner.share_batch(batch)
+
     def text_condition(self, batch: Batch) -> Condition:
         return self.inner.text_condition(batch)
 

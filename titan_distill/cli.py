@@ -26,15 +26,18 @@ from titan_distill.checkpoint.tools import inspect as checkpoints
 from titan_distill.checkpoint.tools import rewrite
 from titan_distill.commands import export as exporting
 from titan_distill.commands import generate as generation
+from titan_distill.commands import index as indexing
 from titan_distill.commands import ode_pairs as pairs
 from titan_distill.commands import plan as planning
-from titan_distill.commands import preprocess
+from titan_distill.commands import preprocess, text_only
+from titan_distill.commands.inspect_data import write_sheet
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import RecipeConfig
 from titan_distill.data import summary
 from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from titan_distill.models.base import model_family
 from titan_distill.observability.quiet import quiet_libraries
+from titan_distill.parallelisms.mesh import is_main_process
 
 EXIT_DIFFERENT = 1
 
@@ -111,8 +114,20 @@ def diff(a: Positional[Path], b: Positional[Path]) -> None:
 
 
 def preprocess_footage(config: tyro.conf.OmitArgPrefixes[preprocess.PreprocessConfig]) -> None:
-    """Encode a folder of videos with captions into the parquet file that training reads."""
-    print(preprocess.preprocess(config))
+    """Encode a folder of videos with captions into the parquet files that training reads."""
+    report = preprocess.preprocess(config)
+    if is_main_process():
+        print(report)
+
+
+def make_index(options: tyro.conf.OmitArgPrefixes[indexing.IndexOptions]) -> None:
+    """Make one table of a folder of videos and its captions, for training, `data preprocess` and validation."""
+    print(indexing.index(options))
+
+
+def encode_prompts(options: tyro.conf.OmitArgPrefixes[text_only.TextOnlyOptions]) -> None:
+    """Encode a list of prompts into a text-only dataset, for methods that need no videos."""
+    print(text_only.prepare(options))
 
 
 def make_ode_pairs(options: tyro.conf.OmitArgPrefixes[pairs.OdePairsOptions]) -> None:
@@ -120,12 +135,22 @@ def make_ode_pairs(options: tyro.conf.OmitArgPrefixes[pairs.OdePairsOptions]) ->
     print(pairs.ode_pairs(options))
 
 
-def inspect(path: Path) -> None:
-    """Print what a parquet file or folder holds, after checking every row.
+def inspect(
+    path: Path, sheet: Path | None = None, vae: Path | None = None, rows: int = 8, family: str = RecipeConfig.family
+) -> None:
+    """Print what a parquet file or folder holds, after checking every row: sizes, lengths, statistics, bad rows.
 
     Args:
         path: The file or folder.
+        sheet: PNG file to write, a contact sheet of decoded rows.
+        vae: With --sheet: the VAE's diffusers folder, or the pipeline folder that has it as vae/.
+        rows: Rows on the sheet, evenly spread.
+        family: Model family of the VAE.
     """
+    if (sheet is None) != (vae is None):
+        raise ValueError("--sheet and --vae need each other; give both, or neither")
+    if sheet is not None and vae is not None:
+        print(write_sheet(path, sheet, vae, family, rows))
     with of_key("--path", path):
         print(summary.inspect(path))
 
@@ -141,7 +166,13 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
         "reshard": reshard,
         "diff": diff,
     },
-    "data": {"preprocess": preprocess_footage, "ode-pairs": make_ode_pairs, "inspect": inspect},
+    "data": {
+        "preprocess": preprocess_footage,
+        "index": make_index,
+        "prompts": encode_prompts,
+        "ode-pairs": make_ode_pairs,
+        "inspect": inspect,
+    },
 }
 
 

@@ -41,8 +41,9 @@ from titan_distill.config.degrees import needs_group
 from titan_distill.config.loading import help_text, in_one_sentence, load_config, to_toml
 from titan_distill.config.parsing import COMMAND_LINE
 from titan_distill.config.paths import of_key
+from titan_distill.config.sections import DataConfig
 from titan_distill.config.text import redacted, to_dict
-from titan_distill.data.loader import SampleLoader, open_dataset
+from titan_distill.data.loader import DATA_PATH, SampleLoader, open_dataset
 from titan_distill.data.rows import BadRowError, RowDataset
 from titan_distill.diffusion.noise import NOISE_VERSION, KeyedNoise
 from titan_distill.fault_tolerance.exit_codes import (
@@ -59,6 +60,7 @@ from titan_distill.fault_tolerance.run_folder import Run, check_folder, open_run
 from titan_distill.fault_tolerance.run_lock import RunLock, check_free
 from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog, record_collectives
 from titan_distill.methods.base import Head, TrainingMethod
+from titan_distill.methods.held_out import HELD_OUT, HeldOutLoss, check_held_out, held_out_section
 from titan_distill.methods.unreached import unreached_schedules
 from titan_distill.models.base import ModelFamily
 from titan_distill.models.head import FeatureHead, build_head
@@ -289,13 +291,14 @@ def assemble(
     if config.validation.enabled:
         makes_videos = run.family.video_size() is not None
         validator = Validator(config, adapter, folder / "validation", layouts, ranks, makes_videos=makes_videos)
+    rows = _open_rows(run, held_out_section(config), HELD_OUT) if config.validation.data else None
     adapter.release_text_encoder()
     trainer = Trainer(
         config=config,
         roles=roles,
         method=method,
         adapter=adapter,
-        loader=_build_loader(config, dataset, layouts, state),
+        loader=SampleLoader.of_run(config, dataset, layouts.data_rank, layouts.num_data_groups, state.samples_seen),
         validator=validator,
         checkpoints=checkpoints,
         metrics=MetricsLogger(config, is_main=world.is_main, start_step=state.step, timer=timer, counter=adapter.work),
@@ -305,6 +308,7 @@ def assemble(
         layouts=layouts,
         ranks=ranks,
         step_ranks=Ranks(config.comm.init_timeout_seconds),
+        held_out=None if rows is None else HeldOutLoss(config, rows, method, adapter, layouts, ranks),
         watchdog=watchdog,
         stop=stop or Stop(),
     )
@@ -331,7 +335,7 @@ def build_roles(
         for name in names
         if name not in heads
     }
-    _check_latent_spaces(run.family, modules)
+    run.family.check_latent_spaces(modules)
     for name, head in heads.items():
         modules[name] = {"transformer": _build_head(run, name, head, modules[head.of], layouts, device)}
     return RoleManager([_handle(run.config, name, modules[name]) for name in names])
@@ -361,18 +365,6 @@ def _build_head(
     return build_head(width, len(head.depths), layouts.role(name), device, options, run.config.job.seed)
 
 
-def _check_latent_spaces(family: ModelFamily, modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
-    spaces = {name: family.latent_space(networks["transformer"]) for name, networks in modules.items()}
-    for name, space in spaces.items():
-        first, expected = next(iter(spaces.items()))
-        for key, value in space.items():
-            if value != expected[key]:
-                raise ValueError(
-                    f"roles.{name} works on latents with {key} = {value}, but roles.{first} with {key} = "
-                    f"{expected[key]}; all roles of a run must share one latent space"
-                )
-
-
 def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -> None:
     """Adds optimizer, learning-rate schedule and EMA to every trained role. A schedule lasts as long as the role has
     updates."""
@@ -386,32 +378,30 @@ def add_optimizers(config: Config, roles: RoleManager, method: TrainingMethod) -
 
 
 def open_inputs(run: ResolvedRun) -> RowDataset[Any]:
-    """Opens the training data and reads its first rows and the prompts of validation. Raises ConfigError, in seconds,
-    for any that do not fit the run."""
-    config, method_config, family = run.config, run.config.method_config, run.family
+    """Opens the training data and reads its first rows, the held-out rows and the prompts of validation. Raises
+    ConfigError, in seconds, for any that do not fit the run."""
+    config = run.config
     with in_one_sentence(config.job.config_file or COMMAND_LINE):
-        dataset = open_dataset(
-            config.data,
-            tensors=(*run.method.extra_tensors(method_config), *family.extra_tensors()),
-            video_size=family.video_size(),
-            needs_latents=family.needs_latents or run.method.needs_latents(method_config),
-            checks=(*family.row_checks(), *run.method.row_checks(config)),
-        )
+        dataset = _open_rows(run, config.data)
+        if config.validation.data:
+            check_held_out(config, _open_rows(run, held_out_section(config), HELD_OUT), dataset)
         if config.validation.enabled:
             validation_prompts(config)
     return dataset
 
 
-def _build_loader(config: Config, dataset: RowDataset[Any], layouts: Layouts, state: TrainState) -> SampleLoader:
-    return SampleLoader(
-        dataset,
-        global_batch_size=config.training.global_batch_size,
-        data_rank=layouts.data_rank,
-        data_world_size=layouts.num_data_groups,
-        seed=config.job.seed,
-        max_text_tokens=config.data.max_text_tokens,
-        samples_seen=state.samples_seen,
-        num_workers=config.data.num_workers,
+def _open_rows(run: ResolvedRun, data: DataConfig, key: str = DATA_PATH) -> RowDataset[Any]:
+    method_config, family = run.config.method_config, run.family
+    return open_dataset(
+        data,
+        tensors=(*run.method.extra_tensors(method_config), *family.extra_tensors()),
+        video_size=family.video_size(),
+        needs_latents=family.needs_latents or run.method.needs_latents(method_config),
+        checks=(*family.row_checks(), *run.method.row_checks(run.config)),
+        encoders=family.encoder_digests(),
+        buckets=family.buckets(),
+        statistics=family.latent_statistics(),
+        key=key,
     )
 
 

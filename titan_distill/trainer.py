@@ -29,6 +29,7 @@ from titan_distill.fault_tolerance.ranks import RankFailure, Ranks
 from titan_distill.fault_tolerance.signals import Stop, StopRequested
 from titan_distill.fault_tolerance.watchdog import LostRankError, Watchdog
 from titan_distill.methods.base import TrainingMethod, Update
+from titan_distill.methods.held_out import HeldOutLoss
 from titan_distill.models.base import Adapter
 from titan_distill.observability.metrics import MetricsLogger
 from titan_distill.observability.profiling import Profiler
@@ -61,6 +62,7 @@ class Trainer:
     """All ranks, for waits that may last longer than a collective during training."""
     step_ranks: Ranks
     """All ranks, for what they tell each other in every step."""
+    held_out: HeldOutLoss | None = None
     watchdog: Watchdog | None = None
     stop: Stop = field(default_factory=Stop)
 
@@ -115,7 +117,8 @@ class Trainer:
             LostRankError: any other error of another rank; the rank at fault raises its own, with its traceback.
         """
         try:
-            return self.step_ranks.together(lambda: self.adapter.prepare_batch(next(self.loader)))
+            batch = self.step_ranks.together(lambda: self.adapter.prepare_batch(next(self.loader)))
+            return self.adapter.share_batch(batch)
         except BadRowError:
             raise
         except ValueError as error:
@@ -221,17 +224,22 @@ class Trainer:
                 self.checkpoints.before_change()
 
     def validate(self) -> None:
-        """Samples and scores as the method asks. Does nothing when validation is off or the run is to stop."""
-        if self.validator is None or self.stop.is_agreed:
+        """Samples and scores as the method asks, and measures the held-out loss. Does nothing when both are off or the
+        run is to stop."""
+        if (self.validator is None and self.held_out is None) or self.stop.is_agreed:
             return
-        self.validator.poll = self.stop.poll
         self._release_state()  # validation swaps averaged weights in
         counting = self.adapter.work.paused() if self.adapter.work else nullcontext()
-        step = self.state.step
+        step, scores = self.state.step, dict[str, float]()
         try:
             with self.timer("validation"), counting:
-                scores = self.validator.validate(step, self.method.validation_request(), self.roles)
-                self.metrics.log_media(step, self.validator.media(step))
+                if self.validator is not None:
+                    self.validator.poll = self.stop.poll
+                    scores |= self.validator.validate(step, self.method.validation_request(), self.roles)
+                    self.metrics.log_media(step, self.validator.media(step))
+                if self.held_out is not None:
+                    self.held_out.poll = self.stop.poll
+                    scores |= self.held_out.measure(step, self.roles)
                 # After what rank 0 does alone, which may take longer than a collective during training may.
                 self.ranks.wait()
         except StopRequested:

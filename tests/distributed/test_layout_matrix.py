@@ -27,6 +27,7 @@ from typing import Any
 
 import pytest
 import torch
+from bucket_data import BUCKETS, write_buckets
 from layout_mutants import MUTANTS
 from mutants import is_caught
 from runs import HELPERS, REPOSITORY, TINY_WAN, largest, read_metrics, record_pairs, run_worker, tiny_argv
@@ -49,7 +50,7 @@ SEEN_ROUNDING = 1e-3
 
 def num_steps(method: str) -> int:
     """Enough for every update to follow every other."""
-    return STEPS if method in ("dmd2", "finetune") else 3
+    return STEPS if method in ("dmd2", "finetune", "buckets") else 3
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,22 @@ class Row:
         weights, tile = output.parent / SPARSE_WEIGHTS[self.tile], ("--sparse_attention.tile", str(list(self.tile)))
         sparse = ("--roles.student.path", str(weights), *SPARSE, *tile) if self.sparse else ()
         return tiny_argv(
-            method, output,
+            JOBS.get(method, method), output,
             "--training.steps", str(num_steps(method)), "--checkpoint.enabled", "false",
             "--training.global_batch_size", str(GLOBAL_BATCH), "--training.local_batch_size", str(self.local_batch),
             *self.overrides.split(), *sparse, *OPTIONS.get(method, "").format(folder=output.parent).split(),
         )  # fmt: skip
 
 
+JOBS = {"buckets": "finetune"}
+"""Job of a method that has no file of its own."""
 P = "--parallelism."
 TEACHER, STUDENT, CRITIC = (f"--roles.{role}.parallelism." for role in ("teacher", "student", "critic"))
 EVERY, IN_TURN = "--training.reduce_gradients every", "exchange_groups in_turn"
 DMD2, FINETUNE = ("dmd2",), ("finetune",)
 # The last one is dmd2 with two experts in a role; here the student also has low-rank adapters.
 METHODS = ("dmd2", "finetune", "kd", "cm", "scm", "rcm", "dmd2_gan", "self_forcing", "a14b")
-SELF_FORCING, ODE_INIT = ("self_forcing",), ("ode_init",)
+SELF_FORCING, ODE_INIT, BUCKETED = ("self_forcing",), ("ode_init",), ("buckets",)
 # Schedules of real length would not get anywhere in these steps.
 OPTIONS = {
     "kd": "--data.path {folder}/pairs --method_config.teacher_steps 4",
@@ -105,11 +108,12 @@ OPTIONS = {
     "--method_config.same_step_across_blocks false --method_config.denoising_steps [1000.0,500.0] "
     "--pipeline_config.num_frames 9",
     "ode_init": "--data.path {folder}/pairs --method_config.teacher_steps 4",
+    "buckets": f"--data.path {{folder}}/buckets {BUCKETS}",
     # A micro-batch of one sample leaves an expert without any; so may the last one of all ranks.
     "a14b": "--pipeline_config.num_frames 9 --pipeline_config.width 32 --ema.start_step 1 "
     "--training.local_batch_size 1 --roles.student.lora.rank 4 --roles.student.lora.alpha 8",
 }
-REFERENCE = Row("one process", 1, "", methods=METHODS + ODE_INIT)
+REFERENCE = Row("one process", 1, "", methods=METHODS + ODE_INIT, nightly=BUCKETED)
 SPARSE = (
     "--roles.student.attention", "sparse", "--sparse_attention.sparsity", "0.75",
     "--sparse_attention.schedule_rate", "0.25", "--sparse_attention.crossover", "0.2",
@@ -132,19 +136,19 @@ DENSE_ROWS = (
         "float8, emulated", 1, "--float8.enabled --float8.emulate --float8.min_features 16", COARSE,
         least=SEEN_ROUNDING, methods=FINETUNE, nightly=DMD2,
     ),
-    Row("fsdp 2", 2, "", local_batch=2, methods=METHODS, nightly=ODE_INIT),
+    Row("fsdp 2", 2, "", local_batch=2, methods=METHODS, nightly=ODE_INIT + BUCKETED),
     Row(
         "bf16, fsdp 2", 2, "--training.dtype bfloat16", ROUNDED, local_batch=2, least=SEEN_ROUNDING,
         methods=DMD2, nightly=FINETUNE,
     ),
     Row("cpu offload, fsdp 2", 2, f"{P}cpu_offload", local_batch=2, methods=FINETUNE, nightly=DMD2),
     Row("no resharding, fsdp 2", 2, f"{P}reshard_after_forward false", local_batch=2, methods=DMD2, nightly=FINETUNE),
-    Row("tensor 2", 2, f"{P}tensor 2"),
+    Row("tensor 2", 2, f"{P}tensor 2", nightly=BUCKETED),
     Row(
         "tensor 2, token region", 2, f"{P}tensor 2 {P}token_region",
         methods=FINETUNE, nightly=(*DMD2, *SELF_FORCING, "dmd2_gan"),
     ),
-    Row("sequence 2", 2, f"{P}sequence 2", methods=METHODS, nightly=ODE_INIT),
+    Row("sequence 2", 2, f"{P}sequence 2", methods=METHODS, nightly=ODE_INIT + BUCKETED),
     Row("teacher tensor 2, students fsdp 2", 2, f"{TEACHER}tensor 2", local_batch=2, methods=DMD2),
     Row("teacher sequence 2, students fsdp 2", 2, f"{TEACHER}sequence 2", local_batch=2, methods=DMD2),
     Row(
@@ -187,7 +191,7 @@ DENSE_ROWS = (
     ),
     Row("sequence 3, all-gather", 3, f"{P}sequence 3", methods=FINETUNE, nightly=DMD2),
     Row("fsdp 4", 4, "", local_batch=1, methods=DMD2, nightly=FINETUNE),
-    Row("hsdp 2 × 2", 4, f"{P}dp_replicate 2", local_batch=1, methods=DMD2, nightly=FINETUNE),
+    Row("hsdp 2 × 2", 4, f"{P}dp_replicate 2", local_batch=1, methods=DMD2, nightly=FINETUNE + BUCKETED),
     Row("tensor 2 × sequence 2", 4, f"{P}tensor 2 {P}sequence 2", methods=DMD2, nightly=FINETUNE),
     Row(
         "tensor 2 × sequence 2, token region", 4, f"{P}tensor 2 {P}sequence 2 {P}token_region",
@@ -299,6 +303,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for tile, name in SPARSE_WEIGHTS.items():
         _open_gates(folder / name, tile)
     record_pairs(folder / "pairs", num_pairs=GLOBAL_BATCH, num_steps=4)
+    write_buckets(folder / "buckets")
     return folder
 
 

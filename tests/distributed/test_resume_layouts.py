@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from bucket_data import BUCKETS, write_buckets
 from mutants import is_caught
 from resume_mutants import MUTANTS
 from resume_worker import run_jobs
@@ -121,6 +122,16 @@ OTHERS = {
     }.items()
 }
 
+# Saved between batches of different shapes, after samples of an epoch were left over.
+BUCKETED = Experiment(
+    "buckets",
+    f"--data.path {{folder}}/buckets {BUCKETS} --ema.decay 0.8 --ema.start_step 1",
+    saves_at=5,
+    steps=10,
+    method="finetune",
+    common="--lr_scheduler.warmup_steps 2",
+)
+
 P, TEACHER, CRITIC = "--parallelism.", "--roles.teacher.parallelism.", "--roles.critic.parallelism."
 ONE = Layout("one process", 1)
 FSDP_2 = Layout("fsdp 2", 2, data_ranks=2)
@@ -170,6 +181,11 @@ LONG = (
     Trial(CADENCE, BY_ROLE, TENSOR_ULYSSES),
     Trial(CADENCE, ONE, CRITIC_4),
     Trial(CADENCE, CRITIC_4, FSDP_2),
+    Trial(BUCKETED, ONE, ONE),
+    Trial(BUCKETED, ONE, FSDP_2),
+    Trial(BUCKETED, FSDP_2, TENSOR_2),
+    Trial(BUCKETED, ULYSSES_2, ONE),
+    Trial(BUCKETED, FSDP_2, FSDP_2),
     Trial(ASYNC, ONE, ONE),
     Trial(ASYNC, FSDP_2, FSDP_2),
     Trial(ASYNC, BY_ROLE, ONE),
@@ -263,6 +279,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[Trial
     def folder_of(trials: tuple[Trial, ...]) -> Path:
         folder = tmp_path_factory.mktemp("resume")
         record_pairs(folder / "pairs", num_pairs=4, num_steps=4)
+        write_buckets(folder / "buckets")
         for jobs in launches(trials, folder):
             launch(jobs, folder)
         return folder

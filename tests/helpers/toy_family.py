@@ -243,9 +243,9 @@ class ToyFamily(ModelFamily):
         return ToyAdapter(self.config.pipeline_config)
 
 
-def write_data(path: Path, num_rows: int = 64, num_values: int = 64, with_latents: bool = True) -> Path:
+def write_data(path: Path, num_rows: int = 64, num_values: int = 64, with_latents: bool = True, seed: int = 0) -> Path:
     """Rows of the conditional law."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def latents() -> Tensor:
         return CONDITIONAL_MEAN + VARIANCE**0.5 * torch.randn(num_values, 1, 1, 1, generator=generator)

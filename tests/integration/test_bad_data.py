@@ -137,10 +137,10 @@ def test_a_first_video_that_is_too_short(say: Say, tmp_path: Path) -> None:
 
 
 def test_prompts_that_cannot_be_read(say: Say, tmp_path: Path) -> None:
-    (tmp_path / "prompts.jsonl").write_text('{"caption": "a cat"}\n{"text": "a dog"}\n')
+    (tmp_path / "prompts.jsonl").write_text('{"caption": "a cat"}\n{"title": "a dog"}\n')
     prompts = ("--validation.enabled", "true", "--validation.prompts", str(tmp_path / "prompts.jsonl"))
     shown = say(tiny_argv("dmd2", tmp_path / "run", *prompts))
-    assert "prompts.jsonl, line 2: expected a non-empty caption" in shown
+    assert "prompts.jsonl, line 2: there is no prompt or caption or text or cap among the columns title" in shown
 
 
 def test_prompts_that_the_scorer_does_not_know(say: Say, tmp_path: Path) -> None:

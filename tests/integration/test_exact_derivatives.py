@@ -23,13 +23,18 @@ def torch_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q_BLHD, k_BSHD, v_BSHD))).transpose(1, 2)
 
 
-def curve(method: str, output: Path) -> list[float]:
-    """Losses and tangents of three steps."""
+def curve(method: str, output: Path) -> dict[str, float]:
+    """Losses and tangents of three steps, by step and name."""
     small = ("--training.steps", "3", "--training.global_batch_size", "2", "--training.local_batch_size", "2")
     assert main(tiny_argv(method, output, *small, *OWN)) == 0
     names = ("loss/", "tangent_size")
     lines = read_metrics(output)
-    return [value for line in lines for name, value in line.items() if any(part in name for part in names)]
+    return {
+        f"{line['step']} {name}": value
+        for line in lines
+        for name, value in line.items()
+        if any(part in name for part in names)
+    }
 
 
 @pytest.mark.nightly
@@ -45,5 +50,5 @@ def test_training_is_that_of_torchs_derivative(method: str, tmp_path: Path, monk
         monkeypatch.setattr(module, "dense_attention", torch_attention)
     expected = curve(method, tmp_path / "torch")
     assert num_calls >= 3 and len(calls) == num_calls, "the second run has only PyTorch's derivative"
-    assert len(ours) >= 6
+    assert any("tangent_size" in name for name in ours) and any("loss/student" in name for name in ours)
     assert ours == pytest.approx(expected, rel=1e-5)

@@ -131,7 +131,7 @@ def test_mask_and_latent_follow_the_noise() -> None:
 @pytest.mark.parametrize("method", ["finetune", "dmd2"])
 def test_training_from_parquet(method: str, pipeline: Path, data: Path, tmp_path: Path) -> None:
     more = "--validation.enabled true --validation.num_prompts 2 --validation.num_videos 1 --validation.scorer none"
-    prompts = f"--validation.prompts {data}/clips.parquet --validation.batch_size 2"
+    prompts = f"--validation.prompts {data} --validation.batch_size 2"
     method_steps = "--method_config.validation_steps 2" if method == "finetune" else "--method_config.teacher_steps 2"
     words = f"{more} {prompts} {method_steps}".split()
     assert main(arguments(method, pipeline, data, tmp_path, *words)) == 0
@@ -204,7 +204,7 @@ def test_preprocess_refuses_an_encoder_without_pictures(data: Path, capsys: pyte
 def test_a_picture_of_another_number_of_frames_is_a_bad_row() -> None:
     """Like the latent of its video. Rows of both lengths do not fit into one batch."""
     row = LatentRow("0", "a", torch.zeros(3, 16), extra={LATENT: torch.zeros(16, 3, 4, 4)})
-    check_row((16, 3, 4, 4), 16, None, row)
+    check_row([(16, 3, 4, 4)], 16, None, row)
     for frames in (2, 4):
         with pytest.raises(ValueError, match=rf"image_latent of \[16, 3, 4, 4\], but .* make \[16, {frames}, 4, 4\]"):
-            check_row((16, frames, 4, 4), 16, None, row)
+            check_row([(16, frames, 4, 4)], 16, None, row)

@@ -197,7 +197,14 @@ def test_every_key_counts_but_those_of_the_list() -> None:
         "roles.teacher.attention",
     } <= found
     kept_out = {"path", "offload_text_encoder", "validate_from_image", "frames_per_block", "independent_first_frame"}
-    kept_out |= {"cache_window_frames", "sink_frames", "image_probability", "image_noise_mean", "image_noise_std"}
+    kept_out |= {
+        "cache_window_frames",
+        "sink_frames",
+        "image_probability",
+        "image_noise_mean",
+        "image_noise_std",
+        "buckets",
+    }
     assert of_family - found == {f"pipeline_config.{name}" for name in kept_out}
     for table in (*WITHOUT_EFFECT, *OF_SPARSE_ATTENTION):
         assert any(is_below(key, table) for key in keys), f"{table} is no key any more"

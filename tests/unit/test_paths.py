@@ -100,11 +100,11 @@ class TestEndings:
     def test_of_prompts_without_pictures(self, tmp_path: Path) -> None:
         (tmp_path / "P.TXT").write_text("a disc\n", encoding="utf-8")
         with pytest.raises(ValueError, match="holds prompts only"):
-            FirstFrames(str(tmp_path / "P.TXT"), 64, 96)
+            FirstFrames(str(tmp_path / "P.TXT"), 64, 96, lambda dataset: None)
 
     def test_of_captions(self, tmp_path: Path) -> None:
         (tmp_path / "C.CSV").write_text("file_name,caption\na.mp4,a disc\n", encoding="utf-8")
-        assert read_captions(tmp_path / "C.CSV") == {"a.mp4": "a disc"}
+        assert read_captions(tmp_path / "C.CSV", tmp_path) == {"a.mp4": "a disc"}
 
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -163,8 +163,8 @@ def messages(path: Path) -> list[str]:
 LOSES = re.compile(
     r"write (it|them|the dataset) again|delete (it|them)|remove the folder|(exists|damaged|file).*remove (it|them)\b"
 )
-ITS_OWN = {"text_encoder.py": "and it will be computed again"}
-"""Messages about files that the project made itself, for itself: the cache of text embeddings."""
+ITS_OWN = {"text_encoder.py": "and it will be computed again", "clip_plan.py": "and the videos are probed again"}
+"""Messages about files that the project made itself, for itself: cached text embeddings, results of a probe."""
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "titan_distill").rglob("*.py")), ids=lambda path: path.name)

@@ -14,10 +14,11 @@ import tyro
 from diffusers import AutoencoderKLWan
 from tiny_media import write_film, write_pipeline, write_video
 
-from titan_distill.commands.preprocess import OUTPUT_NAME, PreprocessConfig, preprocess, read_captions
+from titan_distill.commands.preprocess import PreprocessConfig, preprocess, read_captions
 from titan_distill.config.paths import of_key
 from titan_distill.data.loader import SampleLoader
 from titan_distill.data.parquet import ParquetDataset
+from titan_distill.data.summary import inspect
 
 CAPTION = "a grey ramp"
 
@@ -57,20 +58,23 @@ def test_captions_in_csv_and_jsonl_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_bytes(
         '\ufefffile_name,seconds,caption\na.mp4,3,"says ""hi"", twice"\nsub/b.mp4,4,größer\n'.encode()
     )
-    assert read_captions(tmp_path / "c.csv") == captions
-    assert read_captions(write_captions(tmp_path / "c.jsonl", captions)) == captions
+    assert read_captions(tmp_path / "c.csv", tmp_path) == captions
+    assert read_captions(write_captions(tmp_path / "c.jsonl", captions), tmp_path) == captions
 
 
 BAD_CAPTIONS = {
-    "c.txt": ("", r"c\.txt ends in '\.txt': expected \.csv or \.jsonl"),
+    "c.txt": ("", r"c\.txt ends in '\.txt': expected \.csv, \.tsv, \.jsonl, \.json"),
     "absent.csv": (None, r"no such captions file"),
-    "columns.csv": ("name,caption\na,b\n", r"has the columns \['name', 'caption'\]: expected file_name and caption"),
-    "empty.csv": ("", "has the columns None"),
+    "columns.csv": (
+        "name,caption\na,b\n",
+        "line 2: there is no video or .* among the columns name, caption",
+    ),
+    "empty.csv": ("", "is empty: expected a line with the names of the columns"),
     "blank.csv": ("file_name,caption\na.mp4,x\nb.mp4, \n", "line 3: expected a non-empty file_name and caption"),
     "short.csv": ("file_name,caption\na.mp4\n", "line 2: expected a non-empty file_name and caption"),
     "twice.csv": ("file_name,caption\na.mp4,x\na.mp4,y\n", r"line 3: a\.mp4 has a second caption here"),
     "broken.jsonl": ('\n{"file_name": "a.mp4",\n', "line 2: not JSON"),
-    "list.jsonl": ('["a.mp4", "x"]', "line 1: expected a JSON object with file_name and caption"),
+    "list.jsonl": ('["a.mp4", "x"]', "line 1: expected a JSON object with a video and its caption"),
     "deep.jsonl": ("[" * 100_000, "line 1: not JSON"),
     "blank.jsonl": ('\n{"file_name": "a.mp4", "caption": " "}', "line 2: expected a non-empty file_name and caption"),
     "long.csv": (f"file_name,caption\na.mp4,{'x' * 200_000}\n", "after line 1: not CSV"),
@@ -86,13 +90,14 @@ def test_bad_captions_file_is_named(tmp_path: Path, name: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as error, of_key("--captions", tmp_path / name):
-        read_captions(tmp_path / name)
+        read_captions(tmp_path / name, tmp_path)
     assert name in str(error.value)
     assert str(error.value).isprintable() and len(str(error.value)) < 500
 
 
 def test_folder_to_parquet(config: PreprocessConfig, pipeline_folder: Path) -> None:
-    summary = preprocess(config)
+    assert preprocess(config).startswith(f"{config.out}: 5 clips of 2 videos, 5 of them made now")
+    summary = inspect(config.out)
     assert summary.num_rows == 5  # 16 frames make three clips of 5, 10 make two
     assert summary.latents == {"[16, 2, 4, 6] float32": 5}
     assert not summary.bad_rows
@@ -177,10 +182,10 @@ def test_videos_and_captions_must_match(config: PreprocessConfig, tmp_path: Path
 
 def test_existing_output_is_not_replaced(config: PreprocessConfig) -> None:
     config.out.mkdir()
-    (config.out / OUTPUT_NAME).write_bytes(b"precious")
-    with pytest.raises(ValueError, match="exists; choose another"):
+    (config.out / "clips.parquet").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"exists and .* does not; choose another"):
         preprocess(config)
-    assert (config.out / OUTPUT_NAME).read_bytes() == b"precious"
+    assert (config.out / "clips.parquet").read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize(
@@ -204,7 +209,7 @@ def test_wide_films_with_all_defaults(tmp_path: Path, pipeline_folder: Path) -> 
     for seed, name in enumerate(("clouds.mp4", "meadow.mp4")):
         write_film(tmp_path / "films" / name, seed, num_frames=60)
     (tmp_path / "captions.csv").write_text("file_name,caption\nclouds.mp4,clouds\nmeadow.mp4,a meadow\n")
-    summary = preprocess(
+    preprocess(
         PreprocessConfig(
             folder=tmp_path / "films",
             captions=tmp_path / "captions.csv",
@@ -214,5 +219,6 @@ def test_wide_films_with_all_defaults(tmp_path: Path, pipeline_folder: Path) -> 
             clips_per_video=1,
         )
     )
+    summary = inspect(tmp_path / "out")
     assert summary.latents == {"[16, 5, 12, 12] float16": 2}
     assert set(summary.captions) == {"clouds", "a meadow"}

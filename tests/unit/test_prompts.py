@@ -24,7 +24,7 @@ BAD = {
     "absent.txt": (None, "cannot be read: No such file"),
     "broken.jsonl": (b'\n\n{"caption": ', "line 3: not JSON"),
     "deep.jsonl": (b"[" * 100_000, "line 1: not JSON"),
-    "list.jsonl": (b'["a cat"]', "line 1: expected a JSON object with caption, found"),
+    "list.jsonl": (b'["a cat"]', "line 1: expected a JSON object with a video and its caption, found"),
     "null.jsonl": (b'{"caption": "x"}\n{"caption": null}', "line 2: expected a non-empty caption"),
     "blank.jsonl": (b'{"caption": " "}', "line 1: expected a non-empty caption"),
     "empty.parquet": (b"", "is not a complete parquet file"),

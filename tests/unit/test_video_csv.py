@@ -146,12 +146,16 @@ def test_training_without_latents_reads_no_video(make: MakeTrainer, tmp_path: Pa
 
 
 BAD_FILES = {
-    "no column": ("file,prompt\na.mp4,x\n", r"videos\.csv has the columns \['file', 'prompt'\]: expected prompt and"),
-    "no rows": ("video,prompt\n", "has a header and no rows"),
+    "no column": (
+        "file,prompt\na.mp4,x\n",
+        r"line 2: there is no video or .* among the columns file, prompt",
+    ),
+    "two columns": ("video,caption,text\nclips/0.mp4,x,y\n", r"line 2: caption and text could both be meant; rename"),
+    "no rows": ("video,prompt\n", "has no rows: write one per video"),
     "blank": ("video,prompt\nclips/0.mp4, \n", "line 2: expected a non-empty prompt and video"),
     "missing": ("video,prompt\nclips/0.mp4,x\nclips/9.mp4,x\n", r"line 3: there is no file .*clips/9\.mp4; correct"),
     "folder": ("video,prompt\nclips,x\n", "line 2: there is no file"),
-    "empty": ("", "has the columns None"),
+    "empty": ("", "is empty: expected a line with the names of the columns"),
 }
 
 
@@ -201,7 +205,7 @@ def test_settings_that_make_no_sense_are_refused(overrides: tuple[str, ...], mes
 
 
 def test_other_data_needs_are_refused(make: MakeTrainer, footage: Path) -> None:
-    with pytest.raises(ValueError, match=r"is a \.csv, which can't hold the tensors trajectory, trajectory_timesteps"):
+    with pytest.raises(ValueError, match=r"is a table of videos, which can't hold the tensors trajectory, "):
         make(footage / "videos.csv", "--pipeline_config.image_probability", "0", method="knowledge_distillation")
 
 
@@ -301,7 +305,7 @@ def test_an_exported_student_is_a_ti2v_pipeline(run: Path, pipeline: Path, tmp_p
     [
         ("p.txt", r"p\.txt holds prompts only; set validation\.prompts to"),
         ("p.csv", r"line 2: there is no file .*absent\.png"),
-        ("c.csv", "expected a non-empty video"),
+        ("c.csv", "line 2: there is no video or .* among the columns prompt, other"),
     ],
 )
 def test_validation_without_pictures_is_refused(prompts: str, message: str, make: MakeTrainer, footage: Path) -> None:

@@ -49,7 +49,8 @@ class Resume:
         if saved is None:
             logger.warning("The checkpoint does not record its data: whether it has changed since is not known")
         elif (saved.num_rows, saved.digest) != (data.num_rows, data.digest):
-            difference = f"data.path = {config.data.path!r} has {data}, but {self.path} was saved with {saved}"
+            named = ", ".join(f"{key} = {path!r}" for key, path in config.data.keys.items())
+            difference = f"{named} has {data}, but {self.path} was saved with {saved}"
             if not config.checkpoint.allow_changed_data:
                 raise ValueError(
                     f"{difference}; name the same data, or go on with this by --checkpoint.allow_changed_data"

@@ -38,9 +38,11 @@ from titan_distill.config.loading import load_config
 from titan_distill.config.paths import of_key
 from titan_distill.config.role_sections import RoleConfig
 from titan_distill.data.loader import collate
+from titan_distill.data.manifest import DataManifest, read_manifest, write_manifest
 from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck, read_ids, write_rows
 from titan_distill.data.prompts import read_prompts
 from titan_distill.data.row_groups import parquet_files
+from titan_distill.data.tables import is_table
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import TrajectoryRequest, check_options
 from titan_distill.diffusion.schedule import few_step_sigmas, timestep
@@ -49,7 +51,7 @@ from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.fault_tolerance.run_lock import RunLock
 from titan_distill.methods.base import method_class
-from titan_distill.models.base import Adapter, Guidance, model_family
+from titan_distill.models.base import Adapter, Guidance, ModelFamily, model_family
 from titan_distill.parallelisms.mesh import Layouts, World, is_main_process, num_ranks, start_world
 from titan_distill.resolve import spell_out_references
 from titan_distill.roles import RoleHandle, RoleManager
@@ -64,7 +66,8 @@ class OdePairsOptions:
     config: tyro.conf.Positional[Path]
     """TOML of a job with the role `teacher`: its weights, layout, numbers and pipeline are used."""
     prompts: Path
-    """Prompts: parquet with text embeddings, or .txt (one per line) or .jsonl (key caption), which are encoded."""
+    """Prompts: parquet with text embeddings, or .txt (one per line) or a table (.csv, .tsv, .jsonl, .json), which are
+    encoded."""
     out: Path
     """Folder of the parquet files; files that are there stay, and missing ones are added."""
     teacher: Path | None = None
@@ -103,7 +106,7 @@ def ode_pairs(options: OdePairsOptions) -> str:
     indices = grid_indices(request.sigmas, num_steps=request.num_steps, shift=shift, solver=request.solver)
     if options.batch_size < 1 or (options.num_pairs is not None and options.num_pairs < 1):
         raise ValueError(f"--batch-size {options.batch_size} and --num-pairs {options.num_pairs} must be at least 1")
-    is_list = options.prompts.suffix.lower() in (".txt", ".jsonl")
+    is_list = options.prompts.suffix.lower() == ".txt" or is_table(options.prompts)
     with of_key("--prompts", options.prompts):
         prompts = read_prompts(options.prompts, None) if is_list else ParquetDataset(options.prompts)
     num_pairs = options.num_pairs or len(prompts)
@@ -126,6 +129,7 @@ def ode_pairs(options: OdePairsOptions) -> str:
         layouts = Layouts(world, degrees, {"teacher": degrees})
         if world.is_main:
             publish_identity(options.out, settings)
+            write_manifest(options.out, _manifest(family, None if is_list else options.prompts))
         modules = family.build_modules("teacher", role, layouts.role("teacher"), world.device)
         handle = RoleHandle("teacher", modules, trainable=False)
         adapter = family.build_adapter(world.device, layouts)
@@ -134,6 +138,15 @@ def ode_pairs(options: OdePairsOptions) -> str:
         is_writer = world.rank % layouts.data_group == 0
         _run(batches, layouts, lambda batch, is_ours: maker.make(batch, write=is_ours and is_writer))
     return f"{options.out}: {num_pairs} pairs, {num_missing} of them made now"
+
+
+def _manifest(family: ModelFamily, embedded: Path | None) -> DataManifest:
+    """Returns the manifest of the pairs. `embedded` is the data with the text embeddings; None if the run made them."""
+    encoders, size = family.encoder_digests(), family.video_size()
+    if embedded is not None:
+        source = read_manifest(embedded) or DataManifest()
+        encoders |= {"text_encoder": source.text_encoder, "tokenizer": source.tokenizer}
+    return DataManifest(latents="normalised", sizes=() if size is None else (size,)).with_encoders(encoders)
 
 
 def _check_first_prompt(path: Path, prompts: ParquetDataset, checks: Sequence[RowCheck]) -> None:

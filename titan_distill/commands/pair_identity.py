@@ -34,7 +34,7 @@ PATHS = {"teacher_digest": "teacher", "prompts_digest": "prompts"}
 WITHOUT_EFFECT = (
     # Of the run that learns the pairs. Its seed counts only where it makes the teacher's weights.
     *("job", "recipe.method", "method_config", "optimizer", "lr_scheduler", "ema", "checkpoint", "validation"),
-    *("data.path", "data.num_workers", "data.max_bad_rows", "data.fps"),
+    *("data.path", "data.sources", "data.num_workers", "data.max_bad_rows", "data.fps"),
     *("training.global_batch_size", "training.local_batch_size", "training.max_grad_norm"),
     *("training.reduce_gradients", "training.gc_interval", "training.max_nonfinite_skips"),
     *("roles.teacher.trainable", "roles.teacher.optimizer", "roles.teacher.max_grad_norm", "roles.teacher.lora"),

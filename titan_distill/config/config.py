@@ -74,6 +74,7 @@ class Config:
                 "parallelism.async_tensor = true needs the compiler, but compile.enabled = false; set it to true"
             )
         self._check_exchange()
+        self._check_held_out()
         self._check_ema()
         self._check_float8()
         self._check_sparse_attention()
@@ -97,6 +98,18 @@ class Config:
                 f"{key}.exchange_groups = 'in_turn' has no effect, because the ranks of one sample are sequence × "
                 f"tensor = {num_ranks} for the data and for {'all roles' if key == 'parallelism' else 'this role'}; "
                 "set it to 'all'"
+            )
+
+    def _check_held_out(self) -> None:
+        held_out = self.validation.data
+        if held_out and held_out in self.data.paths:
+            raise ValueError(
+                f"validation.data = {held_out!r} is data that the run trains on; name rows that are left out of it"
+            )
+        if held_out and sections.is_table(held_out) != self.data.holds_videos:
+            kinds = ("a table of videos", "parquet") if self.data.holds_videos else ("parquet", "a table of videos")
+            raise ValueError(
+                f"validation.data = {held_out!r} is {kinds[1]}, but the run trains on {kinds[0]}; use one kind for both"
             )
 
     def _check_ema(self) -> None:

@@ -27,7 +27,7 @@ from titan_distill.config.parsing import (
     read_toml,
     reject_unknown_keys,
 )
-from titan_distill.config.paths import is_reference, seen_from
+from titan_distill.config.paths import is_reference, is_url, seen_from
 from titan_distill.config.role_sections import OptimizerConfig, ParallelismConfig
 from titan_distill.config.sections import JobConfig, RecipeConfig, ValidationConfig
 from titan_distill.config.text import NO_VALUE, field_types, schema_help, to_dict, toml_text
@@ -154,7 +154,7 @@ def check_paths(config: Config) -> None:
     folders: dict[str, str] = {}
     for name, role in config.roles.items():
         folders |= {f"roles.{name}.path": role.path, f"roles.{name}.init_from": role.init_from}
-    either = {"data.path": config.data.path}
+    either = {**config.data.keys, "validation.data": config.validation.data}
     if config.validation.enabled:
         either["validation.prompts"] = config.validation.prompts
     if config.checkpoint.resume_from != "latest":
@@ -162,6 +162,8 @@ def check_paths(config: Config) -> None:
     for key, path in (folders | either).items():
         if key.endswith(".init_from") and is_reference(path):
             continue  # a role in a checkpoint: `resolve` finds it
+        if (key in config.data.keys or key in ("validation.data", "validation.prompts")) and is_url(path):
+            continue  # opened, not only looked for, in the next seconds
         # os.path, because pathlib before Python 3.14 raises OSError for a name that is too long to exist.
         exists = os.path.isdir(path) if key in folders else os.path.exists(path)
         if path and not exists:

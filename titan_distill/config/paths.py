@@ -7,14 +7,21 @@ path's target therefore begins with the key and, for a relative path, that direc
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
-def seen_from(path: str | Path) -> str:
-    """Returns where a relative path is seen from, in brackets with a space before; empty for an absolute path."""
-    return "" if Path(path).is_absolute() else f" (seen from {Path.cwd()})"
+def is_url(text: str) -> bool:
+    """Returns whether a path of data is a URL such as `s3://bucket/folder`, which fsspec opens."""
+    return re.match(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://", text) is not None
+
+
+def seen_from(path: object) -> str:
+    """Returns where a relative path is seen from, in brackets with a space before; empty for an absolute path and for a
+    URL."""
+    return "" if is_url(str(path)) or Path(str(path)).is_absolute() else f" (seen from {Path.cwd()})"
 
 
 def is_reference(text: str) -> bool:
@@ -24,7 +31,7 @@ def is_reference(text: str) -> bool:
 
 
 @contextmanager
-def of_key(key: str, path: str | Path) -> Iterator[None]:
+def of_key(key: str, path: object) -> Iterator[None]:
     """Puts `key = 'path'` and, for a relative path, the working directory before the messages of ValueErrors. `key` is
     a configuration key or an option."""
     try:

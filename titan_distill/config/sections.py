@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from titan_distill.config.parsing import check_no_effect, check_range, nearest_multiples
+from titan_distill.config.paths import is_url
 from titan_distill.config.resume import free, logged, younger
 
 Tile = tuple[int, int, int]
@@ -66,35 +67,95 @@ class RecipeConfig:
     """Model family: wan, or one that a module of job.imports registers."""
 
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+"""Ends of the names of tables of videos and prompts, in small letters (`titan_distill.data.tables`)."""
+
+
+def is_table(path: str) -> bool:
+    """Returns whether data is a table of videos and prompts, not parquet."""
+    return path.lower().endswith(TABLE_SUFFIXES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    path: str
+    """Parquet file, folder of parquet files, or URL of one of them."""
+    weight: float = 1.0
+    """Passes over the set per epoch. 2 uses each row twice per epoch; 0.5 uses each row once in two epochs."""
+
+    def __post_init__(self) -> None:
+        if not self.path or is_table(self.path):
+            raise ValueError(
+                f"path = {self.path!r} is no parquet; one of several sources is a parquet file or a folder of them"
+            )
+        check_range(self, "weight", least=1e-6, most=1e6)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    path: str = logged()
+    path: str = logged("")
     """Parquet file or folder of parquet files with latents and text embeddings (only text, where the method needs no
-    latents), or a .csv with the columns video and prompt, which the run encodes while it trains."""
+    latents), or a table of videos and prompts (.csv, .tsv, .jsonl, .json), which the run encodes while it trains.
+    Parquet may also be at a URL that fsspec opens, such as s3://bucket/folder."""
+    sources: tuple[DataSource, ...] = logged(())
+    """Several sets, in place of path: tables [[data.sources]] with the keys path and weight, the passes over the set
+    per epoch (default 1.0, so each row occurs once per epoch)."""
+    latents: Literal["raw", "normalised"] | None = logged(None)
+    """Form of the latents in parquet data. raw: means of the VAE's posterior, as FastVideo stores them; they are
+    normalised while they are read. normalised: as the networks take them, as `titan-distill data preprocess` stores
+    them. Default: found from the statistics of the first rows, and asked for where these are not clear."""
     max_text_tokens: int = logged(512)
     """Text tokens per sample. Shorter text embeddings are padded with zeros, longer ones in the data are refused;
-    prompts that the run encodes itself (of a .csv or for validation) are cut."""
+    prompts that the run encodes itself (of a table or for validation) are cut."""
     num_workers: int = free(0)
     """Loader processes per rank. 0 reads in the training process."""
     max_bad_rows: int = logged(0)
     """Largest number of unreadable rows that may be skipped, each with a line in the log. One more ends the run."""
     fps: float | None = logged(None)
-    """Frames per second to which the videos of a .csv are resampled. Default: every frame as it is."""
+    """Frames per second to which the videos of a table are resampled. Default: every frame as it is."""
 
     def __post_init__(self) -> None:
         check_range(self, "max_text_tokens", least=1, most=2**16)
         check_range(self, "num_workers", least=0, most=1024)
         check_range(self, "max_bad_rows", least=0)
-        if not self.path:
-            raise ValueError('path = "" names no data; set it to a parquet file, a folder of parquet files or a .csv')
+        if self.sources and self.path:
+            raise ValueError(f"path = {self.path!r} and sources name data; keep one of the two")
+        if not (self.sources or self.path):
+            raise ValueError(
+                "path is required but missing; set it to a parquet file, a folder of parquet files or a table of "
+                "videos, or name several sets by [[data.sources]]"
+            )
+        if len(self.sources) == 1:
+            raise ValueError(f"sources has one set, {self.sources[0].path!r}; set data.path to it, or add another set")
+        if len(set(self.paths)) < len(self.paths):
+            raise ValueError("sources names one set twice; give it one entry with a higher weight")
+        if self.holds_videos and is_url(self.path):
+            raise ValueError(f"path = {self.path!r} is a table at a URL, but videos must be on this machine; copy them")
         check_range(self, "fps", above=0, most=MAX_FPS)
         if self.fps is not None and not self.holds_videos:
-            raise ValueError(f"fps = {self.fps} has no effect on path = {self.path!r}, which is not a .csv; remove it")
+            raise ValueError(
+                f"fps = {self.fps} has no effect on path = {self.path!r}, which is no table of videos; remove it"
+            )
+        if self.latents is not None and self.holds_videos:
+            raise ValueError(
+                f"latents = {self.latents!r} has no effect on path = {self.path!r}, a table of videos; remove it"
+            )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all sets."""
+        return tuple(self.keys.values())
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Paths of all sets by the key that names them."""
+        several = {f"data.sources[{at}].path": source.path for at, source in enumerate(self.sources)}
+        return several or {"data.path": self.path}
 
     @property
     def holds_videos(self) -> bool:
         """Whether the data is a table of videos and prompts, which the run encodes while it trains."""
-        return self.path.lower().endswith(".csv")
+        return is_table(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +379,13 @@ class ValidationConfig:
     interval: int = free(0)
     """Steps between validations. 0 validates only before the first and after the last step."""
     prompts: str = logged("")
-    """Parquet, txt or jsonl file with prompts. Default: the captions of data.path."""
+    """Parquet, txt or jsonl file with prompts. Default: the captions of data.path, or of the first of data.sources."""
+    data: str = logged("")
+    """Held-out data of the kind of data.path, which the run does not train on. Each validation measures the method's
+    own losses and metrics on its rows, with the trained weights and always the same noise, as validation/loss/<role>
+    and so on; finetune also measures its loss per noise level. It works without enabled, too."""
+    num_rows: int = logged(64)
+    """Number of rows of `data` to measure, from the first on. If there are fewer, all are measured."""
     num_prompts: int = logged(96)
     """Number of prompts to sample and score."""
     batch_size: int = free(16)
@@ -334,7 +401,9 @@ class ValidationConfig:
     reads colour, shape and direction from drawn clips)."""
 
     def __post_init__(self) -> None:
-        check_range(self, "num_prompts", least=1, most=2**20)
+        check_range(self, "num_prompts", "num_rows", least=1, most=2**20)
+        if not self.data:
+            check_no_effect(self, "num_rows", given="data")
         check_range(self, "fps", least=1, most=MAX_FPS)
         check_range(self, "batch_size", least=1)
         check_range(self, "interval", "seed", least=0)

@@ -8,31 +8,42 @@ resume exactly on another number of ranks, because only the counter is saved.
 Trade-off: ranks divide each batch, not the dataset, so every rank reads from all files; in return no sample is dropped
 at the end of an epoch, and ranks have no state of their own. Workers read ahead, but the counter advances only when a
 batch is returned, so a checkpoint never skips samples that were prefetched and not yet trained on. Each worker has a
-cache of its own: parquet data needs up to `max(1, num_workers) * (CACHE_BYTES + FOOTER_BYTES)` per rank (`row_groups`).
+cache of its own: parquet data needs up to `max(1, num_workers) * (CACHE_BYTES + FOOTER_BYTES)` per rank and set.
 
 Shape legend: B samples of this rank, L max_text_tokens, D text width, C F H W latent channels, frames, height, width.
 """
 
 from __future__ import annotations
 
+import logging
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from titan_distill.config.config import Config
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import DataConfig
 from titan_distill.data.footage import VideoSize
-from titan_distill.data.order import SampleOrder
+from titan_distill.data.latents import Form, LatentStatistics
+from titan_distill.data.manifest import MANIFEST_NAME, Size, check_manifest, read_manifest
+from titan_distill.data.mixed import MixedDataset
 from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck
-from titan_distill.data.rows import BadRowError, RowDataset
+from titan_distill.data.rows import BadRowError, RowDataset, RowOrder
 from titan_distill.data.videos import ClipRow, VideoDataset
 from titan_distill.diffusion.transfer import to_device
+
+logger = logging.getLogger(__name__)
+
+AnyDataset = RowDataset[LatentRow] | RowDataset[ClipRow]
+DATA_PATH = "data.path"
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class Batch:
     clips: Tensor | None = None  # [B, T, H, W, 3] uint8, of which the latents are still to be made
     is_encoded: bool = True  # whether text_embeddings are there; otherwise they are empty, to be made from captions
     extra_on_host: dict[str, Tensor] = field(default_factory=dict)  # what `to` was given as extra, for `on_host`
+    latent_shape: tuple[int, ...] | None = None  # (C, F, H, W) of the bucket; None for data of one shape
+    encoded: dict[int, Batch] = field(default_factory=dict)  # this rank's part, where peers encode the rest
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with its tensors on `device`. Tensors of `extra` stay available on the host, too."""
@@ -81,8 +94,12 @@ def open_dataset(
     tensors: Sequence[str],
     video_size: tuple[int, int, int] | None,
     needs_latents: bool,
+    buckets: Mapping[Size, Sequence[int]] | None = None,
     checks: Sequence[RowCheck] = (),
-) -> RowDataset[LatentRow] | RowDataset[ClipRow]:
+    encoders: Mapping[str, str] | None = None,
+    statistics: LatentStatistics | None = None,
+    key: str = DATA_PATH,
+) -> AnyDataset:
     """The rows to train on. The first ones are read.
 
     Args:
@@ -90,29 +107,102 @@ def open_dataset(
         tensors: further tensors that each row must have.
         video_size: (frames, height, width) of a sample in pixels; None for a family whose samples are not videos.
         needs_latents: whether each row must have a latent or a video.
+        buckets: shapes of the latents of a run with several by the size of the video; empty for one shape.
         checks: further checks of each row of parquet data.
+        encoders: digests of the run's encoders, to compare with the data's manifest (`manifest.check_manifest`).
+        statistics: those of the run's VAE, with which raw latents are normalised; None for a family that has none.
+        key: configuration key of the path, for messages. Bad rows are tolerated in training data only.
 
     Raises:
         ValueError: the data can't be read, lacks required latents or tensors, or has more bad rows among the first than
-            data.max_bad_rows tolerates.
+            data.max_bad_rows tolerates, or it is not clear whether its latents are raw.
     """
-    dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
+    dataset: AnyDataset
+    sets: Sequence[ParquetDataset] = ()
+    is_training = key == DATA_PATH
+    keys, max_bad_rows = (data.keys, data.max_bad_rows) if is_training else ({key: data.path}, None)
+    if data.holds_videos and buckets:
+        raise ValueError(f"{key} = {data.path!r} is a table, whose clips have one size; preprocess it for buckets")
     if data.holds_videos:
         if video_size is None or tensors:
             lacking = f"the tensors {', '.join(tensors)}" if tensors else "samples of a family without videos"
-            raise ValueError(f"data.path = {data.path!r} is a .csv, which can't hold {lacking}; use parquet")
+            raise ValueError(f"{key} = {data.path!r} is a table of videos, which can't hold {lacking}; use parquet")
         size = VideoSize(*video_size, data.fps) if needs_latents else None
-        with of_key("data.path", data.path):
-            dataset = VideoDataset(data.path, size, data.max_bad_rows)
+        with of_key(key, data.path):
+            dataset = VideoDataset(data.path, size, max_bad_rows)
     else:
         own = (partial(check_text_tokens, data.max_text_tokens), *((_check_has_latent,) if needs_latents else ()))
-        with of_key("data.path", data.path):
-            dataset = ParquetDataset(
-                data.path, tensors=tensors, for_batches=True, checks=(*own, *checks), max_bad_rows=data.max_bad_rows
-            )
-    with of_key("data.path", data.path):
+        options: dict[str, Any] = {"tensors": tensors, "checks": (*own, *checks), "max_bad_rows": max_bad_rows}
+        sets = [_open_set(key, path, options) for key, path in keys.items()]
+        sizes = tuple(buckets or (() if video_size is None else (video_size,)))
+        for (name, path), part in zip(keys.items(), sets, strict=True):
+            with of_key(name, path):
+                check_manifest(part.path, encoders=encoders or {}, sizes=sizes, needs_latents=needs_latents)
+        _warn_of_rates(sets)
+        shapes = tuple(map(tuple, (buckets or {}).values()))
+        with nullcontext() if data.sources else of_key(key, data.path):
+            dataset = _joined(data, sets, needs_latents, shapes, max_bad_rows)
+            if isinstance(dataset, MixedDataset) and is_training:
+                dataset.check_buckets()
+    with nullcontext() if data.sources else of_key(key, data.path):
         dataset.check_first_rows()
+    if needs_latents or data.latents:
+        for (name, path), part in zip(keys.items(), sets, strict=False):
+            with of_key(name, path):
+                normalise_latents(part, statistics, data.latents)
     return dataset
+
+
+def normalise_latents(dataset: ParquetDataset, statistics: LatentStatistics | None, stated: Form | None) -> None:
+    """Normalises the latents of a set whose latents are raw.
+
+    Args:
+        dataset: the set.
+        statistics: those of the run's VAE; None for a family that has none.
+        stated: `data.latents`. Default: the form that the set's manifest states.
+
+    Raises:
+        ValueError: as `ParquetDataset.normalise_latents`, or for a form that has no effect.
+    """
+    if statistics is None:
+        if stated is not None:
+            raise ValueError(f"data.latents = {stated!r} has no effect on this family's latents; remove it")
+        return
+    manifest = read_manifest(dataset.path)
+    if stated is None and manifest is not None:
+        dataset.normalise_latents(statistics, manifest.latents, f"latents of {MANIFEST_NAME}")
+    else:
+        dataset.normalise_latents(statistics, stated)
+
+
+def _open_set(key: str, path: str, options: dict[str, Any]) -> ParquetDataset:
+    with of_key(key, path):
+        return ParquetDataset(path, for_batches=True, **options)
+
+
+def _joined(
+    data: DataConfig,
+    sets: Sequence[ParquetDataset],
+    needs_latents: bool,
+    shapes: Sequence[tuple[int, ...]],
+    max_bad_rows: int | None,
+) -> RowDataset[LatentRow]:
+    """Returns the sets of a run as one. If one of them has only text, a run that needs no latents reads none."""
+    if len(sets) == 1 and not shapes:
+        return sets[0]
+    if not needs_latents and not all(part.has_latents for part in sets):
+        for part in sets:
+            part.drop_latents()
+    weights = [source.weight for source in data.sources] or [1.0]
+    return MixedDataset(sets, weights, shapes, max_bad_rows)
+
+
+def _warn_of_rates(sets: Sequence[ParquetDataset]) -> None:
+    manifests = {str(part.path): read_manifest(part.path) for part in sets}
+    rates = {path: manifest.fps for path, manifest in manifests.items() if manifest is not None and manifest.latents}
+    if len(set(rates.values())) > 1:
+        shown = ", ".join(f"{rate or 'no'} in {path}" for path, rate in rates.items())
+        logger.warning("the clips of the run have different frames per second: %s", shown)
 
 
 def check_text_tokens(max_text_tokens: int, row: LatentRow) -> None:
@@ -151,7 +241,7 @@ class SampleLoader(Iterator[Batch]):
 
     def __init__(
         self,
-        dataset: RowDataset[LatentRow] | RowDataset[ClipRow],
+        dataset: AnyDataset,
         *,
         global_batch_size: int,
         data_rank: int,
@@ -166,7 +256,7 @@ class SampleLoader(Iterator[Batch]):
         )
         assert 0 <= data_rank < data_world_size
         self._path = dataset.path
-        self.order = SampleOrder(len(dataset), seed, dataset.group_sizes, dataset.order_version)
+        self.order = dataset.order(seed, global_batch_size)
         self._ids = _RankSampleIds(global_batch_size, data_rank, data_world_size)
         self._loader: StatefulDataLoader[Batch | _Failure] = StatefulDataLoader(
             _BatchReader(dataset, self.order, max_text_tokens),
@@ -178,6 +268,22 @@ class SampleLoader(Iterator[Batch]):
         )
         self._batches: Iterator[Batch | _Failure] | None = None
         self.load_state_dict({"samples_seen": samples_seen})
+
+    @classmethod
+    def of_run(
+        cls, config: Config, dataset: AnyDataset, data_rank: int, data_world_size: int, samples_seen: int
+    ) -> SampleLoader:
+        """Returns the loader of a configuration's batches, seed and workers."""
+        return cls(
+            dataset,
+            global_batch_size=config.training.global_batch_size,
+            data_rank=data_rank,
+            data_world_size=data_world_size,
+            seed=config.job.seed,
+            max_text_tokens=config.data.max_text_tokens,
+            samples_seen=samples_seen,
+            num_workers=config.data.num_workers,
+        )
 
     def __next__(self) -> Batch:
         if self._batches is None:
@@ -236,21 +342,27 @@ class _Failure:
 class _BatchReader(torch.utils.data.Dataset["Batch | _Failure"]):
     """Map-style dataset whose index is a list of sample ids and whose item is their batch."""
 
-    dataset: RowDataset[LatentRow] | RowDataset[ClipRow]
-    order: SampleOrder
+    dataset: AnyDataset
+    order: RowOrder
     max_text_tokens: int
 
     def __getitem__(self, sample_ids: list[int]) -> Batch | _Failure:
         try:
-            rows = [self.dataset[self.order.row(sample_id)] for sample_id in sample_ids]
-            if isinstance(rows[0], ClipRow):
-                return collate_clips(sample_ids, [row for row in rows if isinstance(row, ClipRow)])
-            return collate(sample_ids, [row for row in rows if isinstance(row, LatentRow)], self.max_text_tokens)
+            numbers = [self.order.row(sample_id) for sample_id in sample_ids]
+            batch = collate_rows(sample_ids, [self.dataset[number] for number in numbers], self.max_text_tokens)
+            return replace(batch, latent_shape=self.dataset.shape(numbers[0]))
         except BadRowError as error:
             return _Failure(str(error), traceback.format_exc(), is_bad_row=True)
         except Exception as error:  # raised again, as RuntimeError, by SampleLoader in the main process
             where = f"samples {sample_ids[0]} to {sample_ids[-1]} from {self.dataset.path}"
             return _Failure(f"can't load {where}: {type(error).__name__}: {error}", traceback.format_exc())
+
+
+def collate_rows(sample_ids: list[int], rows: Sequence[LatentRow | ClipRow], max_text_tokens: int) -> Batch:
+    """Makes a batch of dataset rows of one kind. Raises as `collate`."""
+    if isinstance(rows[0], ClipRow):
+        return collate_clips(sample_ids, [row for row in rows if isinstance(row, ClipRow)])
+    return collate(sample_ids, [row for row in rows if isinstance(row, LatentRow)], max_text_tokens)
 
 
 def collate(sample_ids: list[int], rows: Sequence[LatentRow], max_text_tokens: int) -> Batch:

@@ -51,11 +51,12 @@ class GroupSizes:
 class SampleOrder:
     """Maps each sample id of a run to a dataset row.
 
-    `groups` is None for data whose rows are read alone. Raises ValueError for a version that is not known.
+    `groups` is None for data whose rows are read alone. `seed` is that of the run or, for a part of a mixture, a text
+    with it. Raises ValueError for a version that is not known.
     """
 
     num_rows: int
-    seed: int
+    seed: int | str
     groups: GroupSizes | None = None
     version: int = ORDER_VERSION
 
@@ -91,15 +92,18 @@ class _Windows:
     row_ends: Integers  # positions in the epoch at which the windows end
 
 
-# Two epochs meet in a batch; a dataset smaller than the batch spans a few more.
-@functools.lru_cache(maxsize=4)
-def _whole(num_rows: int, seed: int, epoch: int) -> Integers:
-    return _permutation(num_rows, f"epoch permutation {seed} {epoch}")
+# Two epochs meet in a batch; a dataset smaller than the batch spans a few more; a mixture has several parts.
+_NUM_CACHED = 16
 
 
-@functools.lru_cache(maxsize=4)
-def _windows(sizes: GroupSizes, seed: int, epoch: int) -> _Windows:
-    groups = _permutation(len(sizes.num_rows), f"order of row groups {seed} {epoch}")
+@functools.lru_cache(_NUM_CACHED)
+def _whole(num_rows: int, seed: int | str, epoch: int) -> Integers:
+    return permutation(num_rows, f"epoch permutation {seed} {epoch}")
+
+
+@functools.lru_cache(_NUM_CACHED)
+def _windows(sizes: GroupSizes, seed: int | str, epoch: int) -> _Windows:
+    groups = permutation(len(sizes.num_rows), f"order of row groups {seed} {epoch}")
     costs = np.maximum(sizes.num_bytes, sizes.num_rows * (WINDOW_BYTES // WHOLE_ROWS))[groups]
     # The window in which a group ends. So a window exceeds its size by less than its first group.
     window_of_group = (np.cumsum(costs) - 1) // WINDOW_BYTES
@@ -108,14 +112,15 @@ def _windows(sizes: GroupSizes, seed: int, epoch: int) -> _Windows:
     return _Windows(groups, group_ends, row_ends)
 
 
-@functools.lru_cache(maxsize=4)
-def _rows_of_window(sizes: GroupSizes, seed: int, epoch: int, number: int) -> Integers:
+@functools.lru_cache(_NUM_CACHED)
+def _rows_of_window(sizes: GroupSizes, seed: int | str, epoch: int, number: int) -> Integers:
     windows = _windows(sizes, seed, epoch)
     groups = windows.groups[windows.group_ends[number - 1] if number else 0 : windows.group_ends[number]]
     ends = np.cumsum(sizes.num_rows)[groups]
     rows = np.concatenate([np.arange(end - size, end) for end, size in zip(ends, sizes.num_rows[groups], strict=True)])
-    return rows[_permutation(len(rows), f"order in a window {seed} {epoch} {number}")]
+    return rows[permutation(len(rows), f"order in a window {seed} {epoch} {number}")]
 
 
-def _permutation(length: int, key: str) -> Integers:
+def permutation(length: int, key: str) -> Integers:
+    """Returns a random permutation of the numbers below `length`, a function of `key`."""
     return torch.randperm(length, generator=keyed_generator(key)).numpy()

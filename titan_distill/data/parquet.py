@@ -17,19 +17,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from titan_distill.config.dtypes import DTYPES
-from titan_distill.data.order import GroupSizes
-from titan_distill.data.row_groups import CACHE_BYTES, Place, RowGroups, list_files, reading
+from titan_distill.data.fastvideo import (
+    TIMESTEPS,
+    TRAJECTORY,
+    counts_latent_frames,
+    is_worker_file,
+    own_columns,
+    split_trajectory,
+)
+from titan_distill.data.latents import NUM_ROWS, Form, LatentStatistics, find_form
+from titan_distill.data.location import Location, location, parquet_source
+from titan_distill.data.order import GroupSizes, Integers
+from titan_distill.data.row_groups import CACHE_BYTES, Group, Place, RowGroups, list_files, reading
 from titan_distill.data.rows import BadRowError, RowDataset, brief
 from titan_distill.data.tensor_columns import columns_of, decode_row, plain
 from titan_distill.fault_tolerance.files import atomic
@@ -132,30 +144,30 @@ def schema_with(names: Iterable[str]) -> pa.Schema:
     return pa.schema([*SCHEMA, *(pa.field(*column) for name in names for column in columns_of(name).items())])
 
 
-def read_ids(path: str | Path) -> list[str]:
+def read_ids(path: str | Location) -> list[str]:
     """Returns the ids of all rows of a parquet file or folder, in order. No other column is read.
 
     Raises:
         ValueError: as `ParquetDataset`.
     """
     ids: list[str] = []
-    for file in list_files(Path(path)):
-        with reading(f"{file} has no readable column id"), pq.ParquetFile(file) as parquet:
+    for file in list_files(location(path)):
+        with reading(f"{file} has no readable column id"), pq.ParquetFile(parquet_source(file)) as parquet:
             ids += parquet.read(columns=["id"], use_threads=False).column("id").to_pylist()
     return ids
 
 
-def read_captions(path: str | Path, num_rows: int | None) -> list[str]:
+def read_captions(path: str | Location, num_rows: int | None) -> list[str]:
     """Returns the captions of the first `num_rows` rows, or of all rows, of a parquet file or folder. No other column
     is read.
 
     Raises:
         ValueError: as `ParquetDataset`, or for a row without caption.
     """
-    return list(itertools.islice(_captions(Path(path)), num_rows))
+    return list(itertools.islice(_captions(location(path)), num_rows))
 
 
-def _captions(path: Path) -> Iterator[str]:
+def _captions(path: Location) -> Iterator[str]:
     groups = RowGroups(path, list_files(path), ("caption",), {}, partial(_check_columns, expected=SCHEMA))
     for number in range(len(groups)):
         for row, value in enumerate(groups.read(number).columns["caption"]):
@@ -163,24 +175,24 @@ def _captions(path: Path) -> Iterator[str]:
             yield _caption(plain({"caption": value}, "caption", where), where)
 
 
-def extra_names(path: str | Path) -> tuple[str, ...]:
+def extra_names(path: str | Location) -> tuple[str, ...]:
     """Returns the names of the further tensors in the first file of a dataset, sorted.
 
     Raises:
         ValueError: as `ParquetDataset`.
     """
-    file = list_files(Path(path))[0]
+    file = list_files(location(path))[0]
     with reading(f"{file} is not a complete parquet file"):
-        columns = set(pq.read_schema(file).names) - set(SCHEMA.names)
+        columns = set(own_columns(pq.read_schema(parquet_source(file)).names)) - set(SCHEMA.names)
     names = {column.removesuffix("_bytes") for column in columns if column.endswith("_bytes")}
     return tuple(sorted(name for name in names if columns_of(name).keys() <= columns))
 
 
 class ParquetDataset(RowDataset[LatentRow]):
-    """Map-style view of one parquet file, or of all `*.parquet` files of a folder sorted by name.
+    """Map-style view of one parquet file, or of all `*.parquet` files of a folder sorted by name (`list_files`).
 
     Args:
-        path: file or folder.
+        path: file or folder; local, or a URL that fsspec opens.
         tensors: names of the further tensors that every row must have; they are returned in `LatentRow.extra`.
         for_batches: whether rows are only put together to batches. They then come without the facts about the clip,
             from file name to fps, and their tensors share memory with the cache and must not be changed.
@@ -196,7 +208,7 @@ class ParquetDataset(RowDataset[LatentRow]):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Location,
         *,
         tensors: Sequence[str] = (),
         for_batches: bool = False,
@@ -214,6 +226,7 @@ class ParquetDataset(RowDataset[LatentRow]):
             partial(_check_columns, expected=schema_with(tensors)),
             cache_bytes,
         )
+        self._statistics: LatentStatistics | None = None
         self.num_files, self.digest = len(self._groups.files), self._groups.digest
         if not len(self):
             raise ValueError(f"{self.path} holds no rows; name other data")
@@ -229,6 +242,19 @@ class ParquetDataset(RowDataset[LatentRow]):
     def group_sizes(self) -> GroupSizes:
         return self._groups.sizes
 
+    def drop_latents(self) -> None:
+        """Reads no latents from now on: every row is one of text."""
+        self._groups.drop("vae_latent")
+
+    def place(self, index: int) -> Place:
+        """Returns the place of a row, for messages."""
+        return self._groups.locate(index)
+
+    def latent_shapes(self) -> Integers:
+        """Returns the shape of each row's latents, [N, 4], from one column: 0 for a row without latents, -1 for one
+        whose shape has not four sizes. Raises ValueError if the column can't be read."""
+        return np.concatenate([_shapes(*column) for column in self._groups.read_column("vae_latent_shape")])
+
     @property
     def held_bytes(self) -> int:
         """Bytes of row groups and footers that this process keeps."""
@@ -237,6 +263,39 @@ class ParquetDataset(RowDataset[LatentRow]):
     @property
     def first_rows(self) -> Sequence[int]:
         return sorted({*range(min(MAX_FIRST_ROWS, len(self))), *self._groups.file_starts[:MAX_FIRST_FILES]})
+
+    def normalise_latents(
+        self, statistics: LatentStatistics, stated: Form | None, stated_by: str = "data.latents"
+    ) -> None:
+        """Finds out whether the stored latents are raw, and if so normalises those of all rows read from now on.
+
+        Args:
+            statistics: those of the run's VAE.
+            stated, stated_by: see `find_form`.
+
+        Raises:
+            ValueError: as `find_form`, or for a form of data without stored latents.
+        """
+        first = next(self._stored_latents(), None)
+        if first is None:
+            if stated is not None:
+                raise ValueError(f"{stated_by} = {stated!r} has no effect on data without stored latents; remove it")
+            return
+        file = self._groups.files[0]
+        is_foreign = is_worker_file(file) or counts_latent_frames(file, first.shape[1])
+        form = find_form(self._stored_latents(), statistics, stated, stated_by, is_foreign=is_foreign)
+        self._statistics = statistics if form == "raw" else None
+
+    def _stored_latents(self) -> Iterator[Tensor]:
+        """Yields the latents of the first rows. Ends of trajectories are none: sampling makes normalised ones."""
+        for index in range(min(NUM_ROWS, len(self))):
+            try:
+                group = self._groups.read(self._groups.locate(index).group)
+                latent = self.read(index).vae_latent if _has_latent_column(group) else None
+            except BadRowError:
+                continue
+            if latent is not None:
+                yield latent
 
     def read(self, index: int) -> LatentRow:
         if not 0 <= index < len(self):
@@ -249,6 +308,11 @@ class ParquetDataset(RowDataset[LatentRow]):
             decoded = {name: tensor.clone() for name, tensor in decoded.items()}
         row = _from_record(record, decoded, self._tensors, where)
         try:
+            if row.vae_latent is None and {TRAJECTORY, TIMESTEPS} <= row.extra.keys():
+                states, timesteps, end = split_trajectory(row.extra[TRAJECTORY], row.extra[TIMESTEPS])
+                row = replace(row, vae_latent=end, extra={**row.extra, TRAJECTORY: states, TIMESTEPS: timesteps})
+            elif row.vae_latent is not None and self._statistics is not None:
+                row = replace(row, vae_latent=self._statistics.normalise(row.vae_latent))
             for check in self._checks:
                 check(row)
         except ValueError as error:
@@ -256,7 +320,24 @@ class ParquetDataset(RowDataset[LatentRow]):
         return row
 
 
-def _check_columns(file: Path, schema: pa.Schema, expected: pa.Schema) -> None:
+def _has_latent_column(group: Group) -> bool:
+    return "vae_latent" in group.tensors or "vae_latent_bytes" in group.columns
+
+
+def _shapes(column: pa.Array | None, num_rows: int) -> Integers:
+    """Returns lists of four integers as a matrix, see `ParquetDataset.latent_shapes`."""
+    shapes = np.zeros((num_rows, 4), np.int64)
+    if column is None or pa.types.is_null(column.type):
+        return shapes
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    values = pc.list_flatten(column).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    starts, has_four = np.cumsum(lengths) - lengths, lengths == 4
+    shapes[(lengths > 0) & ~has_four] = -1
+    shapes[has_four] = values[starts[has_four, None] + np.arange(4)]
+    return shapes
+
+
+def _check_columns(file: Location, schema: pa.Schema, expected: pa.Schema) -> None:
     names = schema.names
     required = REQUIRED_COLUMNS + (LATENT_COLUMNS if set(LATENT_COLUMNS) & set(names) else ())
     required += tuple(expected.names[len(SCHEMA) :])

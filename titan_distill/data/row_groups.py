@@ -16,13 +16,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from titan_distill.data.fastvideo import own_columns
+from titan_distill.data.folders import files_below
+from titan_distill.data.location import Location, parquet_source
 from titan_distill.data.order import GroupSizes
 from titan_distill.data.rows import BadRowError, brief
 from titan_distill.data.tensor_columns import Columns, TensorColumn, columns_of, decode_column
@@ -67,22 +69,24 @@ class Place(NamedTuple):
         return f"{self.groups.files[file]}, row {first_row + self.row}"
 
 
-def list_files(path: Path) -> list[Path]:
-    """Returns the parquet files of a dataset, in order. Raises ValueError if there are none."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"no dataset at {path}: expected a parquet file or a folder of them")
-    files = parquet_files(path)
+def list_files(path: Location) -> Sequence[Location]:
+    """Returns the parquet files of a dataset, in order: those of a folder, or, if it has none itself, those of its
+    subfolders. Raises ValueError if there are none."""
+    with reading(f"{path} can't be read"):
+        if path.is_file():
+            return [path]
+        if not path.is_dir():
+            raise ValueError(f"no dataset at {path}: expected a parquet file or a folder of them")
+        files = parquet_files(path) or files_below(path, (".parquet",))
     if not files:
-        raise ValueError(f"no *.parquet file in {path}: expected the output of `titan-distill data preprocess`")
+        raise ValueError(f"no *.parquet file in or below {path}: expected what `titan-distill data preprocess` writes")
     return files
 
 
-def parquet_files(folder: Path) -> list[Path]:
+def parquet_files(folder: Location) -> Sequence[Location]:
     """Returns the parquet files in a folder, sorted by name; none if there is no such folder."""
     paths = folder.iterdir() if folder.is_dir() else iter(())
-    return sorted(path for path in paths if path.suffix.lower() == ".parquet")
+    return sorted((path for path in paths if path.suffix.lower() == ".parquet"), key=str)
 
 
 class RowGroups:
@@ -102,11 +106,11 @@ class RowGroups:
 
     def __init__(
         self,
-        root: Path,
-        files: Sequence[Path],
+        root: Location,
+        files: Sequence[Location],
         columns: Sequence[str],
         tensors: Mapping[str, int | None],
-        check: Callable[[Path, pa.Schema], None],
+        check: Callable[[Location, pa.Schema], None],
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.files = files
@@ -119,20 +123,20 @@ class RowGroups:
         file_ends: list[int] = []
         digest = hashlib.sha256()
         for number, file in enumerate(files):
-            schema, metadata, footer = _read_footer(file)
+            schema, metadata, footer, file_bytes = _read_footer(file)
             groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
             sizes = [group.num_rows for group in groups]
             if min(sizes, default=0) < 0 or sum(sizes) != metadata.num_rows:
                 raise ValueError(
                     f"{file} is damaged: its row groups do not add up to {metadata.num_rows} rows: {REMEDY}"
                 )
-            check(file, schema)
+            check(file, pa.schema([f.with_name(own) for f, own in zip(schema, own_columns(schema.names))]))
             num_rows += sizes
             num_bytes += [group.total_byte_size for group in groups]
             file_ends.append(len(num_rows))
             self._footers.add(number, metadata, len(footer))
-            name = file.relative_to(root)
-            digest.update(os.fsencode(f"{name}\0{file.stat().st_size}\0{sum(sizes)}\0") + footer)
+            name = file.relative_to(root)  # type: ignore[arg-type]  # both are of one kind
+            digest.update(os.fsencode(f"{name}\0{file_bytes}\0{sum(sizes)}\0") + footer)
         self.digest = digest.hexdigest()
         self.sizes = GroupSizes(np.array(num_rows, np.int64), np.array(num_bytes, np.int64))
         self._row_ends = np.cumsum(self.sizes.num_rows)
@@ -166,6 +170,26 @@ class RowGroups:
             self._groups.add(number, group, group.nbytes)
         return group
 
+    def drop(self, tensor: str) -> None:
+        """Reads a tensor's columns no longer."""
+        del self._tensors[tensor]
+        self._columns = tuple(name for name in self._columns if name not in columns_of(tensor))
+        self._groups = _Kept(self._cache_bytes)
+
+    def read_column(self, name: str) -> Iterator[tuple[pa.Array | None, int]]:
+        """Yields a column of each file, None if the file lacks it, and the file's number of rows. For small columns:
+        they are not kept. Raises ValueError for a damaged one."""
+        ends = np.concatenate([[0], self._row_ends])[np.concatenate([[0], self._file_ends])].tolist()
+        for number, (start, end) in enumerate(itertools.pairwise(ends)):
+            file = self.files[number]
+            with (
+                reading(f"{file} has no readable column {name}"),
+                pq.ParquetFile(parquet_source(file), metadata=self._footers.get(number)) as parquet,
+            ):
+                has_it = name in parquet.schema_arrow.names
+                column = parquet.read(columns=[name], use_threads=False).column(name) if has_it else None
+            yield None if column is None else _one_array(column), end - start
+
     def __getstate__(self) -> dict[str, Any]:
         # A process started by spawn fills a cache of its own.
         return {**self.__dict__, "_groups": _Kept(self._cache_bytes), "_footers": _Kept(FOOTER_BYTES)}
@@ -184,16 +208,18 @@ class RowGroups:
         try:
             metadata = self._footers.get(file)
             if metadata is None:
-                metadata = pq.read_metadata(self.files[file])
+                metadata = pq.read_metadata(parquet_source(self.files[file]))
                 self._footers.add(file, metadata, metadata.serialized_size)
-            with pq.ParquetFile(self.files[file], metadata=metadata, page_checksum_verification=True) as parquet:
-                wanted = [name for name in self._columns if name in parquet.schema_arrow.names]
-                table = parquet.read_row_group(in_file, columns=wanted, use_threads=False)
+            source = parquet_source(self.files[file])
+            with pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True) as parquet:
+                stored = parquet.schema_arrow.names
+                wanted = {own: name for own, name in zip(own_columns(stored), stored) if own in self._columns}
+                table = parquet.read_row_group(in_file, columns=list(wanted.values()), use_threads=False)
         except _READ_ERRORS as error:
             raise BadRowError(f"{where}: unreadable ({brief(error)})") from error
         if table.num_rows != size:
             raise BadRowError(f"{where}: unreadable ({table.num_rows} rows were found)")
-        columns = {name: table.column(name) for name in table.column_names}
+        columns = {own: table.column(name) for own, name in wanted.items()}
         return {name: column.chunk(0) if column.num_chunks == 1 else column for name, column in columns.items()}
 
     def _first_row(self, number: int) -> int:
@@ -237,17 +263,22 @@ def reading(fault: str) -> Iterator[None]:
         raise ValueError(f"{fault} ({brief(error)}): {REMEDY}") from error
 
 
-def _read_footer(file: Path) -> tuple[pa.Schema, pq.FileMetaData, bytes]:
-    """Returns the schema and the footer of a file, parsed and as its bytes."""
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _read_footer(file: Location) -> tuple[pa.Schema, pq.FileMetaData, bytes, int]:
+    """Returns the schema and the footer of a file, parsed and as its bytes, and the size of the file."""
     with (
         reading(f"{file} is not a complete parquet file"),
         file.open("rb") as stream,
         pq.ParquetFile(stream) as parquet,
     ):
-        return parquet.schema_arrow, parquet.metadata, _footer(stream)
+        footer = _footer(stream)
+        return parquet.schema_arrow, parquet.metadata, footer, stream.seek(0, os.SEEK_END)
 
 
-def _footer(file: BinaryIO) -> bytes:
+def _footer(file: IO[bytes]) -> bytes:
     """Returns the footer of a valid parquet file. It ends with its length, in 4 bytes, and `PAR1`."""
     file.seek(-8, os.SEEK_END)
     num_bytes = int.from_bytes(file.read(4), "little")

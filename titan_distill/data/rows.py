@@ -13,13 +13,13 @@ from __future__ import annotations
 import logging
 import textwrap
 from abc import abstractmethod
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 
-from titan_distill.data.order import ORDER_VERSION, GroupSizes
+from titan_distill.data.location import Location, location
+from titan_distill.data.order import ORDER_VERSION, GroupSizes, SampleOrder
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,13 @@ Row = TypeVar("Row", covariant=True)
 
 class BadRowError(ValueError):
     """A row can't be used. The message names file, row and fault."""
+
+
+class RowOrder(Protocol):
+    """Order of a run's samples."""
+
+    def row(self, sample_id: int) -> int:
+        """Returns the row of a sample."""
 
 
 class RowDataset(torch.utils.data.Dataset[Row]):
@@ -49,10 +56,15 @@ class RowDataset(torch.utils.data.Dataset[Row]):
     order_version: int = ORDER_VERSION
     """Version of the order in which a run reads the rows (`SampleOrder`). A resume sets its checkpoint's."""
 
-    def __init__(self, path: str | Path, max_bad_rows: int | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Location, max_bad_rows: int | None = None) -> None:
+        self.path: Location = location(path)
         self.bad_rows: dict[int, str] = {}
         self._max_bad_rows = max_bad_rows
+
+    @property
+    def set_digests(self) -> set[str]:
+        """Digests of the sets that the rows come from."""
+        return {self.digest}
 
     @property
     @abstractmethod
@@ -63,6 +75,20 @@ class RowDataset(torch.utils.data.Dataset[Row]):
     def group_sizes(self) -> GroupSizes | None:
         """Sizes of the groups of rows that are read together; None if each row is read alone."""
         return None
+
+    def order(self, seed: int, global_batch_size: int) -> RowOrder:
+        """Returns the order of a run's samples."""
+        return SampleOrder(len(self), seed, self.group_sizes, self.order_version)
+
+    def shape(self, index: int) -> tuple[int, ...] | None:
+        """Returns the shape of the latents of row `index` in a dataset with several; None if it has one."""
+        return None
+
+    def replacements(self, index: int) -> Iterable[int]:
+        """Yields row `index` and the rows that may replace it, nearest first: those after it and, after the last row,
+        the first ones."""
+        num_rows = len(self)
+        return (row % num_rows for row in range(index, index + num_rows))
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -92,15 +118,14 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         """Reads row `index`, 0 <= index < len(self). Raises `BadRowError` if the row is bad."""
 
     def __getitem__(self, index: int) -> Row:
-        """Returns row `index` or, if it is bad and tolerated, the next good row (after the last row, the first)."""
-        num_rows = len(self)
-        for row in range(index, index + num_rows):
+        """Returns row `index` or, if it is bad and tolerated, the next good row of `replacements`."""
+        for row in self.replacements(index):
             try:
-                return self.read(row % num_rows)
+                return self.read(row)
             except BadRowError as error:
-                self._tolerate(row % num_rows, error)
+                self._tolerate(row, error)
         raise BadRowError(
-            f"all {num_rows} rows of {self.path} are bad, each for the reason in the log; correct or name other data"
+            f"all {len(self)} rows of {self.path} are bad, each for the reason in the log; correct or name other data"
         )
 
     def _tolerate(self, index: int, error: BadRowError) -> None:

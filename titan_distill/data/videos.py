@@ -1,6 +1,6 @@
-"""Training set from a CSV of videos and prompts, without preprocessing.
+"""Training set from a table of videos and prompts, without preprocessing.
 
-The file has the columns `video` (a path, relative to the CSV) and `prompt`. Each row gives one sample, the first clip
+`titan_distill.data.tables` reads the table, a CSV for instance. Each row gives one sample, the first clip
 of its video. Loader processes decode, resample, scale and crop the clip. The rank that trains on the sample encodes
 clip and prompt (`Batch.clips`), each one alone, so that a sample does not depend on the rest of its batch.
 
@@ -8,7 +8,7 @@ Trade-off: nothing is prepared and stored, but every epoch decodes and encodes e
 epochs, or if VAE and text encoder do not fit in memory beside the model, run `titan-distill data preprocess` once
 instead. The keyed order of the rows is the same.
 
-Opening the CSV checks that all files exist. Reading a row checks that its video can be decoded and is long enough.
+Opening the table checks that all files exist. Reading a row checks that its video can be decoded and is long enough.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from torch import Tensor
 
 from titan_distill.data.footage import VideoSize, read_clips
 from titan_distill.data.rows import BadRowError, RowDataset
-from titan_distill.data.tables import non_empty, read_csv
-
-VIDEO, PROMPT = "video", "prompt"
+from titan_distill.data.tables import CAPTION_COLUMNS, VIDEO_COLUMNS, Columns, Videos, read_rows
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,10 @@ class ClipRow:
 
 
 class VideoDataset(RowDataset[ClipRow]):
-    """Dataset of the rows of a CSV with videos and prompts. With `size` None the rows have only prompts.
+    """Dataset of the rows of a table with videos and prompts. With `size` None the rows have only prompts.
 
     Raises:
-        ValueError: the file is not CSV, a column is missing, a row lacks its video or prompt, or a video file does not
+        ValueError: the file is no table, a column is missing, a row lacks its video or prompt, or a video file does not
             exist.
         BadRowError: while indexing, for a video that can't be decoded or is too short.
     """
@@ -48,17 +46,18 @@ class VideoDataset(RowDataset[ClipRow]):
     def __init__(self, path: str | Path, size: VideoSize | None, max_bad_rows: int | None = None) -> None:
         super().__init__(path, max_bad_rows)
         self._size = size
-        columns = (PROMPT,) if size is None else (PROMPT, VIDEO)
+        columns = Columns(CAPTION_COLUMNS) if size is None else Columns(CAPTION_COLUMNS, VIDEO_COLUMNS)
+        videos = Videos(Path(str(self.path)))  # videos are on this machine
         self._rows: list[tuple[str, str, Path | None]] = []
         digest = hashlib.sha256()
-        for where, entry in read_csv(self.path, columns):
-            prompt, *names = non_empty(where, entry, columns)
-            video = self._existing(where, names[0]) if names else None
-            self._rows.append((where, prompt, video))
+        for row in read_rows(self.path):
+            prompt, *names = columns.values(row)
+            video = videos.find(row.where, names[0]) if names else None
+            self._rows.append((row.where, prompt, video))
             facts = (prompt,) if video is None else (prompt, video.name, str(video.stat().st_size))
             digest.update("".join(f"{fact}\0" for fact in facts).encode())
         if not self._rows:
-            raise ValueError(f"{self.path} has a header and no rows: write one per video")
+            raise ValueError(f"{self.path} has no rows: write one per video")
         self.digest = digest.hexdigest()
 
     @property
@@ -80,9 +79,3 @@ class VideoDataset(RowDataset[ClipRow]):
             return ClipRow(where, prompt, next(read_clips(video, self._size)).pixels.permute(0, 2, 3, 1))
         except ValueError as error:
             raise BadRowError(f"{where}: {error}") from error
-
-    def _existing(self, where: str, name: str) -> Path:
-        video = self.path.parent / name
-        if not video.is_file():
-            raise ValueError(f"{where}: there is no file {video}; correct the path, which is relative to the CSV")
-        return video

@@ -74,6 +74,20 @@ class KeyedNoise:
         return f"{self.seed}:{int(step)}:{whose}:{purpose}"
 
 
+class FixedNoise(KeyedNoise):
+    """Keyed noise that is the same at every step, for the held-out loss. `draw` counts the draws of one sample.
+
+    No key is one of training's, so both draw independently, also from equal seeds, sample ids and purposes.
+    """
+
+    def __init__(self, seed: int, draw: int) -> None:
+        super().__init__(seed)
+        self.draw = draw
+
+    def _text(self, purpose: str, step: int, sample_id: int | None) -> str:
+        return super()._text(f"held out {self.draw}/{purpose}", 0, sample_id)
+
+
 def keyed_generator(key: str) -> torch.Generator:
     """Returns a CPU generator that depends only on `key`, not on rank, layout or earlier draws."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()

@@ -238,9 +238,10 @@ class AdversarialTraining(FewStepTraining):
         """
         sigma_B = sigma_of(self.noise.uniform("adversarial/student/timestep", step, batch.sample_ids))
         leaf = x0.detach().requires_grad_()
-        x = self.adapter.add_noise(leaf, self._noise(batch, step, "student"), sigma_B)
-        loss_B = deception_loss(self._logits(x, sigma_B, condition, through=True))
-        (gradient,) = torch.autograd.grad(loss_B.sum(), leaf)
+        with torch.enable_grad():  # the held-out loss has no graph but this one
+            x = self.adapter.add_noise(leaf, self._noise(batch, step, "student"), sigma_B)
+            loss_B = deception_loss(self._logits(x, sigma_B, condition, through=True))
+            (gradient,) = torch.autograd.grad(loss_B.sum(), leaf)
         linear_B = ((x0 - leaf.detach()) * gradient).double().flatten(1).sum(1)
         return self.config.adversarial_weight * (loss_B.detach() + linear_B)
 

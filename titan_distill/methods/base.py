@@ -8,6 +8,7 @@ models only through the family's Adapter. So N methods and M families need N + M
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -106,6 +107,8 @@ class TrainingMethod(ABC):
     def __init__(self, config: Any, roles: RoleManager, adapter: Adapter, noise: KeyedNoise, timer: PhaseTimer) -> None:
         self.config, self.roles, self.adapter, self.noise, self.timer = config, roles, adapter, noise, timer
 
+    num_held_out_draws: ClassVar[int] = 4
+    """Number of draws of noise, levels and exits in which the held-out loss takes each row."""
     uses_loss_mask: ClassVar[bool] = False
     """Whether every loss leaves out the parts of a sample that the condition gives (`Adapter.loss_mask`). Families give
     such parts only to methods for which this is true."""
@@ -201,6 +204,18 @@ class TrainingMethod(ABC):
         """Returns how many updates each trained role has in the first `num_steps` steps under this `method_config`, by
         a formula: a run may have more steps than can be counted one by one. Learning-rate schedules need it."""
         raise ValueError(f"the method {cls.__name__} has no classmethod num_updates(cls, config, num_steps); add it")
+
+    def held_out_updates(self, step: int) -> list[Update]:
+        """Returns the updates whose losses and metrics are the held-out loss after `step` steps. Default: those due at
+        `step`. A method whose roles take turns returns the updates of all of them."""
+        return self.updates(step)
+
+    def measured_with(self, noise: KeyedNoise, timer: PhaseTimer) -> TrainingMethod:
+        """Returns the method on the same roles with other noise, for losses that train nothing. Their seconds go to
+        `timer`, because those of the run's are seconds of training."""
+        other = copy.copy(self)
+        other.noise, other.timer = noise, timer
+        return other
 
     def normal(self, purpose: str, batch: Batch, step: int, shape: Sequence[int] | None = None) -> Tensor:
         """Returns standard normal noise [B, *shape] keyed by `purpose`, step and sample. Default shape: that of

@@ -136,12 +136,18 @@ class Dmd2(AdversarialTraining):
     def updates(self, step: int) -> list[Update]:
         """Returns the updates due at a step: the student's when it is due, then the critic's and that of a
         discriminator. With `exclusive`, a step with a student update has no other."""
-        prepare = self.with_weights if self.config.has_normalised_weights else None
-        student = Update("student", self.student_loss, prepare=prepare)
-        critics = [Update("critic", self.critic_loss), *self.discriminator_updates()]
+        student, *critics = self._all_updates()
         if step % self.config.update_ratio != 0:
             return critics
         return [student] if self.config.exclusive else [student, *critics]
+
+    def held_out_updates(self, step: int) -> list[Update]:
+        return self._all_updates()
+
+    def _all_updates(self) -> list[Update]:
+        prepare = self.with_weights if self.config.has_normalised_weights else None
+        student = Update("student", self.student_loss, prepare=prepare)
+        return [student, Update("critic", self.critic_loss), *self.discriminator_updates()]
 
     @classmethod
     def num_updates(cls, config: Any, num_steps: int) -> dict[str, int]:

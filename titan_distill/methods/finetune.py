@@ -29,6 +29,9 @@ from titan_distill.methods.base import LossResult, Passes, TrainingMethod, Updat
 from titan_distill.models.base import Condition
 from titan_distill.registry import register_method
 
+NUM_LEVELS = 8
+"""Noise levels of the held-out loss."""
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -67,6 +70,7 @@ class Finetune(TrainingMethod):
 
     config_class: ClassVar[type] = FinetuneConfig
     roles_required: ClassVar[dict[str, bool]] = {"student": True}
+    num_held_out_draws = 1  # at NUM_LEVELS noise levels
     uses_loss_mask = True
 
     @classmethod
@@ -81,21 +85,47 @@ class Finetune(TrainingMethod):
     def updates(self, step: int) -> list[Update]:
         return [Update("student", self.student_loss)]
 
+    def held_out_updates(self, step: int) -> list[Update]:
+        return [Update("student", self.held_out_loss)]
+
     @classmethod
     def num_updates(cls, config: Any, num_steps: int) -> dict[str, int]:
         return {"student": num_steps}
 
     def student_loss(self, batch: Batch, step: int) -> LossResult:
         """Velocity regression on noised real latents, per sample."""
-        assert batch.latents is not None
-        config, x0 = self.config, batch.latents
-        sigma_B = schedule.training_sigma(
-            self.noise.uniform("finetune/timestep", step, batch.sample_ids),
+        u_B = self.noise.uniform("finetune/timestep", step, batch.sample_ids)
+        return LossResult(self._loss(batch, step, self._sigma(u_B)))
+
+    def held_out_loss(self, batch: Batch, step: int) -> LossResult:
+        """Returns the loss at NUM_LEVELS noise levels, each as a metric under its timestep, and their mean.
+
+        The levels are the midpoints of equal parts of the timestep distribution, so their mean is an estimate of the
+        training loss. Noise and caption dropout of a sample are the same at all levels.
+        """
+        levels: dict[str, Tensor] = {}
+        for number in range(NUM_LEVELS):
+            u_B = torch.full((len(batch.sample_ids),), (number + 0.5) / NUM_LEVELS, dtype=torch.float64)
+            sigma_B = self._sigma(u_B)
+            timestep = float(sigma_B[0]) * schedule.NUM_TRAIN_TIMESTEPS
+            levels[f"loss/student/timestep_{timestep:.1f}"] = self._loss(batch, step, sigma_B)
+        return LossResult(torch.stack([*levels.values()]).mean(0), levels)
+
+    def _sigma(self, u_B: Tensor) -> Tensor:
+        """Returns the noise levels at these quantiles of the timestep distribution."""
+        config = self.config
+        return schedule.training_sigma(
+            u_B,
             distribution=config.timestep_distribution,
             shift=self.adapter.flow_shift,
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
         )
+
+    def _loss(self, batch: Batch, step: int, sigma_B: Tensor) -> Tensor:
+        """Returns the losses [B] at given noise levels."""
+        assert batch.latents is not None
+        config, x0 = self.config, batch.latents
         noise = self.normal("finetune/noise", batch, step)
         x = self.adapter.add_noise(x0, noise, sigma_B)
         condition = self._condition(batch, step)
@@ -107,7 +137,7 @@ class Finetune(TrainingMethod):
         else:
             with torch.no_grad(), self.timer("teacher"):
                 target = self.adapter.predict_velocity(self.roles["teacher"], x, sigma_B, condition)
-        return LossResult(losses.regression_loss(velocity, target, weight_B, mask))
+        return losses.regression_loss(velocity, target, weight_B, mask)
 
     def _condition(self, batch: Batch, step: int) -> Condition:
         condition = self.adapter.text_condition(batch)

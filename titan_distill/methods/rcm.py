@@ -100,6 +100,9 @@ class Rcm(TangentTraining, Dmd2):
             return [Update("student", self.student_loss)]
         return super().updates(step)
 
+    def held_out_updates(self, step: int) -> list[Update]:
+        return self.updates(step) if step < self.config.tangent_warmup else super().held_out_updates(step)
+
     @classmethod
     def num_updates(cls, config: Any, num_steps: int) -> dict[str, int]:
         warmup = min(num_steps, config.tangent_warmup)

@@ -25,7 +25,9 @@ from titan_distill.config.config import Config
 from titan_distill.config.degrees import Degrees
 from titan_distill.config.role_sections import RoleConfig
 from titan_distill.config.text import to_dict
+from titan_distill.data.latents import LatentStatistics
 from titan_distill.data.loader import Batch
+from titan_distill.data.manifest import Size
 from titan_distill.data.parquet import RowCheck
 from titan_distill.diffusion import schedule
 from titan_distill.models.streaming import SegmentStream
@@ -55,13 +57,24 @@ class Adapter(ABC):
     """Run-time operations on the models of one family, for all methods."""
 
     latent_shape: tuple[int, ...]
-    """Shape of one sample's latents, without the batch dim."""
+    """Shape of one sample's latents, without the batch dim. In a run with buckets it is that of the last batch of
+    `prepare_batch`; all updates of a step have one shape."""
     sequence_dim: int = 1
     """Dim of batched latents along which causal roles generate a sample segment by segment."""
     flow_shift: float
     """Shift of the noise schedule, the same for every role of a run."""
     work: WorkCounter | None = None
     """Counter of the FLOPs of every forward; None if the family does not know them."""
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of the latents of validation samples, without the batch dim. Default: that of training samples."""
+        return self.latent_shape
+
+    def use_shape(self, batch: Batch) -> None:
+        """Makes `latent_shape` that of a batch."""
+        if batch.latent_shape is not None:
+            self.latent_shape = batch.latent_shape
 
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         """Sets the models' own schedules (of sparsity, for instance) to a training step, counted from 0, before the
@@ -70,7 +83,13 @@ class Adapter(ABC):
 
     @abstractmethod
     def prepare_batch(self, batch: Batch) -> Batch:
-        """Moves a batch to the device and encodes what is not encoded yet. Raises ValueError."""
+        """Moves a batch to the device and encodes what is not encoded yet. It does not communicate, so ranks that load
+        the same samples may each encode some of them and leave the others to `share_batch`. Raises ValueError."""
+
+    def share_batch(self, batch: Batch) -> Batch:
+        """Completes a prepared batch with the samples that other ranks have encoded. Collective. Default: a prepared
+        batch is complete."""
+        return batch
 
     @abstractmethod
     def text_condition(self, batch: Batch) -> Condition:
@@ -231,15 +250,21 @@ class Adapter(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderFolders:
-    """Folders of a model family's encoders."""
+class TextEncoderFolders:
+    """Folders of a model family's text encoder."""
 
-    vae: Path
-    """Video encoder (VAE): its diffusers folder, or the pipeline folder that has it as vae/."""
     text_encoder: Path
     """Text encoder: its folder, or the pipeline folder that has it as text_encoder/."""
     tokenizer: Path | None = None
     """Tokenizer folder. Default: tokenizer/ beside the text encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFolders(TextEncoderFolders):
+    """Folders of a model family's encoders."""
+
+    vae: Path
+    """Video encoder (VAE): its diffusers folder, or the pipeline folder that has it as vae/."""
     images: bool = False
     """Also encode the first frame of each clip as a picture, for image-to-video models that take a picture in separate
     channels."""
@@ -279,6 +304,11 @@ class FootageEncoder(ABC):
         """Returns the text embedding [tokens, width] of one prompt. Longer prompts are cut to `max_tokens` with a
         warning."""
 
+    def digests(self) -> dict[str, str]:
+        """Returns digests of the encoders by name (`data.manifest.ENCODERS`), for the manifest of the data. Default:
+        none."""
+        return {}
+
     @abstractmethod
     def encode_pictures(self, images: Tensor, num_frames: int) -> dict[str, Tensor]:
         """Returns further tensors by name that image-to-video models need for uint8 pictures [B, height, width, 3] and
@@ -315,12 +345,21 @@ class ModelFamily(ABC):
         return
 
     def token_grid(self) -> tuple[int, int, int] | None:
-        """Returns the tokens of a sample along (frames, height, width), for the planner; None if samples are not
-        videos."""
+        """Returns the tokens of the largest sample along (frames, height, width), for the planner; None if samples
+        are not videos."""
         return None
 
     def video_size(self) -> tuple[int, int, int] | None:
         """Returns (frames, height, width) of a sample in pixels; None if samples are not videos."""
+        return None
+
+    def buckets(self) -> dict[Size, tuple[int, ...]]:
+        """Returns the shapes of the latents of a run with several, by the size of the video; empty for one shape."""
+        return {}
+
+    def latent_statistics(self) -> LatentStatistics | None:
+        """Returns the statistics with which raw latents become those of the networks, empty ones if the run has no VAE.
+        None if the family has no such step. Raises ValueError for a VAE's configuration that can't be read."""
         return None
 
     @property
@@ -332,6 +371,11 @@ class ModelFamily(ABC):
     def encoder_memory(self) -> EncoderMemory:
         """Returns the memory of encoding and decoding on a rank, for the planner."""
         return EncoderMemory()
+
+    def encoder_digests(self) -> dict[str, str]:
+        """Returns digests of the run's encoders by name (`data.manifest.ENCODERS`), without loading them. Raises
+        ValueError for folders without the required files. Default: none."""
+        return {}
 
     def row_checks(self) -> tuple[RowCheck, ...]:
         """Returns checks of each row of parquet data: the sizes of latents, text embeddings and the tensors of
@@ -394,6 +438,18 @@ class ModelFamily(ABC):
     def latent_space(self, module: nn.Module) -> dict[str, Any]:
         """Returns properties of the latents that a module processes. All roles of a run must agree on them."""
 
+    def check_latent_spaces(self, modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
+        """Raises ValueError if the networks of the roles in `modules` do not share one latent space."""
+        spaces = {name: self.latent_space(networks["transformer"]) for name, networks in modules.items()}
+        for name, space in spaces.items():
+            first, expected = next(iter(spaces.items()))
+            for key, value in space.items():
+                if value != expected[key]:
+                    raise ValueError(
+                        f"roles.{name} works on latents with {key} = {value}, but roles.{first} with {key} = "
+                        f"{expected[key]}; all roles of a run must share one latent space"
+                    )
+
     def feature_width(self, module: nn.Module, depths: Sequence[int]) -> int:
         """Returns the width of the features after each of `depths` (see `Adapter.features`). Raises ValueError for
         depths that the network does not have, and if the family has no features."""
@@ -403,6 +459,17 @@ class ModelFamily(ABC):
     def footage_encoder(cls, folders: EncoderFolders, device: torch.device) -> FootageEncoder:
         """Returns the encoder of this family's datasets. Raises ValueError for folders without the required files."""
         raise ValueError(f"{cls.__name__} encodes no footage; choose another --family")
+
+    @classmethod
+    def prompt_encoder(cls, folders: TextEncoderFolders, device: torch.device) -> FootageEncoder:
+        """Returns an encoder of prompts only. Raises ValueError for folders without the required files."""
+        raise ValueError(f"{cls.__name__} encodes no prompts; choose another --family")
+
+    @classmethod
+    def latent_decoder(cls, vae: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Returns a function from latents [B, C, F, H, W] of a data set to uint8 videos [B, frames, height, width, 3].
+        `vae` is the decoder's folder or its pipeline's. Raises ValueError if the family has none."""
+        raise ValueError(f"{cls.__name__} decodes no latents; leave out --vae")
 
     @abstractmethod
     def build_adapter(self, device: torch.device, layouts: Layouts) -> Adapter:

@@ -43,7 +43,7 @@ def banner(
             f"{_counted(num_groups, 'data-parallel group')} × "
             f"{_counted(num_micro_batches, 'micro-batch', 'es')} × {training.local_batch_size}{reduced}",
             *(f"  {role.name:<9} {_describe(config, role, degrees[role.name], world.device)}" for role in roles),
-            f"  data      {config.data.path}",
+            *(f"  data      {path}" for path in config.data.paths),
             f"  output    {config.job.output_folder}",
         ]
     )

@@ -201,6 +201,7 @@ class WorkCounter:
 
     def __init__(self, tokens_per_sample: int) -> None:
         self.tokens_per_sample = tokens_per_sample
+        self._step_tokens: list[int] = []
         self._model_flops = self._hardware_flops = 0.0
         self._copies = 1
 
@@ -231,6 +232,17 @@ class WorkCounter:
         backwards = 1 if frozen else BACKWARD_FORWARDS
         self._model_flops += flops * (1 + backwards * backward)
         self._hardware_flops += flops * (1 + (backwards + recompute) * backward)
+
+    def count_step(self, tokens_per_sample: int) -> None:
+        """Counts the tokens of each sample of a training step, which in a run with buckets differ between steps;
+        nothing while counting is paused."""
+        if self._copies:
+            self._step_tokens.append(tokens_per_sample)
+
+    def drain_tokens(self) -> float:
+        """Returns the mean tokens per sample of the steps since the last call; `tokens_per_sample` for no steps."""
+        counted, self._step_tokens = self._step_tokens, []
+        return sum(counted) / len(counted) if counted else self.tokens_per_sample
 
     def drain(self) -> Work:
         """Returns the FLOPs since the last call."""

@@ -165,7 +165,7 @@ class MetricsLogger:
         self._interval_started, self._interval_step = now, step
         if self._counter is None:
             return {}
-        tokens_per_second = num_samples * self._counter.tokens_per_sample / seconds
+        tokens_per_second = num_samples * self._counter.drain_tokens() / seconds
         return {"tokens_per_second": tokens_per_second, **utilization(self._counter.drain(), seconds, self._peak_flops)}
 
 

@@ -18,6 +18,7 @@ import datetime
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titan_distill.config.degrees import Degrees
 from titan_distill.parallelisms import collectives
+
+T = TypeVar("T")
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables with which a user can configure PyTorch's CUDA allocator."""
@@ -180,6 +183,34 @@ class Layouts:
         return [group for mesh in self._meshes.values() for group in mesh.groups()]
 
 
+class Peers:
+    """The ranks of one data group, for work on a sample that one of them does for all.
+
+    They talk over a gloo group of their own, which does not mix with the collectives of training. The constructor is
+    collective over all ranks if `size` is above 1.
+    """
+
+    def __init__(self, size: int, timeout_seconds: float) -> None:
+        self.size, self.group = size, None
+        self.rank = 0
+        if size > 1:
+            timeout = datetime.timedelta(seconds=timeout_seconds)
+            self.group, _ = dist.new_subgroups(size, timeout=timeout, backend="gloo")
+            self.rank = dist.get_rank(self.group)
+
+    def owns(self, index: int) -> bool:
+        """Returns whether this rank does the work on sample `index` of a batch."""
+        return index % self.size == self.rank
+
+    def share(self, index: int, value: T | None) -> T:
+        """Returns what the owner of sample `index` gives as `value`. Collective over the peers, in one order on all of
+        them. Tensors must be on the CPU."""
+        values = [value]
+        if self.group is not None:
+            dist.broadcast_object_list(values, group=self.group, group_src=index % self.size)
+        return cast(T, values[0])
+
+
 def _mesh(device_type: str, **shape: int) -> DeviceMesh:
     return init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
@@ -228,6 +259,19 @@ def default_device() -> torch.device:
         # Not through the environment, which the allocator may have read by now.
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     return torch.device("cuda", _from_environment("LOCAL_RANK", default=0, least=0))
+
+
+def named_device(name: str | None) -> torch.device:
+    """Returns the device that an option --device names; None names the default. Raises ValueError if there is none."""
+    if name is None:
+        return default_device()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the second is "not compiled with CUDA"
+        raise ValueError(
+            f"--device {name!r} is none of this machine's, which has cpu and {torch.cuda.device_count()} GPUs (cuda:0 "
+            "is the first); leave it out for the default"
+        ) from error
 
 
 def check_local_ranks() -> None:

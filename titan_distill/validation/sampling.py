@@ -49,7 +49,7 @@ class Sampling:
         prompt_ids: Sequence[int],
         length: int | None = None,
     ) -> Tensor:
-        """Samples the latents [B, *latent_shape] of the prompts with the global indices `prompt_ids`. A causal role may
+        """Samples the latents [B, *sample_shape] of the prompts with the global indices `prompt_ids`. A causal role may
         sample another `length`."""
         adapter, guidance = self.adapter, Guidance(request.guidance_scale)
         if adapter.segment_lengths(role, length) is not None:
@@ -58,7 +58,7 @@ class Sampling:
         assert length is None, "only a causal role has sequences of other lengths than a sample's"
         x0 = partial(adapter.predict_x0, role, condition=condition, guidance=guidance)
         velocity = partial(adapter.guided_velocity, role, condition=condition, guidance=guidance)
-        normal = partial(self._normal, "validation/noise", prompt_ids, adapter.latent_shape)
+        normal = partial(self._normal, "validation/noise", prompt_ids, adapter.sample_shape)
         latents = self._solve(request, x0, velocity, normal)
         return adapter.held(latents, torch.zeros(len(latents), device=self.device), condition)[0]
 

@@ -36,14 +36,14 @@ def scorer(name: str) -> Scorer:
 
 def prompts_path(config: Config) -> str:
     """Returns the file of the validation's prompts."""
-    return config.validation.prompts or config.data.path
+    return config.validation.prompts or config.data.paths[0]
 
 
 def validation_prompts(config: Config) -> list[str]:
     """Returns the prompts that validations sample and score. Raises ValueError for a file without usable prompts, or
     with one that the scorer cannot rate."""
     path = prompts_path(config)
-    with of_key("validation.prompts" if config.validation.prompts else "data.path", path):
+    with of_key("validation.prompts" if config.validation.prompts else next(iter(config.data.keys)), path):
         prompts = read_prompts(path, config.validation.num_prompts)
     check = PROMPT_CHECKS.get(config.validation.scorer, lambda prompt: None)
     for prompt in prompts:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from titan_distill.attention.causal import KVCache
 from titan_distill.config.config import Config
-from titan_distill.data.loader import Batch
+from titan_distill.data.loader import Batch, normalise_latents
+from titan_distill.data.parquet import ParquetDataset
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.models.base import Adapter, Condition, Guidance
@@ -33,11 +34,11 @@ from titan_distill.models.wan.latents import num_latent_frames
 from titan_distill.models.wan.pipeline_index import EXPAND_TIMESTEPS, read_index
 from titan_distill.models.wan.prompt_pictures import FirstFrames, PictureRows
 from titan_distill.models.wan.text_encoder import padded
-from titan_distill.models.wan.tokens import token_grid
+from titan_distill.models.wan.tokens import Grid, token_grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import decode_latents, restart
+from titan_distill.models.wan.vae import decode_latents, restart, stored_statistics
 from titan_distill.observability.flops import WorkCounter, forward_flops, recomputed_share
-from titan_distill.parallelisms.mesh import Layouts
+from titan_distill.parallelisms.mesh import Layouts, Peers
 from titan_distill.roles import RoleHandle, RoleManager
 
 logger = logging.getLogger(__name__)
@@ -83,48 +84,67 @@ class WanAdapter(Adapter):
         """`negative_LD` is the embedding of the negative prompt, if there is a text encoder. `boundary_ratio` is that
         of roles with two experts, see `experts`."""
         self.config, self.pipeline, self.encoders = config, config.pipeline_config, encoders
-        self.latent_shape, self.flow_shift = latent_shape, self.pipeline.flow_shift
+        self.latent_shape, self._sample_shape, self.flow_shift = latent_shape, latent_shape, self.pipeline.flow_shift
         self.device, self.layouts, self.boundary_ratio = device, layouts, boundary_ratio
-        grid = token_grid(latent_shape[1:], WanConfig.patch_size)
-        self._grid = grid
-        self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(grid))
+        self.work: WorkCounter = WorkCounter(tokens_per_sample=math.prod(_grid(latent_shape)))
         self.image_mixing = ImageMixing.of_run(config)
         # Diffusers marks a TI2V pipeline so.
         is_ti2v = bool(read_index(self.pipeline.path).get(EXPAND_TIMESTEPS, False))
         self.takes_images = self.image_mixing is not None or is_ti2v
         self._negative_LD = None if negative_LD is None else negative_LD.to(device)
+        sharing = layouts.data_group if config.data.holds_videos else 1
+        self._peers = Peers(sharing, config.comm.init_timeout_seconds)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return self._sample_shape
 
     def start_step(self, roles: RoleManager, step: int) -> dict[str, float]:
         values = {}
+        self.work.count_step(math.prod(_grid(self.latent_shape)))
         for module in (module for role in roles for module in role.modules.values()):
             # A head has no attention.
             if isinstance(module, WanTransformer) and (core := module.sparse_attention) is not None:
                 core.start_step(step)
-                read = core.tiles_read(self._num_tiles(module))
+                read = core.tiles_read(_num_tiles(module, self.latent_shape))
                 # What was asked for, and what the fine branch runs: whole tiles, and all of them below the crossover.
                 values["vsa_sparsity"] = float(core.sparsity)
                 values["vsa_sparsity_executed"] = 1 - read.num_selected / read.num_tiles
         return values
 
-    def _num_tiles(self, transformer: WanTransformer) -> int:
-        return math.prod(tile_grid(self._grid, transformer.tile))
-
     def prepare_batch(self, batch: Batch) -> Batch:
-        if not batch.is_encoded:
-            batch = self._encoded(batch)
-        return batch.to(self.device)
+        self.use_shape(batch)
+        if batch.is_encoded:
+            return batch.to(self.device)
+        own = {i: self._encoded(sample) for i, sample in enumerate(batch.split(1)) if self._peers.owns(i)}
+        return self._joined(list(own.values())) if self._peers.size == 1 else replace(batch, clips=None, encoded=own)
 
-    def _encoded(self, batch: Batch) -> Batch:
-        """Encodes each clip and each prompt separately, so that a sample does not depend on its batch."""
+    def share_batch(self, batch: Batch) -> Batch:
+        if batch.is_encoded:
+            return batch
+        on_host = {index: sample.to("cpu") for index, sample in batch.encoded.items()}
+        return self._joined([self._peers.share(i, on_host.get(i)) for i in range(len(batch.sample_ids))])
+
+    def _encoded(self, sample: Batch) -> Batch:
+        """Encodes the clip and the prompt of a batch of one sample, so that a sample does not depend on its batch."""
         cache, max_tokens = self.config.job.output_folder / "cache", self.config.data.max_text_tokens
-        texts = [self.encoders.text.cached_embedding(text, max_tokens, cache) for text in batch.captions]
-        encoded = replace(batch, text_embeddings=torch.stack(texts), extra={}, clips=None, is_encoded=True)
-        if batch.clips is None:
-            return replace(encoded, latents=None)
-        latents = torch.cat([self.encode_video(clip[None]) for clip in batch.clips])
-        pictures = [self._pictures(clip[:1]) for clip in batch.clips]
-        extra = {name: torch.cat([of_clip[name] for of_clip in pictures]) for name in self.encoders.image_tensors}
-        return replace(encoded, latents=latents, extra=extra)
+        text = self.encoders.text.cached_embedding(sample.captions[0], max_tokens, cache)
+        encoded = replace(sample, text_embeddings=text[None], clips=None, is_encoded=True)
+        if sample.clips is None:
+            return encoded
+        return replace(encoded, latents=self.encode_video(sample.clips), extra=self._pictures(sample.clips[:, 0]))
+
+    def _joined(self, samples: Sequence[Batch]) -> Batch:
+        """Returns one batch of encoded samples, on the device."""
+        latents = [sample.latents for sample in samples if sample.latents is not None]
+        batch = Batch(
+            sample_ids=[id_ for sample in samples for id_ in sample.sample_ids],
+            captions=[caption for sample in samples for caption in sample.captions],
+            text_embeddings=torch.cat([sample.text_embeddings for sample in samples]),
+            latents=torch.cat(latents) if latents else None,
+            extra={name: torch.cat([sample.extra[name] for sample in samples]) for name in samples[0].extra},
+        )
+        return batch.to(self.device)
 
     def text_condition(self, batch: Batch) -> Condition:
         names = self.encoders.image_tensors
@@ -156,7 +176,7 @@ class WanAdapter(Adapter):
         pictures, first_frames = PictureRows(path, self.encoders.image_tensors), None
         if self.pipeline.validate_from_image:
             self.check_takes_images()
-            first_frames = FirstFrames(path, self.pipeline.height, self.pipeline.width)
+            first_frames = FirstFrames(path, self.pipeline.height, self.pipeline.width, self._normalise)
             first_frames.latents([0], self)  # raises for pictures of another size now, not after the first samples
         max_tokens = self.config.data.max_text_tokens
         encoded = {index: self.encoders.text.embed(prompts[index], max_tokens) for index in ids}
@@ -167,6 +187,9 @@ class WanAdapter(Adapter):
             return found if first_frames is None else self.with_first_frame(found, first_frames.latents(ids, self))
 
         return condition
+
+    def _normalise(self, dataset: ParquetDataset) -> None:
+        normalise_latents(dataset, stored_statistics(self.pipeline.path), self.config.data.latents)
 
     def release_text_encoder(self) -> None:
         # Captions of videos are encoded while the run trains.
@@ -237,8 +260,8 @@ class WanAdapter(Adapter):
         find them cached (1 % at 1.3B)."""
         transformer = self.network(role)
         config, core, segmentation = transformer.config, transformer.sparse_attention, transformer.segmentation
-        sparse = None if core is None else core.tiles_read(self._num_tiles(transformer))
-        frames, tokens_per_frame = x.shape[2], self.work.tokens_per_sample // self.latent_shape[1]
+        sparse = None if core is None else core.tiles_read(_num_tiles(transformer, x.shape[1:]))
+        frames, tokens_per_frame = x.shape[2], math.prod(_grid(x.shape[1:])[1:])
         keys = None
         if segmentation is not None:
             num_frames = segmentation.num_keys(frames) if cache is None else cache.num_cached + frames
@@ -329,6 +352,14 @@ class WanAdapter(Adapter):
         transformer = role.transformer
         assert isinstance(transformer, WanTransformer)
         return transformer
+
+
+def _grid(latent_shape: Sequence[int]) -> Grid:
+    return token_grid(latent_shape[1:], WanConfig.patch_size)
+
+
+def _num_tiles(transformer: WanTransformer, latent_shape: Sequence[int]) -> int:
+    return math.prod(tile_grid(_grid(latent_shape), transformer.tile))
 
 
 def _run(transformer: nn.Module, cache: KVCache | None, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:

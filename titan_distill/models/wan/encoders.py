@@ -11,6 +11,7 @@ from torch import Tensor
 
 from titan_distill.config.config import Config
 from titan_distill.config.paths import of_key
+from titan_distill.fault_tolerance.files import fingerprint
 from titan_distill.models.base import FootageEncoder
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT
 from titan_distill.models.wan.image_encoder import ENCODER, ImageEncoder
@@ -29,12 +30,14 @@ class Encoders(FootageEncoder):
 
     Attributes:
         image_tensors: names of the picture tensors that the models need, see `image_channels`.
+        vae_folder: the VAE's folder or its pipeline's, for `digests`.
     """
 
     vae_or_none: AutoencoderKLWan | None = None
     text_or_none: TextEncoder | None = None
     image: ImageEncoder | None = None
     image_tensors: tuple[str, ...] = ()
+    vae_folder: Path | None = None
 
     @classmethod
     def check_folders(cls, config: Config, image_tensors: tuple[str, ...]) -> None:
@@ -91,6 +94,9 @@ class Encoders(FootageEncoder):
         space = LatentSpace(config.z_dim, config.scale_factor_temporal, config.scale_factor_spatial)
         space.check_size(num_frames, height, width, names=("--num-frames", "--height", "--width"))
 
+    def digests(self) -> dict[str, str]:
+        return encoder_digests(self.vae_folder, self.text_or_none)
+
     def encode_video(self, videos: Tensor) -> Tensor:
         return encode_video(self.vae, videos)
 
@@ -108,3 +114,9 @@ class Encoders(FootageEncoder):
                 )
             tensors[EMBEDDING] = self.image.embed(images)
         return tensors
+
+
+def encoder_digests(vae: Path | None, text: TextEncoder | None) -> dict[str, str]:
+    """Returns digests of the files of a VAE, in its folder or its pipeline's, and of a text encoder, by name."""
+    of_vae = {} if vae is None else {"vae": fingerprint(vae_folder(vae))}
+    return of_vae | ({} if text is None else text.digests)

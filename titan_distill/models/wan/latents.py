@@ -17,7 +17,8 @@ from titan_distill.fault_tolerance.files import parse_json
 from titan_distill.models.wan.config import WanConfig
 from titan_distill.models.wan.tokens import Grid, token_grid
 
-SIZE_KEYS = ("pipeline_config.num_frames", "pipeline_config.height", "pipeline_config.width")
+SIZE_NAMES = ("num_frames", "height", "width")
+SIZE_KEYS = tuple(f"pipeline_config.{name}" for name in SIZE_NAMES)
 _PATCH = WanConfig.patch_size[1]  # of all published sizes, along height as along width
 
 

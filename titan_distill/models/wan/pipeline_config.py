@@ -38,6 +38,9 @@ class WanPipelineConfig:
     """Video width in pixels."""
     num_frames: int = 81
     """Video length in frames, 4 n + 1."""
+    buckets: tuple[tuple[int, int, int], ...] = ()
+    """Sizes [num_frames, height, width] of the training samples, for data of several sizes: each global batch has one
+    of them. Default: all have the size of the three keys above. Validation videos have that size in any case."""
     boundary_ratio: float | None = None
     """Timestep (as a share of 1000) at which the high-noise expert hands over to the low-noise one. Default: from
     `model_index.json`."""
@@ -66,7 +69,7 @@ class WanPipelineConfig:
     image_noise_std: float = logged(0.5)
     """Standard deviation of the logarithm described at image_noise_mean."""
     validate_from_image: bool = logged(False)
-    """Start validation videos from the pictures beside the prompts of validation.prompts: a .csv with the column image
+    """Start validation videos from the pictures beside the prompts of validation.prompts: a table with the column image
     (or video), or the first frames of parquet with latents."""
 
     def __post_init__(self) -> None:
@@ -79,6 +82,14 @@ class WanPipelineConfig:
         check_range(self, "boundary_ratio", above=0, below=1)
         self._check_images()
         num_latent_frames(self.num_frames)
+        if len(set(self.buckets)) < len(self.buckets):
+            raise ValueError("buckets names one size twice; remove one of the two")
+        for num_frames, _, _ in self.buckets:
+            if self.image_probability and num_frames < 5:
+                raise ValueError(
+                    f"buckets has a size of {num_frames} frames, which leaves nothing to make after the first frame "
+                    f"that image_probability = {self.image_probability} gives; set it to 5 or more"
+                )
         if self.sink_frames and self.sink_frames >= self.cache_window_frames:
             raise ValueError(
                 f"sink_frames = {self.sink_frames} must be less than cache_window_frames = {self.cache_window_frames}, "
@@ -107,6 +118,10 @@ class WanPipelineConfig:
                         "set it for a role or remove the key"
                     )
             return
+        if self.buckets:
+            raise ValueError(
+                "pipeline_config.buckets gives samples of several sizes, which causal roles don't take; remove it"
+            )
         if self.image_probability:
             raise ValueError(
                 f"pipeline_config.image_probability = {self.image_probability} gives first frames, which causal roles "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,17 +25,26 @@ from titan_distill.config.dtypes import DTYPES
 from titan_distill.config.paths import is_reference, of_key
 from titan_distill.config.role_sections import HEAD_FLAVOR, RoleConfig
 from titan_distill.config.sections import FIRST_TILE, Tile
+from titan_distill.data.latents import LatentStatistics
+from titan_distill.data.manifest import Size
 from titan_distill.data.parquet import RowCheck
 from titan_distill.fault_tolerance.ranks import Ranks
-from titan_distill.models.base import Adapter, EncoderFolders, EncoderMemory, FootageEncoder, ModelFamily
+from titan_distill.models.base import (
+    Adapter,
+    EncoderFolders,
+    EncoderMemory,
+    FootageEncoder,
+    ModelFamily,
+    TextEncoderFolders,
+)
 from titan_distill.models.wan.adapter import WanAdapter
 from titan_distill.models.wan.config import FLAVORS, WanConfig
 from titan_distill.models.wan.encoder_memory import decoding_bytes, encoder_bytes, find_decoder
-from titan_distill.models.wan.encoders import Encoders
+from titan_distill.models.wan.encoders import Encoders, encoder_digests
 from titan_distill.models.wan.experts import experts_of, find_boundary
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT, needed_tensors
 from titan_distill.models.wan.image_encoder import ImageEncoder
-from titan_distill.models.wan.latents import LatentSpace, find_latent_space
+from titan_distill.models.wan.latents import SIZE_NAMES, LatentSpace, find_latent_space
 from titan_distill.models.wan.parallelize import build_transformer, check_degrees, empty_transformer
 from titan_distill.models.wan.pipeline_config import CAUSAL_KEYS, WanPipelineConfig
 from titan_distill.models.wan.pipeline_index import exported_index
@@ -44,7 +54,7 @@ from titan_distill.models.wan.stored import EXPERTS, StoredWeights
 from titan_distill.models.wan.text_encoder import TextEncoder
 from titan_distill.models.wan.tokens import Grid
 from titan_distill.models.wan.transformer import WanTransformer
-from titan_distill.models.wan.vae import load_vae
+from titan_distill.models.wan.vae import decode_latents, load_vae, stored_statistics, vae_dtype
 from titan_distill.parallelisms.mesh import Layouts, RoleMesh
 from titan_distill.parallelisms.shards import copy_full_tensor
 from titan_distill.registry import register_model
@@ -81,6 +91,9 @@ class WanFamily(ModelFamily):
         probability = config.pipeline_config.image_probability
         return f"pipeline_config.image_probability = {probability} gives first frames" if probability else None
 
+    def latent_statistics(self) -> LatentStatistics:
+        return stored_statistics(self.config.pipeline_config.path)
+
     @property
     def needs_latents(self) -> bool:
         return self.config.pipeline_config.image_probability > 0
@@ -89,12 +102,18 @@ class WanFamily(ModelFamily):
         # Of videos they are made here.
         return () if self.config.data.holds_videos else self._image_tensors()
 
+    def encoder_digests(self) -> dict[str, str]:
+        if not (path := self.config.pipeline_config.path):
+            return {}
+        with of_key("pipeline_config.path", path):
+            return encoder_digests(Path(path), TextEncoder(path))
+
     def row_checks(self) -> tuple[RowCheck, ...]:
         networks = self._known_networks()
         if not networks:
             return ()
-        shape, text_width = self._space.shape(*self.video_size()), networks[0].text_dim
-        return (partial(check_row, shape, text_width, next((n.image_dim for n in networks if n.image_dim), None)),)
+        shapes, text_width = [self._space.shape(*size) for size in self._sizes], networks[0].text_dim
+        return (partial(check_row, shapes, text_width, next((n.image_dim for n in networks if n.image_dim), None)),)
 
     def _image_tensors(self) -> tuple[str, ...]:
         return needed_tensors(self._known_networks())
@@ -138,7 +157,7 @@ class WanFamily(ModelFamily):
 
     def sampling_settings(self, role: str) -> dict[str, Any]:
         pipeline, is_causal = self.config.pipeline_config, self.config.roles[role].attention == "causal"
-        of_training = ("image_probability", "image_noise_mean", "image_noise_std", "validate_from_image")
+        of_training = ("buckets", "image_probability", "image_noise_mean", "image_noise_std", "validate_from_image")
         without = ("path", "offload_text_encoder", *of_training, *(() if is_causal else CAUSAL_KEYS))
         settings = {name: x for name, x in super().sampling_settings(role).items() if name not in without}
         settings["boundary_ratio"] = pipeline.boundary_ratio or self._boundary()
@@ -185,6 +204,9 @@ class WanFamily(ModelFamily):
     def check_layouts(self, degrees: Mapping[str, Degrees]) -> None:
         self._boundary(by_name=True)
         self._space.check_size(*self.video_size())
+        for at, (num_frames, height, width) in enumerate(self.config.pipeline_config.buckets):
+            names = [f"{name} of pipeline_config.buckets[{at}]" for name in SIZE_NAMES]
+            self._space.check_size(num_frames, height, width, names)
         for name, role in self._networks().items():
             if name not in degrees:
                 continue
@@ -202,15 +224,16 @@ class WanFamily(ModelFamily):
                     f"roles.{name}.lora does not go with tensor = {degrees[name].tensor}: LoRA adapters are not cut "
                     f"over tensor ranks; set roles.{name}.parallelism.tensor to 1, or lora.rank to 0"
                 )
-            check_degrees(
-                f"roles.{name}",
-                architecture,
-                degrees[name],
-                self.config.roles[name].parallelism.sequence_method,
-                self.token_grid(),
-                SparseAttention(self.config.sparse_attention) if role.attention == "sparse" else None,
-                self.config.pipeline_config.segmentation if role.attention == "causal" else None,
-            )
+            for size in self._sizes:
+                check_degrees(
+                    f"roles.{name}",
+                    architecture,
+                    degrees[name],
+                    self.config.roles[name].parallelism.sequence_method,
+                    self._space.token_grid(*size),
+                    SparseAttention(self.config.sparse_attention) if role.attention == "sparse" else None,
+                    self.config.pipeline_config.segmentation if role.attention == "causal" else None,
+                )
 
     def _networks(self) -> dict[str, RoleConfig]:
         """Returns the roles that are networks of the family, not heads."""
@@ -241,7 +264,15 @@ class WanFamily(ModelFamily):
             )
 
     def token_grid(self) -> Grid:
-        return self._space.token_grid(*self.video_size())
+        return max((self._space.token_grid(*size) for size in self._sizes), key=math.prod)
+
+    def buckets(self) -> dict[Size, tuple[int, ...]]:
+        return {size: self._space.shape(*size) for size in self.config.pipeline_config.buckets}
+
+    @property
+    def _sizes(self) -> Sequence[Size]:
+        """Returns the sizes of the training samples."""
+        return self.config.pipeline_config.buckets or (self.video_size(),)
 
     def encoder_memory(self) -> EncoderMemory:
         name, role = next(iter(self._networks().items()))
@@ -253,7 +284,8 @@ class WanFamily(ModelFamily):
         held, released = (vae + text, 0.0) if self.config.data.holds_videos else (vae, text)
         if not (pipeline.path and self.config.validation.enabled):
             return EncoderMemory(held, released)
-        frames, height, width = (n * patch for n, patch in zip(self.token_grid(), architecture.patch_size, strict=True))
+        grid = self._space.token_grid(*self.video_size())
+        frames, height, width = (n * patch for n, patch in zip(grid, architecture.patch_size, strict=True))
         decoder = find_decoder(pipeline.path, channels)
         return EncoderMemory(held, released, decoding_bytes(decoder, (frames, height, width), element_bytes))
 
@@ -383,11 +415,19 @@ class WanFamily(ModelFamily):
             with of_key("--image-encoder", folders.image_encoder):
                 images = ImageEncoder(folders.image_encoder, device=device)
         names = (*[LATENT] * folders.images, *[EMBEDDING] * (images is not None))
-        with of_key("--text-encoder", folders.text_encoder):
-            text = TextEncoder(folders.text_encoder, folders.tokenizer, device=device)
+        text = cls.prompt_encoder(folders, device).text
         with of_key("--vae", folders.vae):
-            vae = load_vae(folders.vae, device)
-        return Encoders(vae, text, images, names)
+            vae = load_vae(folders.vae, device, vae_dtype(device, torch.bfloat16))
+        return Encoders(vae, text, images, names, folders.vae)
+
+    @classmethod
+    def prompt_encoder(cls, folders: TextEncoderFolders, device: torch.device) -> Encoders:
+        with of_key("--text-encoder", folders.text_encoder):
+            return Encoders(text_or_none=TextEncoder(folders.text_encoder, folders.tokenizer, device=device))
+
+    @classmethod
+    def latent_decoder(cls, vae: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+        return partial(decode_latents, load_vae(vae, device, vae_dtype(device, torch.bfloat16)))
 
 
 def _wan(module: nn.Module) -> WanTransformer:

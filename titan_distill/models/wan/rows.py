@@ -7,6 +7,7 @@ on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from titan_distill.checkpoint.diffusers_folder import read_json
@@ -14,15 +15,19 @@ from titan_distill.data.parquet import LatentRow
 from titan_distill.models.wan.image_channels import EMBEDDING, LATENT
 
 
-def check_row(latent_shape: tuple[int, ...], text_width: int, image_width: int | None, row: LatentRow) -> None:
+def check_row(
+    latent_shapes: Sequence[tuple[int, ...]], text_width: int, image_width: int | None, row: LatentRow
+) -> None:
     """Raises ValueError for a row with other sizes than those of the run.
 
-    `latent_shape` is (C, F, H, W). `image_width` is that of the networks' CLIP embeddings; None if they take none.
+    `latent_shapes` are (C, F, H, W) of the buckets, or of all samples. `image_width` is that of the networks' CLIP
+    embeddings; None if they take none.
     """
-    if row.vae_latent is not None and tuple(row.vae_latent.shape) != latent_shape:
+    shown = ", ".join(str(list(shape)) for shape in latent_shapes)
+    if row.vae_latent is not None and tuple(row.vae_latent.shape) not in latent_shapes:
         raise ValueError(
             f"latents of {list(row.vae_latent.shape)}, but pipeline_config's num_frames, height and width make "
-            f"{list(latent_shape)}; change pipeline_config, or preprocess videos at that size"
+            f"{shown}; change pipeline_config, or preprocess videos at that size"
         )
     width = row.text_embedding.shape[1]
     if width != text_width:
@@ -30,10 +35,11 @@ def check_row(latent_shape: tuple[int, ...], text_width: int, image_width: int |
             f"a text embedding of width {width}, but the networks take {text_width}; preprocess the captions with "
             "their text encoder"
         )
-    if (picture := row.extra.get(LATENT)) is not None and tuple(picture.shape) != latent_shape:
+    allowed = latent_shapes if row.vae_latent is None else [tuple(row.vae_latent.shape)]
+    if (picture := row.extra.get(LATENT)) is not None and tuple(picture.shape) not in allowed:
         raise ValueError(
             f"{LATENT} of {list(picture.shape)}, but pipeline_config's num_frames, height and width make "
-            f"{list(latent_shape)}; preprocess the pictures at that size"
+            f"{shown}; preprocess the pictures at that size"
         )
     if (tokens := row.extra.get(EMBEDDING)) is not None and (tokens.ndim != 2 or tokens.shape[1] != image_width):
         raise ValueError(

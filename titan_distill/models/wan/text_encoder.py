@@ -147,7 +147,13 @@ class TextEncoder:
     @functools.cached_property
     def files_digest(self) -> str:
         """Digest of the files of encoder and tokenizer, from their names, sizes and both ends."""
-        return "\0".join(fingerprint(folder, _DIGEST_BYTES) for folder in (self._folder, self._tokenizer_folder))
+        return "\0".join(self.digests.values())
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """The digests in `files_digest` by the name of the part."""
+        folders = {"text_encoder": self._folder, "tokenizer": self._tokenizer_folder}
+        return {name: fingerprint(folder, _DIGEST_BYTES) for name, folder in folders.items()}
 
     @functools.cached_property
     def _tokenizer(self) -> Any:

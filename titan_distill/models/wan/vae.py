@@ -6,19 +6,33 @@ the statistics of the VAE's config, [B, C, F, H, W].
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from titan_distill.checkpoint.complete import load_complete
+from titan_distill.checkpoint.diffusers_folder import read_json
+from titan_distill.config.paths import of_key
+from titan_distill.data.latents import LatentStatistics
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.models.wan.original import open_part
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+MAX_WHOLE_PIXELS = 1088 * 1920
+"""Pixels per frame up to which a video is encoded whole. Four frames of this size have about 15 GB of activations."""
+TILE_PIXELS, TILE_STRIDE_PIXELS = 512, 384
+"""Size of the square tiles of larger frames, and the distance between two of them, in pixels."""
+
+
+PATH_KEY = "pipeline_config.path"
 
 
 def num_decoded_at_once(device: torch.device) -> int:
@@ -45,21 +59,39 @@ def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype = torch.
         lambda: kind.from_config(kind.load_config(folder, **local)),
         lambda: kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **local),
     )
-    _check_statistics(vae, folder)
+    _statistics_in(vae.config, folder)
     return vae.requires_grad_(False).eval().to(device)
 
 
-def _check_statistics(vae: AutoencoderKLWan, folder: Path) -> None:
+def stored_statistics(pipeline: str) -> LatentStatistics:
+    """Returns the statistics in the configuration of a pipeline's VAE, without loading the VAE; empty ones without a
+    pipeline or a VAE in it. Raises ValueError for a configuration that can't be read."""
+    folder = vae_folder(Path(pipeline))
+    if not pipeline or not (folder / "config.json").is_file():
+        return LatentStatistics(key=PATH_KEY)
+    from diffusers import AutoencoderKLWan
+
+    with of_key(PATH_KEY, pipeline):
+        config = read_json(folder / "config.json")
+        parameters = inspect.signature(AutoencoderKLWan.__init__).parameters
+        # Diffusers' own defaults, for the keys that a config leaves out.
+        defaults = {name: parameters[name].default for name in ("z_dim", "latents_mean", "latents_std")}
+        return _statistics_in({**defaults, **config}, folder)
+
+
+def _statistics_in(config: Mapping[str, Any], folder: Path) -> LatentStatistics:
+    channels = config["z_dim"]
     for name, least in (("latents_mean", -math.inf), ("latents_std", 0.0)):
-        values = vae.config[name]
+        values = config[name]
         found = values if isinstance(values, (list, tuple)) else []
         numbers = [value for value in found if isinstance(value, (int, float)) and least < value < math.inf]
-        if not len(numbers) == len(found) == vae.config.z_dim:
+        if not len(numbers) == len(found) == channels:
             above = "" if least < 0 else " above 0"
             raise ValueError(
-                f"{folder / 'config.json'} has {name} = {values}, which must be {vae.config.z_dim} finite "
+                f"{folder / 'config.json'} has {name} = {values}, which must be {channels} finite "
                 f"numbers{above}, one per channel; copy it again"
             )
+    return LatentStatistics(tuple(config["latents_mean"]), tuple(config["latents_std"]), PATH_KEY)
 
 
 def vae_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
@@ -92,9 +124,20 @@ def _signed(vae: AutoencoderKLWan, frames_BTHW3: Tensor) -> Tensor:
 
 
 def _encode(vae: AutoencoderKLWan, video_BCTHW: Tensor) -> Tensor:
-    latents_BCFHW = vae.encode(video_BCTHW.to(vae.dtype)).latent_dist.mode().float()
+    latents_BCFHW = _posterior(vae, video_BCTHW.to(vae.dtype)).mode().float()
     mean, std = _statistics(vae)
     return (latents_BCFHW - mean) / std
+
+
+def _posterior(vae: AutoencoderKLWan, video_BCTHW: Tensor) -> DiagonalGaussianDistribution:
+    """Returns the distribution of a video's latents, from overlapping tiles if its frames are large."""
+    if math.prod(video_BCTHW.shape[-2:]) <= MAX_WHOLE_PIXELS:
+        return vae.encode(video_BCTHW).latent_dist
+    vae.enable_tiling(TILE_PIXELS, TILE_PIXELS, TILE_STRIDE_PIXELS, TILE_STRIDE_PIXELS)
+    try:
+        return vae.encode(video_BCTHW).latent_dist
+    finally:
+        vae.disable_tiling()  # which would also hold for decoding
 
 
 @torch.no_grad()
