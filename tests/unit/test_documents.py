@@ -47,6 +47,7 @@ from titan_distill import cli, registry
 from titan_distill.config.config import Config
 from titan_distill.config.degrees import resolve_layout
 from titan_distill.config.loading import load_config
+from titan_distill.config.sections import DataSource
 from titan_distill.config.text import field_types
 from titan_distill.methods.base import method_class
 
@@ -61,6 +62,7 @@ SECTIONS = field_types(Config)
 ALL_KEYS = {re.sub(r"^roles\.\w+\.", "roles.*.", key) for key in KEYS}
 for _method in METHODS:
     ALL_KEYS |= {f"method_config.{name}" for name in field_types(method_class(_method).config_class)}
+ALL_KEYS |= {f"data.sources.{name}" for name in field_types(DataSource)}
 ALL_KEYS |= {key.rpartition(".")[0] for key in ALL_KEYS} | {*SECTIONS, "roles.*", "job.dry_run"}
 SOURCES = "\n".join(
     path.read_text(encoding="utf-8")
