@@ -357,19 +357,29 @@ def test_metrics_are_those_of_the_page(method: str, tmp_path: Path) -> None:
     assert not [key for key in keys if not any(pattern.fullmatch(key) for pattern in patterns)]
 
 
-def test_the_method_of_extending_trains_on_the_toy_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def own_registrations() -> Iterator[None]:
+    """Takes back what a test registers."""
+    tables = (registry.METHODS.entries, registry.SCORERS.entries)
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before):
+        for added in set(table) - set(entries):
+            del table[added]
+
+
+@pytest.mark.usefixtures("own_registrations")
+def test_the_method_and_scorer_of_extending_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [content for language, content in blocks(DOCS / "extending.md") if language == "python"]
-    method, scorer = (next(e for e in examples if f"@register_{kind}" in e) for kind in ("method", "scorer"))
-    (tmp_path / "page_method.py").write_text(method, encoding="utf-8")
-    (tmp_path / "page_scorer.py").write_text(scorer, encoding="utf-8")
+    for kind in ("method", "scorer"):
+        [example] = [text for text in examples if f"@register_{kind}" in text]
+        (tmp_path / f"page_{kind}.py").write_text(example, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    for table in (registry.METHODS, registry.SCORERS):
-        monkeypatch.setattr(table, "entries", {**table.entries})
     overrides = ("--job.imports", '["toy_family", "page_method", "page_scorer"]', "--recipe.method", "plain")
-    trainer = toy_trainer(tmp_path, "finetune", *overrides, "--training.steps", "2", "--validation.enabled", "false")
+    trainer = toy_trainer(tmp_path, "finetune", *overrides, "--training.steps", "2")
     trainer.run()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert all(json.loads(line)["loss/student"] > 0 for line in lines) and len(lines) == 2
+    assert len(lines) == 2 and all(json.loads(line)["loss/student"] > 0 for line in lines)
     video = np.full((2, 4, 4, 3), 51, dtype=np.uint8)
     assert registry.SCORERS.entries["brightness"](video, "") == {"brightness": pytest.approx(0.2)}
 
