@@ -47,7 +47,7 @@ def room(module: str) -> str:
 
 def tiers() -> dict[str, int]:
     """Room -> its line in the order that CONTRIBUTING.md states, counted from the top."""
-    block = re.search(r"```\n(cli, launch\n.*?)```", (REPOSITORY / "CONTRIBUTING.md").read_text(), re.S)
+    block = re.search(r"```text\n(cli, launch\n.*?)```", (REPOSITORY / "CONTRIBUTING.md").read_text(), re.S)
     assert block is not None
     return {name: tier for tier, line in enumerate(block[1].splitlines()) for name in line.split(", ")}
 
