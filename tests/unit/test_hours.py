@@ -42,8 +42,9 @@ def test_all_parts_of_a_run_make_up_its_hours() -> None:
     assert found.parts["baselines, before step 1"][0] == 1
     seconds = found.seconds
     assert seconds.baselines and seconds.validation and seconds.checkpoint
-    # Per prompt: the teacher's 48 and 4 guided steps and the student's 4, against the student's 4.
-    assert seconds.baselines / seconds.validation == pytest.approx((2 * 48 + 2 * 4 + 4) / 4, rel=0.02)
+    # Per prompt: the teacher's 48 and 4 guided steps and the student's 4, against the student's 4. A guided pass copies
+    # the weights once for both conditions, which makes it a little cheaper than two passes.
+    assert 0.93 < seconds.baselines / seconds.validation / ((2 * 48 + 2 * 4 + 4) / 4) < 1
     assert seconds.checkpoint == pytest.approx(found.checkpoint_bytes / 1e9)
     total = 600 * plan.seconds + seconds.baselines + 6 * seconds.validation + 3 * seconds.checkpoint
     assert found.total == pytest.approx(total / 3600)
