@@ -108,7 +108,9 @@ class RunSampler:
         found = [x for x in self.request.samples if x.role == role and (is_frozen or not x.baseline)]
         if not found:
             method = self.config.recipe.method
-            raise ValueError(f"recipe.method = {method!r} does not say how to sample from its {role}")
+            raise ValueError(
+                f"recipe.method = {method!r} does not say how to sample from its {role}; name another role"
+            )
         return sorted(found, key=lambda x: x.label != self.request.reference)
 
     def build(self, subject: SampledSubject) -> RoleHandle:
