@@ -140,14 +140,16 @@ def evaluate(options: EvaluateOptions) -> None:
 def _prepare(options: EvaluateOptions) -> _Task:
     """Opens and checks everything. Raises ValueError."""
     _check_options(options)
-    subjects = [open_subject(text, options.out or Path(), options.trust_imports) for text in options.subjects]
+    subjects = [open_subject(text, options.trust_imports) for text in options.subjects]
     reference = _reference(options, subjects)
     if options.reference is None:
         subjects = [subject for subject in subjects if not _is_same(subject, reference)]
+    out = options.out or _default_folder([*subjects, reference])
+    subjects = [subject.with_cache(out) if isinstance(subject, SampledSubject) else subject for subject in subjects]
+    reference = reference.with_cache(out) if isinstance(reference, SampledSubject) else reference
     every = [*subjects, *([] if reference is None else [reference])]
     sampled = [subject for subject in every if isinstance(subject, SampledSubject)]
     config = sampled[0].config if sampled else None
-    out = options.out or _default_folder(sampled)
     _check_sizes(every, reference, options)
     prompts_file, items = _items(options, config, every)
     for subject in every:
@@ -237,7 +239,7 @@ def _reference(options: EvaluateOptions, subjects: Sequence[Subject]) -> Subject
     if options.reference == NO_REFERENCE:
         return None
     if options.reference is not None:
-        return open_subject(options.reference, options.out or Path(), options.trust_imports, "--reference")
+        return open_subject(options.reference, options.trust_imports, "--reference")
     first = next((subject for subject in subjects if isinstance(subject, SampledSubject)), None)
     if first is None or not issubclass(method_class(first.config.recipe.method), FewStepTraining):
         return None
@@ -252,11 +254,11 @@ def _is_same(subject: Subject, reference: Subject | None) -> bool:
     return subject.is_frozen and is_same_run and subject.role == reference.role
 
 
-def _default_folder(subjects: Sequence[SampledSubject]) -> Path:
-    folder = next((subject.run_folder for subject in subjects if subject.run_folder is not None), None)
-    if folder is None:
-        raise ValueError("no subject is a checkpoint, so there is no run's folder for the results; name one with --out")
-    return folder / "evaluation"
+def _default_folder(subjects: Sequence[Subject | None]) -> Path:
+    for subject in subjects:
+        if isinstance(subject, SampledSubject) and subject.run_folder is not None:
+            return subject.run_folder / "evaluation"
+    raise ValueError("no subject is a checkpoint, so there is no run's folder for the results; name one with --out")
 
 
 def _check_sizes(every: Sequence[Subject], reference: Subject | None, options: EvaluateOptions) -> None:

@@ -107,8 +107,10 @@ class RunSampler:
         is_frozen = not self.config.roles[role].trainable
         found = [x for x in self.request.samples if x.role == role and (is_frozen or not x.baseline)]
         if not found:
-            method = self.config.recipe.method
-            raise ValueError(f"recipe.method = {method!r} does not say how to sample from its {role}")
+            raise ValueError(
+                f"recipe.method = {self.config.recipe.method!r} does not say how to sample from its {role}; name "
+                "another role"
+            )
         return sorted(found, key=lambda x: x.label != self.request.reference)
 
     def build(self, subject: SampledSubject) -> RoleHandle:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +53,13 @@ class SampledSubject:
     run_folder: Path | None = None
     """Folder of the run; None for an exported folder."""
 
+    def with_cache(self, folder: Path) -> SampledSubject:
+        """Returns the subject with a folder for text embeddings, which an exported folder lacks; a run has its own."""
+        if self.run_folder is not None:
+            return self
+        job = replace(self.config.job, output_dir=str(folder))
+        return replace(self, config=replace(self.config, job=job))
+
     @property
     def is_frozen(self) -> bool:
         """Whether the role is one that the run does not train."""
@@ -78,13 +85,12 @@ class _Named(NamedTuple):
     weights: str
 
 
-def open_subject(text: str, cache: Path, trusted: Collection[str], key: str = "SUBJECT") -> Subject:
+def open_subject(text: str, trusted: Collection[str], key: str = "SUBJECT") -> Subject:
     """Finds a subject and reads its configuration.
 
     Args:
         text: path of a step, of checkpoints/latest, of a run, of an exported folder or of a folder of videos. For the
             first three, `#ROLE`, `#ROLE:ema` or `#ROLE:raw` may follow.
-        cache: folder for the text embeddings of an exported folder, which has no run folder.
         trusted: modules of job.imports to import, see `load_role`.
         key: option that names the subject, for messages.
 
@@ -103,7 +109,7 @@ def open_subject(text: str, cache: Path, trusted: Collection[str], key: str = "S
         if named.role:
             raise ValueError(f"#{named.role} names a role of a checkpoint, and this is none; leave it out")
         if (path / TRANSFORMER).is_dir():
-            return _of_export(path, cache, trusted)
+            return _of_export(path, trusted)
         if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
             return RecordedSubject(path.resolve().name, VideoFolder.open(path))
         raise ValueError(
@@ -157,7 +163,7 @@ def _of_checkpoint(named: _Named, trusted: Collection[str]) -> SampledSubject:
     return SampledSubject("-".join(parts), role, config, manifest.step, build, folder)
 
 
-def _of_export(path: Path, cache: Path, trusted: Collection[str]) -> SampledSubject:
+def _of_export(path: Path, trusted: Collection[str]) -> SampledSubject:
     card = path / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     found, role, step = (part.search(text) for part in (_CARD_CONFIG, _CARD_ROLE, _CARD_STEP))
@@ -166,12 +172,12 @@ def _of_export(path: Path, cache: Path, trusted: Collection[str]) -> SampledSubj
             f"{card} does not tell the run's configuration, role and step, which an export writes into it, so it is "
             "unknown how to sample; name the checkpoint instead"
         )
-    overrides = [f"--job.output_dir={cache}"]
-    if (path / PIPELINE_INDEX).is_file():
-        overrides.append(f"--pipeline_config.{_PIPELINE}={path}")
+    overrides = [f"--pipeline_config.{_PIPELINE}={path}"] if (path / PIPELINE_INDEX).is_file() else []
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder) / "config.toml").write_text(found[1], encoding="utf-8")
         config = load_config(["--job.config_file", str(file), *overrides], trusted)
+    if role[1] not in config.roles:
+        raise ValueError(f"{card} names the role {role[1]!r}, which its configuration does not have; export again")
 
     def build(family: ModelFamily, device: torch.device) -> dict[str, nn.Module]:
         modules = {}
