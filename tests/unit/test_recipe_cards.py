@@ -232,7 +232,9 @@ def test_figures_from_the_log_stand_in_the_named_section(name: str) -> None:
     sections = (REPOSITORY / "docs" / "log.md").read_text(encoding="utf-8").split("\n## ")
     (section,) = [text for text in sections if text.startswith(f"{logged['section']}\n")]
     figures = re.findall(r"\d+(?:\.\d+)?", f"{logged.get('time', '')} {logged['score']}")
-    assert figures and not [figure for figure in figures if not re.search(rf"(?<![\d.]){figure}(?![\d])", section)]
+    assert figures and not [
+        figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d])", section)
+    ]
     keys = {"method_config.denoising_steps"} & JOBS[name].values.keys()
     assert keys <= logged["values"].keys()
 
