@@ -116,7 +116,7 @@ def test_manifests_of_subfolders_count(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"two/titan_data\.json says that the data was made with the vae bbbb"):
         open_parts(data, encoders={"vae": "a" * 64})
     write_part(tmp_path / "three", dataclasses.replace(plain, latents="raw"), offset=5.0)
-    with pytest.raises(ValueError, match=r"normalised latents in .*/one.* and raw latents in .*/three; name these"):
+    with pytest.raises(ValueError, match=r"there are normalised latents in .* and raw latents in .*/three; name these"):
         open_parts(data)
 
 
