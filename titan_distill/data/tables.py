@@ -84,7 +84,7 @@ def _read_csv(path: Location, delimiter: str) -> Iterator[Row]:
             raise ValueError(f"{path} is empty: expected a line with the names of the columns and a line per video")
         for entry in reader:
             where = f"{path}, line {reader.line_num}"
-            if None in entry:  # a caption with a comma would lose its end
+            if any(entry.get(None, ())):  # a caption with a comma would lose its end
                 raise ValueError(
                     f"{where}: there are more values than the {len(reader.fieldnames)} columns; put a text with "
                     f"{delimiter!r} in quotes"
