@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 SOURCES = [path for folder in ("titan_distill", "kernels", "examples") for path in (REPOSITORY / folder).rglob("*.py")]
 DOCUMENTS = [
     path
-    for path in [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")]
+    for path in [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")]
     if path.name not in {"log.md", "CHANGELOG.md"}
 ]
 
