@@ -37,6 +37,7 @@ from titan_distill.commands.inspect_data import write_sheet
 from titan_distill.config.paths import of_key
 from titan_distill.config.sections import RecipeConfig
 from titan_distill.data import summary
+from titan_distill.data.latents import Form
 from titan_distill.fault_tolerance.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from titan_distill.models.base import model_family
 from titan_distill.observability.quiet import quiet_libraries
@@ -149,6 +150,7 @@ def inspect(
     vae: Path | None = None,
     rows: int = 8,
     family: str = RecipeConfig.family,
+    latents: Form | None = None,
 ) -> None:
     """Print what a parquet file or folder holds, after checking every row: sizes, lengths, statistics, bad rows.
 
@@ -158,11 +160,14 @@ def inspect(
         vae: With --sheet: the VAE's diffusers folder, or the pipeline folder that has it as vae/.
         rows: Rows on the sheet, evenly spread.
         family: Model family of the VAE.
+        latents: With --sheet: form of the latents, where their statistics do not tell it.
     """
     if (sheet is None) != (vae is None):
         raise ValueError("--sheet and --vae need each other; give both, or neither")
+    if latents is not None and sheet is None:
+        raise ValueError(f"--latents {latents} has no effect without --sheet; leave it out")
     if sheet is not None and vae is not None:
-        print(write_sheet(path, sheet, vae, family, rows))
+        print(write_sheet(path, sheet, vae, family, rows, latents))
     with of_key("PATH", path):
         print(summary.inspect(path))
 

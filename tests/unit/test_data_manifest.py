@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from runs import TINY_WAN
 from tiny_media import write_video
 from toy_run import toy_pairs, toy_trainer
@@ -14,6 +16,9 @@ from toy_run import toy_pairs, toy_trainer
 from titan_distill.commands.preprocess import PreprocessConfig, preprocess
 from titan_distill.config.loading import load_config
 from titan_distill.config.parsing import ConfigError
+from titan_distill.config.sections import DataConfig, DataSource
+from titan_distill.data.latents import LatentStatistics
+from titan_distill.data.loader import AnyDataset, open_dataset
 from titan_distill.data.manifest import (
     MANIFEST_NAME,
     DataManifest,
@@ -21,6 +26,7 @@ from titan_distill.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.resolve import resolve
 from titan_distill.train import open_inputs
 
@@ -80,6 +86,52 @@ def test_other_encoders_and_sizes_are_refused(tmp_path: Path) -> None:
         check_manifest(tmp_path, encoders=same | {"text_encoder": "d" * 64}, sizes=[], needs_latents=False)
     with pytest.raises(ValueError, match="frames × height × width 17 × 96 × 96, but the run trains on 9 × 64 × 64"):
         check_manifest(tmp_path, encoders=same, sizes=[(9, 64, 64)], needs_latents=True)
+
+
+def test_a_size_that_the_run_does_not_take_is_told_at_the_start(tmp_path: Path) -> None:
+    """Its rows may come hours later."""
+    write_manifest(tmp_path, dataclasses.replace(MANIFEST, sizes=((17, 96, 96), (9, 64, 64))))
+    with pytest.raises(ValueError, match=r"17 × 96 × 96, 9 × 64 × 64, but the run trains on 17 × 96 × 96; name all"):
+        check_manifest(tmp_path, encoders={}, sizes=[(17, 96, 96)], needs_latents=True)
+
+
+def write_part(folder: Path, manifest: DataManifest | None, offset: float = 0.0) -> Path:
+    latent = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + offset
+    write_rows(folder / "a.parquet", [LatentRow(folder.name, "a", torch.zeros(1, 1), latent)])
+    if manifest is not None:
+        write_manifest(folder, manifest)
+    return folder
+
+
+def open_parts(data: DataConfig, **options: Any) -> AnyDataset:
+    far = LatentStatistics((5.0, 5.0), (1.0, 1.0))
+    return open_dataset(data, tensors=(), video_size=None, needs_latents=True, statistics=far, **options)
+
+
+def test_manifests_of_subfolders_count(tmp_path: Path) -> None:
+    plain = DataManifest(latents="normalised", vae="a" * 64)
+    write_part(tmp_path / "one", plain)
+    write_part(tmp_path / "two", dataclasses.replace(plain, vae="b" * 64))
+    data = DataConfig(path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"two/titan_data\.json says that the data was made with the vae bbbb"):
+        open_parts(data, encoders={"vae": "a" * 64})
+    write_part(tmp_path / "three", dataclasses.replace(plain, latents="raw"), offset=5.0)
+    with pytest.raises(ValueError, match=r"there are normalised latents in .* and raw latents in .*/three; name these"):
+        open_parts(data)
+
+
+def test_the_form_in_a_manifest_goes_before_the_stated_one(tmp_path: Path) -> None:
+    """`data.latents` is for the sets of a mixture that have no manifest; if none is without, it contradicts."""
+    ours = write_part(tmp_path / "ours", DataManifest(latents="normalised"))
+    theirs = write_part(tmp_path / "theirs", None, offset=5.0)
+    sources = tuple(DataSource(path=str(path)) for path in (ours, theirs))
+    dataset = open_parts(DataConfig(sources=sources, latents="raw"))
+    first, second = dataset[0], dataset[1]
+    assert isinstance(first, LatentRow) and isinstance(second, LatentRow)
+    assert first.vae_latent is not None and second.vae_latent is not None
+    torch.testing.assert_close(first.vae_latent, second.vae_latent, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"data\.latents = 'raw', but titan_data\.json in .*/ours says 'normalised'"):
+        open_parts(DataConfig(path=str(ours), latents="raw"))
 
 
 def test_preprocess_records_its_encoders_and_another_vae_is_refused(tmp_path: Path) -> None:

@@ -159,6 +159,13 @@ def test_wrong_rows_are_told_before_anything_is_built(tmp_path: Path, capsys: py
     (tmp_path / "b").mkdir()
     shutil.copy(data, tmp_path / "b" / "toy.parquet")
     assert "holds files that the run trains on" in refused("--validation.data", str(tmp_path / "b" / "toy.parquet"))
+    both = tmp_path / "both"
+    for name, seed in (("1", 0), ("2", 1)):
+        toy_family.write_data(both / f"{name}.parquet", seed=seed)
+    argv[argv.index(str(data))] = str(both)
+    message = refused("--validation.data", str(both / "2.parquet"))
+    assert f"holds {both / '2.parquet'} that the run trains on; name rows that are left out of it" in message
+    argv[argv.index(str(both))] = str(data)
     (tmp_path / "videos.csv").write_text("video,prompt\na.mp4,x\n")
     assert "is a table of videos, but the run trains on parquet" in refused(
         "--validation.data", str(tmp_path / "videos.csv")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import fastvideo_data
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from titan_distill import cli
 from titan_distill.commands.inspect_data import write_sheet
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.data.summary import inspect
+from titan_distill.models.wan.vae import stored_statistics
 
 
 def row(index: int, height: int = 4, width: int = 6) -> LatentRow:
@@ -46,6 +49,31 @@ def test_sheet_of_decoded_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"{sheet}: 3 rows, decoded" in shown and "5 rows in 1 file(s), 0 bad" in shown
     colours = np.asarray(Image.open(sheet)).reshape(-1, 3)
     assert len(np.unique(colours, axis=0)) > 1000, "decoded pictures, not white paper"
+
+
+def test_raw_latents_are_normalised_for_the_sheet(tmp_path: Path) -> None:
+    rows, statistics = [row(index) for index in range(2)], stored_statistics(str(TINY_WAN))
+    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (statistics.mean, statistics.std))
+    write_rows(tmp_path / "ours.parquet", rows)
+    raw = [
+        dataclasses.replace(one, vae_latent=mean + std * one.vae_latent) for one in rows if one.vae_latent is not None
+    ]
+    write_rows(tmp_path / "theirs.parquet", raw)
+    sheets = []
+    for name, form in (("ours", "normalised"), ("theirs", "raw")):
+        argv = ["--path", str(tmp_path / f"{name}.parquet"), "--vae", str(TINY_WAN), "--latents", form]
+        cli.main(["data", "inspect", "--sheet", str(tmp_path / f"{name}.png"), *argv])
+        sheets.append(np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int))
+    assert np.abs(sheets[0] - sheets[1]).max() <= 2
+
+
+def test_pixels_beside_fastvideos_latents_are_no_bad_rows(tmp_path: Path) -> None:
+    tensors = {"vae_latent": row(0).vae_latent, "text_embedding": torch.zeros(3, 8), "clip_feature": torch.zeros(2, 4)}
+    record = fastvideo_data.record("0", "a cat", {**tensors, "first_frame_latent": row(0).vae_latent})
+    record |= {"pil_image_bytes": bytes(12), "pil_image_shape": [2, 2, 3], "pil_image_dtype": "uint8"}
+    fastvideo_data.write(tmp_path, [record], fastvideo_data.I2V, rows_per_file=1, workers=1)
+    summary = inspect(tmp_path)
+    assert not summary.bad_rows and len(summary.extra) == 2
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,13 @@ from titan_distill.data.parquet import ParquetDataset, extra_names, read_ids
 from titan_distill.data.prompts import read_prompts
 
 
+class Unreachable(fsspec.AbstractFileSystem):
+    """A file system whose client has errors of its own, as HTTP clients have."""
+
+    def info(self, path: str, **options: object) -> dict[str, object]:
+        raise RuntimeError("no route to host")
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name, num_rows in (("a", 5), ("b", 40)):
@@ -74,9 +81,12 @@ def test_a_run_on_a_url_has_the_losses_of_the_local_folder(folder: Path, url: st
     [
         ("memory://nothing/here", "no dataset at memory://nothing/here: expected a parquet file or a folder of them"),
         ("nosuch://bucket/x", "nosuch://bucket/x can't be opened: .*nosuch.*; correct the URL"),
+        ("github://x", "github://x can't be opened: .*; correct the URL"),
+        ("unreachable://x", "unreachable://x can't be read .*no route to host"),
     ],
 )
 def test_what_cant_be_opened(path: str, message: str) -> None:
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
     with pytest.raises(ValueError, match=message):
         ParquetDataset(path)
 

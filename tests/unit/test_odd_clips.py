@@ -28,6 +28,7 @@ from titan_distill.commands.clip_files import OutputFolder
 from titan_distill.commands.clip_plan import crop_position, nearest_size
 from titan_distill.commands.preprocess import PreprocessConfig, preprocess
 from titan_distill.data.footage import ClipStart, VideoSize, read_clips
+from titan_distill.data.manifest import read_manifest
 from titan_distill.data.parquet import ParquetDataset
 from titan_distill.data.probe import clip_starts, probe
 from titan_distill.models.wan import vae as wan_vae
@@ -163,6 +164,14 @@ def test_damage_that_only_decoding_finds(pipeline: Path, tmp_path: Path) -> None
         preprocess(config)
     assert not list(config.out.glob("*.parquet")), "half a set is not trained on by accident"
     assert len(list((config.out / "unfinished").glob("*.parquet"))) >= 2
+    for path in (config.out, config.out.parent, config.out / "unfinished"):
+        with pytest.raises(ValueError, match=r"out lacks clips, because .* was stopped there; the same command"):
+            ParquetDataset(path)
+    damaged = (tmp_path / "videos" / "b.mp4").read_bytes()
+    (tmp_path / "videos" / "b.mp4").write_bytes(damaged + bytes(1))
+    with pytest.raises(ValueError, match=r"holds clips of other videos: .* restore them, or choose another --out"):
+        preprocess(config)
+    (tmp_path / "videos" / "b.mp4").write_bytes(damaged)
     report = preprocess(dataclasses.replace(config, on_error="skip"))
     (row,) = csv.DictReader((config.out / "skipped.csv").read_text(encoding="utf-8").splitlines())
     assert (row["file_name"], row["clips"][-5:]) == ("b.mp4", " of 2")
@@ -181,10 +190,12 @@ def test_aspect_buckets_and_random_crops(pipeline: Path, tmp_path: Path) -> None
     for name, size in (("wide.mp4", (64, 160)), ("tall.mp4", (160, 64))):
         write_film(tmp_path / "videos" / name, seed=1, num_frames=72, size=size)
     write_captions(tmp_path, {"wide.mp4": "a", "tall.mp4": "b"})
-    config = config_for(tmp_path, pipeline, tmp_path / "out", sizes=("32x64", "64x32"), batch_size=2)
+    config = config_for(tmp_path, pipeline, tmp_path / "out", sizes=("32x64", "64x32", "64x64"), batch_size=2)
     preprocess(config)
     shapes = {path.name: pq.read_metadata(path).num_rows for path in config.out.glob("*.parquet")}
     assert shapes == {"clips-9x32x64-00000.parquet": 2, "clips-9x64x32-00000.parquet": 2}
+    manifest = read_manifest(config.out)
+    assert manifest is not None and manifest.sizes == ((9, 32, 64), (9, 64, 32)), "only sizes that have clips"
     cropped = dataclasses.replace(config, out=tmp_path / "cropped", crop="random", seed=3)
     preprocess(cropped)
     centre, moved = (ParquetDataset(one.out) for one in (config, cropped))

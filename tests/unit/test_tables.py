@@ -17,7 +17,7 @@ from titan_distill.commands.preprocess import find_videos, read_captions
 from titan_distill.config.sections import DataConfig
 from titan_distill.data.footage import VideoSize
 from titan_distill.data.loader import open_dataset
-from titan_distill.data.manifest import DataManifest, read_manifest
+from titan_distill.data.manifest import DataManifest, read_manifest, write_manifest
 from titan_distill.data.parquet import ParquetDataset
 from titan_distill.data.prompts import read_prompts
 from titan_distill.data.videos import ClipRow, VideoDataset
@@ -114,6 +114,45 @@ def test_videos_in_their_own_folder_beside_the_table(folder: Path) -> None:
     assert [row.caption for row in training_rows(folder / "videos2caption.json")] == ["one"]
 
 
+def test_index_says_which_videos_its_table_lacks(folder: Path) -> None:
+    (folder / "metadata.csv").write_text("file_name,text\na.mp4,one\n")
+    expected = (
+        f"index.jsonl: 1 videos with captions; 1 videos have no caption there and are left out: {folder}/more/b.mp4"
+    )
+    assert index(IndexOptions(folder=folder)).endswith(expected)
+
+
+def test_preprocessing_takes_names_from_the_table_on(folder: Path) -> None:
+    """As training does; also where the videos have a folder of their own, and through `..`."""
+    (folder / "more").rename(folder / "videos")
+    for name, at in (("videos/b.mp4", folder / "videos"), ("b.mp4", folder), ("videos/../a.mp4", folder)):
+        table = folder / "t.csv"
+        table.write_text(f"video,prompt\n{name},one\n")
+        expected = {"videos/b.mp4": "b.mp4", "b.mp4": "videos/b.mp4", "videos/../a.mp4": "a.mp4"}[name]
+        assert read_captions(table, at) == {expected: "one"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.mp4,a cat, asleep\n", "line 2: there are more values than the 2 columns; put a text with ',' in quotes"),
+        ('a.mp4,"a cat\nb.mp4,a dog\nc.mp4,x\n', "not CSV .unexpected end of data.; end each text in quotes"),
+        ('a.mp4,"a cat\nb.mp4,"a dog"\n', "not CSV .*; end each text in quotes"),
+        (f"{'a cat ' * 60},a.mp4\n", "line 2: there is no file .*a cat"),
+    ],
+)
+def test_rows_are_not_cut_or_swallowed(text: str, message: str, folder: Path) -> None:
+    (folder / "t.csv").write_text(f"video,prompt\n{text}")
+    with pytest.raises(ValueError, match=message):
+        training_rows(folder / "t.csv")
+
+
+def test_files_are_those_of_the_videos(folder: Path, clips: Path) -> None:
+    """A table that shares a video with another shares its files."""
+    (folder / "t.csv").write_text("video,prompt\nmore/b.mp4,x\n")
+    assert VideoDataset(folder / "t.csv", SIZE).files == {str((clips / "more" / "b.mp4").resolve())}
+
+
 def test_a_video_without_caption_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "a.txt").write_text("a disc")
     with pytest.raises(SystemExit) as exit_:
@@ -159,3 +198,13 @@ def test_data_prompts_makes_a_text_only_set(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit, match="2"):
         cli([*argv, "--out", str(tmp_path / "out")])
     assert "prompts.parquet exists; choose another folder" in capsys.readouterr().err
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "out" / "prompts.parquet").rename(tmp_path / "clips" / "clips.parquet")
+    with pytest.raises(SystemExit, match="2"):
+        cli([*argv, "--out", str(tmp_path / "clips")])
+    assert "clips.parquet exists; choose another folder" in capsys.readouterr().err, "a set is not made part of another"
+    write_manifest(tmp_path / "latents", DataManifest(latents="normalised"))
+    with pytest.raises(SystemExit, match="2"):
+        cli([*argv, "--out", str(tmp_path / "latents")])
+    assert "holds data with latents = normalised instead of None" in capsys.readouterr().err
+    assert not (tmp_path / "latents" / "prompts.parquet").exists()

@@ -52,9 +52,8 @@ class Resume:
             named = ", ".join(f"{key} = {path!r}" for key, path in config.data.keys.items())
             difference = f"{named} has {data}, but {self.path} was saved with {saved}"
             if not config.checkpoint.allow_changed_data:
-                raise ValueError(
-                    f"{difference}; name the same data, or go on with this by --checkpoint.allow_changed_data"
-                )
+                same = "the same sets, order and weights" if config.data.sources else "the same data"
+                raise ValueError(f"{difference}; name {same}, or go on with this by --checkpoint.allow_changed_data")
             logger.warning("Data has changed: %s; samples come in the order of the present data from here", difference)
 
     def log_changes(self) -> None:

@@ -25,14 +25,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from titan_distill.commands.clip_plan import Batch, Shard, Video, read_videos, write_videos
+from titan_distill.data.folders import UNFINISHED, VIDEOS
 from titan_distill.data.parquet import LatentRow, ParquetDataset, extra_names, write_rows
 from titan_distill.data.row_groups import parquet_files
 from titan_distill.fault_tolerance.files import atomic, parse_json, temporary_beside
 
 SETTINGS = "preprocess.json"
 SKIPPED = "skipped.csv"
-UNFINISHED = "unfinished"
-VIDEOS = "videos.jsonl"
+DIGESTS = ("captions", "videos")
+"""Settings that stand for all captions and all videos, as digests."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,17 @@ class OutputFolder:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file} can't be read ({error}); choose another --out") from error
         for name in {**found, **settings}:
-            if found.get(name) != settings.get(name):
+            if found.get(name) == settings.get(name):
+                continue
+            if name in DIGESTS:
                 raise ValueError(
-                    f"{self.out} holds clips made with {name} = {_shown(found.get(name))}, not "
-                    f"{_shown(settings.get(name))}; choose another --out or the same {name}"
+                    f"{self.out} holds clips of other {name}: some were added, removed or changed since; restore them, "
+                    "or choose another --out (data.sources takes several sets)"
                 )
+            raise ValueError(
+                f"{self.out} holds clips made with {name} = {_shown(found.get(name))}, not "
+                f"{_shown(settings.get(name))}; choose another --out or the same {name}"
+            )
 
     def stored_videos(self) -> list[Video] | None:
         """Removes what a kill left behind, and returns the results of the first pass; None if it has to be made."""

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from titan_distill.config.paths import of_key
+from titan_distill.data.latents import Form
+from titan_distill.data.loader import normalise_latents
 from titan_distill.data.parquet import BadRowError, ParquetDataset
 from titan_distill.fault_tolerance.outputs import probe_file
 from titan_distill.models.base import model_family
@@ -15,8 +17,9 @@ from titan_distill.parallelisms.mesh import default_device
 from titan_distill.validation.video import Video, contact_sheet, thumbnails
 
 
-def write_sheet(path: Path, sheet: Path, vae: Path, family: str, num_rows: int) -> str:
-    """Decodes rows, evenly spread over a data set, onto a contact sheet. Returns a sentence about it.
+def write_sheet(path: Path, sheet: Path, vae: Path, family: str, num_rows: int, form: Form | None = None) -> str:
+    """Decodes rows, evenly spread over a data set, onto a contact sheet. Returns a sentence about it. `form` is that of
+    latents whose manifest and statistics do not tell it.
 
     Raises:
         ValueError: an output that can't be written, rows that are all bad or without latents, a family or folder
@@ -26,6 +29,11 @@ def write_sheet(path: Path, sheet: Path, vae: Path, family: str, num_rows: int) 
         raise ValueError(f"--rows {num_rows} shows nothing; choose 1 or more")
     probe_file(sheet, "--sheet", (".png",))
     dataset, rows, latents = ParquetDataset(path), [], []
+    device = default_device()
+    with of_key("--vae", vae):
+        decode, statistics = model_family(family).latent_decoder(vae, device)
+    with of_key("PATH", path):
+        normalise_latents(dataset, statistics, form, "--latents")
     for index in np.linspace(0, len(dataset) - 1, min(num_rows, len(dataset))).round().astype(int).tolist():
         with suppress(BadRowError):  # the summary names them
             row = dataset.read(index)
@@ -34,9 +42,6 @@ def write_sheet(path: Path, sheet: Path, vae: Path, family: str, num_rows: int) 
                 latents.append(row.vae_latent)
     if not rows:
         raise ValueError(f"{path} has no latents to show in the rows tried; leave out --sheet")
-    device = default_device()
-    with of_key("--vae", vae):
-        decode = model_family(family).latent_decoder(vae, device)
     videos = [thumbnails(decode(latent[None].to(device))[0].cpu().numpy()) for latent in latents]
     contact_sheet(sheet, [("decoded rows", _of_one_size(videos))], [f"{row.id}: {row.caption}" for row in rows])
     return f"{sheet}: {len(rows)} rows, decoded"

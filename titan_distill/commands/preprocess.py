@@ -79,8 +79,8 @@ class PreprocessConfig(EncoderFolders):
     folder: tyro.conf.Positional[Path]
     """Folder of videos, subfolders included."""
     captions: Path
-    """Captions: a table (.csv, .tsv, .jsonl, .json) of names below the folder and captions, or the folder itself, with
-    a .txt beside each video or a metadata.csv, metadata.jsonl or videos2caption.json."""
+    """Captions: a table (.csv, .tsv, .jsonl, .json) of captions and videos, named from the folder or from the table on;
+    or the folder itself, with a .txt beside each video or a metadata.csv, metadata.jsonl or videos2caption.json."""
     out: Path
     """Folder for the parquet files; data.path of the training job. A job that was stopped goes on there."""
     family: str = RecipeConfig.family
@@ -155,8 +155,11 @@ def preprocess(config: PreprocessConfig) -> str:
         _check_faults(found, config)
         shards = make_shards(found, config.video_size, config.batch_size)
         ranks.on_rank_zero(lambda: output.start(settings, found))
+        stored = dict.fromkeys(batch.size for shard in shards for batch in shard.batches)
         manifest = DataManifest(
-            latents="normalised", sizes=tuple((config.num_frames, *size) for size in sizes), fps=config.fps
+            latents="normalised",
+            sizes=tuple((size.num_frames, size.height, size.width) for size in stored),
+            fps=config.fps,
         ).with_encoders(encoder.digests())
         ranks.on_rank_zero(lambda: write_manifest(config.out, manifest))
         job = Preprocessing(config, videos, captions, encoder, output, ranks, _num_faults(found))
@@ -343,7 +346,8 @@ class Preprocessing:
             return
         if self.config.on_error == "stop":
             raise ValueError(
-                f"{faults[0].reason}. All that is made stays; correct or remove it, or go on with --on-error skip"
+                f"{faults[0].reason}. All that is made stays; go on with --on-error skip (a corrected copy needs "
+                "another --out)"
             )
         for fault in faults:
             logger.warning("clip %d of %s is left out: %s", fault.index, fault.name, fault.reason)
@@ -402,18 +406,24 @@ def read_captions(path: Path, folder: Path) -> dict[str, str]:
     if not path.exists():
         raise ValueError("there is no such captions file; correct the path")
     captions: dict[str, str] = {}
+    files = tables.Videos(path, folder)
     for where, video, caption in tables.read_captions(path):
-        name = _below(folder, video)
+        file = files.find_any(video)
+        name = plain_name(video) if file is None else _below(folder, file)
         if name in captions:
             raise ValueError(f"{where}: {name} has a second caption here: keep only one")
         captions[name] = caption
     return captions
 
 
-def _below(folder: Path, name: str) -> str:
-    path = Path(name)
-    above = next((base for base in (folder.absolute(), folder.resolve()) if path.is_relative_to(base)), None)
-    return plain_name(path if above is None else path.relative_to(above))
+def _below(folder: Path, file: Path) -> str:
+    """Returns the name of a file below `folder`, also through links; its path, if it is elsewhere."""
+    bases, paths = ([Path(os.path.abspath(path)), path.resolve()] for path in (folder, file))
+    for path in paths:
+        for base in bases:
+            if path.is_relative_to(base):
+                return plain_name(path.relative_to(base))
+    return plain_name(file)
 
 
 def find_videos(folder: Path, captions: Iterable[str], captions_file: Path) -> dict[str, Path]:

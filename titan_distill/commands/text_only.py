@@ -19,6 +19,7 @@ from titan_distill.config.sections import RecipeConfig
 from titan_distill.data.manifest import DataManifest, write_manifest
 from titan_distill.data.parquet import LatentRow, write_rows
 from titan_distill.data.prompts import read_prompts
+from titan_distill.data.row_groups import parquet_files
 from titan_distill.fault_tolerance.outputs import probe_folder
 from titan_distill.fault_tolerance.run_lock import RunLock
 from titan_distill.models.base import FootageEncoder, TextEncoderFolders, model_family
@@ -53,8 +54,8 @@ def prepare(options: TextOnlyOptions) -> str:
         ValueError: prompts or a text encoder that can't be read, output that exists or cannot be written.
     """
     output = options.out / OUTPUT_NAME
-    if output.exists():
-        raise ValueError(f"{output} exists; choose another folder for --out")
+    if files := parquet_files(options.out):
+        raise ValueError(f"{files[0]} exists; choose another folder for --out")
     if options.max_text_tokens < 1:
         raise ValueError(f"--max-text-tokens {options.max_text_tokens} leaves no text; choose 1 or more")
     with of_key("FILE", options.file):
@@ -63,8 +64,8 @@ def prepare(options: TextOnlyOptions) -> str:
     probe_folder(options.out, "--out")
     with RunLock(options.out):
         encoder = model_family(options.family).prompt_encoder(options, device)
-        count = write_rows(output, _rows(options, prompts, encoder))
         write_manifest(options.out, DataManifest().with_encoders(encoder.digests()))
+        count = write_rows(output, _rows(options, prompts, encoder))
     return f"{output}: {count} prompts"
 
 

@@ -103,7 +103,8 @@ class DataConfig:
     latents: Literal["raw", "normalised"] | None = logged(None)
     """Form of the latents in parquet data. raw: means of the VAE's posterior, as FastVideo stores them; they are
     normalised while they are read. normalised: as the networks take them, as `titan-distill data preprocess` stores
-    them. Default: found from the statistics of the first rows, and asked for where these are not clear."""
+    them. It holds for sets without a titan_data.json that states the form. Default: found from the statistics of the
+    first rows, and asked for where these are not clear."""
     max_text_tokens: int = logged(512)
     """Text tokens per sample. Shorter text embeddings are padded with zeros, longer ones in the data are refused;
     prompts that the run encodes itself (of a table or for validation) are cut."""

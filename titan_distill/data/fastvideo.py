@@ -22,6 +22,9 @@ TRAJECTORY, TIMESTEPS = "trajectory", "trajectory_timesteps"
 OWN_NAMES = {"trajectory_latents": TRAJECTORY, "first_frame_latent": "image_latent", "clip_feature": "image_embedding"}
 """Names of tensors here by their names in FastVideo."""
 
+UNREAD = "pil_image"
+"""Tensor of uint8 pixels beside the latents of a picture, which nothing here reads."""
+
 _PARTS = ("bytes", "shape", "dtype")
 
 

@@ -15,6 +15,9 @@ from typing import Any, overload
 
 from titan_distill.data.location import Location
 
+UNFINISHED, VIDEOS = "unfinished", "videos.jsonl"
+"""Subfolder in which `titan-distill data preprocess` works until all clips are there, and the first file in it."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,14 +64,14 @@ class NameFinder:
 
     def find(self, path: Path) -> Path | None:
         """Returns the existing file that a path names; None if there is none."""
-        if path.is_file():
+        if os.path.isfile(path):  # pathlib raises OSError for a name that is too long
             return path
         if str(path).isascii():  # has only one form
             return None
         found = Path(path.anchor)
         for part in path.parts[1 if path.anchor else 0 :]:
-            found /= part if (found / part).exists() else self._entries(found).get(plain_name(part), part)
-        return found if found.is_file() else None
+            found /= part if os.path.exists(found / part) else self._entries(found).get(plain_name(part), part)
+        return found if os.path.isfile(found) else None
 
     def _entries(self, folder: Path) -> dict[str, str]:
         if folder not in self._listed:

@@ -84,7 +84,7 @@ def find_form(
         if stated is None and is_foreign:
             raise ValueError(
                 "it is not known whether the latents, which another program wrote, are raw or normalised; set "
-                f'data.latents to "raw" or "normalised", and for raw ones {statistics.key} to a folder with the VAE'
+                f'{stated_by} to "raw" or "normalised", and for raw ones {statistics.key} to a folder with the VAE'
             )
         return stated or "normalised"
     measured = measure(latents)
@@ -103,12 +103,12 @@ def find_form(
     )
     if stated is None and found is None and is_foreign:
         raise ValueError(
-            f'the latents may be raw or normalised: {figures}; set data.latents to "raw" or "normalised", as they were '
+            f'the latents may be raw or normalised: {figures}; set {stated_by} to "raw" or "normalised", as they were '
             "written"
         )
     if stated is None and found is None and raw != normalised:
         logger.warning(
-            "The latents look like neither and are taken as normalised (data.latents states it): %s", figures
+            "The latents look like neither and are taken as normalised (%s states it): %s", stated_by, figures
         )
     if stated is not None and found not in (None, stated):
         logger.warning('%s = "%s" looks wrong, the latents seem %s: %s', stated_by, stated, found, figures)

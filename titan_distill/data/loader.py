@@ -33,7 +33,7 @@ from titan_distill.config.paths import of_key
 from titan_distill.config.sections import DataConfig
 from titan_distill.data.footage import VideoSize
 from titan_distill.data.latents import Form, LatentStatistics
-from titan_distill.data.manifest import MANIFEST_NAME, Size, check_manifest, read_manifest
+from titan_distill.data.manifest import MANIFEST_NAME, Size, check_manifest, stated_form
 from titan_distill.data.mixed import MixedDataset
 from titan_distill.data.parquet import LatentRow, ParquetDataset, RowCheck
 from titan_distill.data.rows import BadRowError, RowDataset, RowOrder
@@ -137,8 +137,11 @@ def open_dataset(
         sizes = tuple(buckets or (() if video_size is None else (video_size,)))
         for (name, path), part in zip(keys.items(), sets, strict=True):
             with of_key(name, path):
-                check_manifest(part.path, encoders=encoders or {}, sizes=sizes, needs_latents=needs_latents)
+                for folder in part.manifests:
+                    check_manifest(folder, encoders=encoders or {}, sizes=sizes, needs_latents=needs_latents)
         _warn_of_rates(sets)
+        if is_training:
+            _check_stated_form(data, sets)
         shapes = tuple(map(tuple, (buckets or {}).values()))
         with nullcontext() if data.sources else of_key(key, data.path):
             dataset = _joined(data, sets, needs_latents, shapes, max_bad_rows)
@@ -153,26 +156,38 @@ def open_dataset(
     return dataset
 
 
-def normalise_latents(dataset: ParquetDataset, statistics: LatentStatistics | None, stated: Form | None) -> None:
+def normalise_latents(
+    dataset: ParquetDataset, statistics: LatentStatistics | None, stated: Form | None, stated_by: str = "data.latents"
+) -> None:
     """Normalises the latents of a set whose latents are raw.
 
     Args:
         dataset: the set.
         statistics: those of the run's VAE; None for a family that has none.
-        stated: `data.latents`. Default: the form that the set's manifest states.
+        stated: the form, for a set whose manifest does not state it.
+        stated_by: configuration key or option that states it, for messages.
 
     Raises:
         ValueError: as `ParquetDataset.normalise_latents`, or for a form that has no effect.
     """
     if statistics is None:
         if stated is not None:
-            raise ValueError(f"data.latents = {stated!r} has no effect on this family's latents; remove it")
+            raise ValueError(f"{stated_by} = {stated!r} has no effect on this family's latents; remove it")
         return
-    manifest = read_manifest(dataset.path)
-    if stated is None and manifest is not None:
-        dataset.normalise_latents(statistics, manifest.latents, f"latents of {MANIFEST_NAME}")
+    if (form := stated_form(dataset.manifests)) is not None:
+        dataset.normalise_latents(statistics, form, f"latents of {MANIFEST_NAME}")
     else:
-        dataset.normalise_latents(statistics, stated)
+        dataset.normalise_latents(statistics, stated, stated_by)
+
+
+def _check_stated_form(data: DataConfig, sets: Sequence[ParquetDataset]) -> None:
+    """Raises ValueError if `data.latents` contradicts the manifests of all sets, and so has no effect."""
+    forms = [stated_form(part.manifests) for part in sets]
+    if data.latents is not None and not {None, data.latents} & set(forms):
+        raise ValueError(
+            f"data.latents = {data.latents!r}, but {MANIFEST_NAME} in {sets[0].path} says {forms[0]!r}; remove "
+            "data.latents, or the line in the file if it is wrong"
+        )
 
 
 def _open_set(key: str, path: str, options: dict[str, Any]) -> ParquetDataset:
@@ -198,8 +213,8 @@ def _joined(
 
 
 def _warn_of_rates(sets: Sequence[ParquetDataset]) -> None:
-    manifests = {str(part.path): read_manifest(part.path) for part in sets}
-    rates = {path: manifest.fps for path, manifest in manifests.items() if manifest is not None and manifest.latents}
+    manifests = [item for part in sets for item in part.manifests.items()]
+    rates = {str(folder): manifest.fps for folder, manifest in manifests if manifest.latents}
     if len(set(rates.values())) > 1:
         shown = ", ".join(f"{rate or 'no'} in {path}" for path, rate in rates.items())
         logger.warning("the clips of the run have different frames per second: %s", shown)

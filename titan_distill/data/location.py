@@ -7,8 +7,10 @@ process, so loader processes share none with the process that started them.
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,28 +49,29 @@ class RemotePath:
         return Path(self.url).relative_to(Path(str(root)))
 
     def is_file(self) -> bool:
-        system, path = self._opened()
-        return bool(system.isfile(path))
+        with self._opened() as (system, path):
+            return bool(system.isfile(path))
 
     def is_dir(self) -> bool:
-        system, path = self._opened()
-        return bool(system.isdir(path))
+        with self._opened() as (system, path):
+            return bool(system.isdir(path))
 
     def is_symlink(self) -> bool:
         return False
 
     def iterdir(self) -> Iterator[RemotePath]:
         """Yields the entries of a folder."""
-        system, path = self._opened()
-        for entry in system.ls(path, detail=False):
+        with self._opened() as (system, path):
+            entries = system.ls(path, detail=False)
+        for entry in entries:
             name = posixpath.basename(entry.rstrip("/"))
             if name:
                 yield self / name
 
     def open(self, mode: Literal["rb"]) -> IO[bytes]:
         """Opens the file for reading bytes."""
-        system, path = self._opened()
-        stream: IO[bytes] = system.open(path, "rb")
+        with self._opened() as (system, path):
+            stream: IO[bytes] = system.open(path, "rb")
         return stream
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -79,17 +82,24 @@ class RemotePath:
 
     def stat(self) -> SimpleNamespace:
         """Returns the size of the file, as `st_size`."""
-        system, path = self._opened()
-        return SimpleNamespace(st_size=int(system.size(path)))
+        with self._opened() as (system, path):
+            return SimpleNamespace(st_size=int(system.size(path)))
 
-    def _opened(self) -> tuple[Any, str]:
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, str]]:
+        """The file system, and the path on it. Its own kinds of errors, such as an HTTP client's, become OSErrors."""
         import fsspec
 
         try:
             system, path = fsspec.core.url_to_fs(self.url)
-        except (ValueError, ImportError) as error:  # no such protocol; a package that is not installed
+        except (ValueError, ImportError, TypeError) as error:  # no such protocol; no such package; parts of the URL
             raise ValueError(f"{self.url} can't be opened: {' '.join(str(error).split())}; correct the URL") from error
-        return system, path
+        try:
+            yield system, path
+        except (OSError, ValueError):
+            raise
+        except Exception as error:
+            raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 Location = Path | RemotePath
@@ -100,6 +110,11 @@ def location(path: str | Location) -> Location:
     if isinstance(path, str):
         return RemotePath(path) if is_url(path) else Path(path)
     return path
+
+
+def resolved(file: Location) -> str:
+    """Returns a path without links, or a URL as it is."""
+    return os.path.realpath(file) if isinstance(file, Path) else file.url
 
 
 def parquet_source(file: Location) -> Any:

@@ -81,6 +81,16 @@ def read_manifest(path: Location) -> DataManifest | None:
         ) from error
 
 
+def stated_form(manifests: Mapping[Location, DataManifest]) -> Latents | None:
+    """Returns the form of latents that the manifests of a dataset's folders state; None if they state none. Raises
+    ValueError if they differ."""
+    found = {manifest.latents: folder for folder, manifest in manifests.items() if manifest.latents}
+    if len(found) > 1:
+        listed = " and ".join(f"{form} latents in {folder}" for form, folder in found.items())
+        raise ValueError(f"there are {listed}; name these folders in data.sources")
+    return next(iter(found), None)
+
+
 def check_manifest(path: Location, *, encoders: Mapping[str, str], sizes: Sequence[Size], needs_latents: bool) -> None:
     """Compares the manifest of a data folder, if it has one, with a run.
 
@@ -107,10 +117,10 @@ def check_manifest(path: Location, *, encoders: Mapping[str, str], sizes: Sequen
                 f"the run is {own[:12]}; name the pipeline that made the data, or make it again with this "
                 f'one (if both have the same weights in other files, set {name} in {MANIFEST_NAME} to "")'
             )
-    if needs_latents and manifest.sizes and sizes and not set(manifest.sizes) & set(sizes):
+    if needs_latents and sizes and not set(manifest.sizes) <= set(sizes):
         raise ValueError(
             f"{file} says that the clips have frames × height × width {_sizes(manifest.sizes)}, but the run trains on "
-            f"{_sizes(sizes)}; change the size of the run, or preprocess videos at that size"
+            f"{_sizes(sizes)}; name all sizes of the data in the run, or preprocess videos at its size"
         )
 
 

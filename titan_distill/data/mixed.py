@@ -72,6 +72,10 @@ class MixedDataset(RowDataset[LatentRow]):
         return {part.digest for part in self.sets}
 
     @property
+    def files(self) -> set[str]:
+        return {file for part in self.sets for file in part.files}
+
+    @property
     def has_latents(self) -> bool:
         return all(part.has_latents for part in self.sets)
 

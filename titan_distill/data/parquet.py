@@ -15,6 +15,7 @@ that in advance. The writer adds parquet's checksum to each page, so a byte that
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,13 +34,15 @@ from titan_distill.config.dtypes import DTYPES
 from titan_distill.data.fastvideo import (
     TIMESTEPS,
     TRAJECTORY,
+    UNREAD,
     counts_latent_frames,
     is_worker_file,
     own_columns,
     split_trajectory,
 )
 from titan_distill.data.latents import NUM_ROWS, Form, LatentStatistics, find_form
-from titan_distill.data.location import Location, location, parquet_source
+from titan_distill.data.location import Location, location, parquet_source, resolved
+from titan_distill.data.manifest import DataManifest, read_manifest
 from titan_distill.data.order import GroupSizes, Integers
 from titan_distill.data.row_groups import CACHE_BYTES, Group, Place, RowGroups, list_files, reading
 from titan_distill.data.rows import BadRowError, RowDataset, brief
@@ -176,7 +179,7 @@ def _captions(path: Location) -> Iterator[str]:
 
 
 def extra_names(path: str | Location) -> tuple[str, ...]:
-    """Returns the names of the further tensors in the first file of a dataset, sorted.
+    """Returns the names of the further tensors in the first file of a dataset, sorted, without those of pixels.
 
     Raises:
         ValueError: as `ParquetDataset`.
@@ -185,7 +188,7 @@ def extra_names(path: str | Location) -> tuple[str, ...]:
     with reading(f"{file} is not a complete parquet file"):
         columns = set(own_columns(pq.read_schema(parquet_source(file)).names)) - set(SCHEMA.names)
     names = {column.removesuffix("_bytes") for column in columns if column.endswith("_bytes")}
-    return tuple(sorted(name for name in names if columns_of(name).keys() <= columns))
+    return tuple(sorted(name for name in names - {UNREAD} if columns_of(name).keys() <= columns))
 
 
 class ParquetDataset(RowDataset[LatentRow]):
@@ -233,6 +236,18 @@ class ParquetDataset(RowDataset[LatentRow]):
 
     def __len__(self) -> int:
         return self._groups.num_rows
+
+    @property
+    def files(self) -> set[str]:
+        return {resolved(file) for file in self._groups.files}
+
+    @functools.cached_property
+    def manifests(self) -> dict[Location, DataManifest]:
+        """Manifests by folder: that of the dataset, and those of its subfolders with files. Raises ValueError for one
+        that can't be read."""
+        own = self.path if self.path.is_dir() else self.path.parent
+        folders = dict.fromkeys((own, *(file.parent for file in self._groups.files)))
+        return {folder: manifest for folder in folders if (manifest := read_manifest(folder)) is not None}
 
     @property
     def has_latents(self) -> bool:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from titan_distill.data.fastvideo import own_columns
-from titan_distill.data.folders import files_below
+from titan_distill.data.folders import UNFINISHED, VIDEOS, files_below
 from titan_distill.data.location import Location, parquet_source
 from titan_distill.data.order import GroupSizes
 from titan_distill.data.rows import BadRowError, brief
@@ -71,13 +71,19 @@ class Place(NamedTuple):
 
 def list_files(path: Location) -> Sequence[Location]:
     """Returns the parquet files of a dataset, in order: those of a folder, or, if it has none itself, those of its
-    subfolders. Raises ValueError if there are none."""
+    subfolders. Raises ValueError if there are none, or if `titan-distill data preprocess` has not finished."""
     with reading(f"{path} can't be read"):
         if path.is_file():
             return [path]
         if not path.is_dir():
             raise ValueError(f"no dataset at {path}: expected a parquet file or a folder of them")
         files = parquet_files(path) or files_below(path, (".parquet",))
+        for folder in dict.fromkeys((path / UNFINISHED, *(file.parent for file in files))):
+            if folder.name == UNFINISHED and (folder / VIDEOS).is_file():
+                raise ValueError(
+                    f"{folder.parent} lacks clips, because `titan-distill data preprocess` was stopped there; the same "
+                    "command goes on"
+                )
     if not files:
         raise ValueError(f"no *.parquet file in or below {path}: expected what `titan-distill data preprocess` writes")
     return files

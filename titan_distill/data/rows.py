@@ -68,6 +68,11 @@ class RowDataset(torch.utils.data.Dataset[Row]):
 
     @property
     @abstractmethod
+    def files(self) -> set[str]:
+        """Files that the rows are read from, with links resolved."""
+
+    @property
+    @abstractmethod
     def has_latents(self) -> bool:
         """Whether rows have latents, or videos from which latents are encoded."""
 

@@ -78,14 +78,23 @@ def read_rows(path: Location) -> Iterator[Row]:
 
 
 def _read_csv(path: Location, delimiter: str) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter)
+    reader = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter, strict=True)
     try:
         if reader.fieldnames is None:
             raise ValueError(f"{path} is empty: expected a line with the names of the columns and a line per video")
         for entry in reader:
-            yield Row(f"{path}, line {reader.line_num}", entry)
+            where = f"{path}, line {reader.line_num}"
+            if any(entry.get(None, ())):  # a caption with a comma would lose its end
+                raise ValueError(
+                    f"{where}: there are more values than the {len(reader.fieldnames)} columns; put a text with "
+                    f"{delimiter!r} in quotes"
+                )
+            yield Row(where, entry)
     except csv.Error as error:
-        raise ValueError(f"{path}, after line {reader.line_num}: not {path.suffix[1:].upper()} ({error})") from error
+        raise ValueError(
+            f"{path}, after line {reader.line_num}: not {path.suffix[1:].upper()} ({error}); end each text in quotes "
+            "with quotes, and double those inside it"
+        ) from error
 
 
 def _read_jsonl(path: Location) -> Iterator[Row]:
@@ -220,18 +229,23 @@ def listed(names: Collection[str], separator: str = ", ") -> str:
 
 
 class Videos:
-    """Finds the video files that a table names. `path` is the table, or its folder."""
+    """Finds the video files that a table names. `path` is the table, or its folder; names may also be relative to
+    `folder`, which goes first."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, folder: Path | None = None) -> None:
         self._folder = path if path.is_dir() else path.parent
+        self._folders = (*([] if folder is None else [folder]), self._folder, self._folder / "videos")
         self._finder = NameFinder()
 
     def find(self, where: str, name: str) -> Path:
         """Returns the file. Raises ValueError if there is none."""
-        for folder in (self._folder, self._folder / "videos"):
-            if (video := self._finder.find(folder / name)) is not None:
-                return video
-        raise ValueError(
-            f"{where}: there is no file {self._folder / name}; correct the path, which is absolute or relative to the "
-            "table"
-        )
+        if (video := self.find_any(name)) is None:
+            raise ValueError(
+                f"{where}: there is no file {self._folder / name}; correct the path, which is absolute or relative to "
+                "the table"
+            )
+        return video
+
+    def find_any(self, name: str) -> Path | None:
+        """Returns the file; None if there is none."""
+        return next((video for folder in self._folders if (video := self._finder.find(folder / name))), None)

@@ -21,6 +21,7 @@ from pathlib import Path
 from torch import Tensor
 
 from titan_distill.data.footage import VideoSize, read_clips
+from titan_distill.data.location import resolved
 from titan_distill.data.rows import BadRowError, RowDataset
 from titan_distill.data.tables import CAPTION_COLUMNS, VIDEO_COLUMNS, Columns, Videos, read_rows
 
@@ -59,6 +60,10 @@ class VideoDataset(RowDataset[ClipRow]):
         if not self._rows:
             raise ValueError(f"{self.path} has no rows: write one per video")
         self.digest = digest.hexdigest()
+
+    @property
+    def files(self) -> set[str]:
+        return {resolved(video) for _, _, video in self._rows if video is not None}
 
     @property
     def has_latents(self) -> bool:

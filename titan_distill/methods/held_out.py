@@ -30,6 +30,7 @@ from titan_distill.config.paths import of_key
 from titan_distill.config.sections import DataConfig
 from titan_distill.data.loader import Batch, collate_rows
 from titan_distill.data.rows import BadRowError, RowDataset
+from titan_distill.data.tables import listed
 from titan_distill.diffusion.noise import FixedNoise
 from titan_distill.diffusion.transfer import to_device
 from titan_distill.fault_tolerance.ranks import Ranks
@@ -49,12 +50,13 @@ def held_out_section(config: Config) -> DataConfig:
 
 
 def check_held_out(config: Config, rows: RowDataset[Any], training: RowDataset[Any]) -> None:
-    """Raises ValueError for held-out rows that cannot be used, or that are training data under another path. Footage
-    is read by the first validation, because decoding takes a second or more."""
-    if rows.set_digests & training.set_digests:
+    """Raises ValueError for held-out rows that cannot be used, or that are training data: a file of it, or a copy.
+    Footage is read by the first validation, because decoding takes a second or more."""
+    shared = sorted(rows.files & training.files)
+    if shared or rows.set_digests & training.set_digests:
         raise ValueError(
-            f"{HELD_OUT} = {config.validation.data!r} holds files that the run trains on; name rows that are "
-            "left out of it"
+            f"{HELD_OUT} = {config.validation.data!r} holds {listed(shared) or 'files'} that the run trains on; name "
+            "rows that are left out of it"
         )
     if config.data.holds_videos:
         return

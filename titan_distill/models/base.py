@@ -453,9 +453,10 @@ class ModelFamily(ExportedFormats):
         raise ValueError(f"{cls.__name__} encodes no prompts; choose another --family")
 
     @classmethod
-    def latent_decoder(cls, vae: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """Returns a function from latents [B, C, F, H, W] of a data set to uint8 videos [B, frames, height, width, 3].
-        `vae` is the decoder's folder or its pipeline's. Raises ValueError if the family has none."""
+    def latent_decoder(cls, vae: Path, device: torch.device) -> tuple[Callable[[Tensor], Tensor], LatentStatistics]:
+        """Returns a function from normalised latents [B, C, F, H, W] to uint8 videos [B, frames, height, width, 3], and
+        the statistics of raw latents. `vae` is the decoder's folder or its pipeline's. Raises ValueError if the family
+        has none."""
         raise ValueError(f"{cls.__name__} decodes no latents; leave out --vae")
 
     @abstractmethod

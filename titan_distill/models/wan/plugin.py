@@ -449,8 +449,9 @@ class WanFamily(ModelFamily):
             return Encoders(text_or_none=TextEncoder(folders.text_encoder, folders.tokenizer, device=device))
 
     @classmethod
-    def latent_decoder(cls, vae: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-        return partial(decode_latents, load_vae(vae, device, vae_dtype(device, torch.bfloat16)))
+    def latent_decoder(cls, vae: Path, device: torch.device) -> tuple[Callable[[Tensor], Tensor], LatentStatistics]:
+        decode = partial(decode_latents, load_vae(vae, device, vae_dtype(device, torch.bfloat16)))
+        return decode, replace(stored_statistics(str(vae)), key="--vae")
 
 
 def _wan(module: nn.Module) -> WanTransformer:
