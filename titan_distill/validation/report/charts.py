@@ -99,9 +99,9 @@ def sections(runs: Sequence[RunFiles]) -> dict[str, list[Chart]]:
             _add(memory, ([0, run.step], [planned, planned]), PLANNED, number, run, len(runs))
         _add_seconds(found["Speed and memory"], run, number, len(runs))
         for alarm in run.alarms:
-            chart = found["Doctor"].get(f"doctor/{alarm.get('measure')}")
-            if chart and isinstance(alarm.get("healthy"), list) and len(alarm["healthy"]) == 2:
-                chart.healthy = tuple(alarm["healthy"])
+            judged = found["Doctor"].get(f"doctor/{alarm.get('measure')}")
+            if judged and isinstance(alarm.get("healthy"), list) and len(alarm["healthy"]) == 2:
+                judged.healthy = tuple(alarm["healthy"])
     for charts in found.values():
         for chart in charts.values():
             values = [value for series in chart.series for value in series.y if value is not None]
