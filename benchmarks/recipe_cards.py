@@ -348,11 +348,7 @@ def _bullets(job: Job, lines: Sequence[str]) -> str:
 
 def _recipe(job: Job, method: Mapping[str, Any]) -> Iterator[str]:
     papers = ", ".join(f"[{name}](https://arxiv.org/abs/{number})" for name, number in method["papers"].items())
-    yield (
-        f"Papers of the method: {papers}. `docs/algorithms.md` has the formulas."
-        if papers
-        else "The method is plain regression."
-    )
+    yield (f"Papers of the method: {papers}. {texts()['formulas']}" if papers else "The method is plain regression.")
     name = job.hand.get("published")
     if not name:
         yield job.fill(job.hand["unpublished"])

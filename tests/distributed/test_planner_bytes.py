@@ -107,10 +107,7 @@ def planned(num_ranks: int, arguments: list[str]) -> tuple[dict[str, States], di
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        name if name.startswith(("fsdp", "teacher")) else pytest.param(name, marks=pytest.mark.nightly)
-        for name in LAYOUTS
-    ],
+    [name if name.startswith("fsdp") else pytest.param(name, marks=pytest.mark.nightly) for name in LAYOUTS],
 )
 def test_states_and_encoders_are_what_ranks_hold(layout: str, tmp_path: Path) -> None:
     num_ranks, overrides = LAYOUTS[layout]

@@ -173,7 +173,9 @@ def test_stuck_rank_is_named_with_its_line(tmp_path: Path) -> None:
     assert re.search(r"not there: rank 1 \(.*stuck_method.py:\d+", shown.read_text()), "said before the timeout, too"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.nightly), signal.SIGSTOP], ids=lambda v: str(v)
+)
 def test_lost_node_is_named_by_the_other(number: signal.Signals, tmp_path: Path) -> None:
     """Two torchruns; the second loses its power, agent and all. The first cannot see why its worker fails."""
     with socket.socket() as free:

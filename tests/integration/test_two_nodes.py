@@ -70,7 +70,7 @@ def test_wrong_input_ends_in_one_sentence(tmp_path: Path) -> None:
     assert output.startswith("error: ") and output.count("\n") == 1 and "training.steps" in output
 
 
-@pytest.mark.parametrize("lagging_node", ["0", "1"])
+@pytest.mark.parametrize("lagging_node", [pytest.param("0", marks=pytest.mark.nightly), "1"])
 def test_warned_both_nodes_stop_after_one_step_and_the_job_is_requeued(lagging_node: str, tmp_path: Path) -> None:
     """Whichever node leaves first: srun takes no stop for a crash. test_requeue.py starts such a job again."""
     endless = ("--training.steps", "1000000", "--checkpoint.interval", "2")
