@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from noted_calls import note_calls
 from readme import COMMANDS, INSTALLATION, PLACEHOLDERS, SMALL, TEXT, small
 from runs import REPOSITORY
 
@@ -53,17 +51,7 @@ def test_training_command(command: str) -> None:
 @pytest.mark.parametrize("command", [form for command in TOOLS for form in dict.fromkeys((command, small(command)))])
 def test_tool_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every word is parsed to its type, by the real command line in front of functions that only note their call."""
-    called: list[str] = []
-
-    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.wraps(function)(lambda *args, **kwargs: called.append(function.__name__))
-
-    commands = {
-        name: {inner: noting(f) for inner, f in entry.items()} if isinstance(entry, dict) else noting(entry)
-        for name, entry in cli.COMMANDS.items()
-    }
-    monkeypatch.setattr(cli, "COMMANDS", commands)
-    monkeypatch.setattr(cli.planning, "plan", commands["plan"])
+    called = note_calls(monkeypatch)
     cli.main(words(command)[1])
     assert len(called) == 1
 
