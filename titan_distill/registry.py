@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import logging
 import pkgutil
 from collections.abc import Callable, Collection, Sequence
@@ -108,7 +109,9 @@ def register_scorer(name: str, check_prompt: Callable[[str], object] | None = No
 def names(table: Table) -> list[str]:
     """All names of the package and those registered from elsewhere so far, sorted."""
     for info in pkgutil.iter_modules(importlib.import_module(table.package).__path__, f"{table.package}."):
-        importlib.import_module(f"{info.name}.plugin" if info.ispkg else info.name)
+        module = f"{info.name}.plugin" if info.ispkg else info.name
+        if importlib.util.find_spec(module) is not None:  # a folder without a plugin registers nothing
+            importlib.import_module(module)
     return sorted(table.entries)
 
 

@@ -6,7 +6,6 @@ metrics that they name exist.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import os
@@ -15,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from documents import (
     spans,
     words,
 )
+from noted_calls import note_calls
 from runs import REPOSITORY
 from toy_run import METHODS, toy_trainer
 
@@ -114,17 +114,7 @@ def test_training_command(text: str) -> None:
 @pytest.mark.parametrize("text", forms(TOOLS))
 def test_tool_command(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every word is parsed to its type, by the real command line in front of functions that only note their call."""
-    called: list[str] = []
-
-    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.wraps(function)(lambda *args, **kwargs: called.append(function.__name__))
-
-    commands = {
-        name: {inner: noting(f) for inner, f in entry.items()} if isinstance(entry, dict) else noting(entry)
-        for name, entry in cli.COMMANDS.items()
-    }
-    monkeypatch.setattr(cli, "COMMANDS", commands)
-    monkeypatch.setattr(cli.planning, "plan", commands["plan"])
+    called = note_calls(monkeypatch)
     cli.main(words(text)[1])
     assert len(called) == 1
 

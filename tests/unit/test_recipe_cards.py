@@ -6,16 +6,15 @@ the real command line, keys are those of the job's configuration.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from noted_calls import note_calls
 from runs import REPOSITORY
 
 from benchmarks import recipe_cards, recipe_plots, recipe_results
@@ -168,17 +167,7 @@ def test_cards_have_these_commands() -> None:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_commands_parse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[str] = []
-
-    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.wraps(function)(lambda *args, **kwargs: called.append(function.__name__))
-
-    commands = {
-        name: {inner: noting(f) for inner, f in entry.items()} if isinstance(entry, dict) else noting(entry)
-        for name, entry in cli.COMMANDS.items()
-    }
-    monkeypatch.setattr(cli, "COMMANDS", commands)
-    monkeypatch.setattr(cli.planning, "plan", commands["plan"])
+    called = note_calls(monkeypatch)
     block = re.search(r"```\n(.*?)\n```", page(name), re.DOTALL)
     assert block is not None and "./run_train.sh" in block[1].splitlines()[-1]
     tools = 0

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path, PurePath
 from typing import Any, overload
 
-from titan_distill.data.location import Location
+from titan_distill.data.location import Location, resolved
 
 UNFINISHED, VIDEOS = "unfinished", "videos.jsonl"
 """Subfolder in which `titan-distill data preprocess` works until all clips are there, and the first file in it."""
@@ -36,7 +36,7 @@ def files_below(folder: Location, suffixes: Collection[str]) -> list[Any]:
 
 
 def _walk(folder: Location, visited: dict[str, Location]) -> Iterator[Location]:
-    real = os.path.realpath(folder) if isinstance(folder, Path) else str(folder)
+    real = resolved(folder)
     if real in visited:
         logger.warning("%s is left out: it is the same folder as %s", folder, visited[real])
         return

@@ -160,8 +160,13 @@ class RowGroups:
     @property
     def file_starts(self) -> list[int]:
         """First row of each file that has rows."""
+        return [start for start, end in self._rows_of_files if start < end]
+
+    @property
+    def _rows_of_files(self) -> list[tuple[int, int]]:
+        """First row of each file, and the row after its last."""
         ends = np.concatenate([[0], self._row_ends])[np.concatenate([[0], self._file_ends])].tolist()
-        return [start for start, end in itertools.pairwise(ends) if start < end]
+        return list(itertools.pairwise(ends))
 
     def locate(self, row: int) -> Place:
         """Returns the group of a row and the row's index in it."""
@@ -185,8 +190,7 @@ class RowGroups:
     def read_column(self, name: str) -> Iterator[tuple[pa.Array | None, int]]:
         """Yields a column of each file, None if the file lacks it, and the file's number of rows. For small columns:
         they are not kept. Raises ValueError for a damaged one."""
-        ends = np.concatenate([[0], self._row_ends])[np.concatenate([[0], self._file_ends])].tolist()
-        for number, (start, end) in enumerate(itertools.pairwise(ends)):
+        for number, (start, end) in enumerate(self._rows_of_files):
             file = self.files[number]
             with (
                 reading(f"{file} has no readable column {name}"),
