@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from runs import REPOSITORY, TINY_WAN, read_metrics
+from torch.distributed.checkpoint import FileSystemReader
 
 from titan_distill.cli import main as cli
 from titan_distill.commands.generate import load_role
@@ -88,8 +89,10 @@ def test_log_says_what_runs_and_ends_with_where_to_look(run: tuple[Path, str]) -
     facts = json.loads((output / "plan.json").read_text(encoding="utf-8"))
     assert f"  planned   peak memory {facts['memory_gib']:.2f} GiB per rank · checkpoints of " in printed
     assert facts["hours"] is facts["gpu_hours"] is facts["step_seconds"] is None  # nobody assumes rates of a CPU
-    size = sum(file.stat().st_size for file in (output / "checkpoints/step-00000002").iterdir()) / 2**30
-    assert size == pytest.approx(facts["checkpoint_gib"], rel=0.02)
+    saved = output / "checkpoints/step-00000002"
+    num_tensors = len(FileSystemReader(saved).read_metadata().state_dict_metadata)
+    size, planned = sum(file.stat().st_size for file in saved.iterdir()), facts["checkpoint_gib"] * 2**30
+    assert planned < size < planned + 2048 * num_tensors  # DCP writes a header of 1 to 2 KB for each tensor
     assert printed.strip().splitlines()[-1].endswith(str(output / "validation/step-00000002/contact_sheet.png"))
 
 
@@ -106,7 +109,7 @@ def test_generate_repeats_the_validation_video(run: tuple[Path, str], tmp_path: 
 
 def test_exported_folder_gives_the_same_video_in_diffusers(run: tuple[Path, str], tmp_path: Path) -> None:
     """UniPC with guidance through WanPipeline and through our sampler, from the same noise: equal latents."""
-    from diffusers import WanPipeline
+    from diffusers import UniPCMultistepScheduler, WanPipeline
 
     from titan_distill.diffusion.sampler import sample_ode
 
@@ -117,6 +120,8 @@ def test_exported_folder_gives_the_same_video_in_diffusers(run: tuple[Path, str]
     pipeline = WanPipeline.from_pretrained(exported)
     pipeline.set_progress_bar_config(disable=True)
     _, adapter, role, _ = load_role(checkpoint, "student", torch.device("cpu"), raw_weights=False)
+    # The exported scheduler has the student's few levels; here the networks are compared in many steps.
+    pipeline.scheduler = UniPCMultistepScheduler.from_pretrained(TINY_WAN / "scheduler", flow_shift=adapter.flow_shift)
     noise = KeyedNoise(3).normal("test", 0, [0], adapter.latent_shape, device="cpu")
     theirs = pipeline(
         PROMPT, negative_prompt="", height=96, width=96, num_frames=17, num_inference_steps=5, guidance_scale=4.0,

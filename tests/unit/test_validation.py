@@ -91,8 +91,9 @@ def test_the_end_of_a_run_names_its_page_where_there_is_one(tmp_path: Path) -> N
 def test_passes_are_counted_as_they_are_made_and_the_next_validation_is_estimated(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 prompts in 4 batches: the teacher in guided steps and in four, the student in four. A clock that only the
-    passes move, a second each, knows what later validations take: four passes for each of four batches."""
+    """64 prompts in 4 batches: the teacher in guided steps and in four, the student in four. Scored sets, the teacher's
+    in guided steps and later the student's, have a fifth batch with the doctor's samples. A clock that only the passes
+    move, a second each, knows what later validations take: four passes for each of five batches."""
     trainer = toy_trainer(tmp_path, "dmd2", *ENABLED)
     validator, request = trainer.validator, trainer.method.validation_request()
     assert validator is not None and len(validator.prompts) == 64
@@ -107,11 +108,11 @@ def test_passes_are_counted_as_they_are_made_and_the_next_validation_is_estimate
     with caplog.at_level(logging.INFO):
         trainer.validate()
     steps = trainer.config.method_config.teacher_steps
-    num_passes = 4 * (2 * steps + 2 * 4 + 4)
+    num_passes = 5 * 2 * steps + 4 * (2 * 4 + 4)
     shown = [record.getMessage() for record in caplog.records]
     assert f"validation, sampling teacher, teacher_few_steps, student_before: {num_passes:,} forward passes" in shown
     assert sum(validator.meter._passes.values()) == num_passes
-    assert validator.seconds(request, trainer.roles) == pytest.approx(4 * 4)
+    assert validator.seconds(request, trainer.roles) == pytest.approx(5 * 4)
 
 
 @pytest.mark.parametrize("number, shown", [("2", 0), ("70", 1)])

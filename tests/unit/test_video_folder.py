@@ -47,7 +47,7 @@ def test_names_are_read_where_no_file_has_the_prompts(tmp_path: Path) -> None:
     [
         ((), None, "has no videos"),
         (("x-0.mp4", "x-0.mov"), None, "both video 0 of one prompt; rename one"),
-        (("x-0.mp4",), "[1]", "must hold prompts by file name"),
+        (("x-0.mp4",), "[1]", "must hold one prompt per file name"),
         (("x-0.mp4",), "{", "is not valid JSON"),
     ],
 )

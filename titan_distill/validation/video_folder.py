@@ -113,7 +113,7 @@ def _read_prompts(file: Path) -> dict[str, str]:
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}; write the prompts by file name, or remove it") from error
+        raise ValueError(f"{file} is not valid JSON: {error}; write the prompts by file name") from error
     if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):
-        raise ValueError(f"{file} must hold prompts by file name; correct it, or remove it")
+        raise ValueError(f"{file} must hold one prompt per file name, as a JSON object of strings")
     return content
