@@ -24,7 +24,7 @@ def test_what_is_written_is_found_again(tmp_path: Path) -> None:
     assert {"a cat-0.mp4", "a cat-1.mp4", "take-5-0.mp4"} <= names and len(names) == 6  # and nothing but videos
     prompts = json.loads((tmp_path / "student.json").read_text())
     assert prompts["a cat-1.mp4"] == "a cat" and set(prompts) == names and set(prompts.values()) == {x for x, _ in keys}
-    folder = VideoFolder.open(tmp_path / "student")
+    folder = VideoFolder.scan(tmp_path / "student")
     assert set(folder.files) == set(keys) and folder.size == (3, 32, 64)
     for brightness, key in enumerate(keys):
         assert abs(folder.read(key).float().mean().item() - 40 * brightness) < 3
@@ -34,7 +34,7 @@ def test_names_are_read_where_no_file_has_the_prompts(tmp_path: Path) -> None:
     for name in ("a dog-0.mp4", "a dog-1.MP4", "clip.mov"):
         write_video(tmp_path / name, 3)
     (tmp_path / "notes.txt").write_text("not a video")
-    folder = VideoFolder.open(tmp_path)
+    folder = VideoFolder.scan(tmp_path)
     assert {key: path.name for key, path in folder.files.items()} == {
         ("a dog", 0): "a dog-0.mp4", ("a dog", 1): "a dog-1.MP4", ("clip", 0): "clip.mov",
     }  # fmt: skip
@@ -59,13 +59,13 @@ def test_bad_folders(tmp_path: Path, files: tuple[str, ...], prompts: str | None
     if prompts is not None:
         prompts_file(folder).write_text(prompts)
     with pytest.raises(ValueError, match=sentence):
-        VideoFolder.open(folder)
+        VideoFolder.scan(folder)
 
 
 def test_a_file_that_is_no_video_is_named(tmp_path: Path) -> None:
     (tmp_path / "x-0.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"x-0\.mp4 can't be decoded"):
-        _ = VideoFolder.open(tmp_path).size
+        _ = VideoFolder.scan(tmp_path).size
 
 
 def test_shortened_names_differ() -> None:

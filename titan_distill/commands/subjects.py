@@ -111,7 +111,7 @@ def open_subject(text: str, trusted: Collection[str], key: str = "SUBJECT") -> S
         if (path / TRANSFORMER).is_dir():
             return _of_export(path, trusted)
         if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
-            return RecordedSubject(path.resolve().name, VideoFolder.open(path))
+            return RecordedSubject(path.resolve().name, VideoFolder.scan(path))
         raise ValueError(
             f"the folder is neither a checkpoint ({MANIFEST_NAME}), nor an exported student ({TRANSFORMER}/), nor does "
             f"it hold videos ({', '.join(SUFFIXES)})"

@@ -73,7 +73,7 @@ class VideoFolder:
     files: dict[Key, Path]
 
     @classmethod
-    def open(cls, path: Path) -> VideoFolder:
+    def scan(cls, path: Path) -> VideoFolder:
         """Finds the videos of a folder. The prompts are those in the file beside it or, without such a file, in the
         names. Raises ValueError for a folder without videos and for a damaged file of prompts."""
         videos = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
