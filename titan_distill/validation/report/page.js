@@ -11,10 +11,9 @@ function startFilms() {
   const play = element("play"), slider = element("frame"), number = element("frame-number");
   const fps = Number(films[0].dataset.fps);
   const frameOf = (film) => Math.floor(film.currentTime * fps + 0.01);
-  const show = () => {
-    const frame = Math.min(frameOf(films[0]), Number(slider.max));
+  const show = (frame) => {
     slider.value = frame;
-    number.textContent = `${frame + 1} of ${Number(slider.max) + 1}`;
+    number.textContent = `${Number(slider.value) + 1} of ${Number(slider.max) + 1}`;
   };
   const setPlaying = (isPlaying) => {
     for (const film of films) isPlaying ? film.play().catch(() => setPlaying(false)) : film.pause();
@@ -25,17 +24,20 @@ function startFilms() {
   slider.addEventListener("input", () => {
     setPlaying(false);
     for (const film of films) film.currentTime = (Number(slider.value) + 0.5) / fps;
+    show(slider.value);
   });
+  films[0].addEventListener("pause", () => show(frameOf(films[0])));
   const follow = () => {
     const leader = films[0];
     if (!leader.paused) {
       for (const film of films.slice(1)) {
         if (Math.abs(film.currentTime - leader.currentTime) > 1.5 / fps) film.currentTime = leader.currentTime;
       }
+      show(frameOf(leader));  // while it stands, the slider is the reader's
     }
-    show();
     requestAnimationFrame(follow);
   };
+  show(0);
   element("player").hidden = false;
   setPlaying(!matchMedia("(prefers-reduced-motion: reduce)").matches);
   follow();
