@@ -25,7 +25,7 @@ REQUEST = ValidationRequest(
 )
 LEVELS = {"teacher": 220, "teacher_few_steps": 160, "student_before": 40, "student": 130}
 """Brightness of each set's videos; frame t is darker by 2 t."""
-PROMPTS = ("a <b>red</b> circle", "a blue square", "two </script> lines", "rain", "a fifth prompt")
+PROMPTS = ("a <b>red</b> circle", "a blue square", "rain", "two </script> lines", "a fifth prompt")
 CONFIG = """
 [job]
 name = "{name}"

@@ -21,7 +21,7 @@ from titan_distill.validation.report import page as page_module
 from titan_distill.validation.report.charts import MAX_POINTS, marks, sections, thin
 from titan_distill.validation.report.layout_picture import layout_picture, left_out
 from titan_distill.validation.report.page import NAME, page, update_page
-from titan_distill.validation.report.run_files import RunFiles, read_run_files
+from titan_distill.validation.report.run_files import RunFiles, read_run_files, told_apart
 from titan_distill.validation.report.verdict import compare, judge
 from titan_distill.validation.report.videos import Column, Film, columns, films
 from titan_distill.validation.video import write_mp4
@@ -101,7 +101,7 @@ def test_a_films_columns_show_the_same_frame_of_teacher_before_and_now(run: RunF
     assert [column.heading for column in shown] == ["Teacher", "Before training", "Now, step 20"]
     assert [column.note for column in shown] == ["48 steps, guidance 3", "4 steps", "4 steps"]
     made, note = films(shown)
-    assert [film.prompt for film in made] == list(PROMPTS[:4]) and not note
+    assert [film.prompt for film in made] == [PROMPTS[index] for index in (0, 1, 3, 4)] and not note
     film = made[0]
     frames = decode(film)
     assert frames.shape == (NUM_FRAMES, 64, 3 * 64 + 2 * 8, 3) and film.fps == FPS
@@ -196,6 +196,19 @@ def test_several_runs_show_where_their_configurations_differ(tmp_path: Path, run
     assert re.search(r"<td>training.steps</td><td>20</td><td>10</td>", found)
     assert "<td>validation.num_prompts</td>" not in found
     assert [column.heading for column in columns([run, other])][2:] == ["planted, step 20", "other, step 10"]
+
+
+def test_runs_of_one_name_are_called_by_their_folders(tmp_path: Path) -> None:
+    runs = [read_run_files(plant_run(tmp_path / name / "x", steps=2)) for name in ("a", "b")]
+    runs.append(read_run_files(plant_run(tmp_path / "c", name="other", steps=2)))
+    assert [run.name for run in told_apart(runs)] == ["a/x", "b/x", "other"]
+
+
+def test_films_are_of_prompts_from_the_first_to_the_last(tmp_path: Path) -> None:
+    for index in range(8):
+        write_mp4(tmp_path / f"{index:03d}-student.mp4", np.zeros((2, 16, 16, 3), np.uint8), FPS)
+    shown = [Column("Now", "", tmp_path, "student", {index: str(index) for index in range(8)})]
+    assert [film.prompt for film in films(shown)[0]] == ["0", "2", "5", "7"]
 
 
 def test_the_page_of_a_run_that_goes_on_loads_itself_again(folder: Path) -> None:

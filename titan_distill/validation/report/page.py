@@ -27,7 +27,7 @@ from titan_distill.fault_tolerance.files import atomic
 from titan_distill.observability.metrics import PAUSE_METRICS
 from titan_distill.validation.report.charts import as_json, marks, sections
 from titan_distill.validation.report.layout_picture import layout_picture, left_out
-from titan_distill.validation.report.run_files import RunFiles, read_run_files
+from titan_distill.validation.report.run_files import RunFiles, read_run_files, told_apart
 from titan_distill.validation.report.verdict import compare, judge
 from titan_distill.validation.report.videos import BUDGET_BYTES, columns, films
 
@@ -60,7 +60,7 @@ def write_page(folders: Sequence[Path], out: Path, *, is_running: bool | None = 
         ValueError: a folder of no run, or a damaged file in it.
     """
     first, *others = folders
-    text = page([read_run_files(first, is_running=is_running), *map(read_run_files, others)])
+    text = page(told_apart([read_run_files(first, is_running=is_running), *map(read_run_files, others)]))
     with atomic(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -155,7 +155,12 @@ def _layouts(run: RunFiles) -> Iterator[tuple[str, str, str, str]]:
     """Yields role, layout in words, picture, and a note on what the picture leaves out."""
     for role, named in (run.starts[-1].layouts if run.starts else {}).items():
         degrees = Degrees(**named)
-        yield role, f"{degrees.world_size} ranks: {degrees}", layout_picture(degrees), left_out(degrees)
+        yield (
+            role,
+            f"{degrees.world_size} rank{'s' * (degrees.world_size > 1)}: {degrees}",
+            layout_picture(degrees),
+            left_out(degrees),
+        )
 
 
 def _starts(run: RunFiles) -> list[list[str]]:

@@ -3,9 +3,12 @@ that names it."""
 
 from __future__ import annotations
 
+import os
 import re
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,17 @@ class RunFiles:
     def oldest(self, key: str) -> float | None:
         """The first value of a metric."""
         return next((line[key] for line in self.metrics if key in line), None)
+
+
+def told_apart(runs: Sequence[RunFiles]) -> list[RunFiles]:
+    """Returns the runs; those that share a name are called by the part of their folders' paths that differs."""
+    count = Counter(run.name for run in runs)
+    folders = [run.folder.resolve() for run in runs]
+    shared = os.path.commonpath([folder.parent for folder in folders])
+    return [
+        replace(run, name=os.path.relpath(folder, shared)) if count[run.name] > 1 else run
+        for run, folder in zip(runs, folders, strict=True)
+    ]
 
 
 def read_run_files(folder: Path, *, is_running: bool | None = None) -> RunFiles:

@@ -90,20 +90,22 @@ def _column(sampled: Sampled, label: str, heading: str) -> Column:
 
 
 def films(shown: Sequence[Column], budget_bytes: int = BUDGET_BYTES) -> tuple[list[Film], str]:
-    """Returns the films of the first prompts that have a video in every column, and one sentence on prompts that were
-    left out; it is empty if none was."""
+    """Returns the films of prompts that have a video in every column, from the first to the last of them, and one
+    sentence on films that were left out; it is empty if none was."""
     if not shown:
         return [], ""
     prompts = [(index, text) for index, text in shown[0].prompts.items() if all(c.file(index, text) for c in shown)]
+    if len(prompts) > NUM_PROMPTS:  # neighbours in a list of prompts tend to be alike
+        prompts = [prompts[round(k * (len(prompts) - 1) / (NUM_PROMPTS - 1))] for k in range(NUM_PROMPTS)]
     made: list[Film] = []
-    for index, text in prompts[:NUM_PROMPTS]:
+    for index, text in prompts:
         files = [path for column in shown if (path := column.file(index, text))]
         room = budget_bytes - sum(len(film.source) for film in made)
         film = _film(text, files, MAX_HEIGHT)
         for height in () if made else (MAX_HEIGHT // 2, MAX_HEIGHT // 4):
             film = film if len(film.source) <= room else _film(text, files, height)
         if len(film.source) > room:
-            kept = f"the first {len(made)} of {min(len(prompts), NUM_PROMPTS)} prompts" if made else "no prompt"
+            kept = f"the first {len(made)} of {len(prompts)} prompts" if made else "no prompt"
             return made, f"The page has {kept}: all videos in it may take {budget_bytes / 1e6:g} MB."
         made.append(film)
     return made, ""
