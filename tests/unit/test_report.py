@@ -13,7 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from planted_run import FPS, LEVELS, NUM_FRAMES, PROMPTS, plant_run, planted_video
+from planted_run import FPS, LEVELS, NUM_FRAMES, PROMPTS, REQUEST, plant_run, planted_video
 
 from titan_distill.cli import main
 from titan_distill.config.degrees import Degrees
@@ -87,7 +87,10 @@ def test_of_several_runs_the_closest_is_named(run: RunFiles) -> None:
     other = with_distance(replace(run, name="other"), 0.05)
     assert compare([run, other]) == "other is closest to the teacher: distance 0.05, against 0.10 (planted)."
     fewer = replace(other, config={"validation": {"num_prompts": 8}})
-    assert "can't be compared" in compare([run, fewer])
+    assert "different numbers of prompts" in compare([run, fewer])
+    samples = [replace(sample, guidance_scale=2.0) for sample in REQUEST.samples]
+    last = replace(run.validations[-1], request=replace(REQUEST, samples=tuple(samples)))
+    assert "not sampled in the same way" in compare([run, replace(other, validations=[last])])
 
 
 def decode(film: Film) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from titan_distill.diffusion.requests import SampleRequest
 from titan_distill.validation.report.run_files import SAMPLES, RunFiles
@@ -51,6 +52,9 @@ def compare(runs: Sequence[RunFiles]) -> str:
     """Returns one sentence on which run is closest to its reference; empty if one of them has no distance."""
     if len({run.config.get("validation", {}).get("num_prompts") for run in runs}) > 1:
         return "Validated on different numbers of prompts: the distances of these runs can't be compared."
+    references = [_reference(run) for run in runs]
+    if any(reference != references[0] for reference in references):
+        return "Their references are not sampled in the same way: the distances of these runs can't be compared."
     for name in DISTANCES:
         found = []
         for run in runs:
@@ -63,6 +67,14 @@ def compare(runs: Sequence[RunFiles]) -> str:
             against = ", ".join(f"{other:.2f} ({own})" for other, own, _ in others)
             return f"{best} is closest to the {reference}: distance {value:.2f}, against {against}."
     return ""
+
+
+def _reference(run: RunFiles) -> tuple[SampleRequest, Any, Any] | None:
+    """Returns how the run's reference is sampled, and where its weights are from."""
+    if run.latest is None or (reference := run.latest.reference) is None:
+        return None
+    role = run.config.get("roles", {}).get(reference.role, {})
+    return reference, role.get("path"), role.get("init_from")
 
 
 def distances(run: RunFiles) -> tuple[float, float] | None:
