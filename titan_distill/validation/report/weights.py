@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_distill.parallelisms.tensor import local
 
-MAX_WEIGHTS = 2**22
+MAX_WEIGHTS = 2**21
 """Largest number of weights of a role, over all ranks, that are copied and compared."""
 
 Groups = dict[int, Tensor]
@@ -53,10 +53,13 @@ def _num_copies(parameter: Tensor, num_ranks: int) -> int:
 def squares(before: Groups, after: Groups) -> Tensor:
     """Returns this rank's part of the sums over all ranks of (after − before)² and before², float64 [2]."""
     parts = [
-        torch.stack([(after[copies] - weights).double().square().sum(), weights.double().square().sum()]) / copies
-        for copies, weights in before.items()
+        torch.stack([_square(after[copies] - weights), _square(weights)]) / copies for copies, weights in before.items()
     ]
     return torch.stack(parts).sum(0)
+
+
+def _square(values_N: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values_N, dtype=torch.float64).square()  # sums in float64 without a copy in it
 
 
 def update_size(moved: float, weights: float, dtype: torch.dtype) -> float:
