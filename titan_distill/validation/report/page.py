@@ -35,7 +35,7 @@ NAME = "report.html"
 REFRESH_SECONDS = 60
 """Period after which the page of a run that goes on loads itself again."""
 PLANNED = {
-    "memory_gib": ("Peak memory of the fullest rank, GiB", "memory_gib"),
+    "memory_gib": ("Peak memory of the fullest rank, GiB (measured on a CPU: the whole process)", "memory_gib"),
     "step_seconds": ("Seconds per step", ""),
     "validation_seconds": ("Seconds per validation", "time/validation"),
     "checkpoint_seconds": ("Seconds per checkpoint", "time/checkpoint"),
