@@ -34,8 +34,8 @@ REAL = (
     "--data.max_text_tokens 64 --pipeline_config.height 96 --pipeline_config.width 96 --pipeline_config.num_frames 17"
 )
 """Options of the same kind for training jobs of real size, whose weights are then the small Wan's."""
-STEPS_PER_SMALL_STEP = 300
-"""The default job saves at steps 300 and 600, its small form at steps 1 and 2."""
+STEPS_PER_SMALL_STEP = 400
+"""The default job saves at steps 400 and 800, its small form at steps 1 and 2."""
 SMALL_RANKS = 2
 PLACEHOLDERS = ("FOLDER", "PIPELINE")
 """Words for what readers bring, as docs/tasks.md says. Tests put folders of these names in place."""
