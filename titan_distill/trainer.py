@@ -150,7 +150,7 @@ class Trainer:
                 skip_or_raise(sentence, role.num_skips, self.config.training.max_nonfinite_skips)
             else:
                 self._release_state()
-                with self.doctor.weighing(role):
+                with self.doctor.weighing(role, norm):
                     role.step(self.state.step, tick_ema=update.ema)
         if self.config.training.max_nonfinite_skips:
             values[f"nonfinite_skips/{role.name}"] = role.num_skips

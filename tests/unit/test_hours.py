@@ -20,6 +20,7 @@ from titan_distill.planner.plan import Plan
 from titan_distill.trainer import Trainer
 
 TINY = "train_configs/tiny_wan_dmd2.toml"
+UNWATCHED = ("--doctor.enabled", "false")
 
 
 @pytest.fixture(autouse=True)
@@ -36,28 +37,45 @@ def planned(*overrides: str, num_ranks: int = 1) -> tuple[Plan, Hours]:
 
 
 def test_all_parts_of_a_run_make_up_its_hours() -> None:
-    plan, found = planned("--validation.interval", "100", "--checkpoint.interval", "250")
-    assert found.parts["steps"] == (600, pytest.approx(plan.seconds))
-    assert found.parts["validations"][0] == 6 and found.parts["saves"][0] == 3  # 250, 500, and the last step
+    plan, found = planned("--validation.interval", "100", "--checkpoint.interval", "300", *UNWATCHED)
+    assert found.parts["steps"] == (800, pytest.approx(plan.seconds))
+    assert found.parts["validations"][0] == 8 and found.parts["saves"][0] == 3  # 300, 600, and the last step
     assert found.parts["baselines, before step 1"][0] == 1
     seconds = found.seconds
     assert seconds.baselines and seconds.validation and seconds.checkpoint
-    # Per prompt: the teacher's 48 and 4 guided steps and the student's 4, against the student's 4. A guided pass copies
+    # Per prompt: the teacher's 48 and 2 guided steps and the student's 2, against the student's 2. A guided pass copies
     # the weights once for both conditions, which makes it a little cheaper than two passes.
-    assert 0.93 < seconds.baselines / seconds.validation / ((2 * 48 + 2 * 4 + 4) / 4) < 1
+    assert 0.93 < seconds.baselines / seconds.validation / ((2 * 48 + 2 * 2 + 2) / 2) < 1
     assert seconds.checkpoint == pytest.approx(found.checkpoint_bytes / 1e9)
-    total = 600 * plan.seconds + seconds.baselines + 6 * seconds.validation + 3 * seconds.checkpoint
+    total = 800 * plan.seconds + seconds.baselines + 8 * seconds.validation + 3 * seconds.checkpoint
     assert found.total == pytest.approx(total / 3600)
 
 
 def test_validation_forwards_cost_what_those_of_a_step_do() -> None:
-    """96 prompts through the teacher's 52 guided steps are 52 × 96 / 4 × its one guided forward per student update."""
-    plan, found = planned("--method_config.update_ratio", "1")
+    """96 prompts through the teacher's 50 guided steps are 50 × 96 / 4 × its one guided forward per student update."""
+    plan, found = planned("--method_config.update_ratio", "1", *UNWATCHED)
     (teacher,) = [phase for phase in plan.phases if phase.passes.role == "teacher"]
     assert teacher.passes.num_forwards == 1 and teacher.passes.num_conditions == 2
     assert found.seconds.baselines is not None
-    of_teacher = 52 * 96 / 4 * (teacher.compute_seconds + teacher.exposed_seconds)
+    of_teacher = 50 * 96 / 4 * (teacher.compute_seconds + teacher.exposed_seconds)
     assert of_teacher < found.seconds.baselines < 1.1 * of_teacher
+
+
+def test_the_doctors_samples_and_passes_are_planned() -> None:
+    """Three more samples, which the critic, as large as the student, denoises at three levels."""
+    (_, watched), (_, alone) = planned(), planned(*UNWATCHED)
+    assert watched.seconds.validation and alone.seconds.validation
+    expected = (2 + 3) * 99 / (2 * 96)
+    assert watched.seconds.validation / alone.seconds.validation == pytest.approx(expected, rel=0.01)
+
+
+def test_data_groups_sample_in_rounds() -> None:
+    batch = ("--training.global_batch_size", "4", "--training.local_batch_size", "1", *UNWATCHED)
+    of_five, of_eight = (
+        planned("--validation.num_prompts", number, "--validation.num_videos", "1", *batch, num_ranks=4)[1].seconds
+        for number in ("5", "8")
+    )
+    assert of_five.validation == of_eight.validation and of_five.baselines == of_eight.baselines
 
 
 def test_gpu_hours_are_those_of_all_ranks() -> None:
@@ -92,7 +110,7 @@ def test_calibration_contradicts_a_named_gpu(capsys: pytest.CaptureFixture[str])
 def test_measured_seconds_take_the_place_of_assumed_ones() -> None:
     _, found = planned()
     measured = found.with_measured(Seconds(step=2.0, baselines=100.0, validation=10.0, checkpoint=5.0))
-    assert measured.total == pytest.approx((600 * 2 + 100 + 1 * 10 + 2 * 5) / 3600)
+    assert measured.total == pytest.approx((800 * 2 + 100 + 1 * 10 + 2 * 5) / 3600)
     assert found.with_measured(Seconds(2.0, 100.0, 10.0, None)).total is None
 
 

@@ -145,7 +145,9 @@ def test_charts_hold_the_values_of_the_metrics(run: RunFiles) -> None:
     seconds = {series.name: series.y for series in found["Seconds per step, by phase"].series}
     assert seconds == {"data": [0.5] * 20, "backward": [1.5] * 20}
     planned = replace(run, plan={"memory_gib": 3.0})
-    memory = next(c for c in sections([planned])["Speed and memory"] if c.title == "Memory in GiB, on a CPU of the whole process")
+    memory = next(
+        c for c in sections([planned])["Speed and memory"] if c.title == "Memory in GiB (on a CPU: of the process)"
+    )
     assert [(series.name, series.y[-1]) for series in memory.series] == [("measured", 2.0), ("planned", 3.0)]
     scores = sections([run])["Scores"]
     assert [series.name for series in scores[0].series] == ["student before", "teacher few steps", "student"]

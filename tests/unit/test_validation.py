@@ -93,7 +93,7 @@ def test_passes_are_counted_as_they_are_made_and_the_next_validation_is_estimate
 ) -> None:
     """64 prompts in 4 batches: the teacher in guided steps and in four, the student in four. Scored sets, the teacher's
     in guided steps and later the student's, have a fifth batch with the doctor's samples. A clock that only the passes
-    move, a second each, knows what later validations take: four passes for each of five batches."""
+    move, a second each over 16 samples, knows what later validations take: four passes over 64 + 3 samples."""
     trainer = toy_trainer(tmp_path, "dmd2", *ENABLED)
     validator, request = trainer.validator, trainer.method.validation_request()
     assert validator is not None and len(validator.prompts) == 64
@@ -112,7 +112,7 @@ def test_passes_are_counted_as_they_are_made_and_the_next_validation_is_estimate
     shown = [record.getMessage() for record in caplog.records]
     assert f"validation, sampling teacher, teacher_few_steps, student_before: {num_passes:,} forward passes" in shown
     assert sum(validator.meter._passes.values()) == num_passes
-    assert validator.seconds(request, trainer.roles) == pytest.approx(5 * 4)
+    assert validator.seconds(request, trainer.roles) == pytest.approx(4 * 67 / 16)
 
 
 @pytest.mark.parametrize("number, shown", [("2", 0), ("70", 1)])

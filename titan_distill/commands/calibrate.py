@@ -189,7 +189,7 @@ def _validations(trainer: Trainer) -> tuple[float | None, float | None]:
         trainer.held_out.measure(0, trainer.roles)
     held_out, whole = _now(trainer) - started, trainer.validator
     if whole is None:
-        return None, None
+        return (held_out, held_out) if trainer.held_out is not None else (None, None)
     request = trainer.method.validation_request()
     samples = request.samples
     part = whole.of_first_prompts(trainer.config.validation.batch_size * trainer.layouts.num_data_groups)

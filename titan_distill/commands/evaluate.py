@@ -47,6 +47,7 @@ from titan_distill.validation.scorers import no_scores, prompts_path, scorer, va
 from titan_distill.validation.video_folder import VideoWriter, is_nameable
 
 RESULT, TABLE = "evaluation.json", "evaluation.md"
+VIDEOS_PER_PROMPT = 2
 MOST_VIDEOS = 1000
 """Largest number of videos per prompt."""
 
@@ -70,8 +71,9 @@ class EvaluateOptions:
     checkpoint's validation, or those of the first folder of videos."""
     num_prompts: int | None = None
     """Number of prompts. Default: all of --prompts, or as many as the validation has."""
-    videos_per_prompt: int = 2
-    """Videos per prompt, each from other noise. Diversity needs 2, VBench's standard suite 5."""
+    videos_per_prompt: int | None = None
+    """Videos per prompt, each from other noise. Diversity needs 2, VBench's standard suite 5. Default: 2, or all of the
+    first folder of videos where no subject is sampled."""
     seed: int | None = None
     """Seed of the noise. Default: the validation's."""
     vbench_folder: Path | None = None
@@ -227,7 +229,7 @@ def _check_options(options: EvaluateOptions) -> None:
     if not options.subjects:
         raise ValueError("no subject is named; name checkpoints, exported folders or folders of videos")
     check_options(None, None, options.seed or 0)
-    if not 1 <= options.videos_per_prompt <= MOST_VIDEOS:
+    if options.videos_per_prompt is not None and not 1 <= options.videos_per_prompt <= MOST_VIDEOS:
         raise ValueError(f"--videos-per-prompt {options.videos_per_prompt} is out of range; choose 1 to {MOST_VIDEOS}")
     if options.num_prompts is not None and not 1 <= options.num_prompts <= MOST_PROMPTS:
         raise ValueError(f"--num-prompts {options.num_prompts} is out of range; choose 1 to {MOST_PROMPTS}")
@@ -294,17 +296,20 @@ def _check_sizes(every: Sequence[Subject], reference: Subject | None, options: E
 
 def _items(options: EvaluateOptions, config: Config | None, every: Sequence[Subject]) -> tuple[str, list[Item]]:
     """Returns the file of the prompts, and the videos to make or to read."""
+    per_prompt = options.videos_per_prompt or VIDEOS_PER_PROMPT
     if options.prompts is not None:
         with of_key("--prompts", options.prompts):
             prompts = read_prompts(options.prompts, options.num_prompts)
-        return str(options.prompts), plan_items(prompts, options.videos_per_prompt)
+        return str(options.prompts), plan_items(prompts, per_prompt)
     if config is not None:
         number = options.num_prompts or config.validation.num_prompts
         config = replace(config, validation=replace(config.validation, num_prompts=number, num_videos=0))
-        return prompts_path(config), plan_items(validation_prompts(config), options.videos_per_prompt)
+        return prompts_path(config), plan_items(validation_prompts(config), per_prompt)
     keys = [key for subject in every[:1] if isinstance(subject, RecordedSubject) for key in subject.videos.files]
-    numbers = {text: number for number, text in enumerate(dict.fromkeys(text for text, _ in keys))}
-    return "", [Item(key, numbers[key[0]], 0) for key in sorted(keys, key=lambda key: (numbers[key[0]], key[1]))]
+    texts = [*dict.fromkeys(text for text, _ in keys)][: options.num_prompts]
+    numbers = {text: number for number, text in enumerate(texts)}
+    kept = [key for key in keys if key[0] in numbers and key[1] < (options.videos_per_prompt or math.inf)]
+    return "", [Item(key, numbers[key[0]], 0) for key in sorted(kept, key=lambda key: (numbers[key[0]], key[1]))]
 
 
 def _network(option: str, kind: Callable[[Path, torch.device], T], path: Path | None, device: torch.device) -> T | None:

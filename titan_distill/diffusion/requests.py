@@ -12,6 +12,11 @@ MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 """Largest size of a guidance scale. Published ones are below 20."""
 
+NUM_NOISES = 4
+"""Number of samples of the first prompt, each from another noise, whose diversity the doctor measures."""
+LEVELS = (0.25, 0.5, 0.75)
+"""Noise levels at which the doctor measures a role's error on samples."""
+
 REQUEST_NAME = "request.json"
 """File in which a validation's folder holds its `ValidationRequest`."""
 
@@ -74,6 +79,12 @@ class TrajectoryRequest:
     solver: Literal["euler", "unipc"]
     guidance_scale: float
     """Classifier-free guidance in the standard form."""
+
+
+def num_samples(num_prompts: int, *, is_scored: bool, is_watched: bool) -> int:
+    """Returns the number of samples of a set: one per prompt and, where the doctor watches a scored set, further ones
+    of the first prompt."""
+    return num_prompts + (NUM_NOISES - 1 if is_scored and is_watched else 0)
 
 
 def check_options(num_steps: int | None, guidance_scale: float | None, seed: int) -> None:

@@ -291,5 +291,6 @@ class Dmd2(AdversarialTraining):
         sample = super().student_sample(config, flow_shift)
         return sample if config.student_sampler == "sde" else replace(sample, solver="euler")
 
-    def validation_request(self) -> ValidationRequest:
-        return replace(super().validation_request(), denoisers=(("critic", "student"),))
+    @classmethod
+    def validation_samples(cls, config: Any, flow_shift: float) -> ValidationRequest:
+        return replace(super().validation_samples(config, flow_shift), denoisers=(("critic", "student"),))

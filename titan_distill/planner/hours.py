@@ -1,8 +1,9 @@
 """Hours of a run: its steps, the validations and saves between them, and the disk that its checkpoints take.
 
 Before the first step a validation samples the method's baselines; later ones sample the trained role alone. The seconds
-of both follow from the forward passes of their sample sets, as those of a step do. Decoding, scoring and writing
-videos, and the held-out loss, are not counted in a plan; `titan-distill plan --calibrate` measures them with the rest.
+of both follow from the forward passes of their sample sets, as those of a step do: data groups sample in rounds, one
+prompt each, and the doctor adds samples of the first prompt and passes over them. Decoding, scoring and writing videos,
+and the held-out loss, are not counted in a plan; `titan-distill plan --calibrate` measures them with the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from titan_distill.config.config import Config
-from titan_distill.diffusion.requests import SampleRequest
+from titan_distill.diffusion.requests import LEVELS, SampleRequest, ValidationRequest, num_samples
 from titan_distill.methods.base import Passes
 from titan_distill.observability.progress import CHECKPOINT, VALIDATION, Pauses
 from titan_distill.planner.hardware import DISK_BYTES, GPUS_PER_NODE
@@ -89,13 +90,14 @@ def hours(run: ResolvedRun, roles: RoleManager, plan: Plan) -> Hours:
     """Returns the hours of a planned run, whose `roles` are built."""
     config = run.config
     pauses, num_steps = Pauses.of(config), config.training.steps
+    validates = config.validation.enabled or bool(config.validation.data)
     return Hours(
         seconds=_planned(run, roles, plan),
         num_ranks=plan.layout.default.world_size,
         num_steps=num_steps,
-        num_validations=pauses.count(VALIDATION, 0, num_steps) if config.validation.enabled else 0,
+        num_validations=pauses.count(VALIDATION, 0, num_steps) if validates else 0,
         num_saves=pauses.count(CHECKPOINT, 0, num_steps),
-        validates=config.validation.enabled,
+        validates=validates,
         checkpoint_bytes=sum(_saved_bytes(role, config) for role in roles.trainable),
         num_kept=min(config.checkpoint.keep + 1, pauses.count(CHECKPOINT, 0, num_steps)),
     )
@@ -133,33 +135,44 @@ def _planned(run: ResolvedRun, roles: RoleManager, plan: Plan) -> Seconds:
     checkpoint = known(_saving_seconds(run.config, roles, plan))
     if not run.config.validation.enabled:
         return Seconds(known(plan.seconds) if plan.phases else None, None, None, checkpoint)
-    samples = run.method.validation_samples(run.config.method_config, run.config.pipeline_config.flow_shift).samples
-    baselines = [sample for sample in samples if sample.baseline]
+    request = run.method.validation_samples(run.config.method_config, run.config.pipeline_config.flow_shift)
+    baselines = [sample for sample in request.samples if sample.baseline]
+    later = [sample for sample in request.samples if not sample.baseline]
     return Seconds(
         step=known(plan.seconds) if plan.phases else None,
-        baselines=known(_sampling_seconds(run, plan, baselines or samples)),
-        validation=known(_sampling_seconds(run, plan, [sample for sample in samples if not sample.baseline])),
+        baselines=known(_sampling_seconds(run, plan, request, baselines or request.samples, is_first=True)),
+        validation=known(_sampling_seconds(run, plan, request, later, is_first=False)),
         checkpoint=checkpoint,
     )
 
 
-def _sampling_seconds(run: ResolvedRun, plan: Plan, samples: Iterable[SampleRequest]) -> float:
-    config, total = run.config, 0.0
+def _sampling_seconds(
+    run: ResolvedRun, plan: Plan, request: ValidationRequest, samples: Iterable[SampleRequest], *, is_first: bool
+) -> float:
+    config, total, is_watched = run.config, 0.0, run.config.doctor.enabled
+    num_groups = run.layout.default.world_size // run.layout.default.model_parallel
     for sample in samples:
-        role = plan.roles[sample.role]
-        segments = None if role.segmentation is None else len(role.segmentation.lengths(plan.grid[0]))
+        segmentation = plan.roles[sample.role].segmentation
+        num_segments = None if segmentation is None else len(segmentation.lengths(plan.grid[0]))
+        number = num_samples(config.validation.num_prompts, is_scored=sample.scored, is_watched=is_watched)
         passes = Passes(
             update=sample.role,
             role=sample.role,
             phase=VALIDATION,
-            num_forwards=sample.num_passes(segments) / (segments or 1),
-            # A step of training has a global batch of samples, a validation its prompts.
-            updates_per_step=config.validation.num_prompts / config.training.global_batch_size,
+            num_forwards=sample.num_passes(num_segments) / (num_segments or 1),
+            # A step of training has a global batch of samples, a validation rounds of one for each data group.
+            updates_per_step=-(-number // num_groups) * num_groups / config.training.global_batch_size,
             num_conditions=sample.num_conditions,
-            segments=None if segments is None else 0,
+            segments=None if num_segments is None else 0,
         )
-        phase = Calls(run, plan.gpu, plan.grid, role, passes).phase
-        total += phase.compute_seconds + phase.exposed_seconds
+        made = [passes]
+        if is_watched:
+            judges = [name for name, made_by in request.denoisers if made_by == sample.role]
+            # Before the first step an untrained network judges all sets, too.
+            judges += [name for name, role in config.roles.items() if role.trainable][:is_first]
+            made += [replace(passes, role=name, num_forwards=len(LEVELS), num_conditions=1) for name in judges]
+        phases = [Calls(run, plan.gpu, plan.grid, plan.roles[each.role], each).phase for each in made]
+        total += sum(phase.compute_seconds + phase.exposed_seconds for phase in phases)
     return total
 
 

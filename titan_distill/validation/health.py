@@ -19,15 +19,11 @@ import torch
 from torch import Tensor
 
 from titan_distill.diffusion.noise import KeyedNoise
-from titan_distill.diffusion.requests import ValidationRequest
+from titan_distill.diffusion.requests import LEVELS, ValidationRequest
 from titan_distill.models.base import Adapter, Condition
 from titan_distill.roles import RoleHandle
 from titan_distill.validation.looks import Looks, diversity, mean_looks
 
-NUM_NOISES = 4
-"""Number of samples of the first prompt, each from another noise, that diversity compares."""
-LEVELS = (0.25, 0.5, 0.75)
-"""Noise levels at which a role's error on samples is measured."""
 START = "untrained network"
 """Name of the network that judges the teacher, in `Traits.errors`. A role's name has no space."""
 
@@ -86,19 +82,19 @@ def readings(request: ValidationRequest, sets: Mapping[str, Set], num_prompts: i
     """Returns the readings of a validation from its sample sets by label; those of sets that it left out are left out,
     too."""
     found: list[Reading] = []
+    trained = [x for x in request.samples if not x.baseline and x.label in sets]
     for sample in request.samples:
         own = sets.get(sample.label, {})
-        if own and sample.label == request.reference:
+        if own and sample.label == request.reference and not trained:
             others = (x.label for x in request.samples if x.baseline and x.role != sample.role)
             before = _mean_error(sets.get(next(others, ""), {}), START, num_prompts)
             if before is not None and (error := _mean_error(own, START, num_prompts)) is not None:
                 found.append(Reading(sample.role, "start_error", error, before))
-        elif own and not sample.baseline:
+        if own and not sample.baseline:
             baselines = (x.label for x in request.samples if x.baseline)
             other = sets.get(request.reference or next(baselines, ""), {})
             found += _looks(sample.role, own, other)
             found += _diversity(sample.role, own, other, num_prompts)
-    trained = [x for x in request.samples if not x.baseline and x.label in sets]
     for sample in trained or request.samples:  # before the first step it equals one of the baselines
         found += _errors(sets.get(sample.label, {}), num_prompts)
     return found

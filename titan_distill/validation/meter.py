@@ -25,11 +25,13 @@ class SamplingWork:
     Attributes:
         role: role that is sampled.
         num_passes: forward passes, all batches together; a guided one counts twice.
+        num_sample_passes: the same, each times the samples of its batch.
         num_videos: videos to decode.
     """
 
     role: str
     num_passes: int
+    num_sample_passes: int
     num_videos: int
 
 
@@ -40,6 +42,7 @@ class Meter:
     device: torch.device
     _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _passes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _sample_passes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _video_seconds: float = 0.0
     _videos: int = 0
     _bar: ProgressBar | None = None
@@ -56,10 +59,11 @@ class Meter:
         self._videos += sum(each.num_videos for each in work.values())
 
     @contextmanager
-    def sampling(self, role: str) -> Iterator[None]:
-        """Books the seconds of the block on the role's passes."""
-        started = time.perf_counter()
+    def sampling(self, role: str, batch_size: int) -> Iterator[None]:
+        """Books the seconds of the block on the role's passes over a batch."""
+        started, passes = time.perf_counter(), self._passes[role]
         yield
+        self._sample_passes[role] += batch_size * (self._passes[role] - passes)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._seconds[role] += time.perf_counter() - started
@@ -71,11 +75,13 @@ class Meter:
             self._bar.advance(number)
 
     def seconds(self, work: Mapping[str, SamplingWork]) -> float | None:
-        """Returns the seconds that `work` will take; None if a role of it has not been sampled yet."""
-        if any(not self._passes.get(each.role) for each in work.values()):
+        """Returns the seconds that `work` will take; None if a role of it has not been sampled yet. A pass is taken to
+        cost as much per sample in a small batch as in a large one."""
+        if any(not self._sample_passes.get(each.role) for each in work.values()):
             return None
         each_video = self._video_seconds / self._videos if self._videos else 0.0
         return sum(
-            each.num_passes * self._seconds[each.role] / self._passes[each.role] + each.num_videos * each_video
+            each.num_sample_passes * self._seconds[each.role] / self._sample_passes[each.role]
+            + each.num_videos * each_video
             for each in work.values()
         )

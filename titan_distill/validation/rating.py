@@ -43,6 +43,7 @@ class Rater:
     _videos: dict[Key, Tensor] = field(default_factory=dict)
     """The reference's videos."""
     _projections_NP: Tensor | None = None
+    _latent_shape: torch.Size | None = None
 
     def rate_reference(self, made: Iterable[MadeVideo]) -> dict[str, float]:
         """Returns the scores of the reference, which do not compare it with itself, and keeps its videos."""
@@ -50,6 +51,7 @@ class Rater:
         def kept() -> Iterable[MadeVideo]:
             for one in made:
                 self._videos[one.key] = one.video
+                self._latent_shape = None if one.latents is None else one.latents.shape
                 if self.fvd is not None:
                     self.fvd.add_reference(one.video)
                 yield one
@@ -58,10 +60,23 @@ class Rater:
         return scores
 
     def rate(self, made: Iterable[MadeVideo]) -> dict[str, float]:
-        """Returns the scores of a subject. Raises ValueError for videos of another size than the reference's."""
-        scores, projections_NP = self._rate(made, compare=True)
+        """Returns the scores of a subject, without the distance where latents have another shape than the reference's.
+        Raises ValueError for videos of another size."""
+        shapes = set[torch.Size | None]()
+
+        def seen() -> Iterable[MadeVideo]:
+            for one in made:
+                shapes.add(None if one.latents is None else one.latents.shape)
+                yield one
+
+        scores, projections_NP = self._rate(seen(), compare=True)
         other_NP = self._projections_NP
-        if projections_NP is not None and other_NP is not None and projections_NP.shape == other_NP.shape:
+        if (
+            projections_NP is not None
+            and other_NP is not None
+            and projections_NP.shape == other_NP.shape
+            and {self._latent_shape} == shapes
+        ):
             scores["sliced_wasserstein"] = sliced_wasserstein(projections_NP, other_NP)
             if len(other_NP) >= 4:
                 scores["sliced_wasserstein_excess"] = sliced_wasserstein_excess(projections_NP, other_NP)

@@ -39,14 +39,14 @@ from titan_distill.config.config import Config
 from titan_distill.config.resume import FREE, on_resume
 from titan_distill.config.text import to_dict
 from titan_distill.diffusion.noise import KeyedNoise
-from titan_distill.diffusion.requests import REQUEST_NAME, SampleRequest, ValidationRequest
+from titan_distill.diffusion.requests import REQUEST_NAME, SampleRequest, ValidationRequest, num_samples
 from titan_distill.fault_tolerance.files import atomic, with_umask_mode
 from titan_distill.fault_tolerance.ranks import Ranks
 from titan_distill.models.base import Adapter
 from titan_distill.parallelisms.mesh import Layouts
 from titan_distill.roles import RoleHandle, RoleManager
 from titan_distill.validation.distances import project, sliced_wasserstein, sliced_wasserstein_excess
-from titan_distill.validation.health import NUM_NOISES, START, Reading, Traits, denoising_errors, readings
+from titan_distill.validation.health import START, Reading, Traits, denoising_errors, readings
 from titan_distill.validation.looks import Looks, looks
 from titan_distill.validation.meter import Meter, SamplingWork
 from titan_distill.validation.sampling import Sampling, go_on
@@ -167,12 +167,13 @@ class Validator:
         """Returns the forward passes and videos of a sample set on this rank."""
         lengths = self.adapter.segment_lengths(roles[request.role])
         num_passes = request.num_passes(None if lengths is None else len(lengths)) * request.num_conditions
-        num_samples = self._num_samples(request.scored)
-        batches, num_videos = list(self._batches(num_samples)), 0
+        size = self._num_samples(request.scored)
+        batches, num_videos = list(self._batches(size)), 0
         if self.makes_videos:
-            indices = [index for batch in batches for index in batch if self._owns(index, num_samples)]
+            indices = [index for batch in batches for index in batch if self._owns(index, size)]
             num_videos = len([i for i in indices if request.scored or i < self.config.num_videos])
-        return SamplingWork(request.role, num_passes * len(batches), num_videos)
+        of_samples = num_passes * sum(map(len, batches))
+        return SamplingWork(request.role, num_passes * len(batches), of_samples, num_videos)
 
     def _validate(
         self, step: int, request: ValidationRequest, wanted: Iterable[SampleRequest], roles: RoleManager
@@ -225,8 +226,8 @@ class Validator:
         if request.label in self._baselines:
             return self._baselines[request.label]
         folder, role = self.folder / "baselines" / request.label, roles[request.role]
-        num_samples = self._num_samples(request.scored)
-        owned = (index for batch in self._batches(num_samples) for index in batch if self._owns(index, num_samples))
+        size = self._num_samples(request.scored)
+        owned = (index for batch in self._batches(size) for index in batch if self._owns(index, size))
         files = {index: folder / f"{index:05d}.safetensors" for index in owned}
         note = folder.with_name(f"{request.label}.json")
         settings = _as_stored({"request": asdict(request), **self._settings})
@@ -249,15 +250,15 @@ class Validator:
 
         sampling = Sampling(self.adapter, KeyedNoise(self.config.seed), self.layouts.device, before_each_pass)
         samples: Samples = {}
-        num_samples, denoisers = self._num_samples(request.scored), self._denoisers.get(request.label, {})
+        size, denoisers = self._num_samples(request.scored), self._denoisers.get(request.label, {})
         with role.evaluation():
-            for positions in self._batches(num_samples):
-                ids = [position % num_samples for position in positions]
+            for positions in self._batches(size):
+                ids = [position % size for position in positions]
                 condition = self.condition([self._prompt(index) for index in ids])
-                with self.meter.sampling(role.name):
+                with self.meter.sampling(role.name, len(ids)):
                     latents = sampling.run(request, role, condition, ids)
                 errors = denoising_errors(self.adapter, denoisers, latents, condition, ids, self.config.seed)
-                own = [row for row, position in enumerate(positions) if self._owns(position, num_samples)]
+                own = [row for row, position in enumerate(positions) if self._owns(position, size)]
                 samples |= self._finish(request, [ids[row] for row in own], latents[own], [errors[row] for row in own])
         return samples
 
@@ -284,9 +285,8 @@ class Validator:
         return samples
 
     def _num_samples(self, is_scored: bool) -> int:
-        """Returns the number of samples of a set: one for each prompt and, of a scored set, further ones of the first
-        prompt, whose indices follow."""
-        return len(self.prompts) + (NUM_NOISES - 1 if is_scored and self._is_watched else 0)
+        """Returns the number of samples of a set; the indices of further ones of the first prompt follow the others."""
+        return num_samples(len(self.prompts), is_scored=is_scored, is_watched=self._is_watched)
 
     def _prompt(self, index: int) -> int:
         """Returns the prompt of a sample."""
@@ -343,9 +343,8 @@ class Validator:
         self, step: int, request: ValidationRequest, rows: dict[str, Rows], scores: dict[str, dict[str, float]]
     ) -> None:
         folder, captions = self._step_folder(step), self.prompts[: self.config.num_videos]
-        (folder / "captions.txt").write_text(
-            "".join(f"{index:03d} {text}\n" for index, text in enumerate(captions)), encoding="utf-8"
-        )
+        lines = [f"{index:03d} {' '.join(text.split())}\n" for index, text in enumerate(captions)]
+        (folder / "captions.txt").write_text("".join(lines), encoding="utf-8")
         (folder / REQUEST_NAME).write_text(json.dumps(asdict(request), indent=1), encoding="utf-8")
         if self.config.num_videos and self.makes_videos:
             titles = {sample.label: _title(sample, scores.get(sample.label, {})) for sample in request.samples}

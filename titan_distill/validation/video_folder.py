@@ -46,6 +46,7 @@ def is_nameable(prompt: str, index: int = 0) -> bool:
 
 def prompts_file(folder: Path) -> Path:
     """Returns the file with the prompts of a folder of videos."""
+    folder = folder.resolve()  # `.` has no name
     return folder.with_name(f"{folder.name}.json")
 
 

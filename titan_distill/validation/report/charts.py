@@ -30,7 +30,7 @@ TITLES = {
     "tflops": "TFLOP per second and rank",
     "mfu": "MFU: model FLOPs utilisation",
     "hfu": "HFU: hardware FLOPs utilisation",
-    "memory_gib": "Memory in GiB, on a CPU of the whole process",
+    "memory_gib": "Memory in GiB (on a CPU: of the process)",
     "nonfinite_skips": "Skipped updates",
 }
 SPEED = ("tokens_per_second", "tflops", "mfu", "hfu")

@@ -61,9 +61,11 @@ class AlarmFile:
         """Opens the file to go on after `start_step`; later lines are dropped, all of them for a fresh run."""
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").splitlines() if start_step and path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start_step]
+        alarms = [json.loads(line) for line in lines if line.endswith("}")]
+        self.kept = [alarm for alarm in alarms if alarm["step"] <= start_step]
+        """Alarms of the run so far."""
         with atomic(path) as fresh:
-            fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            fresh.write_text("".join(f"{json.dumps(alarm)}\n" for alarm in self.kept), encoding="utf-8")
         self._path = path
 
     def write(self, alarm: Mapping[str, Any]) -> None:
@@ -109,6 +111,7 @@ class Doctor:
         if self._is_main:
             folder = config.job.output_folder
             self._file, self._stored = AlarmFile(folder / "doctor.jsonl", start_step), folder / "doctor_references.json"
+            self._out = {_key(alarm["role"], alarm["measure"]) for alarm in self._file.kept}
             if start_step and self._stored.is_file():
                 self._references = json.loads(self._stored.read_text(encoding="utf-8"))
 
@@ -136,8 +139,9 @@ class Doctor:
         return values
 
     @contextmanager
-    def weighing(self, role: RoleHandle) -> Iterator[None]:
-        """Measures how far the block moves the stored weights of a role, at every INTERVAL-th update."""
+    def weighing(self, role: RoleHandle, gradient_norm: float) -> Iterator[None]:
+        """Measures how far the block moves the stored weights of a role, at every INTERVAL-th update. An update whose
+        gradients are all zero asks for no movement: the first one of a student that still equals its teacher."""
         if not self.config.enabled or role.num_updates % INTERVAL:
             yield
             return
@@ -148,7 +152,8 @@ class Doctor:
         yield
         with self._timer("doctor"):
             moved = squares(before, stored_weights(parameters, self._num_ranks))
-            self._moved[role.name] = Moved(parameters[0].dtype, moved, rate >= MIN_RATE * peak)
+            is_judged = gradient_norm > 0 and rate >= MIN_RATE * peak
+            self._moved[role.name] = Moved(parameters[0].dtype, moved, is_judged)
 
     def watch(self, step: int, captions: Sequence[str]) -> dict[str, float]:
         """Judges the captions of the main rank's part of a batch, for the line of `step`."""
@@ -169,12 +174,15 @@ class Doctor:
                 if reading.role not in self._pretrained or (step and role.trainable and not role.num_updates):
                     continue  # nothing to compare with, or nothing learned yet
                 reference = self._reference(f"{reading.role}/{reading.measure}", reading.value)
-            ratio = reading.value / reference if reference else math.inf
-            values |= self._judge(step, reading.role, reading.measure, ratio)
+            if reference:  # one frame has no motion, and grey footage no colour
+                values |= self._judge(step, reading.role, reading.measure, reading.value / reference)
         return values
 
     def _judge_recent(self, step: int, role: str, measure: str, value: float) -> dict[str, float]:
-        """Judges the mean of the latest NUM_UPDATES values relative to that of the first ones of the run."""
+        """Judges the mean of the latest NUM_UPDATES values relative to that of the first ones of the run. A value that
+        is not finite belongs to an update that is skipped, or ends the run by itself."""
+        if not math.isfinite(value):
+            return {}
         key = f"{role}/{measure}"
         recent = self._recent[key]
         recent.append(value)
@@ -182,7 +190,7 @@ class Doctor:
             return {}
         mean = sum(recent) / NUM_UPDATES
         reference = self._reference(key, mean)
-        return self._judge(step, role, measure, mean / reference if reference else math.inf)
+        return self._judge(step, role, measure, mean / reference) if reference else {}
 
     def _reference(self, key: str, value: float) -> float:
         """Returns the first value of the run under `key`, which is `value` if there is none yet."""
@@ -195,7 +203,7 @@ class Doctor:
     def _judge(self, step: int, role: str, name: str, value: float) -> dict[str, float]:
         """Compares a value with its healthy range. Raises the alarm when it leaves it. Returns it under its key of
         metrics.jsonl."""
-        key, measure = f"{role}/{name}".lstrip("/"), MEASURES[name]
+        key, measure = _key(role, name), MEASURES[name]
         if not self._is_main:
             return {}
         if measure.is_healthy(value):
@@ -213,3 +221,7 @@ class Doctor:
         self._file.write({**found, "healthy": measure.healthy, "message": message})
         if self.config.on_alarm == "stop":
             self._stop.is_alarmed = True
+
+
+def _key(role: str, measure: str) -> str:
+    return f"{role}/{measure}".lstrip("/")

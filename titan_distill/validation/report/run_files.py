@@ -3,6 +3,7 @@ that names it."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -130,11 +131,14 @@ def read_run_files(folder: Path, *, is_running: bool | None = None) -> RunFiles:
         raise ValueError(f"{folder} has neither {METRICS} nor {CONFIG}; name the folder of a run, outputs/NAME")
     config_file = folder / CONFIG
     config = read_toml(str(config_file)) if config_file.is_file() else {}
+    metrics, validations = _read_lines(folder / METRICS), _read_validations(folder / "validation")
+    # After a resume from an earlier step, later ones are no part of the run until it reaches them again.
+    step = int(metrics[-1]["step"] or 0) if metrics else math.inf
     return RunFiles(
         folder=folder,
         name=config.get("job", {}).get("name") or folder.resolve().name,
         is_running=_is_locked(folder) if is_running is None else is_running,
-        metrics=_read_lines(folder / METRICS),
+        metrics=metrics,
         config=config,
         config_text=config_file.read_text(encoding="utf-8") if config else "",
         run=read_run(folder),
@@ -142,7 +146,7 @@ def read_run_files(folder: Path, *, is_running: bool | None = None) -> RunFiles:
         plan=_read_object(folder / PLAN),
         alarms=_read_lines(folder / ALARMS),
         evaluation=_read_object(folder / EVALUATION),
-        validations=_read_validations(folder / "validation"),
+        validations=[sampled for sampled in validations if sampled.step <= step],
     )
 
 
@@ -196,7 +200,7 @@ def _read_validations(folder: Path) -> list[Sampled]:
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path / REQUEST_NAME} is damaged ({error}); move it away") from error
-        lines = (line.partition(" ") for line in captions.read_text(encoding="utf-8").splitlines())
+        lines = (line.partition(" ") for line in captions.read_text(encoding="utf-8").split("\n"))
         prompts = {int(number): text for number, _, text in lines if number.isdecimal()}
         found.append(Sampled(int(step[1]), path, request, prompts))
     return sorted(found, key=lambda sampled: sampled.step)

@@ -77,24 +77,27 @@ def _reference(run: RunFiles) -> tuple[SampleRequest, Any, Any] | None:
     return reference, role.get("path"), role.get("init_from")
 
 
-def distances(run: RunFiles) -> tuple[float, float] | None:
-    """Returns the distance from the reference before training and now. None if one of them is not known."""
-    request = run.latest
+def _distances(run: RunFiles) -> tuple[str, float, float] | None:
+    """Returns the name of a distance from the reference, and its values before training and now: of the excess, unless
+    it was cut at 0 before training, of which nothing is a multiple. None if none is known."""
+    request, found = run.latest, None
     if request is None or request.before is None or request.now is None:
         return None
     for name in DISTANCES:
         before = run.newest(f"{SAMPLES}{request.before.label}/{name}")
         now = run.newest(f"{SAMPLES}{request.now.label}/{name}")
         if before is not None and now is not None:
-            return before, now
-    return None
+            found = name, before, now
+            if before > 0:
+                break
+    return found
 
 
 def _distance_sentence(run: RunFiles) -> tuple[str, str] | None:
-    found, request = distances(run), run.latest
+    found, request = _distances(run), run.latest
     if found is None or request is None or request.now is None or request.reference is None:
         return None
-    before, now = (max(value, 0.0) for value in found)
+    before, now = (max(value, 0.0) for value in found[1:])
     role, reference, when = request.now.role, request.reference.role, f"after {_steps(request.step)}"
     goes_on = run.is_running
     if before == 0:
@@ -147,22 +150,17 @@ def _steps(step: int) -> str:
 
 
 def _distance_fact(run: RunFiles) -> Fact | None:
-    found, request = distances(run), run.latest
+    found, request = _distances(run), run.latest
     if found is None or request is None or request.reference is None:
         return None
-    before, now = found
+    name, before, now = found
     notes = []
-    if request.rival and (own := _distance_of(run, request.rival)) is not None:
+    if request.rival and (own := run.newest(f"{SAMPLES}{request.rival.label}/{name}")) is not None:
         notes.append(f"{request.rival.role} itself in {_num_steps(request.rival)} steps: {own:.2f}")
     num_prompts = run.config.get("validation", {}).get("num_prompts")
     if num_prompts and num_prompts < FEW_PROMPTS:
         notes.append(f"rough: {num_prompts} prompts")
     return Fact(f"Distance to the {request.reference.role} (0: alike)", f"{before:.2f} → {now:.2f}", "; ".join(notes))
-
-
-def _distance_of(run: RunFiles, sample: SampleRequest) -> float | None:
-    values = (run.newest(f"{SAMPLES}{sample.label}/{name}") for name in DISTANCES)
-    return next((value for value in values if value is not None), None)
 
 
 def _score_facts(run: RunFiles) -> list[Fact]:

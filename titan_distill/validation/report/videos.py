@@ -98,17 +98,22 @@ def films(shown: Sequence[Column], budget_bytes: int = BUDGET_BYTES) -> tuple[li
     if len(prompts) > NUM_PROMPTS:  # neighbours in a list of prompts tend to be alike
         prompts = [prompts[round(k * (len(prompts) - 1) / (NUM_PROMPTS - 1))] for k in range(NUM_PROMPTS)]
     made: list[Film] = []
+    damaged = ""
     for index, text in prompts:
         files = [path for column in shown if (path := column.file(index, text))]
         room = budget_bytes - sum(len(film.source) for film in made)
-        film = _film(text, files, MAX_HEIGHT)
+        try:
+            film = _film(text, files, MAX_HEIGHT)
+        except ValueError as error:
+            damaged = f"Left out: {error}."
+            continue
         for height in () if made else (MAX_HEIGHT // 2, MAX_HEIGHT // 4):
             film = film if len(film.source) <= room else _film(text, files, height)
         if len(film.source) > room:
             kept = f"the first {len(made)} of {len(prompts)} prompts" if made else "no prompt"
             return made, f"The page has {kept}: all videos in it may take {budget_bytes / 1e6:g} MB."
         made.append(film)
-    return made, ""
+    return made, damaged
 
 
 def _film(prompt: str, files: Sequence[Path], max_height: int) -> Film:
@@ -145,9 +150,9 @@ def _read(path: Path) -> tuple[Frames, float]:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
             fps = float(stream.average_rate or 8)
     except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} is no video that can be played ({error}); remove it") from error
+        raise ValueError(f"{path} is no video that can be played ({error})") from error
     if not frames:
-        raise ValueError(f"{path} is a video without frames; remove it")
+        raise ValueError(f"{path} is a video without frames")
     return np.stack(frames), fps
 
 
