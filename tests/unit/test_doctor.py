@@ -202,6 +202,37 @@ def test_healthy_toy_runs_are_silent(method: str, tmp_path: Path, captions: list
     assert alarms(tmp_path) == []
 
 
+def test_an_update_without_gradients_is_not_judged(tmp_path: Path) -> None:
+    """A student that still equals an unguided teacher has no gradient in its first update."""
+    trainer = toy_trainer(tmp_path, "dmd2")
+    role = trainer.roles["student"]
+    for norm, expected in ((0.0, []), (1.0, [(2, "student", "update_size")])):
+        with trainer.doctor.weighing(role, norm):
+            pass
+        sums = trainer.doctor.sums(torch.device("cpu"))
+        means = {name: value.item() / trainer.config.training.global_batch_size for name, value in sums.items()}
+        trainer.doctor.received(1 + int(norm), "student", means)
+        assert [(alarm["step"], alarm["role"], alarm["measure"]) for alarm in alarms(tmp_path)] == expected
+
+
+def test_an_update_that_is_not_finite_is_no_measure(tmp_path: Path) -> None:
+    """`training.max_nonfinite_skips` leaves such updates out; neither an alarm nor a reference comes of them."""
+    doctor = toy_trainer(tmp_path, "dmd2").doctor
+    (metric,) = doctor._signals.values()
+    for step in range(1, 30):
+        doctor.received(step, "student", {metric: math.nan if step == 3 else 1.0})
+    assert alarms(tmp_path) == []
+    assert json.loads((tmp_path / "run" / "doctor_references.json").read_text()) == {"student/score_difference": 1.0}
+
+
+def test_a_reference_of_zero_is_no_measure(tmp_path: Path) -> None:
+    """One frame has no motion, and grey footage no colour."""
+    trainer = toy_trainer(tmp_path, "dmd2")
+    for value in (0.0, 0.5):
+        assert trainer.doctor.validated(1, [Reading("student", "motion", value, 0.0)], trainer.roles) == {}
+    assert alarms(tmp_path) == []
+
+
 def test_one_repeated_prompt_is_named(tmp_path: Path, captions: list[str]) -> None:
     """Eight samples a step: after two steps sixteen are alike."""
     captions[:] = ["a sample"] * len(captions)
@@ -273,6 +304,9 @@ def test_a_resume_drops_later_alarms_and_keeps_its_references(tmp_path: Path) ->
     resumed.metrics.close()
     assert [alarm["step"] for alarm in alarms(tmp_path)] == [3, 12]
     assert resumed.doctor._reference("student/score_difference", 123.0) == references["student/score_difference"]
+    for step, value in ((14, 9.0), (15, 1.0), (16, 9.0)):  # still out, back, and out again
+        resumed.doctor._judge(step, "", "contrast", value)
+    assert [alarm["step"] for alarm in alarms(tmp_path)] == [3, 12, 16]
     toy_trainer(tmp_path, "dmd2", *every).metrics.close()
     assert alarms(tmp_path) == []
 

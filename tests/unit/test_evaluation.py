@@ -6,12 +6,15 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from titan_distill.commands.evaluate import Entry, EvaluateOptions, Results
+from titan_distill.commands.evaluate import Entry, EvaluateOptions, Results, _items
 from titan_distill.commands.making import MOST_PROMPTS, Meter, plan_items
+from titan_distill.commands.subjects import open_subject
+from titan_distill.validation.video import write_mp4
 
 
 def test_the_noise_of_a_video_does_not_depend_on_the_number_of_prompts() -> None:
@@ -67,6 +70,25 @@ def test_names_with_a_number_are_used_once(tmp_path: Path) -> None:
         name = results.unused("teacher")
         results.add(Entry(name))
         assert name == expected
+
+
+def test_prompts_and_videos_of_a_folder_are_cut(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for name in ("a-0", "a-1", "a-2", "b-0"):
+        write_mp4(tmp_path / "videos" / f"{name}.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8)
+    subject = open_subject(str(tmp_path / "videos"), ())
+    for options, expected in (
+        (EvaluateOptions(()), [("a", 0), ("a", 1), ("a", 2), ("b", 0)]),
+        (EvaluateOptions((), num_prompts=1), [("a", 0), ("a", 1), ("a", 2)]),
+        (EvaluateOptions((), videos_per_prompt=1), [("a", 0), ("b", 0)]),
+    ):
+        assert [item.key for item in _items(options, None, [subject])[1]] == expected
+
+
+def test_this_folder_is_a_folder_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mp4(tmp_path / "a-0.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8)
+    monkeypatch.chdir(tmp_path)
+    assert open_subject(".", ()).name == tmp_path.name
 
 
 def test_a_failing_forward_leaves_no_hook() -> None:

@@ -203,6 +203,16 @@ def test_levels_that_no_scheduler_has_leave_the_pipelines_own(levels: tuple[floa
     assert exported_scheduler(SampleRequest("student", "student", "sde", len(levels), levels), SHIFT) == {}
 
 
+def test_a_program_of_many_steps_without_a_scheduler_has_their_levels(tmp_path: Path) -> None:
+    """No scheduler of diffusers has 50 levels at a shift of 30."""
+    options = ("--method_config.validation_steps", "50", "--pipeline_config.flow_shift", "30.0")
+    checkpoint = save_student(tmp_path, KINDS["many steps of Euler"], *options)
+    export(checkpoint, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
+    assert "sigmas = [1.0, 0.99" in card and "pipe.scheduler.step" not in card
+    assert "none of its schedulers has these noise levels" in card
+
+
 # Original names
 
 

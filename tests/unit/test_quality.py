@@ -91,6 +91,14 @@ def test_a_subject_is_compared_with_the_reference_video_of_its_prompt_and_index(
     assert scores["sliced_wasserstein"] == pytest.approx(2.0, rel=0.1)  # |δ| / √D, with each of D values 2 away
 
 
+def test_latents_of_another_shape_have_no_distance() -> None:
+    rater = Rater(CPU, lambda video, prompt: {})
+    rater.rate_reference(rows(("a", 0, grey(0)), latents=1.0))
+    other = [MadeVideo(("a", 0), grey(0), torch.ones(6))]
+    assert "sliced_wasserstein" not in rater.rate(other)
+    assert "sliced_wasserstein" in rater.rate(rows(("a", 0, grey(0)), latents=1.0))
+
+
 def test_folders_without_latents_and_raters_without_reference() -> None:
     rater = Rater(CPU, lambda video, prompt: {})
     assert set(rater.rate(rows(("a", 0, grey(0))))) == {"motion", "flicker"}

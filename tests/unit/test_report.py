@@ -203,6 +203,29 @@ def test_several_runs_show_where_their_configurations_differ(tmp_path: Path, run
     assert [column.heading for column in columns([run, other])][2:] == ["planted, step 20", "other, step 10"]
 
 
+def test_a_run_that_went_back_shows_what_it_has_reached(tmp_path: Path) -> None:
+    """A resume from an earlier step cuts the metrics, but the videos of later validations stay on the disk."""
+    folder = plant_run(tmp_path / "x", steps=20)
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:11]), encoding="utf-8")
+    assert [sampled.step for sampled in read_run_files(folder).validations] == [0]
+
+
+def test_an_excess_that_was_cut_at_zero_is_not_the_measure(run: RunFiles) -> None:
+    plain = {"validation/student_before/sliced_wasserstein": 0.2, "validation/student/sliced_wasserstein": 0.9}
+    excess = {"validation/student_before/sliced_wasserstein_excess": 0.0}
+    worse = replace(with_distance(run, 0.8), metrics=[{**run.metrics[-1], **plain, **excess}])
+    assert judge(worse).tone == "bad" and "4.5× as far" in judge(worse).sentence
+
+
+def test_a_damaged_video_is_left_out_with_a_line(tmp_path: Path) -> None:
+    for index in range(2):
+        write_mp4(tmp_path / f"{index:03d}-student.mp4", np.zeros((2, 16, 16, 3), np.uint8), FPS)
+    (tmp_path / "000-student.mp4").write_bytes(b"")
+    made, note = films([Column("Now", "", tmp_path, "student", {0: "a", 1: "b"})])
+    assert [film.prompt for film in made] == ["b"] and "000-student.mp4 is no video" in note
+
+
 def test_runs_of_one_name_are_called_by_their_folders(tmp_path: Path) -> None:
     runs = [read_run_files(plant_run(tmp_path / name / "x", steps=2)) for name in ("a", "b")]
     runs.append(read_run_files(plant_run(tmp_path / "c", name="other", steps=2)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from titan_distill.config.config import Config
@@ -62,6 +63,8 @@ def sampling_section(
     if not index:
         return NO_PIPELINE
     pipeline, has_two_experts = config.pipeline_config, len(modules) > 1
+    if request.sigmas is None and not exported_scheduler(request, pipeline.flow_shift):
+        request = replace(request, sigmas=tuple(levels_of(request, pipeline.flow_shift)))  # no scheduler to walk along
     snippet = Snippet(
         request,
         latent_shape,

@@ -4,8 +4,8 @@ A few-step student knows K noise levels. `FlowMatchEulerDiscreteScheduler` takes
 call, but makes its own from two numbers of its configuration. It starts with K values from 1 down to its smallest one,
 evenly spaced, maps them by `shift`, and stretches the result so that 1 stays and the last becomes `shift_terminal`. As
 the recipes' lists are evenly spaced before their own shift, two numbers are enough: such a list is a fraction (a + b i)
-/ (c + d i) of the step's index i, and so is the result. `shift` is found by bisection. Lists of up to three levels that
-start at 1 always have a solution; for other lists there is none, and only the snippet of the card samples the student.
+/ (c + d i) of the step's index i, and so is the result. `shift` is found by bisection. Most lists of up to three levels
+that start at 1 have a solution, too; for others there is none, and only the snippet of the card samples the student.
 
 With `stochastic_sampling` the scheduler does what `sampler.sample_few_step` does: it predicts the clean video and adds
 fresh noise down to the next level.

@@ -106,8 +106,8 @@ _ALL = (
         title="diversity over noise",
         low=0.4,
         high=2.0,
-        definition="Root mean square distance between samples of the first prompt from four different noises "
-        f"{_AGAINST}",
+        definition="Root mean square distance between samples of the first prompt from four different noises, divided "
+        "by that of the teacher's from the same noises, or by that of the run's first validation where no teacher is.",
         reason="A collapsed student makes one video of a prompt, whatever the noise. Distribution matching always "
         "loses some of its teacher's diversity.",
         too_low=f"one prompt gives one video whatever the noise; lower guidance_scale, {_SLOWER}",
