@@ -249,7 +249,8 @@ def dry_run(run: ResolvedRun) -> str:
         roles = build_roles(run, build_layouts(run, world), world.device)
         described = banner(run.config, roles, world, run.layout.roles, run.layout.num_micro_batches)
         plan = RunPlan.of(run, roles, planned_gpu())
-        return described if plan is None else f"{described}\n\n{plan.tables}"
+        opened = "not opened: weights, data, prompts; a start checks them first"
+        return "\n\n".join([described, *([] if plan is None else [plan.tables]), opened])
 
 
 def assemble(

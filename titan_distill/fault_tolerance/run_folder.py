@@ -149,6 +149,8 @@ def open_run(
     elif overwrite and folder.exists():
         move_away(folder)
     run = read_run(folder) if resumes(folder, resume_from) else None
+    if resume_from == "latest" and not any((folder / "checkpoints").glob("step-*")):
+        logger.info("checkpoint.resume_from = latest: %s has no checkpoint yet, the run starts at step 0", folder)
     if run is None:
         run = new_run(command, parent.id if parent else "", parent_step)
         run = replace(run, id=adopted or run.id)

@@ -148,7 +148,11 @@ class Validator:
         baselines = tuple(sample for sample in request.samples if sample.baseline)
         # Before the first step the trained role still equals one of the baselines, so it is not sampled.
         wanted = baselines if step == 0 and baselines else request.samples
-        work = {x.label: self.work(x, roles) for x in wanted if step == 0 or not x.baseline}
+        for sample in baselines if step else ():
+            if sample.label not in self._baselines:
+                self._recall(sample)
+        drawn = [x for x in wanted if not x.baseline or self._is_due(step, x, roles[x.role])]
+        work = {x.label: self.work(x, roles) for x in drawn}
         with self.meter.validation(work, is_shown=self.ranks.rank == 0):
             return self._validate(step, request, wanted, roles)
 
@@ -181,7 +185,9 @@ class Validator:
         sets: dict[str, Samples] = {}
         for sample in wanted:
             samples = (
-                self._baseline(step, sample, roles) if sample.baseline else self._sample(sample, roles[sample.role])
+                self._baseline(step, sample, roles[sample.role])
+                if sample.baseline
+                else self._sample(sample, roles[sample.role])
             )
             if samples is not None:
                 sets[sample.label] = samples
@@ -220,28 +226,36 @@ class Validator:
             chosen[sample.label] |= {name: roles[name] for name in learners}
         return chosen
 
-    def _baseline(self, step: int, request: SampleRequest, roles: RoleManager) -> Samples | None:
-        """Returns the samples of a baseline, drawn at step 0 or read from the file after a resume. None if the role was
-        not sampled so before its training began."""
-        if request.label in self._baselines:
-            return self._baselines[request.label]
-        folder, role = self.folder / "baselines" / request.label, roles[request.role]
-        size = self._num_samples(request.scored)
-        owned = (index for batch in self._batches(size) for index in batch if self._owns(index, size))
-        files = {index: folder / f"{index:05d}.safetensors" for index in owned}
-        note = folder.with_name(f"{request.label}.json")
-        settings = _as_stored({"request": asdict(request), **self._settings})
-        is_same = step > 0 and self.ranks.on_rank_zero(partial(_is_made_with, note, settings))
-        if is_same and self.ranks.all(all(file.is_file() for file in files.values())):
-            samples = {index: Sample.load(file) for index, file in files.items()}
-        elif step > 0 and role.trainable:
-            return None
-        else:
+    def _baseline(self, step: int, request: SampleRequest, role: RoleHandle) -> Samples | None:
+        """Returns the samples of a baseline, which are drawn if they are due. None if the role was not sampled so
+        before its training began."""
+        if self._is_due(step, request, role):
             samples = self._sample(request, role)
-            self.ranks.on_rank_zero(partial(_start_baseline, folder, note, settings))
+            note, files = self._stored(request)
+            self.ranks.on_rank_zero(partial(_start_baseline, note.with_suffix(""), note, self._settings_of(request)))
             self.ranks.together(partial(_save, samples, files))
-        self._baselines[request.label] = samples
-        return samples
+            self._baselines[request.label] = samples
+        return self._baselines.get(request.label)
+
+    def _is_due(self, step: int, request: SampleRequest, role: RoleHandle) -> bool:
+        """Returns whether a baseline is to be drawn: before training, and that of a frozen role at any time."""
+        return request.label not in self._baselines and (step == 0 or not role.trainable)
+
+    def _recall(self, request: SampleRequest) -> None:
+        """Reads the samples of a baseline from the files of an earlier start, if they were made with its settings."""
+        note, files = self._stored(request)
+        is_same = self.ranks.on_rank_zero(partial(_is_made_with, note, self._settings_of(request)))
+        if is_same and self.ranks.all(all(file.is_file() for file in files.values())):
+            self._baselines[request.label] = {index: Sample.load(file) for index, file in files.items()}
+
+    def _stored(self, request: SampleRequest) -> tuple[Path, dict[int, Path]]:
+        """Returns the note of a baseline's settings, and the files of this rank's samples."""
+        folder, size = self.folder / "baselines" / request.label, self._num_samples(request.scored)
+        owned = (index for batch in self._batches(size) for index in batch if self._owns(index, size))
+        return folder.with_name(f"{request.label}.json"), {i: folder / f"{i:05d}.safetensors" for i in owned}
+
+    def _settings_of(self, request: SampleRequest) -> dict[str, Any]:
+        return _as_stored({"request": asdict(request), **self._settings})
 
     def _sample(self, request: SampleRequest, role: RoleHandle) -> Samples:
         def before_each_pass() -> None:

@@ -21,6 +21,7 @@ from titan_distill.data.loader import Batch, normalise_latents
 from titan_distill.data.parquet import ParquetDataset
 from titan_distill.diffusion import schedule
 from titan_distill.diffusion.transfer import to_device
+from titan_distill.fault_tolerance.files import format_bytes
 from titan_distill.models.base import Adapter, Condition, Guidance
 from titan_distill.models.streaming import SegmentStream
 from titan_distill.models.wan import first_frame
@@ -196,7 +197,7 @@ class WanAdapter(Adapter):
         if self.encoders.text_or_none is None or self.config.data.holds_videos:
             return
         if released := self.encoders.text_or_none.release():
-            logger.info("text encoder: released %.1f GiB, all prompts of the run are encoded", released / 2**30)
+            logger.info("text encoder: released %s, all prompts of the run are encoded", format_bytes(released))
 
     def with_image(self, condition: Condition, images: Tensor) -> Condition:
         if self.encoders.image_tensors:

@@ -7,11 +7,13 @@ stretch, so that no spike is lost.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from titan_distill.observability.metrics import PAUSE_METRICS
+from titan_distill.validation.report.measures import MEASURES
 from titan_distill.validation.report.run_files import SAMPLES, RunFiles
 from titan_distill.validation.report.verdict import DISTANCES
 
@@ -36,6 +38,7 @@ TITLES = {
 SPEED = ("tokens_per_second", "tflops", "mfu", "hfu")
 LOGARITHMIC = ("loss", "grad_norm")
 FROM_ZERO = (*DISTANCES, "memory_gib", "seconds")
+COLORS = {"student": 0, "teacher": 1, "critic": 2, "student before": 3, "teacher few steps": 4}
 MERGED = {"vsa_sparsity_executed": ("vsa_sparsity", "executed")}
 """Metrics that belong in the chart of another, and the names of their lines there."""
 NOT_SHOWN = ("step", "samples_seen")
@@ -98,16 +101,15 @@ def sections(runs: Sequence[RunFiles]) -> dict[str, list[Chart]]:
         if memory and isinstance(planned, (int, float)) and run.step:
             _add(memory, ([0, run.step], [planned, planned]), PLANNED, number, run, len(runs))
         _add_seconds(found["Speed and memory"], run, number, len(runs))
-        for alarm in run.alarms:
-            judged = found["Doctor"].get(f"doctor/{alarm.get('measure')}")
-            if judged and isinstance(alarm.get("healthy"), list) and len(alarm["healthy"]) == 2:
-                judged.healthy = tuple(alarm["healthy"])
+    for name, judged in found["Doctor"].items():
+        if measure := MEASURES.get(name.removeprefix("doctor/")):
+            judged.title, judged.healthy = f"{judged.title} (healthy: {measure.range_text()})", measure.healthy
     for charts in found.values():
         for chart in charts.values():
             values = [value for series in chart.series for value in series.y if value is not None]
             chart.is_logarithmic &= bool(values) and min(values) > 0
     for name, chart in (item for charts in found.values() for item in charts.items()):
-        chart.starts_at_zero = name in FROM_ZERO
+        chart.starts_at_zero = name in FROM_ZERO or name.endswith("accuracy")
     order = [*DISTANCES, *(name for name in found["Scores"] if name not in DISTANCES)]
     found["Scores"] = {name: found["Scores"][name] for name in order if name in found["Scores"]}
     return {section: [*charts.values()] for section, charts in found.items() if charts}
@@ -185,10 +187,12 @@ def _add(
     run: RunFiles,
     num_runs: int,
 ) -> None:
-    """Adds a line. Colours tell a chart's lines apart; with several runs colours tell the runs apart, and dashes the
-    lines of each."""
+    """Adds a line. Colours tell a chart's lines apart, and a role or set of samples has the same one in all charts;
+    with several runs colours tell the runs apart, and dashes the lines of each."""
     name = own if num_runs == 1 else " · ".join(part for part in (run.name, own) if part)
-    color = len(chart.series) if num_runs == 1 else number
+    taken = {series.color for series in chart.series}
+    free = next(color for color in itertools.chain([COLORS.get(own, 0)], itertools.count()) if color not in taken)
+    color = free if num_runs == 1 else number
     names = list(dict.fromkeys([*(series.own for series in chart.series), own]))
     dash = names.index(own) if num_runs > 1 or own == PLANNED else 0
     chart.series.append(Series(name, own, *thin(*points), color, dash))

@@ -60,18 +60,26 @@ def write_page(folders: Sequence[Path], out: Path, *, is_running: bool | None = 
         ValueError: a folder of no run, or a damaged file in it.
     """
     first, *others = folders
-    text = page(told_apart([read_run_files(first, is_running=is_running), *map(read_run_files, others)]))
-    with atomic(out) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    _write(told_apart([read_run_files(first, is_running=is_running), *map(read_run_files, others)]), out)
 
 
 def update_page(folder: Path, *, is_running: bool) -> None:
-    """Writes `report.html` of the run in `folder`. A failure is one warning, because a run does not need its page."""
+    """Writes `report.html` of the run in `folder`, and logs its verdict. A failure is one warning, because a run does
+    not need its page."""
     try:
-        write_page([folder], folder / NAME, is_running=is_running)
+        run = read_run_files(folder, is_running=is_running)
+        _write([run], folder / NAME)
+        if run.step:
+            logger.info("%s", judge(run).sentence)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.warning("warning: the page %s was not written (%s); the run goes on", folder / NAME, reason)
+
+
+def _write(runs: Sequence[RunFiles], out: Path) -> None:
+    text = page(runs)
+    with atomic(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def page(runs: Sequence[RunFiles], budget_bytes: int = BUDGET_BYTES) -> str:
@@ -193,15 +201,15 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Returns headings and rows of the table of `titan-distill evaluate`."""
+    """Returns headings and rows of the table of `titan-distill evaluate`: a column for each subject, because there are
+    more measures than subjects."""
     subjects = [subject for subject in evaluation.get("subjects", []) if isinstance(subject, dict)]
     plain = [key for key in ("steps", "guidance", "forwards_per_video", "seconds_per_video") if _any_has(subjects, key)]
     scores = list(dict.fromkeys(name for subject in subjects for name in subject.get("scores") or {}))
-    rows = []
-    for subject in subjects:
-        values = [subject.get(key) for key in plain] + [(subject.get("scores") or {}).get(name) for name in scores]
-        rows.append([str(subject.get("name", "")), *("–" if v is None else _short(v) for v in values)])
-    return ["", *(name.replace("_", " ") for name in (*plain, *scores))], rows
+    rows = [[key, *(subject.get(key) for subject in subjects)] for key in plain]
+    rows += [[name, *((subject.get("scores") or {}).get(name) for subject in subjects)] for name in scores]
+    shown = [[name.replace("_", " "), *("–" if v is None else _short(v) for v in values)] for name, *values in rows]
+    return ["", *(str(subject.get("name", "")) for subject in subjects)], shown
 
 
 def _any_has(subjects: Sequence[Mapping[str, Any]], key: str) -> bool:
