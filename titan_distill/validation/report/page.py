@@ -206,9 +206,12 @@ def _evaluation(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str
     subjects = [subject for subject in evaluation.get("subjects", []) if isinstance(subject, dict)]
     plain = [key for key in ("steps", "guidance", "forwards_per_video", "seconds_per_video") if _any_has(subjects, key)]
     scores = list(dict.fromkeys(name for subject in subjects for name in subject.get("scores") or {}))
-    rows = [[key, *(subject.get(key) for subject in subjects)] for key in plain]
-    rows += [[name, *((subject.get("scores") or {}).get(name) for subject in subjects)] for name in scores]
-    shown = [[name.replace("_", " "), *("–" if v is None else _short(v) for v in values)] for name, *values in rows]
+    rows: dict[str, list[Any]] = {key: [subject.get(key) for subject in subjects] for key in plain}
+    rows |= {name: [(subject.get("scores") or {}).get(name) for subject in subjects] for name in scores}
+    shown = [
+        [name.replace("_", " "), *("–" if value is None else _short(value) for value in values)]
+        for name, values in rows.items()
+    ]
     return ["", *(str(subject.get("name", "")) for subject in subjects)], shown
 
 
