@@ -95,7 +95,7 @@ SCORERS = f"""
 RESUMED = "--checkpoint.resume_from latest --job.output_dir {run}"
 RESUME = f"""
 --checkpoint.resume_from {{new}}/none
---checkpoint.resume_from {{run}}
+--checkpoint.resume_from {{run}}/logs
 --checkpoint.resume_from {{run}}/checkpoints/step-00000007
 --checkpoint.resume_from {{run}}/checkpoints/latest#student
 {RESUMED} --job.overwrite true

@@ -63,7 +63,7 @@ def test_teacher_and_students_from_the_same_noise(run: Path) -> None:
     assert list(found) == ["teacher", "teacher_few_steps", "tiny-step-00000001", "exported"]
     forwards = {name: (x["role"], x["steps"], x["guidance"], x["forwards_per_video"]) for name, x in found.items()}
     assert forwards == {
-        "teacher": ("teacher", 3, 3.0, 6), "teacher_few_steps": ("teacher", 2, 3.0, 4),
+        "teacher": ("teacher", 3, 2.0, 6), "teacher_few_steps": ("teacher", 2, 2.0, 4),
         "tiny-step-00000001": ("student", 2, 1.0, 2), "exported": ("student", 2, 1.0, 2),
     }  # fmt: skip
     assert all(subject["seconds_per_video"] > 0 and subject["num_videos"] == 2 for subject in found.values())

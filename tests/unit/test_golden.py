@@ -22,7 +22,7 @@ EIGHT_STEPS = {
     "ema.start_step",
 }
 ITS_OWN = {
-    "dmd2": set(),
+    "dmd2": {"method_config.denoising_steps", "method_config.guidance_scale"},
     "finetune": set(),
     "sparse": {
         "sparse_attention.schedule_rate", "sparse_attention.schedule_interval", "sparse_attention.crossover",

@@ -256,7 +256,8 @@ def test_validation_starts_from_the_pictures(run: Path, footage: Path, picture: 
     for label in ("teacher", "student_before"):
         files = sorted((run / "validation" / "baselines" / label).iterdir())
         latents = torch.stack([load_file(file)["latents"] for file in files])
-        assert torch.equal(latents[:, :, :1], expected)
+        assert torch.equal(latents[:3, :, :1], expected)
+        assert all(torch.equal(of_noise[:, :1], expected[0]) for of_noise in latents[3:])  # the doctor's
         assert not torch.equal(latents[0, :, 1:], latents[2, :, 1:])
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["validation/student/sliced_wasserstein"] > 0
