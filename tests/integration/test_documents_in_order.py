@@ -66,7 +66,7 @@ def bring(folder: Path) -> None:
     (folder / "data").mkdir()
     for prompts in ("prompts.txt", "data/validation_prompts.txt"):
         shutil.copy(TINY_SHAPES / "held_out_prompts.txt", folder / prompts)
-    for download in re.findall(r"--local-dir (\S+)", " ".join(command.text for command in IN_ORDER)):
+    for download in {*re.findall(r"--local-dir (\S+)", " ".join(command.text for command in IN_ORDER))}:
         (folder / download).parent.mkdir(exist_ok=True)
         (folder / download).symlink_to(TINY_WAN)
 
