@@ -78,9 +78,12 @@ def run(command: Command, folder: Path) -> subprocess.CompletedProcess[str]:
         f'titan-distill() {{ "{sys.executable}" -m titan_distill.cli "$@"; }}\npython() {{ {python}; }}\n'
         f'torchrun() {{ "{sys.executable}" -m torch.distributed.run "$@"; }}\n'
     )
+    # Plans are of real sizes, and the folder has the small Wan in the place of the weights.
+    is_plan = "--job.dry_run" in command.text or "titan-distill plan" in command.text
     return subprocess.run(
         ["bash", "-c", programs + command.small],
-        cwd=folder, env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(paths)},
+        cwd=REPOSITORY if is_plan else folder,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True, text=True, timeout=550, check=False,
     )  # fmt: skip
 
