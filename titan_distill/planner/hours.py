@@ -168,9 +168,11 @@ def _sampling_seconds(
         made = [passes]
         if is_watched:
             judges = [name for name, made_by in request.denoisers if made_by == sample.role]
-            # Before the first step an untrained network judges all sets, too.
-            judges += [name for name, role in config.roles.items() if role.trainable][:is_first]
-            made += [replace(passes, role=name, num_forwards=len(LEVELS), num_conditions=1) for name in judges]
+            if is_first and request.reference is not None:  # an untrained network that sees whole videos judges it
+                networks = [role.name for role in plan.roles.values() if role.segmentation is None]
+                judges += [name for name in networks if config.roles[name].trainable][:1]
+            whole = replace(passes, num_forwards=len(LEVELS), num_conditions=1, segments=None)
+            made += [replace(whole, role=name) for name in judges]
         phases = [Calls(run, plan.gpu, plan.grid, plan.roles[each.role], each).phase for each in made]
         total += sum(phase.compute_seconds + phase.exposed_seconds for phase in phases)
     return total
