@@ -1,4 +1,5 @@
-"""Markers by folder, one thread per process, and the GPU hidden from all tests but those of `tests/gpu`.
+"""Markers by folder, one thread per process, signal handlers that end with their test, and the GPU hidden from all
+tests but those of `tests/gpu`.
 
 A test that finds a GPU by itself would test another program than on the machines without one. The choice is made once,
 when a session starts, because a process can't hide a GPU that it has begun to use: a session whose tests all lie in
@@ -8,10 +9,14 @@ when a session starts, because a process can't hide a GPU that it has begun to u
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from titan_distill.launch import SIGNALS
 
 TESTS = Path(__file__).parent
 FOLDER_MARKERS = ("unit", "distributed", "integration", "gpu", "soak")
@@ -57,3 +62,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=f"{why}; run it with -m {marker}"))
     # GPU tests in bf16 first: they have never run on a CPU, and a time limit may end the run.
     items.sort(key=lambda item: item.get_closest_marker("gpu") is not None and "bfloat16" not in item.name)
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers_end_with_their_test() -> Iterator[None]:
+    """A run that has stopped ignores signals from then on, and what later tests start would inherit that."""
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    signal.alarm(0)
+    for number, handler in kept.items():
+        signal.signal(number, handler)

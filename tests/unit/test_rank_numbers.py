@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from runs import REPOSITORY, tiny_argv
 
-from titan_distill.launch import SIGNALS, Relay, launch
+from titan_distill.launch import Relay, launch
 from titan_distill.parallelisms import mesh
 from titan_distill.train import main
-
-
-@pytest.fixture(autouse=True)
-def _handlers_are_put_back() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def run(*command: str, **variables: str) -> tuple[int, str]:

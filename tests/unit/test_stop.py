@@ -13,7 +13,7 @@ from runs import read_metrics
 from toy_run import ASSETS, toy_trainer
 
 from titan_distill.diffusion.requests import SampleRequest
-from titan_distill.fault_tolerance.signals import STOP_SIGNALS, Stop, StopRequested
+from titan_distill.fault_tolerance.signals import Stop, StopRequested
 from titan_distill.launch import Relay
 from titan_distill.train import main, train
 from titan_distill.trainer import Trainer
@@ -21,15 +21,6 @@ from titan_distill.validation.sampling import Sampling
 from titan_distill.validation.validator import Validator
 
 SAVING = ("--checkpoint.enabled", "true", "--checkpoint.interval", "100", "--ema.decay", "0.9", "--ema.role", "student")
-
-
-@pytest.fixture(autouse=True)
-def _handlers_are_put_back() -> Any:
-    kept = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT, signal.SIGALRM)}
-    yield
-    signal.alarm(0)
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def signal_in_step(trainer: Trainer, step: int, *numbers: signal.Signals) -> None:
@@ -168,6 +159,12 @@ def test_handlers_are_put_back_unless_the_stop_is_agreed() -> None:
     os.kill(os.getpid(), signal.SIGTERM)  # a launcher's second one does not kill a run that has saved
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, "also while Python ends, which drops handlers of Python"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("turn", range(2))
+def test_what_one_test_ignores_the_next_one_hears(turn: int) -> None:
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def test_interrupt_stays_an_interrupt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
