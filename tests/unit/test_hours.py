@@ -29,8 +29,8 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NGPU", "1")
 
 
-def planned(*overrides: str, num_ranks: int = 1) -> tuple[Plan, Hours]:
-    config = load_config(["--job.config_file", TINY, *overrides])
+def planned(*overrides: str, job: str = TINY, num_ranks: int = 1) -> tuple[Plan, Hours]:
+    config = load_config(["--job.config_file", job, *overrides])
     with planner(num_ranks, GPUS["H100"]) as found:
         plan = found.plan(config)
         return plan, found.hours(config, plan)
@@ -67,6 +67,23 @@ def test_the_doctors_samples_and_passes_are_planned() -> None:
     assert watched.seconds.validation and alone.seconds.validation
     expected = (2 + 3) * 99 / (2 * 96)
     assert watched.seconds.validation / alone.seconds.validation == pytest.approx(expected, rel=0.01)
+
+
+def test_an_untrained_network_judges_only_where_there_is_a_reference() -> None:
+    _, without = planned(job="train_configs/tiny_wan_finetune.toml")
+    assert without.seconds.baselines == without.seconds.validation
+
+
+@pytest.mark.parametrize("name", ["dmd2", "dmd2_gan", "self_forcing"])
+def test_an_untrained_network_that_sees_whole_videos_judges_the_first_samples(name: str) -> None:
+    """Before step 1 four sets are judged and not one: the teacher's, its few steps', the student's before and now."""
+    job = f"train_configs/tiny_wan_{name}.toml"
+    (_, watched), (_, alone) = planned(job=job), planned(*UNWATCHED, job=job)
+    assert watched.seconds.baselines and watched.seconds.validation
+    assert alone.seconds.baselines and alone.seconds.validation
+    first = watched.seconds.baselines - alone.seconds.baselines
+    later = watched.seconds.validation - alone.seconds.validation
+    assert 4 < first / later < 6
 
 
 def test_data_groups_sample_in_rounds() -> None:
