@@ -219,8 +219,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             tyro.cli(command, args=arguments[1:], prog=f"titan-distill {arguments[0]}")
         else:
             known = "\n".join(f"  {line}" for line in _command_lines())
-            print(f"usage: titan-distill COMMAND [--help], or titan-distill --version\n\n{known}", file=sys.stderr)
-            sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else EXIT_BAD_INPUT)
+            is_asked = bool(arguments) and arguments[0] in ("-h", "--help")
+            usage = f"usage: titan-distill COMMAND [--help], or titan-distill --version\n\n{known}"
+            print(usage, file=sys.stdout if is_asked else sys.stderr)
+            sys.exit(0 if is_asked else EXIT_BAD_INPUT)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

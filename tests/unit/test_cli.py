@@ -19,6 +19,17 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"titan-distill {importlib.metadata.version('titan_distill')}\n"
 
 
+def test_help_that_was_asked_for_is_output(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    shown = capsys.readouterr()
+    assert (ended.value.code, shown.err) == (0, "") and "checkpoint reshard" in shown.out
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    shown = capsys.readouterr()
+    assert (ended.value.code, shown.out) == (2, "") and "checkpoint reshard" in shown.err
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -191,3 +191,12 @@ def test_a_broken_file_of_the_user_is_not_to_be_removed(tmp_path: Path, kind: st
     with pytest.raises(ValueError, match=r"copy it again|save it as UTF-8") as error:
         CALLS[kind](file)
     assert "remove" not in str(error.value)
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_a_mistyped_job_is_answered_with_a_near_one_of_its_folder(close: bool, tmp_path: Path) -> None:
+    (tmp_path / "wan14b_to_1.3b.toml").touch()
+    given = tmp_path / ("wan14b_to_1.3.toml" if close else "another.toml")
+    with pytest.raises(ValueError, match="cannot be read: No such file") as found:
+        load_config(["--job.config_file", str(given)])
+    assert str(found.value).endswith(f"; did you mean {tmp_path}/wan14b_to_1.3b.toml?") == close

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from toy_family import VARIANCE
 from toy_run import ASSETS, toy_trainer
 
 from titan_distill.config.loading import load_config
+from titan_distill.diffusion.requests import SampleRequest
 from titan_distill.observability.banner import closing
 from titan_distill.trainer import Trainer
 from titan_distill.validation import meter
+from titan_distill.validation.validator import _title
 
 ENABLED = ("--validation.enabled", "true", "--validation.num_prompts", "64", "--validation.num_videos", "2")
 MORE_NOISES = 3
@@ -113,6 +116,14 @@ def test_passes_are_counted_as_they_are_made_and_the_next_validation_is_estimate
     assert f"validation, sampling teacher, teacher_few_steps, student_before: {num_passes:,} forward passes" in shown
     assert sum(validator.meter._passes.values()) == num_passes
     assert validator.seconds(request, trainer.roles) == pytest.approx(4 * 67 / 16)
+
+
+def test_titles_on_the_sheet_tell_the_student_before_from_the_student_now() -> None:
+    made = (SampleRequest("student_before", "student", "sde", 1, baseline=True), SampleRequest("s", "s", "euler", 2))
+    assert [_title(each, {}) for each in made] == ["student before, 1 step", "s now, 2 steps"]
+    assert _title(replace(made[1], guidance_scale=2.5), {"color_accuracy": 0.5}) == (
+        "s now, 2 steps, CFG 2.5\ncolor accuracy 0.50"
+    )
 
 
 @pytest.mark.parametrize("number, shown", [("2", 0), ("70", 1)])

@@ -96,7 +96,13 @@ def read_toml(path: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         problem = "cannot be read" if isinstance(error, OSError) else "is not valid TOML"
-        raise ConfigError(f"{path or repr(path)}{seen_from(path)}: the file {problem}: {reason}") from error
+        hint = _hint_of_file(Path(path)) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{path or repr(path)}{seen_from(path)}: the file {problem}: {reason}{hint}") from error
+
+
+def _hint_of_file(missing: Path) -> str:
+    near = difflib.get_close_matches(missing.name, [path.name for path in missing.parent.glob("*.toml")], n=1)
+    return f"; did you mean {missing.parent / near[0]}?" if near else ""
 
 
 def parse_overrides(argv: Sequence[str]) -> list[tuple[str, Text]]:

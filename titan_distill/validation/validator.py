@@ -435,5 +435,7 @@ def _title(request: SampleRequest, scores: dict[str, float]) -> str:
     """Returns the title of a column: sampler and settings and, after a line break, the first score, which is set in
     smaller type."""
     guidance = f", CFG {request.guidance_scale:g}" if request.guidance_scale != 1 else ""
-    title = f"{request.label.replace('_', ' ')}, {request.num_steps} steps{guidance}"
+    now = "" if request.baseline else " now"
+    steps = "1 step" if request.num_steps == 1 else f"{request.num_steps} steps"
+    title = f"{request.label.replace('_', ' ')}{now}, {steps}{guidance}"
     return "\n".join([title, *(f"{name.replace('_', ' ')} {value:.2f}" for name, value in [*scores.items()][:1])])
