@@ -42,7 +42,9 @@ NOT_RUN = {
     "scripts/gpu_versions": "makes an environment of 5 GB",
 }
 """Words of commands that the test leaves out, with the reason."""
-RUN = list({c.text: c for c in reversed(IN_ORDER) if not any(words in c.text for words in NOT_RUN)}.values())[::-1]
+KEPT = [command for command in IN_ORDER if not any(words in command.text for words in NOT_RUN)]
+RUN = list({command.text: command for command in reversed(KEPT)}.values())
+RUN.sort(key=KEPT.index)
 """The others in order, each at its first place: what an earlier page has made is there."""
 
 
