@@ -111,6 +111,14 @@ def test_training_command(text: str) -> None:
     resolve_layout(load_config(arguments), ranks)
 
 
+@pytest.mark.parametrize("text", [command.text for command in OTHERS if "benchmarks.throughput" in command.text])
+def test_measured_job_fits_its_ranks(text: str) -> None:
+    ranks = re.search(r"--nproc-per-node (\d+)", text)
+    after = shlex.split(text.partition("benchmarks.throughput")[2])
+    assert after[1] == "--steps", "overrides follow"
+    resolve_layout(load_config(["--job.config_file", after[0], *after[3:]]), int(ranks[1]) if ranks else 1)
+
+
 @pytest.mark.parametrize("text", forms(TOOLS))
 def test_tool_command(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every word is parsed to its type, by the real command line in front of functions that only note their call."""
