@@ -71,6 +71,7 @@ from titan_distill.observability.profiling import build_profiler
 from titan_distill.observability.quiet import quiet_libraries
 from titan_distill.observability.starts import record_start
 from titan_distill.observability.timing import PhaseTimer
+from titan_distill.observability.trackers import check_trackers
 from titan_distill.optimizer import build_optimizer, build_scheduler
 from titan_distill.parallelisms.float8 import check_hardware
 from titan_distill.parallelisms.fsdp import FsdpOptions
@@ -93,7 +94,7 @@ from titan_distill.resolve import ResolvedRun, resolve
 from titan_distill.roles import Ema, RoleHandle, RoleManager
 from titan_distill.trainer import NonFiniteError, Trainer
 from titan_distill.validation.report.doctor import Doctor
-from titan_distill.validation.scorers import validation_prompts
+from titan_distill.validation.scorers import check_prompts
 from titan_distill.validation.validator import Validator
 
 CHECK = "--check"
@@ -162,7 +163,8 @@ def start(argv: list[str], stop: Stop, held: ExitStack) -> Trainer | None:
 
 
 def check_output(config: Config) -> None:
-    """Raises ValueError for an output folder that cannot be written, or that another run has used or uses."""
+    """Raises ValueError for trackers that cannot start, and an output folder that is another run's or not writable."""
+    check_trackers(config.metrics)
     folder = config.job.output_folder
     probe_folder(folder, "job.output_dir" if config.job.output_dir else "job.name")
     check_free(folder, IN_USE)
@@ -394,7 +396,7 @@ def open_inputs(run: ResolvedRun) -> RowDataset[Any]:
         if config.validation.data:
             check_held_out(config, _open_rows(run, held_out_section(config), HELD_OUT), dataset)
         if config.validation.enabled:
-            validation_prompts(config)
+            check_prompts(config)
     return dataset
 
 

@@ -131,7 +131,7 @@ def traits(saturation: float, index: int = 0, **more: Any) -> Traits:
 REQUEST = ValidationRequest(
     (
         SampleRequest("teacher", "teacher", "euler", 4, baseline=True),
-        SampleRequest("before", "student", "euler", 4, baseline=True, scored=False),
+        SampleRequest("before", "student", "euler", 4, baseline=True),
         SampleRequest("student", "student", "euler", 4),
     ),
     reference="teacher",

@@ -5,15 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from toy_run import ASSETS
 
+from titan_distill.config.loading import load_config
 from titan_distill.data.prompts import read_prompts
+from titan_distill.validation.scorers import check_prompts, validation_prompts
 
 
-def test_text_and_jsonl_are_the_same_and_short_files_repeat(tmp_path: Path) -> None:
+def test_text_and_jsonl_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\n\n  größe \u2028 ☃ \n".encode())
     (tmp_path / "a.jsonl").write_bytes('\n{"caption": "a cat"}\n{"caption": "größe \u2028 ☃", "x": 1}\n'.encode())
-    expected = ["a cat", "größe \u2028 ☃", "a cat"]
+    expected = ["a cat", "größe \u2028 ☃"]
     assert read_prompts(tmp_path / "a.txt", 3) == read_prompts(tmp_path / "a.jsonl", 3) == expected
+    assert read_prompts(tmp_path / "a.txt", 1) == ["a cat"]
+
+
+def test_prompts_of_a_short_file_are_repeated_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("a cat\na dog\n")
+    job = ("--job.config_file", str(ASSETS / "toy_dmd2.toml"), "--validation.prompts", str(file))
+    line = f"warning: validation.num_prompts = 3, but {file} has 2: they are repeated with other noise\n"
+    for number, warning in ((2, ""), (3, line)):
+        config = load_config([*job, "--validation.num_prompts", str(number)])
+        check_prompts(config)
+        assert capsys.readouterr().out == warning
+        assert validation_prompts(config) == ["a cat", "a dog", "a cat"][:number]
 
 
 BAD = {

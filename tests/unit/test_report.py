@@ -69,7 +69,7 @@ def test_the_verdict_is_the_distance_now_over_the_distance_before(
 def test_the_numbers_behind_the_verdict(run: RunFiles) -> None:
     facts = {fact.title: (fact.value, fact.note) for fact in judge(run).facts}
     assert facts["Distance to the teacher (0: alike)"] == ("0.40 → 0.10", "teacher itself in 4 steps: 0.26")
-    assert facts["Accuracy"] == ("0.90", "teacher: 0.97")
+    assert facts["Accuracy"] == ("0.71 → 0.90", "teacher: 0.97; in 4 steps: 0.92")
     assert facts["Network passes per video"] == ("96 → 4", "24× fewer")
     assert facts["Steps"] == ("20 of 20", "finished")
 

@@ -24,7 +24,7 @@ from titan_distill.validation.validator import _title
 
 ENABLED = ("--validation.enabled", "true", "--validation.num_prompts", "64", "--validation.num_videos", "2")
 MORE_NOISES = 3
-"""Further samples of the first prompt in the teacher's baseline, for the doctor."""
+"""Further samples of the first prompt in each set, for the doctor."""
 MEAN = 4.0
 """Mean of the teacher's samples under the job's guidance: -0.5 + 3 · 1.5."""
 
@@ -94,9 +94,9 @@ def test_the_end_of_a_run_names_its_page_where_there_is_one(tmp_path: Path) -> N
 def test_passes_are_counted_as_they_are_made_and_the_next_validation_is_estimated(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 prompts in 4 batches: the teacher in guided steps and in four, the student in four. Scored sets, the teacher's
-    in guided steps and later the student's, have a fifth batch with the doctor's samples. A clock that only the passes
-    move, a second each over 16 samples, knows what later validations take: four passes over 64 + 3 samples."""
+    """64 prompts in 4 batches, and the doctor's samples in a fifth: the teacher in guided steps and in four, the
+    student in four. A clock that only the passes move, a second each, knows what later validations take: five batches
+    in four passes."""
     trainer = toy_trainer(tmp_path, "dmd2", *ENABLED)
     validator, request = trainer.validator, trainer.method.validation_request()
     assert validator is not None and len(validator.prompts) == 64
@@ -111,11 +111,11 @@ def test_passes_are_counted_as_they_are_made_and_the_next_validation_is_estimate
     with caplog.at_level(logging.INFO):
         trainer.validate()
     steps = trainer.config.method_config.teacher_steps
-    num_passes = 5 * 2 * steps + 4 * (2 * 4 + 4)
+    num_passes = 5 * (2 * steps + 2 * 4 + 4)
     shown = [record.getMessage() for record in caplog.records]
     assert f"validation, sampling teacher, teacher_few_steps, student_before: {num_passes:,} forward passes" in shown
     assert sum(validator.meter._passes.values()) == num_passes
-    assert validator.seconds(request, trainer.roles) == pytest.approx(4 * 67 / 16)
+    assert validator.seconds(request, trainer.roles) == pytest.approx(5 * 4)
 
 
 def test_titles_on_the_sheet_tell_the_student_before_from_the_student_now() -> None:
@@ -145,13 +145,12 @@ def test_a_scorer_of_a_users_module_is_called_and_its_scores_are_averaged(
     found = validated(trainer, scale=0.0, shift=MEAN)
     import users_scorer  # type: ignore[import-not-found]
 
-    # Teacher and student are scored, baselines that are only shown are not.
-    assert len(users_scorer.calls) == 2 * 64
+    assert len(users_scorer.calls) == 4 * 64
     video, prompt = users_scorer.calls[-1]
     assert video.shape == (2, 16, 32, 3) and video.dtype == np.uint8 and prompt == "a sample"
     assert found["validation/student/brightness"] == found["validation/student/red"] == 30 * MEAN
     assert found["validation/teacher/brightness"] == pytest.approx(30 * MEAN, rel=0.05)
-    assert "validation/student_before/brightness" not in found
+    assert found["validation/student_before/brightness"] != found["validation/student/brightness"]
     folder = trainer.config.job.output_folder / "validation" / f"step-{trainer.state.step:08d}"
     labels = ("teacher", "teacher_few_steps", "student_before", "student")
     assert {path.name for path in folder.glob("*.mp4")} == {f"{i:03d}-{label}.mp4" for i in (0, 1) for label in labels}
@@ -183,7 +182,7 @@ def test_baselines_are_those_of_the_present_settings(
     toy_trainer(tmp_path, "dmd2", *few).validate()
     folder = tmp_path / "run" / "validation" / "baselines"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    assert len(before) == 3 * 4 + MORE_NOISES
+    assert len(before) == 3 * (4 + MORE_NOISES)
     for _ in range(2):  # resumed once more, they are those of the present settings
         resumed = toy_trainer(tmp_path, "dmd2", *few, *changed)
         resumed.state.step = 4
@@ -202,16 +201,20 @@ def test_baselines_are_those_of_the_present_settings(
 
 
 def test_baselines_without_a_note_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Those of a version that wrote none."""
+    """Those of a version that wrote none, and no samples for a doctor."""
     few = (*ENABLED, "--validation.num_prompts", "4")
-    toy_trainer(tmp_path, "dmd2", *few).validate()
-    for note in (tmp_path / "run" / "validation" / "baselines").glob("*.json"):
+    toy_trainer(tmp_path, "dmd2", *few, "--doctor.enabled", "false").validate()
+    folder = tmp_path / "run" / "validation" / "baselines"
+    for note in folder.glob("*.json"):
         note.unlink()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert len(before) == 3 * 4
     resumed = toy_trainer(tmp_path, "dmd2", *few, "--validation.seed", "7")
     resumed.state.step = 4
     resumed.validate()
     resumed.metrics.close()
     assert "validation/student_before/sliced_wasserstein" in resumed.metrics.latest and "not used" not in caplog.text
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 
 def test_ranks_agree_on_a_baseline_of_other_settings(tmp_path: Path) -> None:
@@ -222,7 +225,7 @@ def test_ranks_agree_on_a_baseline_of_other_settings(tmp_path: Path) -> None:
     assert train_forked(2, [*argv, "--training.steps", "2"], tmp_path) == [0, 0]
     folder = tmp_path / "run" / "validation" / "baselines"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    assert len(before) == 3 * 5 + MORE_NOISES
+    assert len(before) == 3 * (5 + MORE_NOISES)
     assert train_forked(2, [*argv, "--training.steps", "3", "--validation.seed", "7"], tmp_path) == [0, 0]
     new = {path.parent.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert new == {"teacher", "teacher_few_steps"}

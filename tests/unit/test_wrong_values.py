@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wrong_files
-from runs import REPOSITORY, TINY_WAN
+from runs import REPOSITORY, TINY_WAN, tiny_argv
 from tiny_media import write_video
 
 from titan_distill import cli
@@ -149,3 +152,16 @@ def test_negative_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
             ["generate", "--checkpoint", checkpoint, "--prompt", "x", "--out", str(tmp_path / "x.mp4"), "--seed", "-1"]
         )
     assert capsys.readouterr().err == "error: --seed -1 is negative; choose 0 or more\n"
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_the_check_of_the_input_refuses_a_tracker_that_cannot_start(tracker: str, tmp_path: Path) -> None:
+    hidden = "import sys; sys.modules['tensorboard'] = None; from titan_distill.train import main; sys.exit(main())"
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "-c", hidden, *tiny_argv("dmd2", tmp_path / "run", f"--metrics.{tracker}", "true"), "--check"],
+        env={**inherited, "NETRC": str(tmp_path / "netrc"), "WANDB_MODE": "online"},
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and f"metrics.{tracker} = true, but" in done.stderr
+    assert not (tmp_path / "run").exists()

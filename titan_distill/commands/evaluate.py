@@ -32,7 +32,7 @@ from titan_distill.commands.subjects import (
 )
 from titan_distill.config.config import Config
 from titan_distill.config.paths import of_key
-from titan_distill.data.prompts import read_prompts
+from titan_distill.data.prompts import read_prompts, repeated
 from titan_distill.diffusion.noise import KeyedNoise
 from titan_distill.diffusion.requests import SampleRequest, check_options
 from titan_distill.fault_tolerance.files import atomic
@@ -299,7 +299,7 @@ def _items(options: EvaluateOptions, config: Config | None, every: Sequence[Subj
     per_prompt = options.videos_per_prompt or VIDEOS_PER_PROMPT
     if options.prompts is not None:
         with of_key("--prompts", options.prompts):
-            prompts = read_prompts(options.prompts, options.num_prompts)
+            prompts = repeated(read_prompts(options.prompts, options.num_prompts), options.num_prompts)
         return str(options.prompts), plan_items(prompts, per_prompt)
     if config is not None:
         number = options.num_prompts or config.validation.num_prompts

@@ -37,9 +37,6 @@ class SampleRequest:
     """Classifier-free guidance in the standard form `u + w (c - u)`; 1 means one forward pass per step."""
     baseline: bool = False
     """True: sampled once, before the first step, and stored for comparison (a teacher, the student before training)."""
-    scored: bool = True
-    """False: this set is not scored. Its distance to the reference is still measured, and the videos that are shown are
-    decoded."""
     context_sigma: float = 0.0
     """Noise level at which a causal role reads its finished segments."""
 
@@ -81,10 +78,10 @@ class TrajectoryRequest:
     """Classifier-free guidance in the standard form."""
 
 
-def num_samples(num_prompts: int, *, is_scored: bool, is_watched: bool) -> int:
-    """Returns the number of samples of a set: one per prompt and, where the doctor watches a scored set, further ones
-    of the first prompt."""
-    return num_prompts + (NUM_NOISES - 1 if is_scored and is_watched else 0)
+def num_samples(num_prompts: int, *, is_watched: bool) -> int:
+    """Returns the number of samples of a set: one per prompt and, where the doctor watches, further ones of the first
+    prompt."""
+    return num_prompts + (NUM_NOISES - 1 if is_watched else 0)
 
 
 def check_options(num_steps: int | None, guidance_scale: float | None, seed: int) -> None:

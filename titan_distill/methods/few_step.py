@@ -91,14 +91,14 @@ class FewStepTraining(TrainingMethod):
     @classmethod
     def validation_samples(cls, config: Any, flow_shift: float) -> ValidationRequest:
         student = cls.student_sample(config, flow_shift)
-        before = replace(student, label="student_before", baseline=True, scored=False)
+        before = replace(student, label="student_before", baseline=True)
         if "teacher" not in cls.required_roles(config):
             return ValidationRequest((before, student))
         scale = float(schedule.standard_scale(config.teacher_guidance.scale, config.teacher_guidance.form))
         teacher = SampleRequest(
             "teacher", "teacher", config.teacher_solver, config.teacher_steps, guidance_scale=scale, baseline=True
         )
-        few_steps = replace(teacher, label="teacher_few_steps", num_steps=student.num_steps, scored=False)
+        few_steps = replace(teacher, label="teacher_few_steps", num_steps=student.num_steps)
         return ValidationRequest((teacher, few_steps, before, student), reference="teacher")
 
 

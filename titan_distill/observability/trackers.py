@@ -8,6 +8,7 @@ not end up on a server.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import shutil
 import sys
@@ -30,11 +31,33 @@ else:
     import tomli as tomllib
 
 
+def check_trackers(config: MetricsConfig) -> None:
+    """Raises ValueError when TensorBoard is not installed or W&B has no key."""
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "metrics.tensorboard = true, but TensorBoard is not installed; "
+            "run pip install 'titan_distill[tensorboard]' or set it to false"
+        )
+    if config.wandb:
+        import wandb
+
+        if wandb.setup().settings.mode in (None, "online", "run", "shared") and not wandb.api.api_key:
+            raise _without_wandb("it has no API key")
+
+
+def _without_wandb(reason: str) -> ValueError:
+    return ValueError(
+        f"metrics.wandb = true, but W&B cannot start ({reason}); "
+        "run `wandb login`, set WANDB_MODE=offline, or set metrics.wandb to false"
+    )
+
+
 def build_trackers(config: MetricsConfig, folder: Path, name: str, start_step: int) -> list[Tracker]:
     """Returns the enabled trackers, for a run in `folder` that continues after `start_step` steps.
 
-    Raises ValueError when TensorBoard is not installed or W&B has no key.
+    Raises as `check_trackers`, and ValueError when W&B cannot start.
     """
+    check_trackers(config)
     trackers: list[Tracker] = []
     if config.tensorboard:
         trackers.append(TensorBoardTracker(folder, start_step))
@@ -47,13 +70,8 @@ class TensorBoardTracker:
     """Event files under `tensorboard/`. Videos become animated GIFs, which is what its image tab can play."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "metrics.tensorboard = true, but TensorBoard is not installed; "
-                "run pip install 'titan_distill[tensorboard]' or set it to false"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         # A resumed run repeats the steps after its checkpoint: TensorBoard is told to forget what it knows of them.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
         for name in ("config.toml", run_folder.NAME):
@@ -99,10 +117,7 @@ class WandbTracker:
                 settings=wandb.Settings(x_disable_meta=True, disable_code=True, disable_git=True),
             )
         except wandb.errors.UsageError as error:
-            raise ValueError(
-                f"metrics.wandb = true, but W&B cannot start ({str(error).rstrip('.')}); "
-                "run `wandb login`, set WANDB_MODE=offline, or set metrics.wandb to false"
-            ) from error
+            raise _without_wandb(str(error).rstrip(".")) from error
         # A copy, because W&B only links to a file outside its folder, and the link dangles once the folder is moved.
         copy = shutil.copy(config_path, self._run.dir)
         self._run.save(copy, base_path=self._run.dir, policy="now")

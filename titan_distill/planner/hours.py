@@ -151,17 +151,17 @@ def _sampling_seconds(
 ) -> float:
     config, total, is_watched = run.config, 0.0, run.config.doctor.enabled
     num_groups = run.layout.default.world_size // run.layout.default.model_parallel
+    num_rounds = -(-num_samples(config.validation.num_prompts, is_watched=is_watched) // num_groups)
     for sample in samples:
         segmentation = plan.roles[sample.role].segmentation
         num_segments = None if segmentation is None else len(segmentation.lengths(plan.grid[0]))
-        number = num_samples(config.validation.num_prompts, is_scored=sample.scored, is_watched=is_watched)
         passes = Passes(
             update=sample.role,
             role=sample.role,
             phase=VALIDATION,
             num_forwards=sample.num_passes(num_segments) / (num_segments or 1),
             # A step of training has a global batch of samples, a validation rounds of one for each data group.
-            updates_per_step=-(-number // num_groups) * num_groups / config.training.global_batch_size,
+            updates_per_step=num_rounds * num_groups / config.training.global_batch_size,
             num_conditions=sample.num_conditions,
             segments=None if num_segments is None else 0,
         )

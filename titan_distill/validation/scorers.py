@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from titan_distill.config.config import Config
 from titan_distill.config.paths import of_key
-from titan_distill.data.prompts import read_prompts
+from titan_distill.data.prompts import read_prompts, repeated
 from titan_distill.registry import PROMPT_CHECKS, SCORERS, lookup, register_scorer
 
 Scorer = Callable[[npt.NDArray[np.uint8], str], dict[str, float]]
@@ -42,9 +42,7 @@ def prompts_path(config: Config) -> str:
 def validation_prompts(config: Config) -> list[str]:
     """Returns the prompts that validations sample and score. Raises ValueError for a file without usable prompts, or
     with one that the scorer cannot rate."""
-    path = prompts_path(config)
-    with of_key("validation.prompts" if config.validation.prompts else next(iter(config.data.keys)), path):
-        prompts = read_prompts(path, config.validation.num_prompts)
+    path, prompts = prompts_path(config), repeated(_prompts_of_file(config), config.validation.num_prompts)
     check = PROMPT_CHECKS.get(config.validation.scorer, lambda prompt: None)
     for prompt in prompts:
         try:
@@ -55,3 +53,20 @@ def validation_prompts(config: Config) -> list[str]:
                 "other validation.prompts or another scorer"
             ) from error
     return prompts
+
+
+def check_prompts(config: Config) -> None:
+    """Raises as `validation_prompts`, and warns of a file that has fewer prompts than a validation samples."""
+    validation_prompts(config)
+    number, wanted = len(_prompts_of_file(config)), config.validation.num_prompts
+    if number < wanted:
+        print(
+            f"warning: validation.num_prompts = {wanted}, but {prompts_path(config)} has {number}: they are repeated "
+            "with other noise"
+        )
+
+
+def _prompts_of_file(config: Config) -> list[str]:
+    path = prompts_path(config)
+    with of_key("validation.prompts" if config.validation.prompts else next(iter(config.data.keys)), path):
+        return read_prompts(path, config.validation.num_prompts)

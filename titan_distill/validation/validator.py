@@ -11,8 +11,8 @@ Baselines (the teacher, the student before training) are sampled once, before th
 compares with the same samples, on any number of ranks. With other settings a frozen role is sampled again, and one that
 has been trained since has no baseline.
 
-For the doctor a scored set has a few further samples of the first prompt, each from another noise, and each set of a
-role that another role learns to denoise is given to that one (`health`).
+For the doctor a set has a few further samples of the first prompt, each from another noise, which are not decoded, and
+each set of a role that another role learns to denoise is given to that one (`health`).
 
 For a family whose samples are not videos only distances are computed; nothing is decoded, scored or shown.
 """
@@ -126,8 +126,7 @@ class Validator:
         self.prompts = validation_prompts(config)
         self._is_watched = config.doctor.enabled
         self._pretrained = {name for name, role in config.roles.items() if role.is_pretrained}
-        sizes = {self._num_samples(is_scored) for is_scored in (True, False)}
-        ids = {self._prompt(at % size) for size in sizes for batch in self._batches(size) for at in batch}
+        ids = {self._prompt(position % self._num_samples) for batch in self._batches() for position in batch}
         self.condition = adapter.prompt_conditions(prompts_path(config), self.prompts, sorted(ids))
         self.score = scorer(self.config.scorer)
         self._settings = {
@@ -171,11 +170,9 @@ class Validator:
         """Returns the forward passes and videos of a sample set on this rank."""
         lengths = self.adapter.segment_lengths(roles[request.role])
         num_passes = request.num_passes(None if lengths is None else len(lengths)) * request.num_conditions
-        size = self._num_samples(request.scored)
-        batches, num_videos = list(self._batches(size)), 0
-        if self.makes_videos:
-            indices = [index for batch in batches for index in batch if self._owns(index, size)]
-            num_videos = len([i for i in indices if request.scored or i < self.config.num_videos])
+        batches = list(self._batches())
+        owned = filter(self._owns, chain(*batches))
+        num_videos = sum(index < len(self.prompts) for index in owned) if self.makes_videos else 0
         of_samples = num_passes * sum(map(len, batches))
         return SamplingWork(request.role, num_passes * len(batches), of_samples, num_videos)
 
@@ -245,13 +242,15 @@ class Validator:
         """Reads the samples of a baseline from the files of an earlier start, if they were made with its settings."""
         note, files = self._stored(request)
         is_same = self.ranks.on_rank_zero(partial(_is_made_with, note, self._settings_of(request)))
-        if is_same and self.ranks.all(all(file.is_file() for file in files.values())):
-            self._baselines[request.label] = {index: Sample.load(file) for index, file in files.items()}
+        found = {index: file for index, file in files.items() if file.is_file()}
+        # A run without a doctor, or of a version without one, has stored none of its further samples.
+        if is_same and self.ranks.all(all(i in found or i >= len(self.prompts) for i in files)):
+            self._baselines[request.label] = {index: Sample.load(file) for index, file in found.items()}
 
     def _stored(self, request: SampleRequest) -> tuple[Path, dict[int, Path]]:
         """Returns the note of a baseline's settings, and the files of this rank's samples."""
-        folder, size = self.folder / "baselines" / request.label, self._num_samples(request.scored)
-        owned = (index for batch in self._batches(size) for index in batch if self._owns(index, size))
+        folder = self.folder / "baselines" / request.label
+        owned = filter(self._owns, chain(*self._batches()))
         return folder.with_name(f"{request.label}.json"), {i: folder / f"{i:05d}.safetensors" for i in owned}
 
     def _settings_of(self, request: SampleRequest) -> dict[str, Any]:
@@ -264,43 +263,39 @@ class Validator:
 
         sampling = Sampling(self.adapter, KeyedNoise(self.config.seed), self.layouts.device, before_each_pass)
         samples: Samples = {}
-        size, denoisers = self._num_samples(request.scored), self._denoisers.get(request.label, {})
+        denoisers = self._denoisers.get(request.label, {})
         with role.evaluation():
-            for positions in self._batches(size):
-                ids = [position % size for position in positions]
+            for positions in self._batches():
+                ids = [position % self._num_samples for position in positions]
                 condition = self.condition([self._prompt(index) for index in ids])
                 with self.meter.sampling(role.name, len(ids)):
                     latents = sampling.run(request, role, condition, ids)
                 errors = denoising_errors(self.adapter, denoisers, latents, condition, ids, self.config.seed)
-                own = [row for row, position in enumerate(positions) if self._owns(position, size)]
-                samples |= self._finish(request, [ids[row] for row in own], latents[own], [errors[row] for row in own])
+                own = [row for row, position in enumerate(positions) if self._owns(position)]
+                samples |= self._finish([ids[row] for row in own], latents[own], [errors[row] for row in own])
         return samples
 
-    def _finish(
-        self, request: SampleRequest, ids: list[int], latents: Tensor, errors: Sequence[dict[str, float]]
-    ) -> Samples:
-        """Decodes and scores the samples whose videos are scored or shown."""
-        shown = [index < self.config.num_videos for index in ids]
-        scored = [request.scored and index < len(self.prompts) for index in ids]
-        seen = [row for row in range(len(ids)) if self.makes_videos and (scored[row] or shown[row])]
+    def _finish(self, ids: list[int], latents: Tensor, errors: Sequence[dict[str, float]]) -> Samples:
+        """Decodes and scores the samples of the prompts; those for the doctor are neither scored nor shown."""
+        seen = [row for row, index in enumerate(ids) if self.makes_videos and index < len(self.prompts)]
         decoded = self.adapter.decode_latents(latents[seen]).cpu() if seen else ()
         videos = dict(zip(seen, decoded, strict=True))
         samples = {}
         for row, (index, latent) in enumerate(zip(ids, latents.cpu(), strict=True)):
             video = videos.get(row)
-            scores = {} if video is None or not scored[row] else self.score(video.numpy(), self.prompts[index])
             samples[index] = Sample(
                 latent,
-                scores,
-                video if shown[row] else None,
+                {} if video is None else self.score(video.numpy(), self.prompts[index]),
+                video if index < self.config.num_videos else None,
                 looks=None if video is None else looks(video.numpy()),
                 errors=errors[row],
             )
         return samples
 
-    def _num_samples(self, is_scored: bool) -> int:
+    @property
+    def _num_samples(self) -> int:
         """Returns the number of samples of a set; the indices of further ones of the first prompt follow the others."""
-        return num_samples(len(self.prompts), is_scored=is_scored, is_watched=self._is_watched)
+        return num_samples(len(self.prompts), is_watched=self._is_watched)
 
     def _prompt(self, index: int) -> int:
         """Returns the prompt of a sample."""
@@ -310,22 +305,22 @@ class Validator:
         """Returns whether a sample is one of those that show the diversity over noise."""
         return self._is_watched and self._prompt(index) == 0
 
-    def _batches(self, num_samples: int) -> Iterator[list[int]]:
+    def _batches(self) -> Iterator[list[int]]:
         """Returns this data group's samples in batches, equal in number and size on every rank.
 
         A batch lists positions. A position is the index of a sample, or a larger number that repeats a sample and has
         no owner.
         """
         num_groups = self.layouts.num_data_groups
-        num_rounds = -(-num_samples // num_groups)
+        num_rounds = -(-self._num_samples // num_groups)
         positions = [self.layouts.data_rank + round_ * num_groups for round_ in range(num_rounds)]
         for start in range(0, num_rounds, self.config.batch_size):
             yield positions[start : start + self.config.batch_size]
 
-    def _owns(self, position: int, num_samples: int) -> bool:
+    def _owns(self, position: int) -> bool:
         """Returns whether this rank is the one in its data group that decodes, scores and shows the sample."""
         round_, own = position // self.layouts.num_data_groups, self.ranks.rank % self.layouts.data_group
-        return position < num_samples and round_ % self.layouts.data_group == own
+        return position < self._num_samples and round_ % self.layouts.data_group == own
 
     def _step_folder(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

@@ -164,22 +164,30 @@ def _distance_fact(run: RunFiles) -> Fact | None:
 
 
 def _score_facts(run: RunFiles) -> list[Fact]:
-    """Returns the first score of the role in training, with the reference's beside it."""
+    """Returns the first score of the role in training, before and now, with the reference's beside it."""
     request = run.latest
     if request is None or request.now is None:
         return []
     prefix = f"{SAMPLES}{request.now.label}/"
     names = dict.fromkeys(key.removeprefix(prefix) for line in run.metrics for key in line if key.startswith(prefix))
     for name in names:
-        now, title = run.newest(prefix + name), name.replace("_", " ").capitalize()
-        if name in DISTANCES or now is None:
+        if name in DISTANCES or (now := _score(run, request.now, name)) is None:
             continue
-        reference = run.newest(f"{SAMPLES}{request.reference.label}/{name}") if request.reference else None
-        if request.reference and reference is not None:
-            return [Fact(title, f"{now:.2f}", f"{request.reference.role}: {reference:.2f}")]
-        first = run.oldest(prefix + name)
-        return [Fact(title, f"{now:.2f}", "" if first is None else f"first validation: {first:.2f}")]
+        before = _score(run, request.before, name)
+        notes = []
+        if request.reference and (reference := _score(run, request.reference, name)) is not None:
+            notes.append(f"{request.reference.role}: {reference:.2f}")
+        if request.rival and (rival := _score(run, request.rival, name)) is not None:
+            notes.append(f"in {_num_steps(request.rival)} steps: {rival:.2f}")
+        if before is None and not notes and (first := run.oldest(prefix + name)) is not None:
+            notes.append(f"first validation: {first:.2f}")
+        value = f"{now:.2f}" if before is None else f"{before:.2f} → {now:.2f}"
+        return [Fact(name.replace("_", " ").capitalize(), value, "; ".join(notes))]
     return []
+
+
+def _score(run: RunFiles, sample: SampleRequest | None, name: str) -> float | None:
+    return None if sample is None else run.newest(f"{SAMPLES}{sample.label}/{name}")
 
 
 def _work_fact(run: RunFiles) -> Fact | None:
