@@ -69,8 +69,7 @@ def verify(checkpoint: Positional[Path]) -> None:
 def import_weights(
     folder: Positional[Path], out: Path | None = None, family: str = RecipeConfig.family, role: str = "student"
 ) -> None:
-    """Print the TOML line that starts a role from a diffusers folder. Training reads the folder itself, so the command
-    writes no file.
+    """Print the TOML line that starts a role from a diffusers folder, which training reads itself.
 
     Args:
         folder: Diffusers transformer, or a pipeline that has one.

@@ -394,6 +394,9 @@ def test_the_tokens_table_shows_each_roles_tile() -> None:
             assert rows["role"][-4:] == ["tile", "tiles", "ragged", "useful share"]
             assert rows["student"][-4:] == shown
             assert rows["teacher"][-3:] == ["4 × 4 × 4", "3", "3"]
+        planned._built.clear()
+        dense = ["--job.config_file", str(REPOSITORY / "train_configs" / "tiny_wan_dmd2.toml")]
+        assert "tile" not in token_table(planned.plan(load_config(dense)))
 
 
 def test_every_question_has_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,8 @@ def layout_table(plan: Plan) -> str:
 
 
 def token_table(plan: Plan) -> str:
-    """Returns a table of the tokens that each rank holds of one sample, and of the tiles that they come in."""
+    """Returns a table of the tokens that each rank holds of one sample, and of the tiles that they come in where a
+    role's attention is sparse."""
     title = f"TOKENS   {_times(plan.grid)} = {math.prod(plan.grid):,} tokens"
     rows = []
     for role in plan.roles.values():
@@ -48,17 +49,13 @@ def token_table(plan: Plan) -> str:
         padding = 1 - role.shards.bounds[-1] / (padded * len(lengths))
         tiles = role.tile_layout
         num_ragged = int((tiles.length < math.prod(tiles.tile)).sum())
+        row = (role.name, str(len(lengths)), f"{min(lengths):,}", f"{padded:,}", f"{padding:.1%}")
         share = f"{role.useful_share:.3f}" if role.sparse else ""
-        rows.append(
-            (
-                role.name, str(len(lengths)), f"{min(lengths):,}", f"{padded:,}", f"{padding:.1%}",
-                _times(tiles.tile), f"{tiles.num_tiles:,}", f"{num_ragged:,}", share,
-            )
-        )  # fmt: skip
-    names = ("role", "ranks per sample", "shortest run", "padded to", "padding", "tile", "tiles", "ragged")
-    shown = table(title, (*names, "useful share"), rows)
+        rows.append((*row, _times(tiles.tile), f"{tiles.num_tiles:,}", f"{num_ragged:,}", share))
+    names = ("role", "ranks per sample", "shortest run", "padded to", "padding")
     if not any(role.sparse for role in plan.roles.values()):
-        return shown
+        return table(title, names, [row[: len(names)] for row in rows])
+    shown = table(title, (*names, "tile", "tiles", "ragged", "useful share"), rows)
     return f"{shown}\n  useful share: of the products of whole tiles in sparse attention, the part for valid tokens"
 
 
@@ -204,7 +201,7 @@ def hours_table(plan: Plan, hours: Hours) -> str:
     if total is not None and not hours.measured:
         lines.append("  not in these hours: decoding, scoring and writing videos, held-out losses, start-up")
     if not (plan.gpu.is_cpu or hours.measured or torch.cuda.is_available()):
-        lines.append(f"  this machine is a CPU, of which no rates are assumed; {CALIBRATE}")
+        lines.append("  not hours of this machine: it is a CPU, of which no rates are assumed")
     return "\n".join(lines)
 
 

@@ -432,5 +432,5 @@ def _title(request: SampleRequest, scores: dict[str, float]) -> str:
     guidance = f", CFG {request.guidance_scale:g}" if request.guidance_scale != 1 else ""
     now = "" if request.baseline else " now"
     steps = "1 step" if request.num_steps == 1 else f"{request.num_steps} steps"
-    title = f"{request.label.replace('_', ' ')}{now}, {steps}{guidance}"
+    title = f"{request.label.removesuffix('_few_steps').replace('_', ' ')}{now}, {steps}{guidance}"
     return "\n".join([title, *(f"{name.replace('_', ' ')} {value:.2f}" for name, value in [*scores.items()][:1])])

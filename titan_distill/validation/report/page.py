@@ -20,6 +20,7 @@ from typing import Any
 
 import jinja2
 
+from titan_distill.checkpoint.discovery import CHECKPOINTS, step_folders
 from titan_distill.checkpoint.tools.inspect import HEADINGS, describe_steps
 from titan_distill.config.degrees import Degrees
 from titan_distill.config.text import toml_value
@@ -109,13 +110,18 @@ def page(runs: Sequence[RunFiles], budget_bytes: int = BUDGET_BYTES) -> str:
         layouts=[(run, list(_layouts(run))) for run in runs],
         changes=runs[0].starts[-1].changes if len(runs) == 1 and runs[0].starts else None,
         differences=_differences(runs) if len(runs) > 1 else [],
-        headings=HEADINGS,
-        checkpoints=[describe_steps(run.folder / "checkpoints") for run in runs],
+        headings=_ageless(HEADINGS),
+        checkpoints=[[*map(_ageless, describe_steps(run.folder / CHECKPOINTS))] for run in runs],
         evaluations=[(run, *_evaluation(run.evaluation)) for run in runs if run.evaluation],
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         style=_asset("page.css"),
         script=_asset("page.js"),
     )
+
+
+def _ageless(row: Sequence[str]) -> list[str]:
+    """Returns a row of the table of checkpoints without their age, which does not hold when the page is read."""
+    return [cell for cell, heading in zip(row, HEADINGS) if heading != "age"]
 
 
 @cache
@@ -140,7 +146,7 @@ def _planned(run: RunFiles) -> Iterator[tuple[str, str, str, str]]:
     """Yields title, run, planned and measured value of everything that was planned."""
     for key, (title, metric) in PLANNED.items():
         planned = run.plan.get(key)
-        measured = _seconds_per_step(run) if key == "step_seconds" else run.newest(metric) if metric else None
+        measured = MEASURED[key](run) if key in MEASURED else run.newest(metric) if metric else None
         if planned is not None:
             yield title, run.name, f"{planned:.3g}", "" if measured is None else f"{measured:.3g}"
 
@@ -157,6 +163,15 @@ def _seconds_per_step(run: RunFiles) -> float | None:
             found.append(seconds / (step - last))
         last = step
     return sorted(found)[len(found) // 2] if found else None
+
+
+def _checkpoint_gib(run: RunFiles) -> float | None:
+    newest = next(iter(step_folders(run.folder / CHECKPOINTS)), None)
+    return None if newest is None else sum(file.stat().st_size for file in newest.iterdir() if file.is_file()) / 2**30
+
+
+MEASURED = {"step_seconds": _seconds_per_step, "checkpoint_gib": _checkpoint_gib}
+"""Measured values that no metric has."""
 
 
 def _layouts(run: RunFiles) -> Iterator[tuple[str, str, str, str]]:
