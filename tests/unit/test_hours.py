@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from runs import REPOSITORY
 
 from titan_distill import cli, train
 from titan_distill.commands.calibrate import timed_steps
 from titan_distill.commands.plan import planner
 from titan_distill.config.loading import load_config
-from titan_distill.planner.hardware import GPUS
+from titan_distill.planner import hardware
+from titan_distill.planner.hardware import GPUS, Gpu
 from titan_distill.planner.hours import Hours, Seconds, summary
 from titan_distill.planner.plan import Plan
 from titan_distill.trainer import Trainer
@@ -116,6 +119,25 @@ def test_a_gpus_plan_has_hours(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["plan", TINY, "--gpu", "A100"])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("HOURS")]
     assert " on 1 × A100 = " in line and line.endswith("GPU-hours, at assumed rates, not measured")
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gib", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.2, GPUS["H100"]),
+        ("NVIDIA A100-SXM4-40GB", 39.4, replace(GPUS["A100"], memory_gib=39.4)),
+        ("NVIDIA L40S", 44.4, replace(GPUS["H100"], name="NVIDIA L40S at the rates of an H100", memory_gib=44.4)),
+    ],
+)
+def test_a_plan_is_for_the_memory_that_is_there(
+    name: str, memory_gib: float, expected: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU of no known rates gets those of an H100, but not its memory."""
+    monkeypatch.setattr(hardware, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    properties = SimpleNamespace(total_memory=memory_gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert hardware.planned_gpu() == expected
 
 
 def test_calibration_contradicts_a_named_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -111,21 +111,24 @@ GPUS = {
 
 
 def of_machine(device: torch.device) -> Gpu:
-    """Returns the hardware of this machine's device: a GPU of the list, or its name and memory without rates."""
+    """Returns the hardware of this machine's device: a GPU of the list, or its name and memory without rates. Of a
+    variant with less memory, such as the A100 of 40 GB, the memory is its own."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+        name, memory_bytes = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
         for gpu in GPUS.values():
             if gpu.name in name and gpu.peak_flops == peak_flops_by_name(name):  # and no variant with another peak
-                return gpu
-        return _without_rates(name, torch.cuda.get_device_properties(device).total_memory)
+                return replace(gpu, memory_gib=min(gpu.memory_gib, memory_bytes / 2**30))
+        return _without_rates(name, memory_bytes)
     return _without_rates(CPU, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def planned_gpu() -> Gpu:
-    """Returns the GPU to plan for where none is named: this machine's, or an H100 on a machine without one that is
-    listed."""
+    """Returns the GPU to plan for where none is named: this machine's, which has the rates of an H100 if it is none of
+    the list; an H100 on a machine without one."""
     found = of_machine(default_device())
-    return found if found.has_rates else GPUS["H100"]
+    if found.has_rates or found.is_cpu:
+        return found if found.has_rates else GPUS["H100"]
+    return replace(GPUS["H100"], name=f"{found.name} at the rates of an H100", memory_gib=found.memory_gib)
 
 
 def _without_rates(name: str, memory_bytes: int) -> Gpu:
