@@ -11,8 +11,8 @@
 #              CONFIG_FILE  the job when no --job.config_file is given
 #              PYTHON       the interpreter (default: the active environment's)
 #
-# Exit codes: 0 done, 2 the input was wrong (one sentence says what), 75 asked to stop by SIGTERM or SIGUSR1 and saved,
-#             130 interrupted by Ctrl-C and not saved, anything else a failure.
+# Exit codes: 0 done, 2 the input was wrong (one sentence says what), 3 ended by the doctor and saved, 75 asked to stop by
+#             SIGTERM or SIGUSR1 and saved, 130 interrupted by Ctrl-C and not saved, anything else a failure.
 set -euo pipefail
 
 gpus_visible() {

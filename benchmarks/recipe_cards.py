@@ -403,15 +403,14 @@ def _lines_from(source: str, table: str, key: str) -> list[str]:
 
 def overview(all_jobs: Sequence[Job]) -> str:
     """docs/recipes/README.md."""
-    head = ["| job | method | configuration | needs | time | score |", "|---|---|---|---|---|---|"]
+    head = ["| job | method | time | score | needs |", "|---|---|---|---|---|"]
     rows = [
         [
             _link(job.name),
             f"`{job.config.recipe.method}`",
-            f"`{job.file}`",
-            _machine_needed(job),
             _time(job),
             _score(job),
+            _machine_needed(job),
         ]
         for job in all_jobs
     ]
@@ -428,7 +427,7 @@ def _time(job: Job) -> str:
     if job.measured:
         return f"{_duration(job.measured.seconds)}, measured"
     if job.plan:
-        return f"{show(job.plan.seconds * job.config.training.steps / 3600)} h, planned"
+        return f"{_duration(job.plan.seconds * job.config.training.steps)}, planned"
     if time := job.hand.get("logged", {}).get("time"):
         return f"{time}, measured"
     return "not measured"

@@ -78,8 +78,9 @@ def test_teacher_and_students_from_the_same_noise(run: Path) -> None:
     assert result["command"].startswith("titan-distill evaluate ") and "--num-prompts 1" in result["command"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", result["date"])
     table = (run / "evaluation/evaluation.md").read_text().splitlines()
-    assert len(table) == 6 and len({len(line) for line in table}) == 1
-    assert all(word in table[0] for word in ("forwards", "psnr", "prompt accuracy")) and "exported" in table[5]
+    assert len({len(line) for line in table}) == 1
+    assert "exported" in table[0]
+    assert {"forwards", "psnr", "prompt accuracy"} <= {line.split("|")[1].strip() for line in table}
 
 
 def test_the_first_video_of_a_prompt_is_what_generate_makes(run: Path, tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_folders_of_videos_without_a_run(run: Path, tmp_path: Path, capsys: pyte
     found = subjects(tmp_path)
     assert list(found) == ["teacher", "copy", "tiny-step-00000001"]
     assert found["copy"]["scores"]["psnr"] is None and found["copy"]["scores"]["ssim"] == pytest.approx(1, abs=1e-4)
-    assert re.search(r"^\| copy .*\| +inf \|", capsys.readouterr().out, re.M)
+    assert re.search(r"^\| psnr .*\| +inf \|", capsys.readouterr().out, re.M)
     of_file = found["tiny-step-00000001"]
     assert of_file["role"] is None and of_file["forwards_per_video"] is None and of_file["num_videos"] == 2
     sampled = subjects(run / "evaluation")["tiny-step-00000001"]["scores"]

@@ -57,10 +57,15 @@ def test_files_hold_what_is_done_so_far(tmp_path: Path) -> None:
         "titan-distill evaluate 'outputs/a run' videos --reference none --prompts p.txt --seed 0"
     )
     assert (tmp_path / "new/evaluation.md").read_text() == (
-        "|         | steps | guidance | forwards | seconds | videos | motion | psnr |\n"
-        "| ------- | ----: | -------: | -------: | ------: | -----: | -----: | ---: |\n"
-        "| teacher |    48 |        3 |       96 |     1.5 |      2 |   0.25 |      |\n"
-        "| videos  |       |          |          |         |      1 |    0.5 |  inf |\n"
+        "|          | teacher | videos |\n"
+        "| -------- | ------: | -----: |\n"
+        "| steps    |      48 |        |\n"
+        "| guidance |       3 |        |\n"
+        "| forwards |      96 |        |\n"
+        "| seconds  |     1.5 |        |\n"
+        "| videos   |       2 |      1 |\n"
+        "| motion   |    0.25 |    0.5 |\n"
+        "| psnr     |         |    inf |\n"
     )
 
 

@@ -209,18 +209,18 @@ class Results:
                 temporary.write_text(content + "\n", encoding="utf-8")
 
     def table(self) -> str:
-        """Returns a Markdown table with one row per entry, its columns aligned."""
+        """Returns a Markdown table with one column per entry, because there are more measures than entries."""
         scores = list(dict.fromkeys(name for entry in self._entries for name in entry.scores))
         costs = {
             "steps": "steps", "guidance": "guidance", "forwards_per_video": "forwards", "seconds_per_video": "seconds",
             "num_videos": "videos",
         }  # fmt: skip
-        rows = [["", *costs.values(), *(name.replace("_", " ") for name in scores)]]
+        columns = [["", *costs.values(), *(name.replace("_", " ") for name in scores)]]
         for entry in self._entries:
             values = [*(getattr(entry, name) for name in costs), *(entry.scores.get(name) for name in scores)]
-            rows.append([entry.name, *("" if value is None else f"{value:.4g}" for value in values)])
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+            columns.append([entry.name, *("" if value is None else f"{value:.4g}" for value in values)])
+        widths = [max(map(len, column)) for column in columns]
+        lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in zip(*columns)]
         lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -111,8 +111,8 @@ GPUS = {
 
 
 def of_machine(device: torch.device) -> Gpu:
-    """Returns the hardware of this machine's device: a GPU of the list, or its name and memory without rates. Of a
-    variant with less memory, such as the A100 of 40 GB, the memory is its own."""
+    """Returns the hardware of this machine's device: a GPU of the list, or its name and memory without rates. A
+    variant with less memory, such as the A100 of 40 GB, keeps its own."""
     if device.type == "cuda":
         name, memory_bytes = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
         for gpu in GPUS.values():
