@@ -126,9 +126,13 @@ def planned_gpu() -> Gpu:
     """Returns the GPU to plan for where none is named: this machine's, which has the rates of an H100 if it is none of
     the list; an H100 on a machine without one."""
     found = of_machine(default_device())
-    if found.has_rates or found.is_cpu:
-        return found if found.has_rates else GPUS["H100"]
-    return replace(GPUS["H100"], name=f"{found.name} at the rates of an H100", memory_gib=found.memory_gib)
+    if found.is_cpu:
+        return GPUS["H100"]
+    return (
+        found
+        if found.has_rates
+        else replace(GPUS["H100"], name=f"{found.name} at the rates of an H100", memory_gib=found.memory_gib)
+    )
 
 
 def _without_rates(name: str, memory_bytes: int) -> Gpu:
