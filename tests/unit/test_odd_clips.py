@@ -316,7 +316,7 @@ def test_killed_at_random_twenty_times(
     seconds, rng = time.monotonic() - began, random.Random(num_ranks)
     num_kills = 0
     for _ in range(200):
-        patience = rng.uniform(0, 0.1 * seconds)
+        patience = rng.uniform(0, 0.05 * seconds)
         if num_ranks == 1:
             process = start(config)
             process.join(patience)
