@@ -5,6 +5,7 @@ The pages are Markdown as GitHub shows it. Nothing in them belongs to Sphinx: th
 """
 
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 
@@ -48,4 +49,8 @@ def setup(app: Sphinx) -> None:
         if page == "index":
             source[0] += f"\n\n{contents(Path(app.srcdir))}\n"
 
+    def wrap_commands(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object) -> None:
+        context["metatags"] = context.get("metatags", "") + "<style>pre { white-space: pre-wrap }</style>"
+
     app.connect("source-read", add_contents)
+    app.connect("html-page-context", wrap_commands)

@@ -120,7 +120,7 @@ _ALL = (
         high=5.0,
         definition="Mean squared error of the velocity that the student (where it is causal, the critic) predicts "
         "before training for the teacher's samples, noised to the levels 0.25, 0.5 and 0.75, divided by that for the "
-        "student's own samples. Once, before the first step.",
+        "student's own samples. Once, before the first step, under the role whose samples are judged.",
         reason="Guided samples may be some times as hard to denoise as the student's own: in the default job 0.8 times "
         "at its guidance of 2, 2.3 times at 5 and 3.0 times at 6, but 7.7 times at 10, and 7.9 times when the "
         "teacher's velocities are doubled.",
