@@ -18,6 +18,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -287,6 +288,7 @@ def _replacements(device: ClaimedDevice) -> Iterator[tuple[Any, str, Any]]:
     # An Ampere card: what is done for later ones only (the order of attention backends) changes the whole process.
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "max_memory_allocated": 0,
                "is_bf16_supported": True, "get_device_name": "NVIDIA A100-SXM4-80GB", "get_device_capability": (8, 0),
+               "get_device_properties": SimpleNamespace(total_memory=80 * 2**30),
                "is_current_stream_capturing": False, "set_device": None, "empty_cache": None}  # fmt: skip
     for name, answer in answers.items():
         yield torch.cuda, name, lambda *args, answer=answer, **kwargs: answer

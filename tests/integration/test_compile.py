@@ -195,7 +195,9 @@ def test_a_graph_break_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "checkpointing", [FULL, ActivationCheckpointConfig(mode="selective")], ids=["full", "selective"]
+    "checkpointing",
+    [pytest.param(FULL, marks=pytest.mark.nightly), ActivationCheckpointConfig(mode="selective")],
+    ids=["full", "selective"],
 )
 def test_inductor_computes_the_same_gradients(checkpointing: ActivationCheckpointConfig) -> None:
     config = replace(FLAVORS["tiny"], num_layers=2)

@@ -31,6 +31,7 @@ def arguments(output: Path, *overrides: str) -> list[str]:
     )  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_report_outlasts_the_timeout_and_a_lost_rank_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert slow_report.SECONDS["step-00000001"] > TIMEOUT_SECONDS
     monkeypatch.setattr("titan_distill.validation.validator.contact_sheet", slow_report._draw)

@@ -85,6 +85,7 @@ def test_warned_both_nodes_stop_after_one_step_and_the_job_is_requeued(lagging_n
     assert "Traceback" not in output + "".join(logs) and "frame #" not in output + "".join(logs)
 
 
+@pytest.mark.nightly
 def test_a_crash_on_one_node_ends_both_and_the_job_is_not_requeued(tmp_path: Path) -> None:
     endless = ("--training.steps", "1000000", "--checkpoint.interval", "2", "--comm.train_timeout_seconds", "20")
     with started(tmp_path, *endless) as job:
