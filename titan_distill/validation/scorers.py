@@ -42,22 +42,11 @@ def prompts_path(config: Config) -> str:
 def validation_prompts(config: Config) -> list[str]:
     """Returns the prompts that validations sample and score. Raises ValueError for a file without usable prompts, or
     with one that the scorer cannot rate."""
-    path, prompts = prompts_path(config), repeated(_prompts_of_file(config), config.validation.num_prompts)
-    check = PROMPT_CHECKS.get(config.validation.scorer, lambda prompt: None)
-    for prompt in prompts:
-        try:
-            check(prompt)
-        except ValueError as error:
-            raise ValueError(
-                f"validation.scorer = {config.validation.scorer!r} cannot rate the prompts of {path}: {error}; choose "
-                "other validation.prompts or another scorer"
-            ) from error
-    return prompts
+    return repeated(_prompts_of_file(config), config.validation.num_prompts)
 
 
 def check_prompts(config: Config) -> None:
     """Raises as `validation_prompts`, and warns of a file that has fewer prompts than a validation samples."""
-    validation_prompts(config)
     number, wanted = len(_prompts_of_file(config)), config.validation.num_prompts
     if number < wanted:
         print(
@@ -69,4 +58,14 @@ def check_prompts(config: Config) -> None:
 def _prompts_of_file(config: Config) -> list[str]:
     path = prompts_path(config)
     with of_key("validation.prompts" if config.validation.prompts else next(iter(config.data.keys)), path):
-        return read_prompts(path, config.validation.num_prompts)
+        prompts = read_prompts(path, config.validation.num_prompts)
+    check = PROMPT_CHECKS.get(config.validation.scorer, lambda prompt: None)
+    for prompt in prompts:
+        try:
+            check(prompt)
+        except ValueError as error:
+            raise ValueError(
+                f"validation.scorer = {config.validation.scorer!r} cannot rate the prompts of {path}: {error}; choose "
+                "other validation.prompts or another scorer"
+            ) from error
+    return prompts

@@ -42,6 +42,11 @@ def describe_steps(checkpoints: Path) -> list[tuple[str, ...]]:
     return rows
 
 
+def num_bytes(checkpoint: Path) -> int:
+    """Returns the size of all files of a checkpoint, complete or not."""
+    return sum(file.stat().st_size for file in checkpoint.iterdir() if file.is_file())
+
+
 def verify(path: Path) -> str:
     """Checks sizes, hashes and index, and reads every value. Returns the result in one line.
 
@@ -59,7 +64,7 @@ def verify(path: Path) -> str:
 
 def _row(path: Path, *, is_temporary: bool) -> tuple[str, ...]:
     age = _duration(max(0.0, time.time() - path.stat().st_mtime))
-    size = format_bytes(sum(file.stat().st_size for file in path.iterdir() if file.is_file()))
+    size = format_bytes(num_bytes(path))
     samples = roles = layout = "?"
     state = "temporary: of a save in progress, or of one that died"
     try:

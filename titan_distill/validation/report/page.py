@@ -21,7 +21,7 @@ from typing import Any
 import jinja2
 
 from titan_distill.checkpoint.discovery import CHECKPOINTS, step_folders
-from titan_distill.checkpoint.tools.inspect import HEADINGS, describe_steps
+from titan_distill.checkpoint.tools.inspect import HEADINGS, describe_steps, num_bytes
 from titan_distill.config.degrees import Degrees
 from titan_distill.config.text import toml_value
 from titan_distill.fault_tolerance.files import atomic
@@ -167,7 +167,7 @@ def _seconds_per_step(run: RunFiles) -> float | None:
 
 def _checkpoint_gib(run: RunFiles) -> float | None:
     newest = next(iter(step_folders(run.folder / CHECKPOINTS)), None)
-    return None if newest is None else sum(file.stat().st_size for file in newest.iterdir() if file.is_file()) / 2**30
+    return None if newest is None else num_bytes(newest) / 2**30
 
 
 MEASURED = {"step_seconds": _seconds_per_step, "checkpoint_gib": _checkpoint_gib}

@@ -60,7 +60,7 @@ def compare(runs: Sequence[RunFiles]) -> str:
         for run in runs:
             sampled = run.latest
             if sampled and sampled.now and sampled.reference:
-                value = run.newest(f"{SAMPLES}{sampled.now.label}/{name}")
+                value = _newest(run, sampled.now, name)
                 found += [] if value is None else [(value, run.name, sampled.reference.role)]
         if len(found) == len(runs) > 1:
             (value, best, reference), *others = sorted(found)
@@ -84,8 +84,8 @@ def _distances(run: RunFiles) -> tuple[str, float, float] | None:
     if request is None or request.before is None or request.now is None:
         return None
     for name in DISTANCES:
-        before = run.newest(f"{SAMPLES}{request.before.label}/{name}")
-        now = run.newest(f"{SAMPLES}{request.now.label}/{name}")
+        before = _newest(run, request.before, name)
+        now = _newest(run, request.now, name)
         if before is not None and now is not None:
             found = name, before, now
             if before > 0:
@@ -155,7 +155,7 @@ def _distance_fact(run: RunFiles) -> Fact | None:
         return None
     name, before, now = found
     notes = []
-    if request.rival and (own := run.newest(f"{SAMPLES}{request.rival.label}/{name}")) is not None:
+    if request.rival and (own := _newest(run, request.rival, name)) is not None:
         notes.append(f"{request.rival.role} itself in {_num_steps(request.rival)} steps: {own:.2f}")
     num_prompts = run.config.get("validation", {}).get("num_prompts")
     if num_prompts and num_prompts < FEW_PROMPTS:
@@ -171,13 +171,13 @@ def _score_facts(run: RunFiles) -> list[Fact]:
     prefix = f"{SAMPLES}{request.now.label}/"
     names = dict.fromkeys(key.removeprefix(prefix) for line in run.metrics for key in line if key.startswith(prefix))
     for name in names:
-        if name in DISTANCES or (now := _score(run, request.now, name)) is None:
+        if name in DISTANCES or (now := _newest(run, request.now, name)) is None:
             continue
-        before = _score(run, request.before, name)
+        before = _newest(run, request.before, name)
         notes = []
-        if request.reference and (reference := _score(run, request.reference, name)) is not None:
+        if request.reference and (reference := _newest(run, request.reference, name)) is not None:
             notes.append(f"{request.reference.role}: {reference:.2f}")
-        if request.rival and (rival := _score(run, request.rival, name)) is not None:
+        if request.rival and (rival := _newest(run, request.rival, name)) is not None:
             notes.append(f"in {_num_steps(request.rival)} steps: {rival:.2f}")
         if before is None and not notes and (first := run.oldest(prefix + name)) is not None:
             notes.append(f"first validation: {first:.2f}")
@@ -186,7 +186,8 @@ def _score_facts(run: RunFiles) -> list[Fact]:
     return []
 
 
-def _score(run: RunFiles, sample: SampleRequest | None, name: str) -> float | None:
+def _newest(run: RunFiles, sample: SampleRequest | None, name: str) -> float | None:
+    """Returns the last score or distance of a sample set; None for one that is not there or was not measured."""
     return None if sample is None else run.newest(f"{SAMPLES}{sample.label}/{name}")
 
 
